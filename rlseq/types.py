@@ -1,0 +1,99 @@
+"""A rollout as data: the frozen types that travel from the data set to the report.
+
+Axis letters, used in every shape comment and suffix of the code base:
+
+    P prompts    G samples per prompt    B = P·G rollouts    T completion tokens    V vocabulary
+
+Masks are boolean and True marks a token that is trained or counted. Log-probabilities are natural logarithms
+(nats), times are seconds, lengths are tokens. Nothing here is padded: padding and packing happen in one place,
+when a batch of tensors is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a data set, ready to be continued.
+
+    Attributes:
+        key: names the row; stable across runs, processes and orders, and distinct even for equal rows.
+        messages_or_text: the prompt as the user wrote it: text, or chat messages (`role`, `content`).
+        prompt_ids: its token ids, special tokens included.
+        columns: every other column of the row; rewards ask for them by name. `references` (a list of
+            texts) holds the right answers where there are any.
+    """
+
+    key: str
+    messages_or_text: str | Messages
+    prompt_ids: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The prompt as text; of chat data, the contents of its messages, one a line."""
+        if isinstance(self.messages_or_text, str):
+            return self.messages_or_text
+        return "\n".join(str(message.get("content", "")) for message in self.messages_or_text)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion drawn from a model, never changed afterwards.
+
+    Attributes:
+        prompt_key: `Prompt.key` of the prompt it continues.
+        sample: which of the prompt's G samples it is, 0..G-1.
+        completion_ids: the T sampled token ids, the stop token included when there is one.
+        trained_mask: T booleans; False marks tokens the model did not choose (tool output, forced prefix).
+        logprobs: T log-probs (nats) of the tokens under the distribution they were drawn from: temperature and
+            truncation applied. For strategies that search rather than draw (greedy, beam), under the model's
+            unwarped distribution.
+        text: the completion decoded without special tokens.
+        raw_text: the completion decoded with them.
+        messages: for chat data, the messages the completion adds; None for text.
+        finish_reason: "stop" (ended by a stop token) or "length" (cut at the limit).
+        strategy: the signature of the decoding strategy that produced it.
+    """
+
+    prompt_key: str
+    sample: int
+    completion_ids: tuple[int, ...]
+    trained_mask: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    raw_text: str
+    messages: Messages | None
+    finish_reason: str
+    strategy: str
+
+    @property
+    def logprob(self) -> float:
+        """Log-prob of the whole completion (nats): the sum over its tokens."""
+        return float(sum(self.logprobs))
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with what its rewards said of it.
+
+    Attributes:
+        rollout: the rollout.
+        values: value by reward name; None where the reward abstained or failed.
+        status: by reward name: "ok", "abstained", "error", "timeout" or "invalid".
+        total: Σ weight·value over the values present, times Σ|weight| over all rewards / Σ|weight| over those
+            present (so one that abstains changes no scale); None if every reward abstained.
+        details: by reward name, what the reward returned beside its value (logged; corpus aggregates read it).
+    """
+
+    rollout: Rollout
+    values: Mapping[str, float | None]
+    status: Mapping[str, str]
+    total: float | None
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
