@@ -1,0 +1,384 @@
+"""A prompt and its completions as one row: the prompt is computed once, whoever continues it.
+
+A row holds one or more groups. A group is the prompt without its last token, then one segment a completion;
+a segment is a copy of the prompt's last token, at that token's position, followed by the completion:
+
+    prompt  p₀ p₁ p₂      completions  a₀ a₁  and  b₀
+
+    tokens       p₀  p₁ | p₂  a₀  a₁ | p₂  b₀
+    positions     0   1 |  2   3   4 |  2   3
+    labels        -   - |  -  a₀  a₁ |  -  b₀        (- is IGNORED)
+
+A segment sees its prompt and itself, causally, and nothing else. So each token sees what it would see alone,
+at the positions it would have alone, and labels shifted by one (the usual convention) line up: the copy
+predicts the first token of its completion. One shared last token could not do that for several completions;
+and where the original stood beside its copies they would see that token twice, so the original is left out.
+
+The mask is a float added to the attention scores: boolean masks are silently wrong under eager attention.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, [completion ids, ...])
+
+# Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """R rows of S tokens that hold B completions with N tokens in all, and where each of those tokens is.
+
+    Attributes:
+        input_ids: (R, S) long.
+        position_ids: (R, S) long; 0 at padding.
+        attention_mask: (R, 1, S, S), 0 where a token (third axis) sees another (fourth axis), else the lowest
+            finite number of its dtype; padding sees itself, so that no softmax is empty. From `pad`: (R, S) of
+            0 and 1.
+        labels: (R, S) long, the token itself at completion tokens and IGNORED elsewhere (not yet shifted).
+        lengths: tokens of each of the B completions, in the order given.
+        token_rows, token_columns: (N,) long, row and column of each token of each completion in turn.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+    token_rows: Tensor
+    token_columns: Tensor
+
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The arguments of a model's forward; labels apart, since not every forward takes them."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    pad_id: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    row_tokens: int | None = None,
+) -> PackedBatch:
+    """Lay groups out in rows, each prompt once.
+
+    Args:
+        groups: (prompt ids, [completion ids, ...]); a prompt has a token at least, a completion may be empty.
+        pad_id: the token that fills short rows; nothing sees it.
+        device: of the tensors.
+        dtype: of the attention mask; the model's own.
+        row_tokens: None gives each group a row. A number is a budget: several groups share a row by first
+            fit, longest first, and a longer group is split into several with the prompt repeated; a single
+            completion that exceeds the budget gets a row of its own.
+
+    Returns:
+        The batch; its completions are the groups' in order, flattened.
+
+    Raises:
+        ValueError: no groups, a prompt without tokens, or a budget below 1.
+    """
+    if not groups:
+        raise ValueError("pack was given no groups; expected at least one (prompt, completions)")
+    if row_tokens is not None and row_tokens < 1:
+        raise ValueError(f"row_tokens is {row_tokens}; expected at least 1, or None for one group a row")
+    for number, (prompt, _) in enumerate(groups):
+        if len(prompt) == 0:
+            raise ValueError(f"group {number} has an empty prompt; a completion needs a token to follow")
+    rows = _fill_rows(_split(groups, row_tokens), row_tokens)
+
+    # A piece is a run of tokens with one view: a prompt's beginning, or a segment. A token sees, causally,
+    # the pieces `itself` and `parent`.
+    ids: list[Sequence[int]] = []
+    pieces: list[tuple[int, int, int, int, int, int]] = []
+    width = 1
+    for row, blocks in enumerate(rows):
+        column = 0
+        for prompt, completions, first in blocks:
+            prefix = len(prompt) - 1
+            parent = len(pieces)
+            ids.append(prompt[:-1])
+            pieces.append((row, column, prefix, 0, parent, -1))
+            column += prefix
+            for offset, completion in enumerate(completions):
+                ids.append((prompt[-1], *completion))
+                pieces.append((row, column, 1 + len(completion), prefix, parent, first + offset))
+                column += 1 + len(completion)
+        width = max(width, column)
+    row_of, column_of, length_of, position_of, parent_of, completion_of = np.asarray(pieces).T
+
+    ramp = _ramp(length_of)
+    columns = np.repeat(column_of, length_of) + ramp
+    places = np.repeat(row_of, length_of) * width + columns  # of each token, in the flattened (R, S)
+    tokens = np.fromiter(chain.from_iterable(ids), np.int64, count=len(ramp))
+    scored = (ramp > 0) & np.repeat(completion_of >= 0, length_of)
+
+    size = len(rows) * width
+    input_ids, positions, labels = np.full(size, pad_id), np.zeros(size, np.int64), np.full(size, IGNORED)
+    itself = -1 - np.arange(size, dtype=np.int32)  # each padding token is a piece of its own
+    parents = itself.copy()
+    input_ids[places] = tokens
+    positions[places] = np.repeat(position_of, length_of) + ramp
+    labels[places[scored]] = tokens[scored]
+    itself[places] = np.repeat(np.arange(len(pieces)), length_of)
+    parents[places] = np.repeat(parent_of, length_of)
+
+    shape = (len(rows), width)
+    itself_RS, parents_RS = (torch.from_numpy(x).view(shape).to(device) for x in (itself, parents))
+    visible = itself_RS[:, :, None] == itself_RS[:, None, :]
+    visible |= parents_RS[:, :, None] == itself_RS[:, None, :]
+    # 1 becomes 0 and 0 the lowest finite number: much faster than a masked fill
+    mask = visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)  # (R, S, S)
+
+    segments = np.flatnonzero(completion_of >= 0)
+    segments = segments[np.argsort(completion_of[segments])]  # back to the order given
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids).view(shape).to(device),
+        position_ids=torch.from_numpy(positions).view(shape).to(device),
+        attention_mask=mask[:, None],
+        labels=torch.from_numpy(labels).view(shape).to(device),
+        **_index(row_of[segments], column_of[segments] + 1, length_of[segments] - 1, device),
+    )
+
+
+def pad(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device | str | None = None,
+) -> PackedBatch:
+    """One sequence a row, padded on the right: the layout for models that packing cannot serve.
+
+    Args:
+        prompts, completions: B token id lists each; prompts have at least one token.
+        pad_id: the token that fills short rows.
+        device: of the tensors.
+
+    Raises:
+        ValueError: unequal counts, no rows, or a prompt without tokens.
+    """
+    if len(prompts) != len(completions) or not prompts:
+        raise ValueError(f"pad was given {len(prompts)} prompts and {len(completions)} completions")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty; a completion needs a token to follow")
+    prompt_lengths, lengths = (np.array([len(x) for x in side]) for side in (prompts, completions))
+    totals = prompt_lengths + lengths
+    positions = np.broadcast_to(np.arange(totals.max()), (len(prompts), totals.max()))
+    real = positions < totals[:, None]
+    scored = real & (positions >= prompt_lengths[:, None])
+    input_ids = np.full(real.shape, pad_id)
+    pairs = zip(prompts, completions, strict=True)
+    input_ids[real] = np.fromiter(chain.from_iterable(x for pair in pairs for x in pair), np.int64)
+    labels = np.where(scored, input_ids, IGNORED)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        position_ids=torch.from_numpy(positions.copy()).to(device),
+        attention_mask=torch.from_numpy(real.astype(np.int64)).to(device),
+        labels=torch.from_numpy(labels).to(device),
+        **_index(np.arange(len(prompts)), prompt_lengths, lengths, device),
+    )
+
+
+def unpack(per_token: Tensor, batch: PackedBatch, *, shifted: bool | None = None) -> list[Tensor]:
+    """Take each completion's values out of a batch, differentiably.
+
+    Args:
+        per_token: (R, S-1), shifted: column t-1 holds the value of token t (log-probs of labels shifted by
+            one, values of the state before a token); or (R, S): column t holds the value of token t.
+        batch: the batch the values belong to.
+        shifted: which of the two is meant; None reads it off the width.
+
+    Returns:
+        B tensors, (T_b,) each, in the order of the completions; an empty completion gives an empty one.
+
+    Raises:
+        ValueError: `per_token` has neither width, or not the one named.
+    """
+    return list(_completion_tokens(per_token, batch, shifted).split(batch.lengths))
+
+
+def unpack_padded(per_token: Tensor, batch: PackedBatch, T: int, *, shifted: bool | None = None) -> Tensor:
+    """As `unpack`, as one (B, T) tensor, right-padded with 0; one gather, differentiable.
+
+    Raises:
+        ValueError: `per_token` has a wrong width, or a completion has more than T tokens.
+    """
+    if max(batch.lengths, default=0) > T:
+        raise ValueError(f"T is {T}, but a completion has {max(batch.lengths)} tokens")
+    tokens = _completion_tokens(per_token, batch, shifted)  # (N,)
+    lengths = torch.tensor(batch.lengths, device=tokens.device)
+    mask = (
+        torch.arange(T, device=tokens.device) < lengths[:, None]
+    )  # (B, T); its True entries are the N tokens
+    return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
+
+
+def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool, str]:
+    """Try on a small random batch whether the model gives packed sequences the logits it gives each alone.
+
+    The model runs in eval mode without gradient; its mode and the random state are left as they were. Logits
+    may differ by 1e-4 of their largest magnitude in float32 (1e-6 in float64, 1e-2 in float16, 3e-2 in
+    bfloat16). The answer is kept as long as the model lives.
+
+    Args:
+        model: a causal `transformers` model.
+        longest: tokens of the longest prompt plus completion to be packed. A model with an attention window
+            is served up to the window's length; unknown (None) counts as longer.
+
+    Returns:
+        (True, "") or (False, the reason).
+    """
+    config = model.config.get_text_config()
+    window = _attention_window(config)
+    if window is not None and (longest is None or longest > window):
+        found = "of unstated length" if longest is None else f"of {longest} tokens"
+        return False, f"the model's attention window of {window} tokens may cut sequences {found}"
+    known = _checked.setdefault(model, {})
+    key = (getattr(config, "_attn_implementation", None), next(model.parameters()).dtype)
+    if key not in known:
+        known[key] = _try_packing(model, config.vocab_size)
+    return known[key]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module of a model in eval mode, and each back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# Answers of `supports_packing` by model, then by attention implementation and dtype.
+_checked: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
+
+Block = tuple[Sequence[int], Sequence[Sequence[int]], int]  # prompt, completions, index of the first of them
+
+
+def _split(groups: Sequence[Group], row_tokens: int | None) -> list[Block]:
+    """Groups as blocks that each fit a row, or hold a single completion."""
+    blocks: list[Block] = []
+    first = 0
+    for prompt, completions in groups:
+        start, used = 0, len(prompt) - 1
+        for end, completion in enumerate(completions):
+            if row_tokens is not None and end > start and used + 1 + len(completion) > row_tokens:
+                blocks.append((prompt, completions[start:end], first + start))
+                start, used = end, len(prompt) - 1
+            used += 1 + len(completion)
+        blocks.append((prompt, completions[start:], first + start))
+        first += len(completions)
+    return blocks
+
+
+def _fill_rows(blocks: list[Block], row_tokens: int | None) -> list[list[Block]]:
+    if row_tokens is None:
+        return [[block] for block in blocks]
+    sized = [(len(prompt) - 1 + sum(1 + len(c) for c in completions)) for prompt, completions, _ in blocks]
+    rows: list[list[Block]] = []
+    room: list[int] = []
+    for number in sorted(range(len(blocks)), key=lambda n: -sized[n]):  # stable: ties keep their order
+        row = next((r for r, left in enumerate(room) if left >= sized[number]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(row_tokens)
+        rows[row].append(blocks[number])
+        room[row] -= sized[number]
+    return rows
+
+
+def _ramp(lengths: np.ndarray) -> np.ndarray:
+    """0..n-1 for each length n, one after the other."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _index(
+    rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, device: torch.device | str | None
+) -> dict:
+    """The fields of a batch that say where its completions are."""
+    return {
+        "lengths": tuple(lengths.tolist()),
+        "token_rows": torch.from_numpy(np.repeat(rows, lengths)).to(device),
+        "token_columns": torch.from_numpy(np.repeat(starts, lengths) + _ramp(lengths)).to(device),
+    }
+
+
+def _completion_tokens(per_token: Tensor, batch: PackedBatch, shifted: bool | None) -> Tensor:
+    rows, width = batch.input_ids.shape
+    widths = {True: width - 1, False: width}
+    expected = list(widths.values()) if shifted is None else [widths[shifted]]
+    if per_token.ndim != 2 or per_token.shape[0] != rows or per_token.shape[1] not in expected:
+        shapes = " or ".join(f"({rows}, {w})" for w in expected)
+        raise ValueError(f"per_token has shape {tuple(per_token.shape)}; this batch expects {shapes}")
+    return per_token[batch.token_rows, batch.token_columns - (width - per_token.shape[1])]  # (N,)
+
+
+def _attention_window(config) -> int | None:
+    """The shortest attention window that a text config declares; 0 where windows follow the row's columns."""
+    layers = getattr(config, "layer_types", None)
+    windows = []
+    for name, layer in (
+        ("sliding_window", "sliding_attention"),
+        ("attention_chunk_size", "chunked_attention"),
+    ):
+        length = getattr(config, name, None)
+        if length is not None and (layers is None or layer in layers):
+            windows.append(length)
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
+        windows.append(0)
+    return min(windows, default=None)
+
+
+def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
+    noise = np.random.default_rng(0)  # its own generator: the global random state is the run's
+    groups = [
+        (
+            noise.integers(vocab_size, size=prompt).tolist(),
+            [noise.integers(vocab_size, size=n).tolist() for n in lengths],
+        )
+        for prompt, lengths in ((7, (5, 3, 6)), (1, (4,)), (4, (2, 7)))
+    ]
+    parameter = next(model.parameters())
+    batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype, row_tokens=40)
+    alone = [torch.tensor([*prompt, *c], device=parameter.device) for prompt, cs in groups for c in cs]
+    try:
+        with torch.no_grad(), evaluating(model):
+            packed = model(**batch.model_inputs, use_cache=False).logits
+            expected = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in alone]
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # a model may refuse the mask or the positions in any way; the reason is handed on
+        return False, f"its forward does not take a packed row: {type(error).__name__}: {error}"
+    found = packed[batch.token_rows, batch.token_columns - 1]
+    wanted = torch.cat([logits[-n - 1 : -1] for logits, n in zip(expected, batch.lengths, strict=True)])
+    difference = (found - wanted).abs().max().item()
+    allowed = _TOLERANCE.get(parameter.dtype, _TOLERANCE[torch.float32]) * wanted.abs().max().item()
+    if difference <= allowed:  # False for NaN
+        return True, ""
+    return (
+        False,
+        f"packed logits differ by {difference:.3g} from each sequence alone (allowed: {allowed:.3g})",
+    )

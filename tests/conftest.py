@@ -1,0 +1,5 @@
+"""One thread for the whole suite: tiny models are slower on several, and sums then round alike everywhere."""
+
+import torch
+
+torch.set_num_threads(1)
