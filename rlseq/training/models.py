@@ -1,0 +1,127 @@
+"""Models and tokenizers for training: loaded from a path or hub id, or built anew from a config."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlseq.errors import ConfigError, ModelError, did_you_mean
+
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+def check_model_path(name_or_path: str | None) -> None:
+    """Fail early on a local path without weights; a hub id is left for the hub to answer.
+
+    Raises:
+        ModelError: nothing is named, or the path is missing or holds no safetensors weights.
+    """
+    if not name_or_path:
+        raise ModelError("no model is named; give --model_name_or_path (a path or hub id)")
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in WEIGHT_FILES):
+            checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
+            hint = f" It has {', '.join(checkpoints[-3:])}: name one of them." if checkpoints else ""
+            raise ModelError(f"{name_or_path!r} holds no weights ({', '.join(WEIGHT_FILES)}).{hint}")
+    elif (
+        path.is_absolute()
+        or name_or_path.startswith(".")
+        or name_or_path.count("/") != 1
+        or path.parent.is_dir()
+    ):
+        near = (
+            did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+        )
+        raise ModelError(f"there is no model at {name_or_path!r}.{near}")
+
+
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer for generation: left padding, and a pad token (EOS where it has none).
+
+    Raises:
+        ModelError: there is none, or it has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name_or_path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load a tokenizer from {name_or_path!r}: {str(error).splitlines()[0]}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer of {name_or_path!r} has no EOS token, so no completion could end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
+    """Load the causal language model that `model_args` names, in float32 unless a dtype is given.
+
+    Raises:
+        ModelError: the path is missing or holds no weights.
+    """
+    check_model_path(model_args.model_name_or_path)
+    dtype = getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            dtype=dtype or torch.float32,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=trl.get_quantization_config(model_args),
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"cannot load a model from {model_args.model_name_or_path!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def build_model(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build a randomly initialised model from a config with `model_type`; its vocabulary is the tokenizer's.
+
+    Raises:
+        ConfigError: `model_type` is missing or unknown.
+    """
+    values = dict(config)
+    model_type = values.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"new_model.model_type is {model_type!r}; expected a transformers model type such as 'llama'."
+            + did_you_mean(str(model_type), CONFIG_MAPPING.keys())
+        )
+    special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values}), dtype=torch.float32
+    )
+
+
+def build_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a path or hub id, or of `path/to/file.py:function` called without arguments."""
+    file, _, function = spec.partition(":")
+    if not file.endswith(".py"):
+        return load_tokenizer(spec)
+    if not Path(file).is_file():
+        raise ConfigError(f"new_tokenizer: there is no file {file!r}")
+    module_spec = importlib.util.spec_from_file_location(f"rlseq_tokenizer_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    build: Callable[[], PreTrainedTokenizerBase] | None = getattr(module, function, None)
+    if not callable(build):
+        raise ConfigError(f"new_tokenizer: {file!r} defines no function {function!r}")
+    return build()

@@ -1,0 +1,75 @@
+"""What every training recipe does around its trainer: open the run directory, say what runs, and finish."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import Trainer, TrainingArguments
+
+from rlseq.training.callbacks import GracefulStop
+from rlseq.training.config import RunArguments
+from rlseq.training.parser import RecipeParser
+from rlseq.training.run_directory import RunDirectory, prepare
+
+SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "--new_model")
+
+
+def default_config(path: Path) -> Path | None:
+    """Return the demonstration's YAML when the command line names no config, model or data of its own."""
+    named = any(arg.split("=")[0].replace("-", "_").lstrip("_") in {s.lstrip("-") for s in SELECTS_MODEL_OR_DATA}
+                for arg in sys.argv[1:] if arg.startswith("--"))
+    return None if named else path
+
+
+def open_run(config: TrainingArguments, run: RunArguments, parser: RecipeParser) -> RunDirectory:
+    """Claim the run directory and write config.yaml; every rank returns the same paths, only the first writes.
+
+    Raises:
+        RunDirectoryError: the directory holds a run and neither continuing nor replacing it was asked for.
+    """
+    state = PartialState()
+    directory = prepare(
+        config.output_dir,
+        resume=config.resume_from_checkpoint,
+        overwrite=run.overwrite_output_dir,
+        main_process=state.is_main_process,
+    )
+    if state.is_main_process:
+        parser.write_config(directory.config)
+    state.wait_for_everyone()
+    return directory
+
+
+def say(message: str) -> None:
+    """Print one line from the first process only."""
+    if PartialState().is_main_process:
+        print(message, flush=True)
+
+
+def world() -> str:
+    """Describe the processes and devices that really run."""
+    state = PartialState()
+    return f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} on {state.device.type}"
+
+
+def announce(config: TrainingArguments, what: str) -> None:
+    """Say which world, data and directory the run really has."""
+    say(f"rlseq: {world()}, {what}, into {config.output_dir}")
+
+
+def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> bool:
+    """Save the final model, or say how to go on when the run was stopped early.
+
+    Returns:
+        True if training ran to its end.
+    """
+    if stop.stopped:
+        say(
+            f"stopped by {stop.stopped} at step {trainer.state.global_step}, saved. Continue with the same command and "
+            "--resume_from_checkpoint latest"
+        )
+        return False
+    trainer.save_model(trainer.args.output_dir)
+    return True
