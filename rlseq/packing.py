@@ -45,8 +45,8 @@ class PackedBatch:
         input_ids: (R, S) long.
         position_ids: (R, S) long; 0 at padding.
         attention_mask: (R, 1, S, S), 0 where a token (third axis) sees another (fourth axis), else the lowest
-            finite number of its dtype; padding sees itself, so that no softmax is empty. From `pad`: (R, S) of
-            0 and 1.
+            finite number of its dtype; padding sees itself, so that no softmax is empty. From `pad`: (R, S)
+            of 0 and 1.
         labels: (R, S) long, the token itself at completion tokens and IGNORED elsewhere (not yet shifted).
         lengths: tokens of each of the B completions, in the order given.
         token_rows, token_columns: (N,) long, row and column of each token of each completion in turn.
