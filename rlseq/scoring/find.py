@@ -1,0 +1,270 @@
+"""From a spec to a function: `name`, `path/to/file.py:function`, `package.module:function` or a model id.
+
+Files are loaded by location under a private module name; `sys.path` is never edited, and nothing called
+`rewards` becomes importable.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import RewardError, did_you_mean
+
+ENTRY_POINT_GROUP = "rlseq.rewards"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A reward function and where it came from.
+
+    Attributes:
+        function: the function itself.
+        name: its name, as the series is called.
+        address: "path.py:function" or "module:function", from which another process loads the same function;
+            None for a function handed over as an object that no other process can find.
+        kwargs: arguments the spec implies (the model of a model id).
+    """
+
+    function: Callable
+    name: str
+    address: str | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def bundled_folder() -> Path:
+    """Where the bundled rewards lie: inside an installed wheel, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "bundled" / "rewards"
+    return installed if installed.is_dir() else package.parent / "rewards"
+
+
+def named_files(search_root: Path) -> dict[str, list[Path]]:
+    """Reward files by name: `./rewards/*.py`, then the bundled ones; one file met twice counts once."""
+    files: dict[str, list[Path]] = {}
+    for folder in (search_root / "rewards", bundled_folder()):
+        for path in sorted(folder.glob("*.py")) if folder.is_dir() else ():
+            path = path.resolve()
+            if not path.name.startswith("_") and path not in files.setdefault(path.stem, []):
+                files[path.stem].append(path)
+    return files
+
+
+def entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    """Rewards that installed packages offer under the entry point group `rlseq.rewards`, by name."""
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def find(spec: str | Callable, search_root: Path) -> Found:
+    """Resolve one spec; file paths and `./rewards/` are relative to `search_root`.
+
+    Raises:
+        RewardError: when nothing is found, a name is found in two places, or a needed extra is missing.
+    """
+    if callable(spec):
+        return Found(spec, getattr(spec, "__name__", type(spec).__name__), _address_of(spec))
+    if match := re.fullmatch(r"(?P<path>.+\.py)(?::(?P<function>\w+))?", spec):
+        return _from_file(_existing(match["path"], search_root), match["function"])
+    if ":" in spec:
+        return _from_module(*spec.split(":", 1))
+    if (search_root / spec / "config.json").is_file():
+        return _model(str((search_root / spec).resolve()), search_root)
+    files, points = named_files(search_root), entry_points()
+    places = [str(path) for path in files.get(spec, ())]
+    if spec in points:
+        places.append(f"entry point {points[spec].value}")
+    if len(places) > 1:
+        raise RewardError(
+            f"reward {spec!r} is found in two places: {' and '.join(places)}. Rename one, or give a path "
+            "(path/to/file.py:function)."
+        )
+    if spec in files:
+        return _from_file(files[spec][0], None)
+    if spec in points:
+        return _from_module(*points[spec].value.split(":", 1), name=spec)
+    if "/" in spec:
+        return _model(spec, search_root)
+    names = sorted({*files, *points})
+    raise RewardError(
+        f"no reward is called {spec!r}.{did_you_mean(spec, names)} Expected one of {', '.join(names)}; or "
+        "path/to/file.py:function; package.module:function; or a model (a folder, or owner/name)."
+    )
+
+
+def load_address(address: str) -> Callable:
+    """Load a function from `Found.address`; what a worker process does."""
+    place, function = address.rsplit(":", 1)
+    module = load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    return getattr(module, function)
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a file by its location; an unchanged file is imported once, a changed one afresh.
+
+    Raises:
+        RewardError: when importing it fails; names the extra to install where the file declares one.
+    """
+    source = path.read_bytes()
+    digest = hashlib.sha256(str(path).encode() + b"\0" + source).hexdigest()[:12]
+    name = f"_rlseq_reward_{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs, as dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, ImportError):
+            raise RewardError(_import_advice(path, error)) from error
+        if isinstance(error, Exception):
+            raise RewardError(f"{path} fails when imported: {type(error).__name__}: {error}") from error
+        raise
+    return module
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Read from a reward file, without importing it: its `@reward` arguments and its docstring's first line.
+
+    Returns:
+        {"description", "range", "extra", "scope"} of the reward that the file is named after, or else of its
+        first.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    marked = [node for node in functions if any(_decorator_name(d) == "reward" for d in node.decorator_list)]
+    node = next((n for n in marked or functions if n.name == path.stem), (marked or functions or [None])[0])
+    about: dict[str, Any] = {"description": "", "range": None, "extra": None, "scope": "sample"}
+    if node is None:
+        return about
+    docstring = ast.get_docstring(node) or ast.get_docstring(tree) or ""
+    about["description"] = docstring.strip().split("\n")[0]
+    for decorator in node.decorator_list:
+        if isinstance(decorator, ast.Call) and _decorator_name(decorator) == "reward":
+            for keyword in decorator.keywords:
+                if keyword.arg in about:
+                    about[keyword.arg] = _literal(keyword.value)
+    return about
+
+
+def code_hash(function: Callable) -> str:
+    """A hash of the source file that defines a function (helpers included), or of its bytecode without
+    one."""
+    try:
+        source = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_bytes()
+    except (TypeError, OSError):
+        code = getattr(function, "__code__", None)
+        source = repr((code.co_code, code.co_consts, code.co_names) if code else function).encode()
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return hashlib.sha256(name.encode() + b"\0" + source).hexdigest()[:16]
+
+
+def _existing(given: str, search_root: Path) -> Path:
+    path = (search_root / Path(given).expanduser()).resolve()
+    if path.is_file():
+        return path
+    near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
+    raise RewardError(f"reward file {given!r} does not exist (looked at {path}).{near}")
+
+
+def _from_file(path: Path, function_name: str | None) -> Found:
+    module = load_file(path)
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if callable(value)
+        and getattr(value, "__module__", None) == module.__name__
+        and not isinstance(value, type)
+    }
+    if function_name is None:
+        marked = {name: value for name, value in own.items() if hasattr(value, "rlseq_reward")}
+        public = marked or {name: value for name, value in own.items() if not name.startswith("_")}
+        if path.stem in public:
+            function_name = path.stem
+        elif len(public) == 1:
+            function_name = next(iter(public))
+        else:
+            raise RewardError(
+                f"{path} has {len(public)} rewards ({', '.join(public) or 'none'}); name one as "
+                f"{path.name}:function."
+            )
+    function = own.get(function_name) or getattr(module, function_name, None)
+    if not callable(function):
+        raise RewardError(
+            f"{path} has no function {function_name!r}.{did_you_mean(function_name, own)} It has "
+            f"{', '.join(own) or 'none'}."
+        )
+    return Found(function, function_name, f"{path}:{function_name}")
+
+
+def _from_module(module_name: str, function_name: str, name: str | None = None) -> Found:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RewardError(
+            f"cannot import {module_name!r} for reward {module_name}:{function_name}: {error}. Is its "
+            "package installed "
+            "in this environment? A file is given as path/to/file.py:function."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        raise RewardError(
+            f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, names)}"
+        )
+    return Found(function, name or function_name, f"{module_name}:{function_name}")
+
+
+def _model(model: str, search_root: Path) -> Found:
+    found = _from_file(bundled_folder() / "reward_model.py", "reward_model")
+    return Found(found.function, model.rstrip("/").rsplit("/", 1)[-1], found.address, {"model": model})
+
+
+def _address_of(function: Callable) -> str | None:
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    found = getattr(sys.modules.get(module), name, None) if module and name.isidentifier() else None
+    return f"{module}:{name}" if found is function and module != "__main__" else None
+
+
+def _import_advice(path: Path, error: ImportError) -> str:
+    extra = describe_file(path)["extra"]
+    if extra:
+        return f"reward {path.stem!r} needs the extra {extra!r}: pip install 'rlseq[{extra}]' ({error})"
+    sibling = path.parent / f"{(error.name or '').split('.')[0]}.py"
+    if error.name and sibling.is_file():
+        return (
+            f"{path} imports {error.name!r}, which lies beside it; files are loaded by location and sys.path "
+            "is left "
+            "alone. Put the helper in the same file, or install both as a package."
+        )
+    return f"{path} fails when imported: {error}. Install what it needs into this environment."
+
+
+def _decorator_name(node: ast.expr) -> str:
+    node = node.func if isinstance(node, ast.Call) else node
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def _literal(node: ast.expr) -> Any:
+    """A decorator's argument; `float("inf")` and its negative among them."""
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return tuple(map(_literal, node.elts)) if isinstance(node, ast.Tuple) else _number(ast.unparse(node))
+
+
+def _number(text: str) -> Any:
+    match = re.fullmatch(r"(-?)(?:math\.inf|inf|float\(['\"]inf['\"]\))", text)
+    return float(f"{match[1]}inf") if match else text

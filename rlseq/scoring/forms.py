@@ -1,0 +1,269 @@
+"""The four forms of a reward, told apart by parameter names, and the arguments each is called with.
+
+    one at a time   f(completion, **fields and columns) -> number | None | (number, dict)
+    TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of those
+    verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
+    OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict
+
+A *call* is (row indices, keyword arguments). The forms one-at-a-time and verl's make a call for each row; the
+two batch forms one for all rows, or for each group, or (under `split`) for each row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RewardError, did_you_mean
+from ..types import Rollout
+from .reward import RewardInfo
+
+Call = tuple[Sequence[int], dict[str, Any]]
+
+FORMS_HELP = """\
+  one at a time   f(completion, **any dataset column or field) -> number | None | (number, dict)
+  TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of numbers
+  verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
+  OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict"""
+
+# What a reward may ask for by name. The reserved ones always mean this; the others give way to a column of that
+# name.
+FIELDS: dict[str, Callable[[Rollout], Any]] = {
+    "completion": lambda rollout: rollout.text,
+    "completion_ids": lambda rollout: list(rollout.completion_ids),
+    "raw_completion": lambda rollout: rollout.raw_text,
+    "finish_reason": lambda rollout: rollout.finish_reason,
+    "messages": lambda rollout: rollout.messages,
+    "logprobs": lambda rollout: list(rollout.logprobs),
+    "prompt_key": lambda rollout: rollout.prompt_key,
+    "sample": lambda rollout: rollout.sample,
+}
+RESERVED = ("prompt", "completion", "completion_ids", "raw_completion", "finish_reason")
+CONTEXT = ("trainer_state", "log_extra", "log_metric")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a reward: those it must get, those it may get, and whether it takes any name."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    takes_any: bool
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+def parameters_of(function: Callable) -> Parameters:
+    """Read a function's parameters. Positional-only ones are refused: rewards are called by name.
+
+    Raises:
+        RewardError: for positional-only parameters, or a callable without a readable signature.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"{function!r} has no readable signature: {error}. Wrap it in a def.") from error
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        raise RewardError(f"{function!r} has positional-only parameters; rewards are called by name.")
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return Parameters(
+        required=tuple(p.name for p in named if p.default is p.empty),
+        optional=tuple(p.name for p in named if p.default is not p.empty),
+        takes_any=any(p.kind is p.VAR_KEYWORD for p in parameters),
+    )
+
+
+def tell_form(parameters: Parameters, name: str) -> str:
+    """Return "single", "batch", "verl" or "openrlhf".
+
+    Raises:
+        RewardError: listing the forms, when the parameter names fit none.
+    """
+    names = set(parameters.named)
+    if "solution_str" in names:
+        return "verl"
+    if "queries" in names:
+        return "openrlhf"
+    if {"completion", "completions"} <= names:
+        raise RewardError(
+            f"reward {name!r} asks for both 'completion' and 'completions'; keep one.\n{FORMS_HELP}"
+        )
+    if names & {"completions", "prompts"}:
+        return "batch"
+    if "completion_ids" in names and parameters.takes_any and "completion" not in names:
+        return "batch"  # TRL's documented f(completion_ids, **kwargs)
+    if names & {"completion", *FIELDS}:
+        return "single"
+    given = ", ".join(parameters.named) or "no parameters"
+    near = [
+        did_you_mean(n, ("completion", "completions", "solution_str", "queries")) for n in parameters.named
+    ]
+    raise RewardError(
+        f"reward {name!r} takes ({given}), which fits no form of reward.{next(filter(None, near), '')} "
+        f"A reward is one of\n{FORMS_HELP}"
+    )
+
+
+def missing_columns(
+    form: str, parameters: Parameters, given: Iterable[str], available: Iterable[str], scope: str = "sample"
+) -> list[str]:
+    """Names a reward requires that are no field, no keyword argument of its spec and no column."""
+    have = {*given, *available, *FIELDS, "prompt"}
+    if form == "batch":
+        have |= {"prompts", "completions", *CONTEXT}
+    elif form == "verl":
+        have |= {"solution_str", "data_source", "extra_info"}
+        if "reward_model" in have:
+            have.add("ground_truth")
+    elif form == "openrlhf":
+        have |= {"queries", "prompts"}
+        if "label" in have:
+            have.add("labels")
+    return [name for name in parameters.required if name not in have]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rollouts and the columns of their prompts: lists of N values, `prompt` among them."""
+
+    rollouts: Sequence[Rollout]
+    columns: Mapping[str, Sequence[Any]]
+
+    def values(self, name: str) -> Sequence[Any]:
+        """The N values of a field or column."""
+        if name in FIELDS and (name in RESERVED or name not in self.columns):
+            read = FIELDS[name]
+            return [read(rollout) for rollout in self.rollouts]
+        return self.columns[name]
+
+    def knows(self, name: str) -> bool:
+        return name in self.columns or name in FIELDS
+
+    def prompt_texts(self) -> list[str]:
+        """The prompts as text; of chat data, the contents of the messages, one a line."""
+        return [
+            p if isinstance(p, str) else "\n".join(str(message.get("content", "")) for message in p)
+            for p in self.columns["prompt"]
+        ]
+
+    def completions(self, as_text: bool) -> list[Any]:
+        """The completions: text, or (as TRL hands them over) message lists for chat data."""
+        if as_text:
+            return [rollout.text for rollout in self.rollouts]
+        return [rollout.text if rollout.messages is None else rollout.messages for rollout in self.rollouts]
+
+    def groups(self) -> list[list[int]]:
+        """Row indices by prompt; a prompt met twice with the same sample number makes two groups."""
+        seen: dict[tuple[str, int], int] = {}
+        groups: dict[tuple[str, int], list[int]] = {}
+        for row, rollout in enumerate(self.rollouts):
+            turn = seen[rollout.prompt_key, rollout.sample] = (
+                seen.get((rollout.prompt_key, rollout.sample), -1) + 1
+            )
+            groups.setdefault((rollout.prompt_key, turn), []).append(row)
+        return list(groups.values())
+
+
+def make_calls(
+    form: str,
+    parameters: Parameters,
+    info: RewardInfo,
+    rows: Rows,
+    *,
+    kwargs: Mapping[str, Any],
+    split: bool = False,
+    context: Mapping[str, Any] | None = None,
+) -> list[Call]:
+    """Return the calls that score all rows; `split` makes batch forms of scope "sample" take one row a
+    call."""
+    read = {"single": _single, "batch": _batch, "verl": _verl, "openrlhf": _openrlhf}[form]
+    lists = {name: values for name, values in read(parameters, info, rows).items() if name not in kwargs}
+    if form in ("single", "verl"):
+        names = tuple(lists)
+        if not names:
+            return [((row,), dict(kwargs)) for row in range(len(rows.rollouts))]
+        return [
+            ((row,), {**dict(zip(names, values, strict=True)), **kwargs})
+            for row, values in enumerate(zip(*lists.values(), strict=True))
+        ]
+    if info.scope == "group":
+        index_sets: list[Sequence[int]] = list(rows.groups())
+    elif split and info.scope == "sample":
+        index_sets = [(row,) for row in range(len(rows.rollouts))]
+    else:
+        index_sets = [range(len(rows.rollouts))]
+    extra = (
+        {**(context or {}), **kwargs}
+        if parameters.takes_any
+        else {
+            name: value for name, value in {**(context or {}), **kwargs}.items() if name in parameters.named
+        }
+    )
+    return [
+        (indices, {name: [values[i] for i in indices] for name, values in lists.items()} | extra)
+        for indices in index_sets
+    ]
+
+
+def _wanted(parameters: Parameters, rows: Rows, fields: Iterable[str] = FIELDS) -> list[str]:
+    if parameters.takes_any:
+        return list(dict.fromkeys([*fields, *parameters.named, *rows.columns]))
+    return list(parameters.named)
+
+
+def _single(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
+    return {name: rows.values(name) for name in _wanted(parameters, rows) if rows.knows(name)}
+
+
+def _batch(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
+    made = {
+        "prompts": lambda: rows.columns["prompt"],
+        "completions": lambda: rows.completions(as_text=info.marked),
+    }
+    names = _wanted(parameters, rows, ("prompts", "completions", "completion_ids"))
+    # TRL hands a catch-all every column but these three
+    names = [n for n in names if n in parameters.named or n not in ("prompt", "completion")]
+    return {
+        name: made[name]() if name in made else rows.values(name)
+        for name in names
+        if name in made or rows.knows(name)
+    }
+
+
+def _verl(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
+    lists: dict[str, Sequence[Any]] = {"solution_str": rows.completions(as_text=True)}
+    if "data_source" not in rows.columns:
+        lists["data_source"] = [""] * len(rows.rollouts)
+    if "ground_truth" not in rows.columns and "reward_model" in rows.columns:
+        lists["ground_truth"] = [value["ground_truth"] for value in rows.columns["reward_model"]]
+    if "extra_info" not in rows.columns:
+        lists["extra_info"] = [None] * len(rows.rollouts)
+    four = ("data_source", "ground_truth", "extra_info")
+    lists |= {
+        name: rows.values(name)
+        for name in (*four, *parameters.named)
+        if name not in lists and rows.knows(name)
+    }
+    return {
+        name: values
+        for name, values in lists.items()
+        if name in parameters.named or (name in four and parameters.takes_any)
+    }
+
+
+def _openrlhf(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
+    prompts = rows.prompt_texts()
+    lists: dict[str, Sequence[Any]] = {
+        "queries": [
+            prompt + rollout.raw_text for prompt, rollout in zip(prompts, rows.rollouts, strict=True)
+        ],
+        "prompts": prompts,
+    }
+    if "labels" in rows.columns or "label" in rows.columns:
+        lists["labels"] = rows.columns.get("labels", rows.columns.get("label"))
+    lists |= {name: rows.values(name) for name in parameters.named if name not in lists and rows.knows(name)}
+    return {n: v for n, v in lists.items() if n in parameters.named or parameters.takes_any}

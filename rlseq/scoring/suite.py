@@ -1,0 +1,271 @@
+"""A set of rewards that scores rollouts: arguments in, a value and a status for every completion out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RewardError, did_you_mean
+from ..types import Rollout, ScoredRollout
+from .find import code_hash
+from .forms import Rows
+from .outcome import FAILURES, Outcome, shorten
+from .reward import CorpusMetric, Ratio
+from .runner import Reward, reward_from_spec
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """What a suite said of N rollouts; every list has N entries, in the order of the rollouts.
+
+    Attributes:
+        scored: the rollouts with their values, statuses, totals and details.
+        values: value by reward name; None where it abstained or failed.
+        status: "ok", "abstained", "error", "timeout" or "invalid", by reward name.
+        totals: as in `ScoredRollout.total`.
+        details: by reward name, what it returned beside each value.
+        messages: by reward name, {row: what went wrong} for the failures.
+    """
+
+    scored: list[ScoredRollout]
+    values: dict[str, list[float | None]]
+    status: dict[str, list[str]]
+    totals: list[float | None]
+    details: dict[str, list[Mapping[str, Any]]]
+    messages: dict[str, dict[int, str]] = field(default_factory=dict)
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How many completions each reward failed on (error, timeout or invalid)."""
+        return {name: sum(s in FAILURES for s in statuses) for name, statuses in self.status.items()}
+
+    @property
+    def failure_counts(self) -> dict[str, dict[str, int]]:
+        """The same by kind: {reward: {"abstained": .., "error": .., "timeout": .., "invalid": ..}}."""
+        kinds = ("abstained", *FAILURES)
+        return {
+            name: {kind: statuses.count(kind) for kind in kinds} for name, statuses in self.status.items()
+        }
+
+
+class RewardSuite:
+    """Rewards, their weights, and the one way to call them; made by `load_rewards`.
+
+    Attributes:
+        rewards: the loaded rewards.
+        names: a unique series name for each.
+        weights: a weight for each.
+        corpus: corpus metrics by name, each knowing its reward's series name. A metric name met twice becomes
+            `<reward>.<metric>`.
+        max_error_rate: the largest share of one `score` call that may fail, for each reward.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], max_error_rate: float = 0.05):
+        self.rewards = list(rewards)
+        self.names = [reward.name for reward in rewards]
+        self.weights = list(weights)
+        self.max_error_rate = max_error_rate
+        self.corpus: dict[str, CorpusMetric | Ratio] = {}
+        for reward in rewards:
+            for metric, definition in reward.info.corpus.items():
+                key = f"{reward.name}.{metric}" if metric in self.corpus else metric
+                self.corpus[key] = dataclasses.replace(definition, reward=reward.name)
+
+    def __enter__(self) -> RewardSuite:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes; they start again when needed, and end by themselves with this process."""
+        for reward in self.rewards:
+            reward.close()
+
+    def check_columns(self, available: Iterable[str]) -> None:
+        """Raise RewardError, listing the columns, if a reward asks for what is neither a field nor a
+        column."""
+        available = list(available)
+        for reward in self.rewards:
+            reward.check_columns(available)
+
+    def signature(self) -> dict[str, Any]:
+        """Names, weights, arguments and code hashes: equal signatures give equal scores."""
+        return {
+            reward.name: {"weight": weight, "kwargs": dict(reward.kwargs), "code": code_hash(reward.function)}
+            for reward, weight in zip(self.rewards, self.weights, strict=True)
+        }
+
+    def score(
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Sequence[Any]], context: Any = None
+    ) -> ScoreTable:
+        """Score N rollouts.
+
+        Args:
+            rollouts: N rollouts. Rewards of scope "group" need all G samples of each prompt among them.
+            columns: lists of N values by column name, with `prompt` (as the user wrote it) among them.
+            context: for TRL's batch form, an object with `trainer_state`, `log_extra` and `log_metric`.
+
+        Raises:
+            RewardError: a reward failed and its `on_error` is "raise"; a batch form returned a wrong number
+                of values; more than `max_error_rate` of the rows failed; or the columns do not fit.
+        """
+        rollouts = list(rollouts)
+        rows = Rows(rollouts, columns)
+        self._check_lengths(rows)
+        if rollouts:
+            self.check_columns(columns)
+        outcomes = [reward.outcomes(rows, context) for reward in self.rewards]
+        for reward, column in zip(self.rewards, outcomes, strict=True):
+            self._check_failures(reward.name, column, rollouts)
+        return self._table(rollouts, outcomes)
+
+    def _check_lengths(self, rows: Rows) -> None:
+        if "prompt" not in rows.columns:
+            given = ", ".join(rows.columns) or "none"
+            raise RewardError(
+                f"columns are {given}; expected 'prompt' among them.{did_you_mean('prompt', rows.columns)}"
+            )
+        for name, values in rows.columns.items():
+            if len(values) != len(rows.rollouts):
+                raise RewardError(
+                    f"column {name!r} has {len(values)} values for {len(rows.rollouts)} rollouts; expected "
+                    "one value a "
+                    "rollout (repeat a prompt's value for each of its samples)."
+                )
+
+    def _check_failures(self, name: str, outcomes: list[Outcome], rollouts: list[Rollout]) -> None:
+        """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is
+        allowed."""
+        failed = [row for row, outcome in enumerate(outcomes) if outcome.status in FAILURES]
+        if len(failed) > self.max_error_rate * len(outcomes) and (
+            len(failed) > 1 or self.max_error_rate == 0
+        ):
+            first = failed[0]
+            raise RewardError(
+                f"reward {name!r} failed on {len(failed)} of {len(outcomes)} completions, more than "
+                "max_error_rate = "
+                f"{self.max_error_rate:g} allows. The first: {describe(rollouts[first], outcomes[first])}. "
+                "Fix the reward "
+                "(`rlseq reward check`), or raise max_error_rate."
+            )
+
+    def _table(self, rollouts: list[Rollout], outcomes: list[list[Outcome]]) -> ScoreTable:
+        names, weights = self.names, self.weights
+        scored, totals = [], []
+        for row, rollout in enumerate(rollouts):
+            mine = [column[row] for column in outcomes]
+            total = weighted_total([outcome.value for outcome in mine], weights)
+            totals.append(total)
+            scored.append(
+                ScoredRollout(
+                    rollout,
+                    {name: outcome.value for name, outcome in zip(names, mine, strict=True)},
+                    {name: outcome.status for name, outcome in zip(names, mine, strict=True)},
+                    total,
+                    {name: outcome.details for name, outcome in zip(names, mine, strict=True)},
+                )
+            )
+        by_name = list(zip(names, outcomes, strict=True))
+        return ScoreTable(
+            scored,
+            values={name: [o.value for o in column] for name, column in by_name},
+            status={name: [o.status for o in column] for name, column in by_name},
+            totals=totals,
+            details={name: [o.details for o in column] for name, column in by_name},
+            messages={
+                name: {row: o.message for row, o in enumerate(column) if o.message}
+                for name, column in by_name
+            },
+        )
+
+
+def weighted_total(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """Σ w·v over the values present, times Σ|w| over all / Σ|w| over those present; None if none is.
+
+    So an abstention changes no scale. Where only rewards of weight 0 are present the total is None, unless
+    every weight is 0: then it is 0.
+    """
+    if None not in values:
+        return float(sum(w * v for w, v in zip(weights, values, strict=True)))
+    present = [(w, v) for w, v in zip(weights, values, strict=True) if v is not None]
+    if not present:
+        return None
+    everything, there = sum(map(abs, weights)), sum(abs(w) for w, _ in present)
+    if there == 0:
+        return 0.0 if everything == 0 else None
+    return float(sum(w * v for w, v in present) * everything / there)
+
+
+def describe(rollout: Rollout, outcome: Outcome) -> str:
+    """One failed completion, for an error message."""
+    return (
+        f"{outcome.status}: {outcome.message}, on prompt {rollout.prompt_key!r}, sample {rollout.sample}, "
+        "completion "
+        f"{shorten(rollout.text)}"
+    )
+
+
+def load_rewards(
+    specs: Iterable[Any] | str,
+    *,
+    weights: Sequence[float] | None = None,
+    search_root: str | Path | None = None,
+    max_error_rate: float = 0.05,
+) -> RewardSuite:
+    """Find and load rewards.
+
+    Args:
+        specs: strings (a bundled name, `path/to/file.py:function`, `package.module:function`, a model id or
+            path), functions, or mappings {func, name, weight, kwargs, columns, scope, timeout, on_error,
+            floor, workers, concurrency, retries, cache}; see docs/rewards.md.
+        weights: one number a spec; 1 for each by default. Given here or in the specs, not both.
+        search_root: where relative paths and `./rewards/` start; the working directory by default.
+        max_error_rate: the largest share of one `score` call that may fail before it raises.
+
+    Raises:
+        RewardError: a reward cannot be found, fits no form, or its options do not fit together.
+    """
+    specs = [specs] if isinstance(specs, (str, Mapping)) or callable(specs) else list(specs)
+    if not specs:
+        raise RewardError(
+            "no rewards were given; expected at least one. `rlseq reward list` shows the bundled ones."
+        )
+    root = Path(search_root) if search_root is not None else Path.cwd()
+    in_specs = [spec.get("weight") if isinstance(spec, Mapping) else None for spec in specs]
+    if weights is not None:
+        if any(weight is not None for weight in in_specs):
+            raise RewardError(
+                "weights are given both in the reward specs and in reward_weights; keep one of the two."
+            )
+        if len(weights) != len(specs):
+            raise RewardError(
+                f"reward_weights has {len(weights)} numbers for {len(specs)} rewards; expected one each."
+            )
+        in_specs = list(weights)
+    resolved = [
+        1.0 if weight is None else _number(weight, spec) for weight, spec in zip(in_specs, specs, strict=True)
+    ]
+    rewards: list[Reward] = []
+    for spec in specs:
+        reward = reward_from_spec(spec, root)
+        rewards.append(reward.renamed(_unique(reward.name, [other.name for other in rewards])))
+    return RewardSuite(rewards, resolved, max_error_rate)
+
+
+def _number(weight: Any, spec: Any) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise RewardError(f"the weight of {spec!r} is {weight!r}; expected a number.")
+    return float(weight)
+
+
+def _unique(name: str, taken: list[str]) -> str:
+    """`name`, or `name-2`, `name-3`, ...: two rewards of one name stay two series."""
+    candidate, number = name, 1
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
