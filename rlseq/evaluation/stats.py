@@ -1,0 +1,366 @@
+"""Intervals, paired tests and estimators over rows, from per-row statistics alone.
+
+A metric is per-row statistics (R rows, K columns) and an aggregate that turns them into one number: a mean,
+or a ratio of sums such as edits over lengths. A bootstrap then resamples rows of statistics and never looks
+at a text again. Where the aggregate only needs column sums, N resamples are one matrix product: a count
+matrix (N, R) times the statistics (R, K).
+
+Differences are b − a everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rlseq.errors import RlseqError
+
+Aggregate = Callable[[np.ndarray], Any]
+Key = TypeVar("Key", bound=Hashable)
+
+_CHUNK_ENTRIES = 2**21  # entries of a resampling matrix held at once: 16 MB as float64
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95% percentile bootstrap interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PairedResult:
+    """The difference b − a on the same rows, its 95% interval and its two-sided sign-flip p-value."""
+
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    resamples: int
+
+
+@dataclass(frozen=True)
+class MeanOf:
+    """The mean of one column.
+
+    An aggregate is any callable on statistics (n,) or (n, K). One that also has `from_sums` is fast: it gets
+    column sums (..., K) *divided by the number of rows*, so that a mean is a column and a ratio of sums is
+    what it was, and returns the metric (...).
+    """
+
+    column: int = 0
+
+    def __call__(self, stats: np.ndarray) -> float:
+        return float(np.mean(stats if stats.ndim == 1 else stats[:, self.column]))
+
+    def from_sums(self, sums: np.ndarray) -> np.ndarray:
+        return sums[..., self.column]
+
+
+@dataclass(frozen=True)
+class RatioOfSums:
+    """Σ numerator / Σ denominator over rows: a corpus error rate, or a mean over the values present.
+
+    A row that abstains puts 0 in both columns. Without any denominator the ratio is NaN.
+    """
+
+    numerator_column: int = 0
+    denominator_column: int = 1
+
+    def __call__(self, stats: np.ndarray) -> float:
+        return float(self.from_sums(stats.sum(axis=0)))
+
+    def from_sums(self, sums: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return sums[..., self.numerator_column] / sums[..., self.denominator_column]
+
+
+@dataclass(frozen=True)
+class ExpRatioOfSums(RatioOfSums):
+    """exp(Σ numerator / Σ denominator): perplexity, from summed nats and token counts."""
+
+    def from_sums(self, sums: np.ndarray) -> np.ndarray:
+        return np.exp(super().from_sums(sums))
+
+
+def bootstrap(stats: np.ndarray, aggregate: Aggregate, *, seed: int, resamples: int = 10_000) -> Interval:
+    """The aggregate and its 95% percentile interval over resampled rows (Efron & Tibshirani 1993, ch. 13).
+
+    Args:
+        stats: per-row statistics, (R,) or (R, K), finite; a row holds all samples of a prompt.
+        aggregate: statistics -> number; `np.mean`, `MeanOf`, `RatioOfSums` and their like are fast.
+        seed: names the resampled rows: the same seed and R resample the same rows for every metric.
+
+    Raises:
+        RlseqError: no rows, a non-finite statistic, or a `from_sums` that disagrees with its aggregate.
+    """
+    return bootstrap_many({"": (stats, aggregate)}, seed=seed, resamples=resamples)[""]
+
+
+def bootstrap_many(
+    metrics: Mapping[Key, tuple[np.ndarray, Aggregate]], *, seed: int, resamples: int = 10_000
+) -> dict[Key, Interval]:
+    """`bootstrap` for many metrics of the same R rows in one pass: every metric sees the same resamples."""
+    tables = {key: _table(stats, key) for key, (stats, _) in metrics.items()}
+    aggregates = {key: _fast(aggregate) for key, (_, aggregate) in metrics.items()}
+    rows = _common_rows(tables)
+    for key in metrics:
+        _check_from_sums(aggregates[key], tables[key], key)
+
+    draws = {key: [] for key in metrics}
+    for index, sums in _resampled(tables, aggregates, rows, seed, resamples):
+        for key, aggregate in aggregates.items():
+            if key in sums:
+                draws[key].append(aggregate.from_sums(sums[key]))
+            else:
+                draws[key].append(np.array([_call(aggregate, metrics[key][0], i) for i in index]))
+    return {
+        key: Interval(
+            float(aggregates[key](np.asarray(stats, dtype=float))), _percentiles(np.concatenate(draws[key]))
+        )
+        for key, (stats, _) in metrics.items()
+    }
+
+
+def paired_bootstrap(
+    stats_a: np.ndarray, stats_b: np.ndarray, aggregate: Aggregate, *, seed: int, resamples: int = 10_000
+) -> PairedResult:
+    """aggregate(b) − aggregate(a) on the same rows, with interval and p-value.
+
+    The interval resamples rows, the same for both sides (Koehn 2004). The p-value swaps a and b of each row
+    with chance ½ and counts the swaps whose difference is at least as large, (hits + 1) / (N + 1): the
+    two-sided sign-flip permutation test. The same statistics on both sides give 0, (0, 0) and 1 exactly.
+
+    Args:
+        stats_a, stats_b: per-row statistics, equal shapes (R,) or (R, K), row i of both of the same prompt.
+        aggregate, seed: as in `bootstrap`.
+
+    Raises:
+        RlseqError: as `bootstrap`, or shapes that differ.
+    """
+    return paired_bootstrap_many({"": (stats_a, stats_b, aggregate)}, seed=seed, resamples=resamples)[""]
+
+
+def paired_bootstrap_many(
+    comparisons: Mapping[Key, tuple[np.ndarray, np.ndarray, Aggregate]],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+) -> dict[Key, PairedResult]:
+    """`paired_bootstrap` for many comparisons on the same R rows in one pass."""
+    a = {key: _table(stats_a, key) for key, (stats_a, _, _) in comparisons.items()}
+    b = {key: _table(stats_b, key) for key, (_, stats_b, _) in comparisons.items()}
+    aggregates = {key: _fast(aggregate) for key, (_, _, aggregate) in comparisons.items()}
+    rows = _common_rows({**{(0, key): x for key, x in a.items()}, **{(1, key): x for key, x in b.items()}})
+    for key in comparisons:
+        if a[key].shape != b[key].shape:
+            raise RlseqError(
+                f"Statistics of {key!r} have shapes {a[key].shape} and {b[key].shape}; "
+                "a paired comparison needs the same rows and columns on both sides."
+            )
+        _check_from_sums(aggregates[key], a[key], key)
+
+    # Sums of b are sums of a plus sums of b − a: where both sides are equal that adds an exact zero, which
+    # two separate matrix products would not.
+    tables = {key: np.hstack([a[key], b[key] - a[key]]) for key in comparisons}
+    observed = {key: _difference(aggregates[key], *comparisons[key][:2]) for key in comparisons}
+    sizes = {
+        key: abs(float(aggregates[key](np.asarray(x[0], dtype=float)))) for key, x in comparisons.items()
+    }
+
+    draws = {key: [] for key in comparisons}
+    for index, sums in _resampled(tables, aggregates, rows, seed, resamples):
+        for key, aggregate in aggregates.items():
+            if key in sums:
+                sums_a, gap = np.split(sums[key], 2, axis=-1)
+                draws[key].append(aggregate.from_sums(sums_a + gap) - aggregate.from_sums(sums_a))
+            else:
+                stats_a, stats_b = (np.asarray(x, dtype=float) for x in comparisons[key][:2])
+                draws[key].append(np.array([_difference(aggregate, stats_a[i], stats_b[i]) for i in index]))
+
+    hits = dict.fromkeys(comparisons, 0)
+    for flips, sums in _flipped(tables, aggregates, rows, seed, resamples):
+        for key, aggregate in aggregates.items():
+            if key in sums:
+                moved = np.split(sums[key], 2, axis=-1)[1]
+                mean_a, mean_b = a[key].mean(axis=0), b[key].mean(axis=0)
+                permuted = aggregate.from_sums(mean_b - moved) - aggregate.from_sums(mean_a + moved)
+            else:
+                permuted = np.array([_swapped(aggregate, *comparisons[key][:2], flip) for flip in flips])
+            hits[key] += _as_extreme(permuted, observed[key], sizes[key] + abs(observed[key]))
+
+    return {
+        key: PairedResult(
+            observed[key],
+            _percentiles(np.concatenate(draws[key])),
+            (hits[key] + 1) / (resamples + 1),
+            resamples,
+        )
+        for key in comparisons
+    }
+
+
+def pass_at_k(n: Any, c: Any, k: Any) -> Any:
+    """Chance that k of n samples, drawn without replacement, hold a right one, when c of the n are right.
+
+    1 − C(n−c, k) / C(n, k): the unbiased estimator of pass@k of Chen et al. 2021 (eq. 1). Scalars give a
+    float, arrays broadcast.
+
+    Raises:
+        RlseqError: unless 0 ≤ c ≤ n and 1 ≤ k ≤ n, all whole.
+    """
+    n_, c_, k_ = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (n, c, k)))
+    whole = all(np.all(x == np.floor(x)) for x in (n_, c_, k_))
+    if not whole or np.any((c_ < 0) | (c_ > n_) | (k_ < 1) | (k_ > n_)):
+        raise RlseqError(
+            f"pass_at_k got n={n}, c={c}, k={k}; it needs whole numbers with 0 <= c <= n and 1 <= k <= n. "
+            "Draw more samples a row for a larger k."
+        )
+    all_wrong = np.ones(n_.shape)  # C(n−c, k) / C(n, k) = Π_j (n−c−j) / (n−j), j = 0..k−1
+    for j in range(int(k_.max(initial=0))):
+        factor = np.clip(n_ - c_ - j, 0, None) / np.maximum(n_ - j, 1)
+        all_wrong = np.where(j < k_, all_wrong * factor, all_wrong)
+    result = 1.0 - all_wrong
+    return float(result) if result.ndim == 0 else result
+
+
+def best_of_k(rewards_n: Any, k: int) -> Any:
+    """Expected best reward of k out of n samples drawn without replacement: unbiased for best-of-k.
+
+    Σ_i C(i−1, k−1) / C(n, k) · r_(i) over the rewards in ascending order: r_(i) is the best of those subsets
+    whose other k−1 lie among the i−1 below it.
+
+    Args:
+        rewards_n: (n,) or (..., n) rewards.
+        k: how many are drawn, 1 ≤ k ≤ n.
+
+    Raises:
+        RlseqError: when k is out of range or a reward is not finite.
+    """
+    rewards = np.sort(np.asarray(rewards_n, dtype=float), axis=-1)
+    n = rewards.shape[-1] if rewards.ndim else 0
+    if not 1 <= k <= n or not np.all(np.isfinite(rewards)):
+        raise RlseqError(f"best_of_k got k={k} and {n} rewards; it needs 1 <= k <= n and finite rewards.")
+    weights = np.array([math.comb(i, k - 1) / math.comb(n, k) for i in range(n)])
+    best = rewards @ weights
+    return float(best) if best.ndim == 0 else best
+
+
+def _table(stats: Any, key: Hashable) -> np.ndarray:
+    """Statistics as (R, K) floats, refused unless finite (0 resamples of an inf would be NaN)."""
+    table = np.asarray(stats, dtype=float)
+    if table.ndim not in (1, 2) or table.shape[0] == 0:
+        raise RlseqError(
+            f"Statistics of {key!r} have shape {table.shape}; expected (rows,) or (rows, columns)."
+        )
+    if not np.all(np.isfinite(table)):
+        row = int(np.argwhere(~np.isfinite(table))[0][0])
+        raise RlseqError(
+            f"Statistics of {key!r} are not finite in row {row}. Give an absent value as 0, with a count "
+            "of 0 in a second column, and aggregate with RatioOfSums."
+        )
+    return table.reshape(table.shape[0], -1)
+
+
+def _common_rows(tables: Mapping[Any, np.ndarray]) -> int:
+    counts = {key: table.shape[0] for key, table in tables.items()}
+    if len(set(counts.values())) > 1:
+        raise RlseqError(f"Metrics bootstrapped together need the same rows, but have {counts}.")
+    return next(iter(counts.values()), 0)
+
+
+def _fast(aggregate: Aggregate) -> Aggregate:
+    return MeanOf() if aggregate is np.mean else aggregate
+
+
+def _call(aggregate: Aggregate, stats: Any, index: np.ndarray) -> float:
+    return float(aggregate(np.asarray(stats, dtype=float)[index]))
+
+
+def _difference(aggregate: Aggregate, stats_a: Any, stats_b: Any) -> float:
+    return float(aggregate(np.asarray(stats_b, dtype=float))) - float(
+        aggregate(np.asarray(stats_a, dtype=float))
+    )
+
+
+def _swapped(aggregate: Aggregate, stats_a: Any, stats_b: Any, flip: np.ndarray) -> float:
+    stats_a, stats_b = np.asarray(stats_a, dtype=float), np.asarray(stats_b, dtype=float)
+    flip = flip.astype(bool).reshape(-1, *[1] * (stats_a.ndim - 1))
+    return _difference(aggregate, np.where(flip, stats_b, stats_a), np.where(flip, stats_a, stats_b))
+
+
+def _as_extreme(permuted: np.ndarray, observed: float, size: float) -> int:
+    """How many differences are at least the observed one, up to rounding of metrics of this size."""
+    return int(np.sum(~(np.abs(permuted) < abs(observed) - 1e-12 * size)))  # an undefined one counts
+
+
+def _check_from_sums(aggregate: Aggregate, table: np.ndarray, key: Hashable) -> None:
+    if not hasattr(aggregate, "from_sums"):
+        return
+    direct, from_sums = float(aggregate(table)), float(aggregate.from_sums(table.mean(axis=0)))
+    if not np.isclose(direct, from_sums, rtol=1e-6, atol=1e-12, equal_nan=True):
+        raise RlseqError(
+            f"The aggregate of {key!r} gives {direct} from the rows and {from_sums} by `from_sums`, which "
+            "gets column sums divided by the number of rows. Make them agree, or remove `from_sums`."
+        )
+
+
+def _products(
+    weights: np.ndarray, tables: Mapping[Key, np.ndarray], aggregates: Mapping[Key, Aggregate]
+) -> dict[Key, np.ndarray]:
+    """weights (n, R) @ every table whose aggregate works on sums, as one product, over the number of rows."""
+    fast = [key for key in tables if hasattr(aggregates[key], "from_sums")]
+    if not fast:
+        return {}
+    sums = weights @ np.hstack([tables[key] for key in fast]) / weights.shape[1]
+    edges = np.cumsum([tables[key].shape[1] for key in fast])[:-1]
+    return dict(zip(fast, np.split(sums, edges, axis=1), strict=True))
+
+
+def _chunks(rows: int, resamples: int) -> Iterator[int]:
+    size = max(1, _CHUNK_ENTRIES // max(rows, 1))
+    for start in range(0, resamples, size):
+        yield min(size, resamples - start)
+
+
+def _resampled(
+    tables: Mapping[Key, np.ndarray],
+    aggregates: Mapping[Key, Aggregate],
+    rows: int,
+    seed: int,
+    resamples: int,
+) -> Iterator[tuple[np.ndarray, dict[Key, np.ndarray]]]:
+    """Rows drawn with replacement: (n, R) indices and, by key, the (n, K) sums of the drawn rows."""
+    rng = np.random.default_rng([seed, 0])
+    for n in _chunks(rows, resamples):
+        index = rng.integers(rows, size=(n, rows))
+        flat = (index + rows * np.arange(n)[:, None]).ravel()
+        counts = np.bincount(flat, minlength=n * rows).reshape(n, rows).astype(float)
+        yield index, _products(counts, tables, aggregates)
+
+
+def _flipped(
+    tables: Mapping[Key, np.ndarray],
+    aggregates: Mapping[Key, Aggregate],
+    rows: int,
+    seed: int,
+    resamples: int,
+) -> Iterator[tuple[np.ndarray, dict[Key, np.ndarray]]]:
+    """Which rows swap sides: (n, R) zeros and ones and, by key, the (n, K) sums of the swapped rows."""
+    rng = np.random.default_rng([seed, 1])
+    for n in _chunks(rows, resamples):
+        flips = rng.integers(2, size=(n, rows)).astype(float)
+        yield flips, _products(flips, tables, aggregates)
+
+
+def _percentiles(draws: np.ndarray) -> tuple[float, float]:
+    """The 2.5% and 97.5% quantiles; resamples where the metric is undefined (0 / 0) are left out."""
+    defined = draws[~np.isnan(draws)]
+    if defined.size == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return float(low), float(high)
