@@ -1,0 +1,301 @@
+"""Teacher forcing: what a model thinks of given sequences, and the measures made of it.
+
+One forward pass over a prompt x and a completion y scores every token given those before it, and by the chain
+rule the sum is the log-prob of the whole completion, exactly:
+
+    log p(y | x) = Σ_t log p(y_t | x, y_<t)
+
+So the summed next-token losses are −log of the joint probability: teacher forcing is a loss of sequences.
+Log-probs are in nats; lengths are in tokens, the stop token included where there is one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlseq.packing import PackedBatch, evaluating, pack, pad, supports_packing
+
+_ROW_TOKENS = (
+    1024  # attention costs the square of a row: completions of one prompt beyond this start another row
+)
+_CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32
+
+
+class Warp(Protocol):
+    """What `score` needs of a decoding strategy."""
+
+    def warp(self, logits: Tensor) -> Tensor:
+        """Log-probs (..., V) of the distribution the strategy samples from, given logits (..., V)."""
+
+
+def score(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    strategy: Warp | None = None,
+    batch_tokens: int = 16_384,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Log-prob of each token of each completion, given its prompt and the tokens before it.
+
+    Runs in eval mode without gradient and restores the mode. Completions of equal prompts share a packed row,
+    the prompt computed once, where `supports_packing` finds that exact; else rows are padded on the right.
+
+    Where the model's logits are its head on its decoder's output and nothing more, only completion tokens are
+    projected on the vocabulary, in chunks. Other models (soft-capped or scaled logits) run in batches small
+    enough that their logits fit a chunk, a single longer row excepted.
+
+    Args:
+        model: a causal `transformers` model.
+        prompt_ids: B prompts, each of one token at least.
+        completion_ids: B completions; an empty one gives an empty tensor.
+        strategy: log-probs are those of the distribution that this strategy samples from (−inf for a token it
+            cannot produce); None: of the model's own.
+        batch_tokens: tokens in a forward pass, padding included; a longer single row runs alone.
+        progress: called with (completions done, B) after each batch.
+
+    Returns:
+        B tensors of shape (T_b,), nats, float32 or wider, on the model's device.
+
+    Raises:
+        ValueError: unequal numbers of prompts and completions, an empty prompt, batch_tokens below 1, or a
+            strategy that draws from no distribution (greedy, beam).
+    """
+    if len(prompt_ids) != len(completion_ids):
+        raise ValueError(f"score was given {len(prompt_ids)} prompts and {len(completion_ids)} completions")
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
+    if strategy is not None and not hasattr(strategy, "warp"):
+        raise ValueError(f"{strategy} draws from no distribution; pass None for the model's own log-probs")
+    if not prompt_ids:
+        return []
+    parameter = next(model.parameters())
+    longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
+    shared = len({tuple(p) for p in prompt_ids}) < len(prompt_ids)
+    packs = shared and supports_packing(model, longest)[0]
+    whole = not _head_is_separate(model)
+    if whole:
+        batch_tokens = min(batch_tokens, max(1, _CHUNK_LOGITS // model.config.get_text_config().vocab_size))
+
+    scores: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
+    done = 0
+    units = _units(prompt_ids, completion_ids, min(_ROW_TOKENS, batch_tokens) if packs else None)
+    with torch.no_grad(), evaluating(model):
+        for group in _batches(units, batch_tokens):
+            members = [index for _, indices in group for index in indices]
+            prompts = [prompt_ids[indices[0]] for _, indices in group]
+            completions = [[completion_ids[index] for index in indices] for _, indices in group]
+            if packs:
+                groups = list(zip(prompts, completions, strict=True))
+                batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype)
+            else:
+                batch = pad(prompts, [c for (c,) in completions], pad_id=0, device=parameter.device)
+            tokens = _score_batch(model, batch, strategy, whole)
+            for index, values in zip(members, tokens.split(batch.lengths), strict=True):
+                scores[index] = values.clone()  # a view would keep the whole batch alive
+            done += len(members)
+            if progress is not None:
+                progress(done, len(prompt_ids))
+    return scores
+
+
+def token_logprobs(logits: Tensor, labels: Tensor, strategy: Warp | None = None) -> Tensor:
+    """log p(label) under each distribution: the gather of a log-softmax, in float32 or wider, differentiable.
+
+    Args:
+        logits: (..., V), at the position *before* each label.
+        labels: (...) long.
+        strategy: as for `score`.
+
+    Returns:
+        (...) nats.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(logits.shape[:-1])}")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = torch.log_softmax(wide, -1) if strategy is None else strategy.warp(wide)
+    return logprobs.gather(-1, labels[..., None])[..., 0]
+
+
+def sequence_logprob(token_logprobs: Tensor) -> Tensor:
+    """log p(y | x) = Σ_t log p(y_t | x, y_<t) of one completion: (T,) nats -> () nats; empty gives 0."""
+    return token_logprobs.sum()
+
+
+def block_nll(token_logprobs: Tensor, n: int) -> Tensor:
+    """Loss of each block of n tokens, −log p(block | all before it): an n-token loss.
+
+        loss_j = −Σ_{t = jn}^{jn+n-1} log p(y_t | x, y_<t)
+
+    By the chain rule the blocks sum to −log p(y | x) for every n: n = 1 is the next-token loss, n = T the
+    loss of the whole sequence, and no n teaches more than another.
+
+    Args:
+        token_logprobs: (T,) nats.
+        n: tokens in a block; the last block may be shorter.
+
+    Returns:
+        (⌈T / n⌉,) nats.
+
+    Raises:
+        ValueError: n below 1, or not one sequence.
+    """
+    if n < 1 or token_logprobs.ndim != 1:
+        raise ValueError(f"block_nll takes (T,) and n >= 1, not {tuple(token_logprobs.shape)} and n = {n}")
+    blocks = -(-len(token_logprobs) // n)
+    filled = nn.functional.pad(token_logprobs, (0, blocks * n - len(token_logprobs)))
+    return -filled.view(blocks, n).sum(1)
+
+
+def perplexity(total_nll: float, tokens: int) -> float:
+    """exp(total_nll / tokens): total_nll in nats over that many tokens. inf where the exponent overflows."""
+    if tokens < 1:
+        raise ValueError(f"perplexity of {tokens} tokens; expected at least 1")
+    mean = float(total_nll) / tokens
+    return math.exp(mean) if mean < 709 else math.inf if mean == mean else mean
+
+
+def bits_per_byte(total_nll: float, num_bytes: int) -> float:
+    """total_nll / (ln 2 · num_bytes): bits an ideal coder spends on a byte of the text; total_nll in nats.
+
+    Unlike perplexity it does not depend on the tokenizer. num_bytes counts UTF-8 bytes of what was scored.
+    """
+    if num_bytes < 1:
+        raise ValueError(f"bits_per_byte of {num_bytes} bytes; expected at least 1")
+    return float(total_nll) / (math.log(2) * num_bytes)
+
+
+def reference_probability(sequence_logprobs: Tensor, row_index: Tensor, num_rows: int) -> Tensor:
+    """The chance that sampling produces one of a row's references, exactly and without sampling.
+
+        p_i = Σ_{y ∈ references of row i} exp(log q(y | x_i))
+
+    Distinct sequences are disjoint events, so their probabilities add. References that repeat within a row
+    would count twice: the caller passes distinct ones (compared by token ids, stop token included). Where
+    references enumerate the right answers, p_i is the expected accuracy of one sample.
+
+    Args:
+        sequence_logprobs: (N,) nats, of N references in all, under the distribution q that is sampled from.
+        row_index: (N,) long, the row of each.
+        num_rows: rows; one without references has p = 0.
+
+    Returns:
+        (num_rows,) probabilities, in the dtype given.
+
+    Raises:
+        ValueError: unequal shapes.
+    """
+    if sequence_logprobs.ndim != 1 or sequence_logprobs.shape != row_index.shape:
+        shapes = f"{tuple(sequence_logprobs.shape)} and {tuple(row_index.shape)}"
+        raise ValueError(f"sequence_logprobs and row_index have shapes {shapes}; expected (N,) twice")
+    return sequence_logprobs.new_zeros(num_rows).index_add(0, row_index, sequence_logprobs.exp())
+
+
+def exact_pass_at_k(p: Tensor, k: int) -> Tensor:
+    """Mean over rows of 1 − (1 − p_i)^k: the chance that k independent samples hold a right one.
+
+    No estimate: the exact expectation, where p_i is the chance of one sample (`reference_probability`).
+
+    Args:
+        p: (rows,) probabilities; above 1 by rounding counts as 1.
+        k: samples.
+
+    Returns:
+        () in float64.
+
+    Raises:
+        ValueError: k below 1, no rows, or a p that is no probability (references passed twice?).
+    """
+    if k < 1 or p.ndim != 1 or len(p) == 0:
+        raise ValueError(f"exact_pass_at_k takes (rows,) and k >= 1, not {tuple(p.shape)} and k = {k}")
+    if not ((p >= 0) & (p <= 1 + 1e-4)).all():
+        raise ValueError("p is not within 0 and 1; are the references of a row distinct?")
+    miss = torch.log1p(-p.double().clamp(max=1))  # log(1 − p) without losing a small p
+    return -torch.expm1(k * miss).mean()
+
+
+_Unit = tuple[int, list[int]]  # tokens of a row, indices of the completions it holds
+
+_separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _units(prompts: Sequence, completions: Sequence, row_tokens: int | None) -> list[_Unit]:
+    """Rows, longest first: completions of equal prompts together up to row_tokens, or (None) one each."""
+    if row_tokens is None:
+        units = [(len(p) + len(c), [i]) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
+    else:
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            by_prompt.setdefault(tuple(prompt), []).append(index)
+        units = []
+        for prompt, indices in by_prompt.items():
+            size, members = len(prompt) - 1, []
+            for index in indices:
+                added = 1 + len(completions[index])
+                if members and size + added > row_tokens:
+                    units.append((size, members))
+                    size, members = len(prompt) - 1, []
+                size += added
+                members.append(index)
+            units.append((size, members))
+    return sorted(units, key=lambda unit: -unit[0])
+
+
+def _batches(units: list[_Unit], batch_tokens: int) -> Iterator[list[_Unit]]:
+    """Consecutive rows, as many as fit batch_tokens when padded to the longest of them, which comes first."""
+    start = 0
+    while start < len(units):
+        rows = max(1, batch_tokens // max(1, units[start][0]))
+        yield units[start : start + rows]
+        start += rows
+
+
+def _score_batch(model: nn.Module, batch: PackedBatch, strategy: Warp | None, whole: bool) -> Tensor:
+    """(N,) log-probs of the batch's completion tokens."""
+    rows, columns = batch.token_rows, batch.token_columns
+    labels = batch.input_ids[rows, columns]
+    base = _base(model)
+    inputs = batch.model_inputs | {"use_cache": False}
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        del inputs["position_ids"]  # padded on the right, where a model's own positions are these
+    if whole:
+        return token_logprobs(model(**inputs).logits[rows, columns - 1], labels, strategy)
+    hidden = base.get_decoder()(**inputs).last_hidden_state[rows, columns - 1]  # (N, H)
+    head = base.get_output_embeddings()
+    step = max(1, _CHUNK_LOGITS // head.weight.shape[0])
+    parts = zip(hidden.split(step), labels.split(step), strict=True)
+    return torch.cat([token_logprobs(head(part), targets, strategy) for part, targets in parts])
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The `transformers` model inside a PEFT one, adapters in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _head_is_separate(model: nn.Module) -> bool:
+    """Whether logits are bit for bit the head of the decoder's last hidden state; remembered by model."""
+    if model not in _separate:
+        _separate[model] = _try_head(model)
+    return _separate[model]
+
+
+def _try_head(model: nn.Module) -> bool:
+    base = _base(model)
+    if not hasattr(base, "get_decoder") or not hasattr(base, "get_output_embeddings"):
+        return False
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    # Sharded by FSDP2, only the outermost forward gathers current weights: call no part alone.
+    if decoder is base or head is None or any(hasattr(p, "full_tensor") for p in model.parameters()):
+        return False
+    ids = torch.arange(5, device=next(model.parameters()).device)[None] % head.weight.shape[0]
+    with torch.no_grad(), evaluating(model):
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return torch.equal(head(hidden).float(), model(input_ids=ids, use_cache=False).logits.float())
