@@ -53,6 +53,7 @@ class RecipeParser(TrlParser):
             "--config", metavar="FILE.yaml", help="YAML file of `name: value`; flags override it."
         )
         self._required = [action.dest for action in self._actions if action.required]
+        self.parsed: tuple[Any, ...] = ()
         for action in self._actions:
             action.required = False  # a YAML file may give it: `parse` looks once both are read
             if action.nargs == 0 and action.option_strings[0].startswith("--no_"):
@@ -83,7 +84,12 @@ class RecipeParser(TrlParser):
         missing = [f"--{name}" for name in self._required if name not in given]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, as a flag or in the --config file.")
-        return tuple(construct(dataclass_type, given) for dataclass_type in self.dataclass_types)
+        self.parsed = tuple(construct(dataclass_type, given) for dataclass_type in self.dataclass_types)
+        return self.parsed
+
+    def write_config(self, path: str | os.PathLike) -> None:
+        """Write what the last `parse` returned, as it is now, to a YAML file that repeats the run."""
+        write_config(path, *self.parsed)
 
     def parse_args_and_config(self, args: Sequence[str] | None = None, **_: Any) -> tuple[Any, ...]:
         """TRL's name for `parse`, so that the lenient original cannot be called by accident."""
