@@ -28,8 +28,7 @@ FORMS_HELP = """\
   verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
   OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict"""
 
-# What a reward may ask for by name. The reserved ones always mean this; the others give way to a column of that
-# name.
+# What a reward may ask for by name. A column of the same name wins, except over the reserved ones.
 FIELDS: dict[str, Callable[[Rollout], Any]] = {
     "completion": lambda rollout: rollout.text,
     "completion_ids": lambda rollout: list(rollout.completion_ids),

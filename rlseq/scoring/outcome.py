@@ -26,6 +26,13 @@ class Outcome(NamedTuple):
     message: str = ""
 
 
+class Failed(NamedTuple):
+    """A call that gave no result: the status of its rows, and what happened."""
+
+    status: str
+    message: str
+
+
 NO_DETAILS: Mapping[str, Any] = {}
 ABSTAINED = Outcome(None, "abstained", NO_DETAILS)
 

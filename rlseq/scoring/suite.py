@@ -12,9 +12,10 @@ from ..errors import RewardError, did_you_mean
 from ..types import Rollout, ScoredRollout
 from .find import code_hash
 from .forms import Rows
+from .options import reward_from_spec
 from .outcome import FAILURES, Outcome, shorten
 from .reward import CorpusMetric, Ratio
-from .runner import Reward, reward_from_spec
+from .runner import Reward
 
 
 @dataclass(frozen=True)

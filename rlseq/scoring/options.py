@@ -1,0 +1,188 @@
+"""The options of a reward spec, checked, and the reward they make."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RewardError, did_you_mean
+from .cache import Cache, default_path
+from .execute import Concurrent, InProcess, Retry, is_async
+from .find import Found, find
+from .forms import FORMS_HELP, Parameters, parameters_of, tell_form
+from .reward import SCOPES, RewardInfo, info_of
+from .runner import Executor, Reward
+from .workers import WorkerPool
+
+OPTIONS = (
+    "func",
+    "name",
+    "weight",
+    "kwargs",
+    "columns",
+    "scope",
+    "on_error",
+    "floor",
+    "timeout",
+    "workers",
+    "concurrency",
+    "retries",
+    "cache",
+)
+ON_ERROR = ("raise", "abstain", "floor")
+
+
+def reward_from_spec(spec: Any, search_root: Path) -> Reward:
+    """Load one reward from a string, a function or a mapping of options (docs/rewards.md lists them).
+
+    Raises:
+        RewardError: an unknown option or value, or a reward that is not found or fits no form.
+    """
+    options = _checked_options(spec)
+    found = find(options["func"], search_root)
+    name = options.get("name") or found.name
+    info = info_of(found.function)
+    info = dataclasses.replace(info, scope=_choice(name, "scope", options.get("scope", info.scope), SCOPES))
+    parameters = parameters_of(found.function)
+    form = tell_form(parameters, name)
+    if info.scope == "group" and form in ("single", "verl"):
+        raise RewardError(
+            f"reward {name!r} has scope 'group', but takes one completion at a time. A group reward takes "
+            "lists: "
+            f"f(completions, **columns) -> list of numbers.\n{FORMS_HELP}"
+        )
+    on_error = _choice(name, "on_error", options.get("on_error", "raise"), ON_ERROR)
+    cache = _cache(name, options.get("cache", False), search_root)
+    executor = _executor(name, found, options)
+    return Reward(
+        name=name,
+        function=found.function,
+        form=form,
+        parameters=parameters,
+        info=info,
+        executor=executor,
+        split=cache is not None or not isinstance(executor, InProcess),
+        kwargs=_kwargs(name, found, options.get("kwargs"), parameters),
+        columns=_mapping(name, "columns", options.get("columns")),
+        on_error=on_error,
+        floor=_floor(name, on_error, options.get("floor"), info),
+        cache=cache,
+    )
+
+
+def _checked_options(spec: Any) -> dict[str, Any]:
+    options = dict(spec) if isinstance(spec, Mapping) else {"func": spec}
+    for option in options:
+        if option not in OPTIONS:
+            raise RewardError(
+                f"reward spec {spec!r} has the option {option!r}.{did_you_mean(str(option), OPTIONS)} "
+                "Expected some "
+                f"of {', '.join(OPTIONS)}."
+            )
+    func = options.get("func")
+    if not (callable(func) or (isinstance(func, str) and func)):
+        raise RewardError(
+            f"reward spec {spec!r} has no 'func'; expected a name, path.py:function, or a model id."
+        )
+    return options
+
+
+def _executor(name: str, found: Found, options: Mapping[str, Any]) -> Executor:
+    timeout = _number(name, "timeout", options.get("timeout"), above=0)
+    workers = _whole(name, "workers", options.get("workers"), least=1)
+    concurrency = _whole(name, "concurrency", options.get("concurrency"), least=1)
+    retries = _whole(name, "retries", options.get("retries"), least=0)
+    retry = None
+    if is_async(found.function):
+        default = Retry()
+        retry = Retry(
+            default.concurrency if concurrency is None else concurrency,
+            default.retries if retries is None else retries,
+            timeout,
+        )
+    elif concurrency is not None or retries is not None:
+        raise RewardError(
+            f"reward {name!r}: concurrency and retries are for async functions; use workers instead."
+        )
+    if timeout is None and workers is None:
+        return Concurrent(found.function, retry) if retry else InProcess(found.function)
+    if found.address is None:
+        raise RewardError(
+            f"reward {name!r} is a function object that no worker process can find; give it as "
+            "path/to/file.py:function or package.module:function, or leave out timeout and workers."
+        )
+    return WorkerPool(found.address, name, workers or 1, timeout, retry)
+
+
+def _cache(name: str, given: Any, search_root: Path) -> Cache | None:
+    if given is None or given is False:
+        return None
+    if given is True:
+        return Cache(default_path())
+    if isinstance(given, (str, Path)):
+        return Cache(search_root / Path(given).expanduser())
+    raise RewardError(f"reward {name!r}: cache is {given!r}; expected true, false or the path of a file.")
+
+
+def _kwargs(name: str, found: Found, given: Any, parameters: Parameters) -> dict[str, Any]:
+    kwargs = {**found.kwargs, **_mapping(name, "kwargs", given)}
+    for key in kwargs:
+        if not parameters.takes_any and key not in parameters.named:
+            raise RewardError(
+                f"reward {name!r} takes no argument {key!r}.{did_you_mean(key, parameters.named)} It takes "
+                f"{', '.join(parameters.named)}."
+            )
+    return kwargs
+
+
+def _floor(name: str, on_error: str, given: Any, info: RewardInfo) -> float | None:
+    floor = _number(name, "floor", given)
+    if floor is None and info.range:
+        floor = float(info.range[0])
+    if on_error == "floor" and (floor is None or floor == float("-inf")):
+        raise RewardError(
+            f"reward {name!r} has on_error: floor, but states no lowest value; give floor: NUMBER, or mark "
+            "the "
+            "function with @reward(range=(lowest, highest))."
+        )
+    return floor
+
+
+def _choice(name: str, option: str, given: Any, valid: tuple[str, ...]) -> str:
+    if given not in valid:
+        near = did_you_mean(str(given), valid)
+        raise RewardError(f"reward {name!r}: {option} is {given!r}; expected {', '.join(valid)}.{near}")
+    return given
+
+
+def _mapping(name: str, option: str, given: Any) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise RewardError(f"reward {name!r}: {option} is {given!r}; expected a mapping of names to values.")
+    return dict(given)
+
+
+def _number(name: str, option: str, given: Any, above: float | None = None) -> float | None:
+    if given is None:
+        return None
+    if (
+        isinstance(given, bool)
+        or not isinstance(given, (int, float))
+        or (above is not None and not given > above)
+    ):
+        wanted = "a number" if above is None else f"a number above {above:g}"
+        raise RewardError(f"reward {name!r}: {option} is {given!r}; expected {wanted}.")
+    return float(given)
+
+
+def _whole(name: str, option: str, given: Any, least: int) -> int | None:
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise RewardError(
+            f"reward {name!r}: {option} is {given!r}; expected a whole number of at least {least}."
+        )
+    return given
