@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import trl
+
 from transformers import EarlyStoppingCallback, set_seed
 
 from rlseq.data import build_prompts, load_rows
@@ -21,6 +22,7 @@ from rlseq.training.config import DataArguments, ModelArguments, NewModelArgumen
 from rlseq.training.models import build_model, build_tokenizer, check_model_path, load_model, load_tokenizer
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.recipe import announce, default_config, finish, open_run
+from rlseq.training.sft import SFTTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "g2p" / "sft.yaml"
 
@@ -56,15 +58,15 @@ def main() -> None:
         )
 
     train, validation = examples(data.train_split, data.train_rows), examples(data.eval_split, data.eval_rows)
-    directory = open_run(config, run, parser)
+    directory = open_run(config, run, data, new, model_args)
     announce(config, f"{len(train):,} training and {len(validation):,} {data.eval_split} examples")
 
     set_seed(config.seed)
     model = build_model(new.new_model, tokenizer) if new.new_model else load_model(model_args)
-    callbacks = [MetricsWriter(directory.metrics), Progress()]
+    callbacks = [MetricsWriter(directory.metrics)]
     if config.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-    trainer = trl.SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=config,
         train_dataset=train,
@@ -73,6 +75,7 @@ def main() -> None:
         peft_config=trl.get_peft_config(model_args),
         callbacks=callbacks,
     )
+    Progress.replace_default(trainer)
     trainer.add_callback(stop := GracefulStop())
     trainer.train(resume_from_checkpoint=directory.resume_from)
     finish(trainer, directory, stop)

@@ -208,6 +208,30 @@ def load_prompts(dataset_name: str, tokenizer: Any, *, split: str, limit: int | 
     return build_prompts(rows[:limit], tokenizer, **options)
 
 
+def reference_ids(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the token ids of a prompt's distinct references as completions, each ended by one stop id.
+
+    Prompt and reference are tokenised as one string, as teacher forcing sees them; where that moves the boundary
+    between the two, the reference is tokenised by itself. Of chat data, the answer is rendered by the chat template.
+    """
+    start = list(prompt.prompt_ids)
+    found = []
+    for reference in prompt.columns.get("references", ()):
+        if isinstance(prompt.messages_or_text, str):
+            whole = tokenizer(text=prompt.messages_or_text + reference)["input_ids"]
+        else:
+            answer = {"role": "assistant", "content": reference}
+            whole = tokenizer.apply_chat_template([*prompt.messages_or_text, answer], tokenize=True, return_dict=True)
+            whole = whole["input_ids"]
+        if list(whole[: len(start)]) == start:
+            ids = list(whole[len(start) :])
+        else:
+            ids = tokenizer(text=reference, add_special_tokens=False)["input_ids"]
+        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+        found.append(tuple(ids[: end + 1]) if end is not None else (*ids, stop_ids[0]))
+    return list(dict.fromkeys(found))
+
+
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """Return a hash of what is evaluated: the prompts' keys and token ids, in order."""
     digest = hashlib.blake2b(digest_size=8)

@@ -52,6 +52,13 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.where(index < logprobs.size(-1), index, probs.argmax(-1))  # u·total may round up to the total
 
 
+def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: the tokenizer's EOS first, then those the checkpoint declares."""
+    declared = model.generation_config.eos_token_id
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+
+
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode without gradients, the training mode restored afterwards (also of an error)."""

@@ -47,7 +47,8 @@ def beam(
         max_new_tokens=max_new_tokens,
         num_beams=strategy.width,
         length_penalty=strategy.length_penalty,
-        early_stopping="never" if strategy.length_penalty > 0 else True,
+        # log-probs only fall, so without a length penalty stopping at this bound loses nothing
+        early_stopping=False if strategy.length_penalty == 0 else "never",
         do_sample=False,
         eos_token_id=stops,
         pad_token_id=stops[0],

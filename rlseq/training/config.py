@@ -98,6 +98,34 @@ class EvaluationArguments:
     )
     eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
     resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
+    primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
+    primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
+
+    def contrast_values(self, max_new_tokens: int) -> dict[str, Any]:
+        """These settings by the names of `rlseq.evaluation.contrast.ContrastSettings`."""
+        return {
+            "strategies": tuple(self.strategies),
+            "samples_per_row": self.samples_per_row,
+            "max_new_tokens": max_new_tokens,
+            "seed": self.eval_seed,
+            "resamples": self.resamples,
+            "batch_rows": self.eval_batch_size,
+            "primary": self.primary,
+            "primary_against": self.primary_against,
+        }
+
+
+@dataclass
+class EvaluateArguments:
+    """What recipes/evaluate.py evaluates."""
+
+    _argument_group_name = "models (rlseq)"
+
+    models: list[str] | None = field(
+        default=None, metadata={"help": "Checkpoints as NAME=PATH; the first is the baseline."}
+    )
+    output_dir: str = _default("runs/contrast", "Where results.json and report.html go.")
+    max_new_tokens: int = _default(256, "Longest completion, in tokens.")
 
 
 @dataclass

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
+from rlseq.scoring import RewardSuite
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.config import RunArguments
-from rlseq.training.parser import RecipeParser
+from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
+from rlseq.types import Prompt, Rollout
 
 SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "--new_model")
 
@@ -23,7 +26,7 @@ def default_config(path: Path) -> Path | None:
     return None if named else path
 
 
-def open_run(config: TrainingArguments, run: RunArguments, parser: RecipeParser) -> RunDirectory:
+def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunDirectory:
     """Claim the run directory and write config.yaml; every rank returns the same paths, only the first writes.
 
     Raises:
@@ -37,7 +40,7 @@ def open_run(config: TrainingArguments, run: RunArguments, parser: RecipeParser)
         main_process=state.is_main_process,
     )
     if state.is_main_process:
-        parser.write_config(directory.config)
+        write_config(directory.config, config, run, *others)
     state.wait_for_everyone()
     return directory
 
@@ -57,6 +60,31 @@ def world() -> str:
 def announce(config: TrainingArguments, what: str) -> None:
     """Say which world, data and directory the run really has."""
     say(f"rlseq: {world()}, {what}, into {config.output_dir}")
+
+
+def try_rewards(suite: RewardSuite, prompt: Prompt) -> None:
+    """Score one row before any model loads: its first reference, or an empty completion where it has none.
+
+    Raises:
+        RewardError: a reward asks for a column that is not there, or fails.
+    """
+    references = prompt.columns.get("references") or [""]
+    chat = not isinstance(prompt.messages_or_text, str)
+    rollout = Rollout(
+        prompt_key=prompt.key,
+        sample=0,
+        completion_ids=(),
+        trained_mask=(),
+        logprobs=(),
+        text=references[0],
+        raw_text=references[0],
+        messages=({"role": "assistant", "content": references[0]},) if chat else None,
+        finish_reason="stop",
+        strategy="reference",
+    )
+    columns = {name: [value] for name, value in prompt.columns.items()} | {"prompt": [prompt.messages_or_text]}
+    suite.check_columns(columns)
+    suite.score([rollout], columns)
 
 
 def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> bool:

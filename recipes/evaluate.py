@@ -1,0 +1,40 @@
+"""Evaluate any number of checkpoints on one data set: likelihood of the references against quality of what is generated.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/evaluate.py \
+        --models base=recipes/g2p/base rl=runs/g2p-grpo --dataset_name recipes/g2p/data.py \
+        --reward_funcs phoneme_accuracy --output_dir runs/contrast
+
+The first model is compared with each of the others, row by row. `rlseq evaluate` is the same in one process.
+Nothing is trained and `test` is touched only with `--eval_split test`.
+"""
+
+from rlseq.errors import ConfigError
+from rlseq.evaluation.command import evaluate
+from rlseq.evaluation.contrast import ContrastSettings
+from rlseq.training.config import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
+from rlseq.training.parser import RecipeParser, run_recipe
+
+
+def main() -> None:
+    parser = RecipeParser(
+        [EvaluateArguments, DataArguments, RewardArguments, EvaluationArguments],
+        description=__doc__.splitlines()[0],
+    )
+    arguments, data, rewards, evaluation = parser.parse()
+    if not arguments.models:
+        raise ConfigError("no model is named; give --models NAME=PATH ...")
+    evaluate(
+        arguments.models,
+        dataset_name=data.dataset_name,
+        split=data.eval_split,
+        limit=data.eval_rows,
+        config_name=data.dataset_config,
+        prompt_options=data.prompt_options(),
+        reward_funcs=rewards.reward_funcs,
+        settings=ContrastSettings(**evaluation.contrast_values(arguments.max_new_tokens)),
+        output_dir=arguments.output_dir,
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(main)

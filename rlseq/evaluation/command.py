@@ -1,0 +1,134 @@
+"""`rlseq evaluate`: contrast named checkpoints on one data set, in one process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.errors import ConfigError
+
+DEFAULT_STRATEGIES = ("greedy", "sample", "beam")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `rlseq evaluate`; names are those of recipes/evaluate.py."""
+    add = parser.add_argument
+    add("--models", nargs="+", required=True, metavar="NAME=PATH", help="Checkpoints; the first is the baseline.")
+    add("--dataset_name", required=True, help="Task module, local json/jsonl/csv/parquet file or folder, or hub id.")
+    add("--dataset_config", help="Configuration name of a hub data set.")
+    add("--reward_funcs", nargs="+", required=True, help="Rewards that measure quality.")
+    add("--output_dir", required=True, help="Where results.json and report.html go.")
+    add("--eval_split", default="validation", help="Split to evaluate on (default: validation).")
+    add("--eval_rows", type=int, help="Only the first so many rows.")
+    add("--prompt_column", default="prompt", help="Column of the prompt (default: prompt).")
+    add("--reference_column", default="references", help="Column of the right answer (default: references).")
+    add("--prompt_template", help="Jinja template over a row's columns that makes the prompt.")
+    add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
+    add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
+    add("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), help="Default: greedy sample beam.")
+    add("--samples_per_row", type=int, default=4, help="Completions a row under sampling (default: 4).")
+    add("--max_new_tokens", type=int, default=256, help="Longest completion (default: 256).")
+    add("--eval_batch_size", type=int, default=256, help="Rows decoded together (default: 256).")
+    add("--eval_seed", type=int, default=0, help="Seed of sampling and bootstrap (default: 0).")
+    add("--resamples", type=int, default=10_000, help="Bootstrap resamples (default: 10,000).")
+    add("--primary", help="The one comparison with a claim, metric:strategy.")
+    add("--primary_against", help="The baseline's strategy in it, if another.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 0 on success."""
+    from rlseq.evaluation.contrast import ContrastSettings
+
+    evaluate(
+        args.models,
+        dataset_name=args.dataset_name,
+        split=args.eval_split,
+        limit=args.eval_rows,
+        config_name=args.dataset_config,
+        prompt_options={
+            name: getattr(args, name)
+            for name in (
+                "prompt_column",
+                "reference_column",
+                "prompt_template",
+                "reference_template",
+                "merge_references",
+            )
+        },
+        reward_funcs=args.reward_funcs,
+        settings=ContrastSettings(
+            strategies=tuple(args.strategies),
+            samples_per_row=args.samples_per_row,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.eval_seed,
+            resamples=args.resamples,
+            batch_rows=args.eval_batch_size,
+            primary=args.primary,
+            primary_against=args.primary_against,
+        ),
+        output_dir=args.output_dir,
+    )
+    return 0
+
+
+def parse_models(specs: Sequence[str]) -> dict[str, str]:
+    """Read NAME=PATH pairs; a bare path is named after its last part.
+
+    Raises:
+        ConfigError: a name is given twice, or a local path holds no weights.
+    """
+    models: dict[str, str] = {}
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not equals:
+            name, path = Path(spec).name, spec
+        if not name or not path:
+            raise ConfigError(f"--models: {spec!r} is not NAME=PATH")
+        if name in models:
+            raise ConfigError(f"--models: the name {name!r} is given twice")
+        local = Path(path)
+        if local.is_dir() and not any(local.glob("*.safetensors")):
+            raise ConfigError(f"--models: {path!r} holds no weights (*.safetensors)")
+        if not local.is_dir() and (local.is_absolute() or path.count("/") != 1 or local.parent.is_dir()):
+            raise ConfigError(f"--models: there is no model at {path!r}")
+        models[name] = path
+    return models
+
+
+def evaluate(
+    models: Sequence[str],
+    *,
+    dataset_name: str | None,
+    split: str,
+    limit: int | None,
+    config_name: str | None,
+    prompt_options: Mapping[str, Any],
+    reward_funcs: Sequence[Any] | None,
+    settings: Any,
+    output_dir: str,
+) -> dict[str, Any]:
+    """Check everything cheap, contrast the models, write the report and print its summary."""
+    from rlseq.data import load_rows
+    from rlseq.scoring import load_rewards
+
+    from rlseq.evaluation.contrast import contrast_and_report
+
+    named = parse_models(models)
+    if not dataset_name:
+        raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
+    if not reward_funcs:
+        raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
+    settings.parsed()
+    rows = load_rows(dataset_name, split, config_name=config_name)[:limit]
+    with load_rewards(reward_funcs) as suite:
+        return contrast_and_report(
+            named,
+            rows,
+            suite,
+            settings=settings,
+            prompt_options=prompt_options,
+            output_dir=Path(output_dir),
+            title=f"{' against '.join(named)} on {dataset_name} ({split})",
+        )
