@@ -1,9 +1,8 @@
 """The mathematics of sequence-level training, as pure functions: rewards -> advantages -> losses.
 
-Tensors in, tensors out, in the dtype and on the device given. Terms of a token come back unreduced, (B,
-T), and 0 where the mask is False, whatever the inputs hold there (inf and NaN too); the trainer reduces
-them by `masked_mean` and says over what. Losses are to be minimised; rewards and advantages are better
-when larger.
+Tensors in, tensors out, in the dtype and on the device given. Terms of a token come back unreduced, of shape
+(B, T), and 0 where the mask is False, whatever the inputs hold there (inf and NaN too); the trainer reduces
+them by `masked_mean` and says over what. Losses are to be minimised; advantages are better when larger.
 
     P prompts    G samples per prompt    B = P·G    T completion tokens    masks: True = counted
 """
@@ -129,9 +128,11 @@ def gae(
 
     Args:
         rewards_BT: (B, T), the reward on each token; a sequence's own belongs on its last counted token.
-        values_BT: (B, T), V_t of the state *before* token t. mask_BT: (B, T) bool. gamma: discount γ.
-        lam: λ; 1 gives Monte-Carlo returns, 0 one-step differences. bootstrap_B: (B,), the value of the
-        state after the last counted token; None: 0, the sequence ended.
+        values_BT: (B, T), V_t of the state *before* token t.
+        mask_BT: (B, T) bool.
+        gamma: discount γ.
+        lam: λ; 1 gives Monte-Carlo returns, 0 one-step differences.
+        bootstrap_B: (B,), the value of the state after the last counted token; None: 0, the sequence ended.
 
     Returns:
         Advantages and returns, (B, T) each, without gradient, 0 where the mask is False.
@@ -143,10 +144,8 @@ def gae(
     if bootstrap_B is not None and bootstrap_B.shape != mask_BT.shape[:1]:
         raise ValueError(f"bootstrap_B is {_describe(bootstrap_B)}; expected shape ({len(mask_BT)},)")
     rewards, values = (torch.where(mask_BT, x.detach(), 0.0) for x in (rewards_BT, values_BT))
-    next_value = (
-        values.new_zeros(len(values)) if bootstrap_B is None else bootstrap_B.detach().to(values)
-    )  # (B,)
-    next_advantage = torch.zeros_like(next_value)
+    next_advantage = values.new_zeros(len(values))  # (B,)
+    next_value = next_advantage if bootstrap_B is None else bootstrap_B.detach().to(values)
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -177,8 +176,8 @@ def clipped_surrogate(
         token:     ρ_t = exp(log π(y_t) − log π_old(y_t))             PPO, GRPO
         sequence:  ρ   = exp(mean_t (log π(y_t) − log π_old(y_t)))    GSPO (Zheng et al. 2025, eq. 7)
 
-    the mean over counted tokens. Separate bounds are DAPO's clip-higher (Yu et al. 2025, section 3.1); an
-    infinite `clip_high` leaves that side open. At sequence level every counted token carries its
+    with the mean over counted tokens. Separate bounds are DAPO's clip-higher (Yu et al. 2025, section 3.1);
+    an infinite `clip_high` leaves that side open. At sequence level every counted token carries its
     sequence's loss, so that the mean over a sequence's tokens is that loss.
 
     Args:
@@ -229,8 +228,9 @@ def value_loss(
         L_t = ½·(V_t − R_t)²        with clip c:  L_t = ½·max((V_t − R_t)², (clip(V_t, V_old ± c) − R_t)²)
 
     Args:
-        values_BT, old_values_BT, returns_BT: (B, T), in units of reward; the gradient flows through the
-        first. mask_BT: (B, T) bool. clip: c, at least 0; None: no clipping.
+        values_BT, old_values_BT, returns_BT: (B, T), units of reward; the gradient flows through the first.
+        mask_BT: (B, T) bool.
+        clip: c, at least 0; None: no clipping.
 
     Returns:
         (B, T) losses, 0 where the mask is False.
@@ -289,7 +289,7 @@ def kl_estimate(
 def minimum_risk(
     sequence_logprobs_PG: Tensor, rewards_PG: Tensor, *, sharpness: float, mask_PG: Tensor | None = None
 ) -> Tensor:
-    """Minimum risk training (Shen et al. 2016, section 3): expected risk over a prompt's samples, renormalised.
+    """Minimum risk training (Shen et al. 2016, section 3): expected risk over samples, renormalised.
 
         Q(y) = p(y)^α / Σ_{y' ∈ S} p(y')^α        loss = Σ_{y ∈ S} Q(y)·Δ(y),  with risk Δ = −reward
 
@@ -324,7 +324,7 @@ def minimum_risk(
 
 
 def expected_accuracy(reference_logprobs: Tensor, row_index: Tensor, num_rows: int | None = None) -> Tensor:
-    """−Σ p(reference): minus the exact chance that one sample is right, where references enumerate the answers.
+    """Minus the exact chance that one sample is right, where references enumerate the answers.
 
         loss_i = −Σ_{y ∈ references of row i} exp(log p(y | x_i))
 
