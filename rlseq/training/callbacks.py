@@ -144,8 +144,8 @@ class Progress(TrainerCallback):
     """A progress bar with the last values beside it, and a table row an evaluation.
 
     Where standard error is no terminal (a log file), or with --disable_tqdm, there is no bar and about twenty
-    rows a run instead. transformers' own callback prints a dict a logged step; `Progress.replace_default(trainer)`
-    puts this one in its place.
+    rows a run instead. transformers' own callback prints a dict a logged step;
+    `Progress.replace_default(trainer)` puts this one in its place.
     """
 
     columns = (

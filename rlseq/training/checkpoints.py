@@ -6,10 +6,21 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from rlseq.errors import RunDirectoryError, did_you_mean
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class FinishedRunMixin:
+    """For a Trainer: going on from the last step ends at once; transformers 5.23 would train one step more."""
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
 
 
 def newest_whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
