@@ -14,7 +14,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class FinishedRunMixin:
-    """For a Trainer: going on from the last step ends at once; transformers 5.23 would train one step more."""
+    """For a Trainer: going on from the last step ends at once; transformers would train one step more."""
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
