@@ -107,7 +107,7 @@ def group_advantages(
         std = values.std() if len(values) > 1 else values.new_zeros(())
         all_equal = _all_equal(rewards.flatten(), present.flatten(), 0)
         centred = torch.where(all_equal, 0.0, centred / (std + STD_EPSILON))
-    return torch.where(present & ~centred.isnan(), centred, 0.0)
+    return torch.where(centred.isnan(), 0.0, centred)  # NaN: no reward, or no baseline
 
 
 def gae(
