@@ -1,0 +1,318 @@
+"""The report of a contrast: one HTML file that needs nothing else, the same tables in Markdown, and plots.
+
+Everything here presents numbers that were computed before. It decides nothing but what comes first: the
+primary comparison, then what it cost in likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from rlseq.evaluation import plots, tables
+from rlseq.evaluation.sidebyside import SideBySide, monte_carlo_pass_at_k, side_by_side
+from rlseq.evaluation.tables import Comparison, Results
+
+_PASS_KS_IN_TABLE = (1, 2, 4, 8, 16, 64, 256)
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a busy person reads: the finding, how sure it is, and what it cost in likelihood."""
+
+    title: str
+    finding: str
+    certainty: str
+    cost: str
+    verdict: str
+    tiles: tuple[Comparison, ...]
+
+
+def write_report(
+    results: Results,
+    samples: Iterable[Mapping[str, Any]],
+    output_dir: str | Path,
+    *,
+    per_example: Iterable[Mapping[str, Any]] | None = None,
+    metrics: Sequence[Mapping[str, Any]] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write report.html, report.md and plots/*.svg.
+
+    Args:
+        results: the contents of results.json.
+        samples: rows of samples.jsonl, the completions shown side by side.
+        output_dir: where the files go; made if missing.
+        per_example: rows of per_example.jsonl; adds each row's chance to be right to the samples shown.
+        metrics: logged steps of a training run (metrics.jsonl); adds its curves.
+        title: heading of the report; by default the names of the models.
+
+    Returns:
+        The path of report.html.
+    """
+    output_dir = Path(output_dir)
+    samples = list(samples)
+    figures = _figures(results, samples, metrics or ())
+    (output_dir / "plots").mkdir(parents=True, exist_ok=True)
+    for name, (_, svg) in figures.items():
+        (output_dir / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+
+    context = _context(results, samples, list(per_example or ()), title)
+    context["figures"] = {
+        name: (label, Markup(plots.inline_svg(svg, name, label))) for name, (label, svg) in figures.items()
+    }
+    context["training"] = [name for name in figures if name.startswith("training-")]
+    page = output_dir / "report.html"
+    page.write_text(_render("template.html.jinja", context, html=True), encoding="utf-8")
+    (output_dir / "report.md").write_text(_render("template.md.jinja", context, html=False), encoding="utf-8")
+    return page
+
+
+def print_summary(results: Results) -> None:
+    """Print a short table of the results to the terminal: a line a model and strategy."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{results['rows']:,} rows, 95% intervals in report.html", title_justify="left")
+    quality = [tables.metric(results, name) for name in tables.quality_metrics(results)]
+    table.add_column("model")
+    table.add_column("decoding")
+    for info in quality:
+        table.add_column(info.label, justify="right")
+    for strategy in tables.strategies(results):
+        for model in results["models"]:
+            cells = [tables.cell(results, model, strategy, info.name) for info in quality]
+            table.add_row(
+                model,
+                strategy,
+                *(i.value(c["value"]) if c else "n/a" for i, c in zip(quality, cells, strict=True)),
+            )
+        table.add_section()
+    console.print(table)
+    names = tables.likelihood_metrics(results)
+    for model in results["models"]:
+        parts = [(tables.metric(results, n), tables.cell(results, model, None, n)) for n in names]
+        line = ", ".join(f"{info.label} {info.value(c['value'])}" for info, c in parts if c)
+        console.print(
+            f"{model}: {line or 'likelihood skipped: no references'}", markup=False, highlight=False
+        )
+    headline = make_headline(results)
+    console.print(headline.finding, style="bold", markup=False, highlight=False)
+    console.print(f"{headline.certainty} {headline.cost}", markup=False, highlight=False)
+
+
+def make_headline(results: Results) -> Headline:
+    """The finding, its certainty and its cost as sentences."""
+    found = tables.comparisons(results)
+    models = list(results["models"])
+    if not found:
+        return _headline_without_comparison(results, models)
+    lead = next((c for c in found if c.strategy is not None), found[0])
+    declared = found[0].primary
+    lead = found[0] if declared else lead
+    others = [c for c in found if (c.a, c.b) == (lead.a, lead.b)]
+    opening = {
+        "better": "Better: ",
+        "worse": "Worse: ",
+        "unclear": "No clear difference: ",
+        "equal": "No difference: ",
+    }.get(lead.verdict, "")
+    finding = (
+        f"{opening}{lead.metric.label} under {lead.where} is {lead.value_b} for {lead.b}, "
+        f"against {lead.value_a} for {lead.a}."
+    )
+    p = f", p {lead.p if lead.p.startswith('<') else '= ' + lead.p}" if declared else ""
+    certainty = (
+        f"Difference {lead.difference}, 95% interval {lead.interval}{p}, on the same {results['rows']:,} rows"
+        + (": the interval holds zero." if lead.verdict == "unclear" else ".")
+    )
+    if not declared:
+        certainty += " No primary comparison was declared, so this is exploratory."
+    same_metric = [
+        c
+        for c in others
+        if c is not lead and c.metric.name == lead.metric.name and c.strategy_a == c.strategy is not None
+    ]
+    by_name = {c.metric.name: c for c in others if c.strategy is None}
+    likelihood = [by_name[n] for n in ("nll_per_token", "exact_accuracy") if n in by_name]
+    return Headline(
+        title=" against ".join(models) if len(models) == 2 else ", ".join(models),
+        finding=finding,
+        certainty=certainty,
+        cost=_cost(by_name.get("nll_per_token"), by_name.get("exact_accuracy")),
+        verdict=lead.verdict,
+        tiles=(lead, *same_metric[:3], *likelihood),
+    )
+
+
+def _cost(nll: Comparison | None, accuracy: Comparison | None) -> str:
+    if nll is None:
+        return "Likelihood was skipped: no references."
+    words = {
+        "worse": "The references became less likely",
+        "better": "The references became more likely too",
+        "unclear": "The likelihood of the references shows no clear change",
+        "equal": "The likelihood of the references is the same",
+    }[nll.verdict]
+    text = f"{words}: NLL per token {nll.value_a} → {nll.value_b} nats ({nll.interval})."
+    if accuracy is not None:
+        change = {"better": "rose", "worse": "fell", "equal": "is the same"}.get(
+            accuracy.verdict, "did not clearly change"
+        )
+        text += (
+            f" The exact chance that one sample is right {change}: {accuracy.value_a} → {accuracy.value_b}."
+        )
+    return text
+
+
+def _headline_without_comparison(results: Results, models: Sequence[str]) -> Headline:
+    strategy = next(iter(tables.strategies(results)), None)
+    names = tables.quality_metrics(results)[:3]
+    parts = []
+    for name in names:
+        info, found = tables.metric(results, name), tables.cell(results, models[0], strategy, name)
+        if found:
+            parts.append(f"{info.label} {info.value(found['value'])}")
+    return Headline(
+        title=", ".join(models),
+        finding=f"Under {strategy}, {models[0]} has {', '.join(parts)}."
+        if parts
+        else "Nothing was generated.",
+        certainty=f"On {results['rows']:,} rows, with nothing to compare it with.",
+        cost="" if tables.likelihood_metrics(results) else "Likelihood was skipped: no references.",
+        verdict="unclear",
+        tiles=(),
+    )
+
+
+def _context(
+    results: Results,
+    samples: Sequence[Mapping[str, Any]],
+    per_example: Sequence[Mapping[str, Any]],
+    title: str | None,
+) -> dict[str, Any]:
+    headline = make_headline(results)
+    found = tables.comparisons(results)
+    curves = tables.pass_curves(results)
+    models = list(results["models"])
+    pair = (found[0].a, found[0].b) if found else (None, models[-1])
+    return {
+        "title": title or headline.title,
+        "headline": headline,
+        "results": results,
+        "models": models,
+        "colors": {model: f"var(--series-{i % len(plots.SERIES)})" for i, model in enumerate(models)},
+        "tables": tables,
+        "strategies": tables.strategies(results),
+        "quality": [tables.metric(results, n) for n in tables.quality_metrics(results)],
+        "likelihood": [tables.metric(results, n) for n in tables.likelihood_metrics(results)],
+        "comparisons": [c for c in found if not c.metric.name.startswith("exact_pass_at_k")],
+        "pass_curves": curves,
+        "pass_ks": [k for k in _PASS_KS_IN_TABLE if any(k in curve for curve in curves.values())],
+        "pass_metric": tables.metric(results, "exact_pass_at_k.1"),
+        "check": _accuracy_check(results),
+        "pair": pair,
+        "side": _side(results, samples, per_example, pair),
+        "definitions": tables.definitions(results),
+        "signature": list(tables.flatten(results.get("signature", {}))),
+    }
+
+
+def _side(
+    results: Results, samples: Sequence[Any], per_example: Sequence[Any], pair: tuple[str | None, str]
+) -> SideBySide | None:
+    available = tables.strategies(results)
+    if not available:
+        return None
+    strategy = (results.get("primary") or {}).get("strategy")
+    if strategy is None:
+        strategy = "greedy" if "greedy" in available else available[0]
+    return side_by_side(samples, *pair, strategy, per_example=per_example)
+
+
+def _accuracy_check(results: Results) -> list[dict[str, str]]:
+    """Exact accuracy beside the share of drawn samples that were right: two roads to one number."""
+    rows = []
+    for model in results["models"]:
+        exact = tables.cell(results, model, None, "exact_accuracy")
+        drawn = tables.cell(results, model, "sample", "exact_match")
+        if exact and drawn:
+            info = tables.metric(results, "exact_accuracy")
+            low, high = drawn["ci95"]
+            rows.append(
+                {
+                    "model": model,
+                    "exact": info.value(exact["value"]),
+                    "drawn": info.value(drawn["value"]),
+                    "interval": info.interval(drawn["ci95"]),
+                    "agrees": "yes" if low <= exact["value"] <= high else "no",
+                }
+            )
+    return rows
+
+
+def _figures(
+    results: Results, samples: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, str]]:
+    """Name -> (description, SVG). Figures whose data is absent are absent."""
+    models = list(results["models"])
+    figures = {}
+    primary = (results.get("primary") or {}).get("metric")
+    names = [n for n in tables.quality_metrics(results) if tables.metric(results, n).better is not None]
+    name = primary if primary in names else next(iter(names), None)
+    if name is not None:
+        info = tables.metric(results, name)
+        points = {
+            (model, strategy): (nll, quality)
+            for strategy in tables.strategies(results)
+            for model in models
+            if (nll := tables.cell(results, model, None, "nll_per_token"))
+            and (quality := tables.cell(results, model, strategy, name))
+        }
+        if points:
+            pairs = dict.fromkeys((c["a"], c["b"]) for c in results.get("comparisons", ()))
+            figure = plots.plane(
+                points,
+                models,
+                list(pairs),
+                x_label="NLL per token (nats)",
+                y_label=info.label,
+                y_higher_is_better=bool(info.better),
+                y_percent=info.percent,
+            )
+            figures["plane"] = (f"{info.label} against NLL per token", plots.to_svg(figure))
+    curves = tables.pass_curves(results)
+    if curves:
+        drawn = monte_carlo_pass_at_k(samples, "sample", results["rows"])
+        figure = plots.pass_at_k_curves(curves, drawn, models)
+        figures["pass-at-k"] = ("Chance that k samples hold a right one", plots.to_svg(figure))
+    for i, (title, (steps, values)) in enumerate(plots.training_series(metrics).items()):
+        figures[f"training-{i}"] = (title, plots.to_svg(plots.training_curve(title, steps, values)))
+    return figures
+
+
+def _markdown_cell(text: Any) -> str:
+    """Text inside a Markdown table cell: nothing in it is markup, a link or a line break."""
+    text = str(text).replace("\\", "\\\\").replace("\r", "").replace("\n", " ⏎ ")
+    for character in "|`*_[]<>#~":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def _render(template: str, context: Mapping[str, Any], *, html: bool) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=html,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = _markdown_cell
+    environment.filters["number"] = tables.number
+    return environment.get_template(template).render(context)

@@ -1,0 +1,280 @@
+"""A contrast's numbers as text and as tables: the part that report.html, report.md and the terminal share.
+
+Reads the dictionary that is written to results.json; computes no statistic of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Results = Mapping[str, Any]
+
+# name: (label, higher is better, a share shown in percent, definition)
+_KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
+    "nll_per_token": (
+        "NLL per token",
+        False,
+        False,
+        "Negative log-probability of the reference tokens, each given the true prefix (teacher forcing): the "
+        "sum over all rows divided by the number of tokens, in nats.",
+    ),
+    "perplexity": ("Perplexity", False, False, "exp of the NLL per token."),
+    "bits_per_byte": (
+        "Bits per byte",
+        False,
+        False,
+        "The references' total −log2 probability over their UTF-8 bytes; comparable across tokenizers.",
+    ),
+    "sequence_logprob": (
+        "Sequence log-prob",
+        True,
+        False,
+        "Mean over rows of the log-probability of the whole reference, in nats.",
+    ),
+    "exact_accuracy": (
+        "Exact accuracy",
+        True,
+        True,
+        "Mean over rows of p, the summed probability of the distinct references: the exact chance that one "
+        "sample is right where the references list all right answers. No sampling noise.",
+    ),
+    "exact_pass_at_k": (
+        "Exact pass@k",
+        True,
+        True,
+        "Mean over rows of 1 − (1 − p)^k: the exact chance that at least one of k samples is right.",
+    ),
+    "exact_match": (
+        "Exact match",
+        True,
+        True,
+        "Share of completions equal to one of the references.",
+    ),
+    "per": (
+        "PER",
+        False,
+        True,
+        "Phoneme error rate: edits to the closest listed pronunciation over its length, summed over rows.",
+    ),
+    "wer": ("WER", False, True, "Word error rate: share of words with at least one error."),
+    "length": ("Length", None, False, "Mean completion length in tokens, stop token included."),
+    "truncated": ("Truncated", False, True, "Share of completions cut at the length limit."),
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one metric is named, read and printed. `better` is True (higher), False (lower) or None."""
+
+    name: str
+    label: str
+    better: bool | None
+    percent: bool
+    description: str
+    decimals: int
+
+    def value(self, x: float) -> str:
+        """A value: `8.2%` or `0.2104`."""
+        return f"{number(100 * x, self.decimals)}%" if self.percent else number(x, self.decimals)
+
+    def interval(self, ci95: Any) -> str:
+        """An interval: `7.9 to 8.5`; the unit is the value's."""
+        low, high = (number(100 * x if self.percent else x, self.decimals) for x in ci95)
+        return f"{low} to {high}"
+
+    def difference(self, x: float) -> str:
+        """A signed difference; shares differ by percentage points, one decimal finer than their values."""
+        if self.percent:
+            return number(100 * x, self.decimals + 1, signed=True) + " pp"
+        return number(x, self.decimals, signed=True)
+
+    def difference_interval(self, ci95: Any) -> str:
+        low, high = (self.difference(x).removesuffix(" pp") for x in ci95)
+        return f"{low} to {high}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the comparison table, in words and numbers."""
+
+    a: str
+    b: str
+    strategy: str | None  # of b, and of a unless strategy_a differs; None is teacher forcing
+    strategy_a: str | None
+    metric: Metric
+    value_a: str
+    value_b: str
+    difference: str
+    interval: str
+    p: str
+    verdict: str  # better, worse, higher, lower, equal, unclear
+    primary: bool
+    raw: Mapping[str, Any]
+
+    @property
+    def mark(self) -> str:
+        return {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "equal": "="}.get(self.verdict, "·")
+
+    @property
+    def where(self) -> str:
+        if self.strategy is None:
+            return "teacher forcing"
+        return self.strategy if self.strategy_a == self.strategy else f"{self.strategy_a} → {self.strategy}"
+
+
+def number(x: float | None, decimals: int, *, signed: bool = False) -> str:
+    """A decimal with a true minus sign and thin groups of thousands; `n/a` for None and NaN."""
+    if x is None or math.isnan(x):
+        return "n/a"
+    text = f"{x:{'+' if signed else ''},.{decimals}f}"
+    if not text.strip("+-0.,"):  # no sign on a zero
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def p_text(p: float | None) -> str:
+    if p is None or math.isnan(p):
+        return "n/a"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def metric(results: Results, name: str) -> Metric:
+    """The metric by this name: what results say of it, else what is known of it, else its bare name."""
+    outer, _, k = name.partition(".")
+    label, better, percent, description = _KNOWN.get(
+        outer, (name.replace("_", " ").capitalize(), None, False, "")
+    )
+    if k and outer == "exact_pass_at_k":
+        label = f"Exact pass@{k}"
+    said = results.get("metrics", {}).get(name, {})
+    percent = said.get("percent", percent)
+    return Metric(
+        name=name,
+        label=label,
+        better=said.get("higher_is_better", better),
+        percent=percent,
+        description=said.get("description") or description,
+        decimals=1 if percent else _decimals(results, name),
+    )
+
+
+def cell(results: Results, model: str, strategy: str | None, name: str) -> Mapping[str, Any] | None:
+    """The `{"value", "ci95"}` of a metric; strategy None means likelihood. None when it was not measured.
+
+    A dotted name (`exact_pass_at_k.4`) reaches into a nested block.
+    """
+    entry = results["models"].get(model, {})
+    if strategy is None:
+        block = entry.get("likelihood") or {}
+        outer, _, inner = name.partition(".")
+        return (block.get(outer) or {}).get(inner) if inner else block.get(name)
+    return entry.get("strategies", {}).get(strategy, {}).get(name)
+
+
+def strategies(results: Results) -> list[str]:
+    return list(dict.fromkeys(s for m in results["models"].values() for s in m.get("strategies", {})))
+
+
+def quality_metrics(results: Results) -> list[str]:
+    blocks = [s for m in results["models"].values() for s in m.get("strategies", {}).values()]
+    return list(dict.fromkeys(name for block in blocks for name in block))
+
+
+def likelihood_metrics(results: Results) -> list[str]:
+    """Names of the likelihood scalars; empty when no model has references to score."""
+    blocks = [m.get("likelihood") or {} for m in results["models"].values()]
+    return list(dict.fromkeys(n for block in blocks for n, v in block.items() if is_cell(v)))
+
+
+def is_cell(value: Any) -> bool:
+    return isinstance(value, Mapping) and "value" in value
+
+
+def pass_curves(results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
+    """Model -> k -> cell of the exact pass@k."""
+    curves = {}
+    for name, entry in results["models"].items():
+        curve = (entry.get("likelihood") or {}).get("exact_pass_at_k")
+        if curve:
+            curves[name] = {int(k): v for k, v in curve.items()}
+    return curves
+
+
+def comparisons(results: Results) -> list[Comparison]:
+    """Every comparison, the primary one first, otherwise in the order measured."""
+    primary = results.get("primary") or {}
+    found = []
+    for raw in results.get("comparisons", ()):
+        info = metric(results, raw["metric"])
+        strategy_a = raw.get("strategy_a", raw["strategy"])
+        values = [
+            cell(results, raw["a"], strategy_a, raw["metric"]),
+            cell(results, raw["b"], raw["strategy"], raw["metric"]),
+        ]
+        is_primary = bool(primary) and all(
+            raw.get(key) == primary.get(key) for key in ("a", "b", "strategy", "strategy_a", "metric")
+        )
+        found.append(
+            Comparison(
+                a=raw["a"],
+                b=raw["b"],
+                strategy=raw["strategy"],
+                strategy_a=strategy_a,
+                metric=info,
+                value_a=info.value(values[0]["value"]) if values[0] else "n/a",
+                value_b=info.value(values[1]["value"]) if values[1] else "n/a",
+                difference=info.difference(raw["difference"]),
+                interval=info.difference_interval(raw["ci95"]),
+                p=p_text(raw.get("p_value")),
+                verdict=_verdict(raw, info.better),
+                primary=is_primary,
+                raw=raw,
+            )
+        )
+    return sorted(found, key=lambda c: not c.primary)
+
+
+def definitions(results: Results) -> list[Metric]:
+    """Every metric that the report shows, each once."""
+    names = [*likelihood_metrics(results), *quality_metrics(results)]
+    if pass_curves(results):
+        names.append("exact_pass_at_k")
+    return [metric(results, name) for name in dict.fromkeys(names)]
+
+
+def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as (dotted name, text) pairs."""
+    if isinstance(settings, Mapping) and settings:
+        for key, value in settings.items():
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(settings, list | tuple):
+        yield prefix, ", ".join(map(str, settings))
+    else:
+        yield prefix, str(settings)
+
+
+def _verdict(raw: Mapping[str, Any], better: bool | None) -> str:
+    low, high = raw["ci95"]
+    if low == high == 0:
+        return "equal"
+    if not (low > 0 or high < 0):  # the interval holds 0, or is undefined
+        return "unclear"
+    rose = raw["difference"] > 0
+    if better is None:
+        return "higher" if rose else "lower"
+    return "better" if rose == better else "worse"
+
+
+def _decimals(results: Results, name: str) -> int:
+    """Decimals that show two digits of the narrowest interval's half-width; at most 4."""
+    cells = [
+        cell(results, model, s, name) for model in results["models"] for s in (None, *strategies(results))
+    ]
+    widths = [(c["ci95"][1] - c["ci95"][0]) / 2 for c in cells if is_cell(c)]
+    widths = [w for w in widths if w > 0]
+    if not widths:
+        return 3
+    return min(4, max(0, 1 - math.floor(math.log10(min(widths)))))
