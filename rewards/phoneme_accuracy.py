@@ -1,8 +1,7 @@
 """Accuracy of a pronunciation against the closest listed one, with phoneme and word error rates."""
 
-from rapidfuzz.distance import Levenshtein
-
 from rlseq.scoring import Ratio, reward
+from rlseq.scoring.distance import accuracy, as_list, closest
 
 
 @reward(
@@ -11,12 +10,12 @@ from rlseq.scoring import Ratio, reward
         "per": Ratio(
             "edits",
             "length",
-            description="phoneme error rate: Σ edits / Σ phonemes of the closest pronunciation",
+            description="phoneme error rate: Σ edits / Σ phonemes, against the closest pronunciation",
         ),
         "wer": Ratio(
             "word_error",
             "words",
-            description="word error rate: share of words with at least one wrong phoneme",
+            description="word error rate: share of words with at least one error",
         ),
     },
 )
@@ -24,17 +23,11 @@ def phoneme_accuracy(completion: str, references: list[str]) -> tuple[float, dic
     """One minus the edit distance to the closest listed pronunciation over its length, at least 0.
 
     A pronunciation is phonemes separated by white space. The closest is the one with the fewest edits
-    (substitutions, insertions, deletions); of several, the one with the fewest edits per phoneme; of several,
-    the first. PER is edits to the closest pronunciation over that pronunciation's length, summed over the
-    corpus before dividing; WER is the share of words with at least one error.
+    (substitutions, insertions, deletions); of several, the one with the fewest edits per phoneme; of
+    several, the first. PER is edits to the closest pronunciation over that pronunciation's length, summed
+    over the corpus before dividing; WER is the share of words with at least one error.
     """
-    guess = completion.split()
-    targets = [
-        reference.split() for reference in ([references] if isinstance(references, str) else references)
-    ]
-    if not targets:
-        raise ValueError("references is empty; expected at least one pronunciation")
-    scored = [(Levenshtein.distance(guess, target), len(target)) for target in targets]
-    edits, length = min(scored, key=lambda pair: (pair[0], -pair[1]))
-    value = max(0.0, 1.0 - edits / length) if length else float(edits == 0)
-    return value, {"edits": edits, "length": length, "word_error": int(edits > 0), "words": 1}
+    targets = [reference.split() for reference in as_list(references)]
+    edits, length = closest(completion.split(), targets)
+    details = {"edits": edits, "length": length, "word_error": int(edits > 0), "words": 1}
+    return accuracy(edits, length), details

@@ -136,7 +136,8 @@ def load_file(path: Path) -> ModuleType:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Read from a reward file, without importing it: its `@reward` arguments and its docstring's first line.
+    """Read from a reward file, without importing it: its `@reward` arguments and its docstring's first
+    line.
 
     Returns:
         {"description", "range", "extra", "scope"} of the reward that the file is named after, or else of its
@@ -149,7 +150,7 @@ def describe_file(path: Path) -> dict[str, Any]:
     about: dict[str, Any] = {"description": "", "range": None, "extra": None, "scope": "sample"}
     if node is None:
         return about
-    docstring = ast.get_docstring(node) or ast.get_docstring(tree) or ""
+    docstring = ast.get_docstring(tree) or ast.get_docstring(node) or ""
     about["description"] = docstring.strip().split("\n")[0]
     for decorator in node.decorator_list:
         if isinstance(decorator, ast.Call) and _decorator_name(decorator) == "reward":

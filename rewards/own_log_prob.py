@@ -1,0 +1,14 @@
+"""The model's own confidence as its reward: a control without any outside information."""
+
+import math
+
+from rlseq.scoring import reward
+
+
+@reward(range=(-math.inf, 0))
+def own_log_prob(logprobs: list[float], per_token: bool = True) -> float:
+    """Log-prob (nats) of the completion under the distribution it was drawn from, by default per token.
+
+    A gain that this reward brings, too, is sharpening of what the model believed already.
+    """
+    return sum(logprobs) / (max(1, len(logprobs)) if per_token else 1)

@@ -1,0 +1,87 @@
+"""Whether generated Python passes tests, run in a fresh process with limits."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rlseq.scoring import reward
+from rlseq.scoring.distance import as_list
+
+_RUNNER = Path(__file__).with_name("_python_tests_runner.py")
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+@reward(range=(0, 1))
+def python_tests(
+    completion: str,
+    tests: list[str] | str,
+    seconds: float = 10.0,
+    memory: int = 1024,
+    file_size: int = 1,
+) -> tuple[float, dict]:
+    """The share of `tests` (Python statements, as `assert f(2) == 4`) that pass after the completion's code
+    has run.
+
+    The code is the last fenced block of the completion, or all of it. It runs in a fresh process, in a
+    temporary folder that is deleted afterwards, without this process's environment variables and without
+    input, with limits on: wall-clock and CPU time (`seconds`), memory (`memory`, MiB of address space), the
+    size of a file it writes (`file_size`, MiB), and processes (it may start none).
+    Its whole process group is killed at the end. Leaving early (sys.exit, os._exit) passes no test. Use
+    `workers` to run several at once.
+
+    **This is no sandbox for hostile code.** It contains accidents: endless loops, memory that grows, files
+    written beside the point. It does not hide the file system, the network or the user's rights, and code
+    that sets out to forge its own result can. For code from anyone but your own model, run the whole
+    training in a container.
+
+    Details: passed, tests, and how the process ended ("finished", "timeout", or what went wrong).
+    """
+    statements = as_list(tests)
+    code = (_FENCE.findall(completion) or [completion])[-1]
+    nonce = secrets.token_hex(16)
+    task = {"code": code, "tests": statements, "seconds": seconds, "memory": memory, "file_size": file_size}
+    with tempfile.TemporaryDirectory(prefix="rlseq-tests-") as folder:
+        report, ended = _run(json.dumps(task | {"nonce": nonce}), folder, seconds)
+    passed = 0
+    if report.startswith(f"{nonce} "):
+        _, count, ended = report.split(" ", 2)
+        passed = int(count)
+    return passed / len(statements), {"passed": passed, "tests": len(statements), "ended": ended.strip()}
+
+
+def _run(task: str, folder: str, seconds: float) -> tuple[str, str]:
+    """Run the task; return what it reported, and how its process ended."""
+    read_end, write_end = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", str(_RUNNER), str(write_end)],
+            cwd=folder,
+            env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[write_end],
+            start_new_session=True,
+        )
+        try:
+            process.communicate(task.encode(), timeout=seconds)
+            ended = f"exited with status {process.returncode} before the tests were done"
+        except subprocess.TimeoutExpired:
+            ended = "timeout"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all of it has ended already
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        ready = select.select([read_end], [], [], 0)[0]
+        return os.read(read_end, 4096).decode(errors="replace") if ready else "", ended
+    finally:
+        os.close(read_end)
+        os.close(write_end)

@@ -1,0 +1,70 @@
+"""A sequence-classification model as a reward."""
+
+from functools import lru_cache
+from typing import Any
+
+from rlseq.scoring import reward
+
+
+@reward
+def reward_model(
+    prompts: list[Any],
+    completions: list[str],
+    messages: list[Any],
+    model: str,
+    batch_size: int = 8,
+    dtype: str = "auto",
+    device: str | None = None,
+    max_length: int | None = None,
+    label: int = 0,
+) -> list[float]:
+    """The logit `label` of a Hugging Face sequence-classification model, id or path, with its own
+    tokenizer.
+
+    Chat data goes through the tokenizer's chat template; text is the prompt with the completion right after
+    it. `dtype` is "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; `device` is a GPU where
+    there is one. Texts over `max_length` tokens (by default the model's own limit) lose their start, so
+    that the answer stays.
+    """
+    import torch
+
+    network, tokenizer = _load(model, dtype, device)
+    limit = max_length or getattr(network.config, "max_position_embeddings", None)
+    rows = [
+        _token_ids(tokenizer, prompt, completion, added)[-limit if limit else None :]
+        for prompt, completion, added in zip(prompts, completions, messages, strict=True)
+    ]
+    scores: list[float] = []
+    with torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt")
+            logits = network(**batch.to(network.device)).logits  # (rows, labels)
+            if not 0 <= label < logits.shape[-1]:
+                raise ValueError(f"label is {label}, but {model} has {logits.shape[-1]} labels")
+            scores += logits[:, label].float().tolist()
+    return scores
+
+
+def _token_ids(tokenizer: Any, prompt: Any, completion: str, added: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt + completion)["input_ids"]
+    chat = [*prompt, *(added or [{"role": "assistant", "content": completion}])]
+    # the template writes the special tokens itself
+    return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)[
+        "input_ids"
+    ]
+
+
+@lru_cache(maxsize=2)
+def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
+    network = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if network.config.pad_token_id is None:
+        network.config.pad_token_id = tokenizer.pad_token_id  # the model finds the last token by it
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return network.to(place).eval().requires_grad_(False), tokenizer

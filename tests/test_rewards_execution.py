@@ -1,0 +1,266 @@
+"""The bundled rewards that run something: generated code, a reward model, a judge behind HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from rlseq.errors import RewardError
+from rlseq.scoring import load_rewards
+from rlseq.scoring.find import find
+from rlseq.types import Rollout
+
+
+def bundled(name):
+    return find(name, Path("/nowhere")).function
+
+
+def rollout(text, *, key="p", sample=0, messages=None):
+    return Rollout(key, sample, (1, 2), (True, True), (-1.0, -1.0), text, text, messages, "stop", "sample")
+
+
+# python_tests
+
+ADD = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
+
+
+def test_python_tests_gives_the_share_that_passes():
+    value, details = bundled("python_tests")(ADD, ["assert add(1, 2) == 3", "assert add(1, 1) == 3"])
+    assert value == 0.5
+    assert details["passed"] == 1
+    assert "AssertionError" in details["ended"]
+    assert bundled("python_tests")("def add(a, b):\n  return a + b", "assert add(1, 2) == 3")[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("code", "ended"),
+    [
+        ("x = (", "SyntaxError in the code"),
+        ("import sys; sys.exit(0)", "SystemExit in the code"),
+        ("import os; os._exit(0)", "exited with status 0 before the tests were done"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt in the code"),
+        ("x = bytearray(600 * 2**20)", "MemoryError in the code"),
+        ("import os; os.fork()", "PermissionError in the code"),
+        ("import subprocess; subprocess.run(['true'])", "PermissionError in the code"),
+        ("import os; os.system('true')", "PermissionError in the code"),
+        ("open('big', 'wb').write(bytes(2 * 2**20))", "OSError in the code"),
+        ("input()", "EOFError in the code"),
+    ],
+)
+def test_code_beyond_a_limit_passes_no_test(code, ended):
+    value, details = bundled("python_tests")(code, "assert True", memory=512, file_size=1)
+    assert value == 0.0
+    assert details["ended"].startswith(ended)
+
+
+@pytest.mark.parametrize(
+    "code", ["while True: pass", "import time; time.sleep(60)", "while True: open('f', 'w')"]
+)
+def test_endless_code_is_ended(code):
+    start = time.monotonic()
+    value, details = bundled("python_tests")(code, "assert True", seconds=1)
+    assert value == 0.0
+    assert details["ended"] == "timeout" or "SIG" in details["ended"] or "status -" in details["ended"]
+    assert time.monotonic() - start < 5
+
+
+def test_cpu_time_is_limited_apart_from_wall_clock_time():
+    # the limit is read inside the process: seconds, rounded up
+    code = "import resource; cpu = resource.getrlimit(resource.RLIMIT_CPU)[0]"
+    assert bundled("python_tests")(code, "assert cpu == 3", seconds=2.5)[0] == 1.0
+
+
+def test_code_runs_in_a_folder_of_its_own_without_our_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SECRET_OF_THE_TRAINER", "x")
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import os\nopen('left.txt', 'w').write('x')\nhere = os.getcwd()\n"
+        "seen = 'SECRET_OF_THE_TRAINER' in os.environ"
+    )
+    tests = ["assert not seen", f"assert here != {str(tmp_path)!r}", "assert os.listdir() == ['left.txt']"]
+    assert bundled("python_tests")(code, tests)[0] == 1.0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_prints_a_million_lines_does_not_block():
+    assert bundled("python_tests")("for i in range(200_000): print(i)", "assert i == 199_999")[0] == 1.0
+
+
+# reward_model
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("scorer")
+    words = Tokenizer(
+        models.WordLevel(
+            {w: i for i, w in enumerate(["<unk>", "<eos>", "user", "assistant", "a", "b", "c", "d"])},
+            unk_token="<unk>",
+        )
+    )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=8, num_labels=1, max_position_embeddings=32, **sizes)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def logit(folder, text):
+    """One text alone through the plain model: no batch, no padding."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model.config.pad_token_id = 1
+    with torch.no_grad():
+        return model(ids).logits[0, 0].item()
+
+
+def test_a_model_path_is_a_reward_whose_scores_are_the_models_logits(model_folder):
+    suite = load_rewards([model_folder])
+    assert suite.names == [Path(model_folder).name]
+    rollouts = [rollout("b c"), rollout("d d d a b"), rollout("")]
+    values = suite.score(rollouts, {"prompt": ["a ", "b ", "c d"]}).values[suite.names[0]]
+    expected = [logit(model_folder, text) for text in ("a b c", "b d d d a b", "c d")]
+    assert values == pytest.approx(expected, abs=1e-5)
+    assert len(set(values)) == 3
+
+
+def test_reward_model_scores_do_not_depend_on_the_batch_size(model_folder):
+    rollouts, prompts = [rollout("b c"), rollout("d d d a b"), rollout("a")], ["a ", "b ", "c "]
+    by_size = [
+        load_rewards([{"func": "reward_model", "kwargs": {"model": model_folder, "batch_size": size}}])
+        .score(rollouts, {"prompt": prompts})
+        .totals
+        for size in (1, 2, 3)
+    ]
+    assert by_size[0] == pytest.approx(by_size[1], abs=1e-5)
+    assert by_size[0] == pytest.approx(by_size[2], abs=1e-5)
+
+
+def test_reward_model_uses_the_chat_template_for_chat_data(model_folder):
+    suite = load_rewards([model_folder])
+    chat = rollout("c d", messages=[{"role": "assistant", "content": "c d"}])
+    totals = suite.score([chat], {"prompt": [[{"role": "user", "content": "a b"}]]}).totals
+    assert totals == pytest.approx([logit(model_folder, "user a b assistant c d")], abs=1e-5)
+
+
+# llm_judge
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Answers like an OpenAI-compatible server: the score is the number in the text under judgement."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, dict(self.headers), body))
+        self.server.at_once += 1
+        self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        time.sleep(self.server.delay)
+        self.server.at_once -= 1
+        if self.server.failures > 0:
+            self.server.failures -= 1
+            self.send_error(503)
+            return
+        question = body["messages"][0]["content"]
+        answer = question.split("Answer:\n")[1].split("\n")[0]
+        text = f"Reasons.\nScore: {answer}" if answer != "mumble" else "I cannot say."
+        payload = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.requests, server.failures, server.delay, server.at_once, server.most_at_once = [], 0, 0.0, 0, 0
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def judge_spec(judge, **options):
+    kwargs = {
+        "base_url": f"http://127.0.0.1:{judge.server_port}/v1",
+        "model": "m",
+        **options.pop("kwargs", {}),
+    }
+    return {"func": "llm_judge", "kwargs": kwargs, **options}
+
+
+def test_the_judges_score_is_scaled_and_its_reasons_are_kept(judge, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "k-1")
+    suite = load_rewards(
+        [judge_spec(judge, kwargs={"api_key_variable": "JUDGE_KEY", "rubric": "Is it short?"})]
+    )
+    columns = {"prompt": ["why?", [{"role": "user", "content": "how?"}]], "references": [["because"], ["so"]]}
+    table = suite.score([rollout("7"), rollout("10")], columns)
+    assert table.totals == [0.7, 1.0]
+    assert table.details["llm_judge"][0] == {"verdict": "Reasons.\nScore: 7"}
+    path, headers, _ = judge.requests[0]
+    assert path == "/v1/chat/completions"
+    assert headers["Authorization"] == "Bearer k-1"
+    question = "".join(request[2]["messages"][0]["content"] for request in judge.requests)
+    assert all(part in question for part in ("Is it short?", "why?", "user: how?", "because"))
+
+
+def test_the_judge_is_asked_again_after_a_server_error(judge):
+    judge.failures = 1
+    assert load_rewards([judge_spec(judge)]).score([rollout("5")], {"prompt": ["q"]}).totals == [0.5]
+    assert len(judge.requests) == 2
+
+
+def test_a_judge_without_a_score_is_an_error_and_never_a_zero(judge):
+    suite = load_rewards([judge_spec(judge, retries=0)])
+    with pytest.raises(RewardError, match="the judge gave no score from 0 to 10"):
+        suite.score([rollout("mumble")], {"prompt": ["q"]})
+    table = load_rewards([judge_spec(judge, retries=0, on_error="abstain")]).score(
+        [rollout("mumble")], {"prompt": ["q"]}
+    )
+    assert (table.totals, table.status["llm_judge"]) == ([None], ["error"])
+
+
+def test_the_judge_is_asked_many_times_at_once_but_not_more_than_told(judge):
+    judge.delay = 0.1
+    rollouts = [rollout(str(i % 11)) for i in range(12)]
+    table = load_rewards([judge_spec(judge, concurrency=4)]).score(rollouts, {"prompt": ["q"] * 12})
+    assert table.totals == [(i % 11) / 10 for i in range(12)]
+    assert 2 <= judge.most_at_once <= 4
+
+
+def test_a_cached_verdict_is_not_asked_for_again(judge, tmp_path):
+    spec = judge_spec(judge, cache=str(tmp_path / "verdicts.sqlite"))
+    for _ in range(2):
+        assert load_rewards([spec]).score(
+            [rollout("5"), rollout("5"), rollout("6")], {"prompt": ["q"] * 3}
+        ).totals == [
+            0.5,
+            0.5,
+            0.6,
+        ]
+    assert len(judge.requests) == 2  # equal questions are asked once, too
+    load_rewards([judge_spec(judge, cache=spec["cache"], kwargs={"rubric": "Another?"})]).score(
+        [rollout("5")], {"prompt": ["q"]}
+    )
+    assert len(judge.requests) == 3  # other arguments, another question
