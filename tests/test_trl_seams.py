@@ -1,0 +1,101 @@
+"""What rlseq relies on inside of TRL and transformers: an upgrade that moves it fails here, by name."""
+
+import dataclasses
+import importlib.metadata
+import inspect
+
+import pytest
+import trl
+from transformers import Trainer
+from trl.trainer import utils
+
+SEAMS = {
+    "_generate_and_score_completions": ["inputs"],
+    "_generate_single_turn": [
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "_prepare_inputs": ["generation_batch"],
+    "_compute_loss": ["model", "inputs"],
+    "_save_checkpoint": ["model", "trial"],
+    "_get_train_sampler": ["dataset"],
+}
+
+
+def parameters(function):
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+def test_the_version_is_the_one_that_was_read():
+    assert importlib.metadata.version("trl").split(".")[:2] == ["1", "16"]
+
+
+@pytest.mark.parametrize("name", list(SEAMS))
+def test_a_method_that_is_overridden_has_the_parameters_relied_on(name):
+    assert parameters(getattr(trl.GRPOTrainer, name)) == SEAMS[name]
+
+
+def test_log_probs_are_computed_behind_one_method():
+    taken = parameters(trl.GRPOTrainer._get_per_token_logps_and_entropies)
+    assert taken[:4] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert {"batch_size", "compute_entropy", "compute_aux_loss"} <= set(taken)
+
+
+def called_in(method):
+    """The source of a method: whether a seam is still called from where its override expects to be called."""
+    return inspect.getsource(getattr(trl.GRPOTrainer, method))
+
+
+@pytest.mark.parametrize(
+    ("caller", "callee"),
+    [
+        ("_prepare_inputs", "_generate_and_score_completions"),
+        ("_prepare_inputs", "_buffered_inputs"),
+        ("_generate_and_score_completions", "_calculate_rewards"),
+        ("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),
+        ("_generate", "_generate_single_turn"),
+        ("_compute_loss", "_get_per_token_logps_and_entropies"),
+    ],
+)
+def test_a_seam_is_called_where_its_override_expects_it(caller, callee):
+    assert f"self.{callee}" in called_in(caller)
+
+
+@pytest.mark.parametrize("key", ["advantages", "old_per_token_logps", "completion_mask", "prompt_mask"])
+def test_the_loss_reads_what_is_put_into_the_batch(key):
+    assert f'"{key}"' in called_in("_compute_loss")
+
+
+def test_the_fused_head_returns_log_probs_in_place_of_logits():
+    head = inspect.signature(utils.add_fused_lm_head).parameters
+    assert list(head) == ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
+    fields = {field.name for field in dataclasses.fields(utils.FusedCausalLMOutput)}
+    assert {"loss", "log_probs", "entropy", "label_mask"} <= fields
+
+
+def test_a_batch_is_split_by_trl_as_the_buffered_inputs_are():
+    assert parameters(utils.split_tensor_dict) == ["tensor_dict", "num_chunks"]
+
+
+def test_the_parser_adds_dataclasses_field_by_field():
+    assert {"args", "fail_with_unknown_args"} <= set(parameters(trl.TrlParser.parse_args_and_config))
+    assert parameters(trl.TrlParser._parse_dataclass_field) == ["parser", "field"]
+    assert parameters(trl.TrlParser._add_dataclass_arguments) == ["dtype"]
+
+
+def test_a_generation_batch_is_derived_and_may_not_be_given_twice():
+    config = trl.GRPOConfig(output_dir="x", bf16=False, use_cpu=True)
+    assert config.generation_batch_size == 8 and config.steps_per_generation == 1
+    with pytest.raises(ValueError, match="can not be both configured"):
+        trl.GRPOConfig(
+            output_dir="x", bf16=False, use_cpu=True, generation_batch_size=8, steps_per_generation=1
+        )
+
+
+def test_an_epoch_is_one_method_that_a_finished_run_can_skip():
+    assert "max_steps" not in inspect.getsource(Trainer._run_epoch).split("for update_step")[0]
+    assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
