@@ -11,26 +11,18 @@ from typing import Any
 from rlseq.errors import RunDirectoryError
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add `show` to the subcommands of `rlseq`."""
-    parser = subparsers.add_parser(
-        "show",
-        help="print a run's rollouts: prompt, completions, rewards, advantages",
-        description="Print the rollouts of one step of a training run, grouped by prompt.",
-        allow_abbrev=False,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `rlseq show`."""
     parser.add_argument("run_directory", metavar="RUN", type=Path, help="the run's directory")
     parser.add_argument("--step", type=int, metavar="S", help="step to show (default: the last)")
     parser.add_argument("--prompt", metavar="TEXT", help="only prompts that contain this text")
     parser.add_argument(
         "--limit", type=int, default=8, metavar="N", help="prompts to show (default: 8; 0: all)"
     )
-    parser.set_defaults(run=run)
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what `add_parser` asks for; returns the exit status 0.
+    """Print what the flags ask for; returns the exit status 0.
 
     Raises:
         RunDirectoryError: the run, its rollouts, the step or a prompt with that text does not exist.
