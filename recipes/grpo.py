@@ -65,6 +65,7 @@ def main() -> None:
     directory = open_run(config, run, data, rewards, evaluation, model_args)
     announce(
         config,
+        run,
         f"{len(prompts):,} prompts, {config.generation_batch_size // config.num_generations} prompts × "
         f"{config.num_generations} samples a generation round",
     )

@@ -59,7 +59,7 @@ def main() -> None:
 
     train, validation = examples(data.train_split, data.train_rows), examples(data.eval_split, data.eval_rows)
     directory = open_run(config, run, data, new, model_args)
-    announce(config, f"{len(train):,} training and {len(validation):,} {data.eval_split} examples")
+    announce(config, run, f"{len(train):,} training and {len(validation):,} {data.eval_split} examples")
 
     set_seed(config.seed)
     model = build_model(new.new_model, tokenizer) if new.new_model else load_model(model_args)

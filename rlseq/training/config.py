@@ -130,12 +130,15 @@ class EvaluateArguments:
 
 @dataclass
 class RunArguments:
-    """The run directory."""
+    """The run directory and the processor."""
 
     _argument_group_name = "run (rlseq)"
 
     overwrite_output_dir: bool = _default(
         False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start anew."
+    )
+    num_cpu_threads: int | None = _default(
+        None, "Threads of a process that trains on the CPU; default: the cores over the processes on this machine."
     )
 
 

@@ -26,13 +26,14 @@ from trl.trainer.utils import split_tensor_dict
 
 from rlseq.data import reference_ids
 from rlseq.decoding import Sample
-from rlseq.losses import group_advantages, masked_mean
-from rlseq.packing import pack, pad, supports_packing, unpack, unpack_padded
+from rlseq.losses import group_advantages
+from rlseq.packing import PackedBatch, pack, pad, supports_packing, unpack, unpack_padded
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 from rlseq.training.config import GRPOConfig
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
+MIN_ROW_TOKENS = 128  # short groups share a row of so many tokens, so that little of a batch is padding
 ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
 
@@ -74,7 +75,7 @@ class GRPOTrainer(trl.GRPOTrainer):
         self._scored: list[ScoredRollout] = []
         self._totals = torch.empty(0)  # (B,) over all ranks, NaN where every reward abstained
         self._micro_batch_references: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        self._reference_logprobs: list[torch.Tensor] = []
+        self._reference_terms: list[tuple[torch.Tensor, float]] = []
         args.reward_weights = list(suite.weights)
         super().__init__(
             model,
@@ -277,23 +278,22 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         coefficient = self.args.reference_loss_coef
-        self._micro_batch_references = {}
-        if coefficient:
-            rows = inputs["prompt_index"].tolist()
-            for index in rows:
-                prompt = self.prompts[index]
-                self._micro_batch_references[prompt.prompt_ids] = self._references_of(prompt)
+        rows = inputs["prompt_index"].tolist()
+        self._reference_terms = []
+        self._micro_batch_references = (
+            {self.prompts[i].prompt_ids: self._references_of(self.prompts[i]) for i in set(rows)} if coefficient else {}
+        )
         loss = super()._compute_loss(model, inputs)
-        if coefficient and self._reference_logprobs:
-            # Σ over rows of the NLL a token of the row's references, over rows: independent of how the batch is split.
-            weights = torch.tensor(self._reference_weights, device=loss.device)
-            nll = torch.stack([-logprobs.mean() for logprobs in self._reference_logprobs])
-            reference_loss = (weights * nll).sum() / len(rows)
-            accumulation = self.current_gradient_accumulation_steps if self.model.training else 1
+        if coefficient:
+            # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
+            nll = [weight * -logprobs.mean() for logprobs, weight in self._reference_terms]
+            reference_loss = torch.stack(nll).sum() / len(rows) if nll else loss.new_zeros(())
+            mode = "train" if self.model.training else "eval"
+            accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + coefficient * reference_loss / accumulation
             mean = self.accelerator.gather(reference_loss.detach()).mean().item()
-            self._metrics["train" if self.model.training else "eval"]["reference_nll"].append(mean)
-        self._micro_batch_references, self._reference_logprobs = {}, []
+            self._metrics[mode]["reference_nll"].append(mean)
+        self._micro_batch_references, self._reference_terms = {}, []
         return loss
 
     def _references_of(self, prompt: Prompt) -> list[tuple[int, ...]]:
@@ -333,41 +333,43 @@ class GRPOTrainer(trl.GRPOTrainer):
 
     def _score_packed(self, model, prompts, completions, width):
         """One wrapped forward: log-probs and entropies (B, T) of completions, and of the micro-batch's references."""
-        groups: dict[tuple[int, ...], list[int]] = {}
+        rows_of: dict[tuple[int, ...], list[int]] = {}
         for row, prompt in enumerate(prompts):
-            groups.setdefault(prompt, []).append(row)
-        order = [row for rows in groups.values() for row in rows]
-        texts: list[tuple[tuple[int, ...], list[tuple[int, ...]]]] = []
-        references: list[int] = []  # places among the packed completions
-        reference_weights: list[float] = []
-        place, places = 0, [0] * len(prompts)
-        for prompt, rows in groups.items():
+            rows_of.setdefault(prompt, []).append(row)
+        groups = []
+        place_of = [0] * len(prompts)  # row -> place among the flattened groups' completions
+        references: list[tuple[int, float]] = []  # (place, weight: rows it stands for, shared among the references)
+        place = 0
+        for prompt, rows in rows_of.items():
             extra = self._micro_batch_references.get(prompt, [])
-            texts.append((prompt, [completions[row] for row in rows] + extra))
+            groups.append((prompt, [completions[row] for row in rows] + extra))
             for row in rows:
-                places[row] = place
+                place_of[row] = place
                 place += 1
-            references += range(place, place + len(extra))
-            reference_weights += [len(rows) / len(extra)] * len(extra)
+            references += [(place + i, len(rows) / len(extra)) for i in range(len(extra))]
             place += len(extra)
-        del order
-        device, pad_id = self.accelerator.device, self.processing_class.pad_token_id
-        if self.packs:
-            batch = pack(texts, pad_id=pad_id, device=device, dtype=self.model.dtype)
-        else:
-            flat = [(prompt, completion) for prompt, group in texts for completion in group]
-            batch = pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
+        batch = self._collate(groups)
         with self.accelerator.autocast():
             outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True)
-        longest = max(width, max(batch.lengths))
-        select = torch.tensor(places, device=device)
-        logps = unpack_padded(outputs.log_probs, batch, longest)
-        entropies = unpack_padded(outputs.entropy, batch, longest)
+        longest = max(width, *batch.lengths)
+        select = torch.tensor(place_of, device=batch.labels.device)
+        logps = unpack_padded(outputs.log_probs, batch, longest)[select, :width]
+        entropies = unpack_padded(outputs.entropy, batch, longest)[select, :width]
         if references:
             sequences = unpack(outputs.log_probs, batch)
-            self._reference_logprobs = [sequences[i] for i in references]
-            self._reference_weights = reference_weights
-        return logps[select, :width], entropies[select, :width]
+            self._reference_terms = [(sequences[i], weight) for i, weight in references]
+        return logps, entropies
+
+    def _collate(self, groups) -> PackedBatch:
+        """The one place where a training batch is laid out: packed, or padded for models that packing cannot serve."""
+        device, pad_id = self.accelerator.device, self.processing_class.pad_token_id
+        if self.packs:
+            longest = max(len(prompt) + sum(len(c) + 1 for c in completions) for prompt, completions in groups)
+            return pack(
+                groups, pad_id=pad_id, device=device, dtype=self.model.dtype, row_tokens=max(longest, MIN_ROW_TOKENS)
+            )
+        flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
+        return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
 
 
 class _RewardContext:
