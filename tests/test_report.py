@@ -290,6 +290,15 @@ def test_one_model_alone_has_a_report_without_comparisons(results, samples, tmp_
     assert "Paired comparisons" not in page.text
 
 
+def test_with_three_models_each_comparison_names_its_pair(results, samples, tmp_path):
+    results["models"]["rl2"] = results["models"]["rl"]
+    results["comparisons"] += [row | {"b": "rl2"} for row in results["comparisons"]]
+    page, _, markdown = report(results, samples, tmp_path)
+    assert page.text.count("rl2 − base") == 5 and page.text.count("rl − base") == 5
+    assert "| greedy | WER | base | rl2 | 32.0% | 30.0% | −2.00 pp |" in markdown  # only b = rl is primary
+    assert "base, rl, rl2" in page.text
+
+
 def test_figures_and_curves_are_written_as_files(results, samples, tmp_path):
     report(results, samples, tmp_path, metrics=METRICS)
     names = {path.name for path in (tmp_path / "plots").iterdir()}

@@ -218,6 +218,7 @@ def _context(
         "pass_metric": tables.metric(results, "exact_pass_at_k.1"),
         "check": _accuracy_check(results),
         "pair": pair,
+        "several_pairs": len({(c.a, c.b) for c in found}) > 1,
         "side": _side(results, samples, per_example, pair),
         "definitions": tables.definitions(results),
         "signature": list(tables.flatten(results.get("signature", {}))),

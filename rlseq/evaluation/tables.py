@@ -61,6 +61,7 @@ _KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
     ),
     "wer": ("WER", False, True, "Word error rate: share of words with at least one error."),
     "length": ("Length", None, False, "Mean completion length in tokens, stop token included."),
+    "logprob": ("Own log-prob", None, False, "Mean log-probability of what was generated, in nats."),
     "truncated": ("Truncated", False, True, "Share of completions cut at the length limit."),
 }
 
