@@ -21,8 +21,7 @@ def bernoulli(
     """
     step = getattr(trainer_state, "global_step", 0)
     return [
-        float(_uniform(f"{seed}/{step}/{number}/{key}") < p)
-        for key, number in zip(prompt_key, sample, strict=True)
+        float(_uniform(f"{seed}/{step}/{number}/{key}") < p) for key, number in zip(prompt_key, sample, strict=True)
     ]
 
 

@@ -41,9 +41,7 @@ def _signature() -> str:
     range=(0, 1),
     extra="text",
     corpus={
-        "corpus_bleu": CorpusMetric(
-            _STATISTICS, corpus_bleu, description=f"corpus BLEU (sacrebleu {_signature()})"
-        )
+        "corpus_bleu": CorpusMetric(_STATISTICS, corpus_bleu, description=f"corpus BLEU (sacrebleu {_signature()})")
     },
 )
 def bleu(
@@ -56,7 +54,7 @@ def bleu(
     """
     score = _metric(tokenize, lowercase).sentence_score(completion, as_list(references))
     counts = [score.sys_len, score.ref_len, *score.counts, *score.totals]
-    return score.score / 100, dict(zip(_STATISTICS, map(int, counts), strict=True))
+    return min(1.0, score.score / 100), dict(zip(_STATISTICS, map(int, counts), strict=True))
 
 
 @lru_cache(maxsize=8)

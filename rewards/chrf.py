@@ -37,9 +37,7 @@ def _signature() -> str:
     range=(0, 1),
     extra="text",
     corpus={
-        "corpus_chrf": CorpusMetric(
-            _STATISTICS, corpus_chrf, description=f"corpus chrF (sacrebleu {_signature()})"
-        )
+        "corpus_chrf": CorpusMetric(_STATISTICS, corpus_chrf, description=f"corpus chrF (sacrebleu {_signature()})")
     },
 )
 def chrf(completion: str, references: list[str] | str, word_order: int = 0) -> tuple[float, dict]:
@@ -51,7 +49,8 @@ def chrf(completion: str, references: list[str] | str, word_order: int = 0) -> t
     # sacrebleu's own significance tests start from these statistics; it has no public name for them
     counts = metric._extract_corpus_statistics([completion], [[target] for target in targets])[0]
     padded = list(map(int, counts)) + [0] * (len(_STATISTICS) - len(counts))
-    return metric.sentence_score(completion, targets).score / 100, dict(zip(_STATISTICS, padded, strict=True))
+    score = min(1.0, metric.sentence_score(completion, targets).score / 100)
+    return score, dict(zip(_STATISTICS, padded, strict=True))
 
 
 @lru_cache(maxsize=4)

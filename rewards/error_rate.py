@@ -26,9 +26,7 @@ def error_rate(
     reference's length.
     """
     targets = as_list(references)
-    edits, length = closest(
-        _split(completion, unit, tokenizer), [_split(t, unit, tokenizer) for t in targets]
-    )
+    edits, length = closest(_split(completion, unit, tokenizer), [_split(t, unit, tokenizer) for t in targets])
     return accuracy(edits, length), {"edits": edits, "length": length}
 
 
@@ -39,8 +37,7 @@ def _split(text: str, unit: str, tokenizer: str | None) -> list:
         return list(text)
     if unit != "token" or tokenizer is None:
         raise ValueError(
-            f"unit is {unit!r} and tokenizer {tokenizer!r}; expected word, character, or token with a "
-            "tokenizer"
+            f"unit is {unit!r} and tokenizer {tokenizer!r}; expected word, character, or token with a tokenizer"
         )
     return _tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"]
 

@@ -50,9 +50,7 @@ def _token_ids(tokenizer: Any, prompt: Any, completion: str, added: Any) -> list
         return tokenizer(prompt + completion)["input_ids"]
     chat = [*prompt, *(added or [{"role": "assistant", "content": completion}])]
     # the template writes the special tokens itself
-    return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)[
-        "input_ids"
-    ]
+    return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
 
 
 @lru_cache(maxsize=2)

@@ -9,9 +9,7 @@ from rlseq.scoring.distance import as_list
 
 
 @reward(range=(0, 1), extra="text")
-def rouge(
-    completion: str, references: list[str] | str, kind: str = "rougeL", stem: bool = False
-) -> tuple[float, dict]:
+def rouge(completion: str, references: list[str] | str, kind: str = "rougeL", stem: bool = False) -> tuple[float, dict]:
     """ROUGE F1 (Lin 2004) against the best reference: `kind` is rouge1, rouge2, ..., rougeL or rougeLsum.
 
     `stem` applies the Porter stemmer. Details: precision and recall against that reference.

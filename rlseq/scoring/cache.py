@@ -66,9 +66,7 @@ class Cache:
     def put(self, outcomes: Mapping[str, Sequence[Outcome]]) -> None:
         """Keep the outcomes of calls that all succeeded."""
         lines = [
-            (key, self._json(several))
-            for key, several in outcomes.items()
-            if all(o.status in KEPT for o in several)
+            (key, self._json(several)) for key, several in outcomes.items() if all(o.status in KEPT for o in several)
         ]
         if not lines:
             return
@@ -78,9 +76,7 @@ class Cache:
 
     def _json(self, outcomes: Sequence[Outcome]) -> str:
         try:
-            return json.dumps(
-                [[o.value, o.status, dict(o.details)] for o in outcomes], default=_plain_or_error
-            )
+            return json.dumps([[o.value, o.status, dict(o.details)] for o in outcomes], default=_plain_or_error)
         except (TypeError, ValueError) as error:
             raise RewardError(
                 f"cache: the details of a reward cannot be kept as JSON ({error}); return plain numbers, "
@@ -91,9 +87,7 @@ class Cache:
     def _open(self) -> sqlite3.Connection:
         try:
             database = sqlite3.connect(self.path, timeout=PATIENCE)
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS rewards (key TEXT PRIMARY KEY, outcomes TEXT NOT NULL)"
-            )
+            database.execute("CREATE TABLE IF NOT EXISTS rewards (key TEXT PRIMARY KEY, outcomes TEXT NOT NULL)")
             return database
         except sqlite3.Error as error:
             raise self._trouble(error) from error
@@ -106,8 +100,7 @@ class Cache:
 
     def _trouble(self, error: sqlite3.Error) -> RewardError:
         return RewardError(
-            f"the reward cache {self.path} cannot be used: {error}. Give another file with cache: PATH, or "
-            "delete it."
+            f"the reward cache {self.path} cannot be used: {error}. Give another file with cache: PATH, or delete it."
         )
 
 

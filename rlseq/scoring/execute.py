@@ -68,11 +68,7 @@ async def call_concurrently(function: Callable, calls: Sequence[Arguments], retr
                     return await asyncio.wait_for(function(**arguments), retry.timeout)
                 except TimeoutError as error:
                     timed_out = retry.timeout is not None
-                    result = (
-                        Failed("timeout", f"no answer within {retry.timeout:g} s")
-                        if timed_out
-                        else failed(error)
-                    )
+                    result = Failed("timeout", f"no answer within {retry.timeout:g} s") if timed_out else failed(error)
                 except (Exception, SystemExit) as error:
                     result = failed(error)
                 if trial < retry.retries:

@@ -185,9 +185,7 @@ def _from_file(path: Path, function_name: str | None) -> Found:
     own = {
         name: value
         for name, value in vars(module).items()
-        if callable(value)
-        and getattr(value, "__module__", None) == module.__name__
-        and not isinstance(value, type)
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not isinstance(value, type)
     }
     if function_name is None:
         marked = {name: value for name, value in own.items() if hasattr(value, "rlseq_reward")}
@@ -198,8 +196,7 @@ def _from_file(path: Path, function_name: str | None) -> Found:
             function_name = next(iter(public))
         else:
             raise RewardError(
-                f"{path} has {len(public)} rewards ({', '.join(public) or 'none'}); name one as "
-                f"{path.name}:function."
+                f"{path} has {len(public)} rewards ({', '.join(public) or 'none'}); name one as {path.name}:function."
             )
     function = own.get(function_name) or getattr(module, function_name, None)
     if not callable(function):
@@ -222,9 +219,7 @@ def _from_module(module_name: str, function_name: str, name: str | None = None) 
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        raise RewardError(
-            f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, names)}"
-        )
+        raise RewardError(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, names)}")
     return Found(function, name or function_name, f"{module_name}:{function_name}")
 
 

@@ -88,9 +88,7 @@ def tell_form(parameters: Parameters, name: str) -> str:
     if "queries" in names:
         return "openrlhf"
     if {"completion", "completions"} <= names:
-        raise RewardError(
-            f"reward {name!r} asks for both 'completion' and 'completions'; keep one.\n{FORMS_HELP}"
-        )
+        raise RewardError(f"reward {name!r} asks for both 'completion' and 'completions'; keep one.\n{FORMS_HELP}")
     if names & {"completions", "prompts"}:
         return "batch"
     if "completion_ids" in names and parameters.takes_any and "completion" not in names:
@@ -98,9 +96,7 @@ def tell_form(parameters: Parameters, name: str) -> str:
     if names & {"completion", *FIELDS}:
         return "single"
     given = ", ".join(parameters.named) or "no parameters"
-    near = [
-        did_you_mean(n, ("completion", "completions", "solution_str", "queries")) for n in parameters.named
-    ]
+    near = [did_you_mean(n, ("completion", "completions", "solution_str", "queries")) for n in parameters.named]
     raise RewardError(
         f"reward {name!r} takes ({given}), which fits no form of reward.{next(filter(None, near), '')} "
         f"A reward is one of\n{FORMS_HELP}"
@@ -160,9 +156,7 @@ class Rows:
         seen: dict[tuple[str, int], int] = {}
         groups: dict[tuple[str, int], list[int]] = {}
         for row, rollout in enumerate(self.rollouts):
-            turn = seen[rollout.prompt_key, rollout.sample] = (
-                seen.get((rollout.prompt_key, rollout.sample), -1) + 1
-            )
+            turn = seen[rollout.prompt_key, rollout.sample] = seen.get((rollout.prompt_key, rollout.sample), -1) + 1
             groups.setdefault((rollout.prompt_key, turn), []).append(row)
         return list(groups.values())
 
@@ -198,9 +192,7 @@ def make_calls(
     extra = (
         {**(context or {}), **kwargs}
         if parameters.takes_any
-        else {
-            name: value for name, value in {**(context or {}), **kwargs}.items() if name in parameters.named
-        }
+        else {name: value for name, value in {**(context or {}), **kwargs}.items() if name in parameters.named}
     )
     return [
         (indices, {name: [values[i] for i in indices] for name, values in lists.items()} | extra)
@@ -227,9 +219,7 @@ def _batch(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Se
     # TRL hands a catch-all every column but these three
     names = [n for n in names if n in parameters.named or n not in ("prompt", "completion")]
     return {
-        name: made[name]() if name in made else rows.values(name)
-        for name in names
-        if name in made or rows.knows(name)
+        name: made[name]() if name in made else rows.values(name) for name in names if name in made or rows.knows(name)
     }
 
 
@@ -242,11 +232,7 @@ def _verl(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Seq
     if "extra_info" not in rows.columns:
         lists["extra_info"] = [None] * len(rows.rollouts)
     four = ("data_source", "ground_truth", "extra_info")
-    lists |= {
-        name: rows.values(name)
-        for name in (*four, *parameters.named)
-        if name not in lists and rows.knows(name)
-    }
+    lists |= {name: rows.values(name) for name in (*four, *parameters.named) if name not in lists and rows.knows(name)}
     return {
         name: values
         for name, values in lists.items()
@@ -257,9 +243,7 @@ def _verl(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Seq
 def _openrlhf(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
     prompts = rows.prompt_texts()
     lists: dict[str, Sequence[Any]] = {
-        "queries": [
-            prompt + rollout.raw_text for prompt, rollout in zip(prompts, rows.rollouts, strict=True)
-        ],
+        "queries": [prompt + rollout.raw_text for prompt, rollout in zip(prompts, rows.rollouts, strict=True)],
         "prompts": prompts,
     }
     if "labels" in rows.columns or "label" in rows.columns:

@@ -83,9 +83,7 @@ def _checked_options(spec: Any) -> dict[str, Any]:
             )
     func = options.get("func")
     if not (callable(func) or (isinstance(func, str) and func)):
-        raise RewardError(
-            f"reward spec {spec!r} has no 'func'; expected a name, path.py:function, or a model id."
-        )
+        raise RewardError(f"reward spec {spec!r} has no 'func'; expected a name, path.py:function, or a model id.")
     return options
 
 
@@ -103,9 +101,7 @@ def _executor(name: str, found: Found, options: Mapping[str, Any]) -> Executor:
             timeout,
         )
     elif concurrency is not None or retries is not None:
-        raise RewardError(
-            f"reward {name!r}: concurrency and retries are for async functions; use workers instead."
-        )
+        raise RewardError(f"reward {name!r}: concurrency and retries are for async functions; use workers instead.")
     if timeout is None and workers is None:
         return Concurrent(found.function, retry) if retry else InProcess(found.function)
     if found.address is None:
@@ -168,11 +164,7 @@ def _mapping(name: str, option: str, given: Any) -> dict[str, Any]:
 def _number(name: str, option: str, given: Any, above: float | None = None) -> float | None:
     if given is None:
         return None
-    if (
-        isinstance(given, bool)
-        or not isinstance(given, (int, float))
-        or (above is not None and not given > above)
-    ):
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or (above is not None and not given > above):
         wanted = "a number" if above is None else f"a number above {above:g}"
         raise RewardError(f"reward {name!r}: {option} is {given!r}; expected {wanted}.")
     return float(given)
@@ -182,7 +174,5 @@ def _whole(name: str, option: str, given: Any, least: int) -> int | None:
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, int) or given < least:
-        raise RewardError(
-            f"reward {name!r}: {option} is {given!r}; expected a whole number of at least {least}."
-        )
+        raise RewardError(f"reward {name!r}: {option} is {given!r}; expected a whole number of at least {least}.")
     return given

@@ -56,9 +56,7 @@ def interpret(raw: Any) -> Outcome:
             return Outcome(None, "invalid", NO_DETAILS, f"returned {given}; expected a number or None")
     value = float(raw)
     if not math.isfinite(value):
-        return Outcome(
-            None, "invalid", NO_DETAILS, f"returned {value}; expected a finite number, or None to abstain"
-        )
+        return Outcome(None, "invalid", NO_DETAILS, f"returned {value}; expected a finite number, or None to abstain")
     return Outcome(value, "ok", NO_DETAILS)
 
 
@@ -67,9 +65,7 @@ def interpret_score_dict(raw: Any) -> Outcome:
     if isinstance(raw, Mapping):
         if "score" not in raw:
             given = ", ".join(map(str, raw)) or "nothing"
-            return Outcome(
-                None, "invalid", NO_DETAILS, f"returned a dict with {given}; expected a key 'score'"
-            )
+            return Outcome(None, "invalid", NO_DETAILS, f"returned a dict with {given}; expected a key 'score'")
         return interpret(raw["score"])._replace(details={k: plain(v) for k, v in raw.items() if k != "score"})
     return interpret(raw)
 
@@ -107,11 +103,7 @@ def interpret_reward_dict(raw: Any, count: int, name: str) -> list[Outcome]:
         raise RewardError(f"reward {name!r} returned a dict with {given}; expected a key 'rewards'.")
     outcomes = interpret_many(raw["rewards"], count, name)
     logs = {key: plain(values) for key, values in (raw.get("extra_logs") or {}).items()}
-    per_row = {
-        k: v
-        for k, v in logs.items()
-        if isinstance(v, Sequence) and not isinstance(v, str) and len(v) == count
-    }
+    per_row = {k: v for k, v in logs.items() if isinstance(v, Sequence) and not isinstance(v, str) and len(v) == count}
     return [
         outcome._replace(details={key: values[row] for key, values in per_row.items()})
         for row, outcome in enumerate(outcomes)

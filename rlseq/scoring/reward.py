@@ -105,9 +105,7 @@ def reward(
         RewardError: for an unknown scope or an inverted range.
     """
     if scope not in SCOPES:
-        raise RewardError(
-            f"scope is {scope!r}; expected one of {', '.join(SCOPES)}.{did_you_mean(scope, SCOPES)}"
-        )
+        raise RewardError(f"scope is {scope!r}; expected one of {', '.join(SCOPES)}.{did_you_mean(scope, SCOPES)}")
     if range is not None and not range[0] <= range[1]:
         raise RewardError(f"range is {range!r}; expected (lowest, highest).")
     info = RewardInfo(range, extra, scope, dict(corpus or {}), marked=True)

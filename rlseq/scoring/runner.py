@@ -118,9 +118,7 @@ class Reward:
         if self.cache is None:
             return self._make(calls)
         code = code_hash(self.function)
-        keys = [
-            key_of(code, {k: v for k, v in arguments.items() if k not in CONTEXT}) for _, arguments in calls
-        ]
+        keys = [key_of(code, {k: v for k, v in arguments.items() if k not in CONTEXT}) for _, arguments in calls]
         known = self.cache.get(keys)
         new = {key: call for key, call in zip(keys, calls, strict=True) if key not in known}
         made = dict(zip(new, self._make(list(new.values())), strict=True))

@@ -47,9 +47,7 @@ class ScoreTable:
     def failure_counts(self) -> dict[str, dict[str, int]]:
         """The same by kind: {reward: {"abstained": .., "error": .., "timeout": .., "invalid": ..}}."""
         kinds = ("abstained", *FAILURES)
-        return {
-            name: {kind: statuses.count(kind) for kind in kinds} for name, statuses in self.status.items()
-        }
+        return {name: {kind: statuses.count(kind) for kind in kinds} for name, statuses in self.status.items()}
 
 
 class RewardSuite:
@@ -142,9 +140,7 @@ class RewardSuite:
         """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is
         allowed."""
         failed = [row for row, outcome in enumerate(outcomes) if outcome.status in FAILURES]
-        if len(failed) > self.max_error_rate * len(outcomes) and (
-            len(failed) > 1 or self.max_error_rate == 0
-        ):
+        if len(failed) > self.max_error_rate * len(outcomes) and (len(failed) > 1 or self.max_error_rate == 0):
             first = failed[0]
             raise RewardError(
                 f"reward {name!r} failed on {len(failed)} of {len(outcomes)} completions, more than "
@@ -177,10 +173,7 @@ class RewardSuite:
             status={name: [o.status for o in column] for name, column in by_name},
             totals=totals,
             details={name: [o.details for o in column] for name, column in by_name},
-            messages={
-                name: {row: o.message for row, o in enumerate(column) if o.message}
-                for name, column in by_name
-            },
+            messages={name: {row: o.message for row, o in enumerate(column) if o.message} for name, column in by_name},
         )
 
 
@@ -232,24 +225,16 @@ def load_rewards(
     """
     specs = [specs] if isinstance(specs, (str, Mapping)) or callable(specs) else list(specs)
     if not specs:
-        raise RewardError(
-            "no rewards were given; expected at least one. `rlseq reward list` shows the bundled ones."
-        )
+        raise RewardError("no rewards were given; expected at least one. `rlseq reward list` shows the bundled ones.")
     root = Path(search_root) if search_root is not None else Path.cwd()
     in_specs = [spec.get("weight") if isinstance(spec, Mapping) else None for spec in specs]
     if weights is not None:
         if any(weight is not None for weight in in_specs):
-            raise RewardError(
-                "weights are given both in the reward specs and in reward_weights; keep one of the two."
-            )
+            raise RewardError("weights are given both in the reward specs and in reward_weights; keep one of the two.")
         if len(weights) != len(specs):
-            raise RewardError(
-                f"reward_weights has {len(weights)} numbers for {len(specs)} rewards; expected one each."
-            )
+            raise RewardError(f"reward_weights has {len(weights)} numbers for {len(specs)} rewards; expected one each.")
         in_specs = list(weights)
-    resolved = [
-        1.0 if weight is None else _number(weight, spec) for weight, spec in zip(in_specs, specs, strict=True)
-    ]
+    resolved = [1.0 if weight is None else _number(weight, spec) for weight, spec in zip(in_specs, specs, strict=True)]
     rewards: list[Reward] = []
     for spec in specs:
         reward = reward_from_spec(spec, root)

@@ -58,9 +58,7 @@ class WorkerPool:
         retry: for an async reward: a process then makes `retry.concurrency` calls at a time.
     """
 
-    def __init__(
-        self, address: str, name: str, workers: int, timeout: float | None, retry: Retry | None = None
-    ):
+    def __init__(self, address: str, name: str, workers: int, timeout: float | None, retry: Retry | None = None):
         self.address = address
         self.name = name
         self.count = workers
@@ -156,15 +154,11 @@ class WorkerPool:
             code = self._kill(worker)
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
             if not worker.loaded:
-                raise RewardError(
-                    f"reward {self.name!r}: its worker process {how} while loading it."
-                ) from None
+                raise RewardError(f"reward {self.name!r}: its worker process {how} while loading it.") from None
             return self._fail(task, results, "error", f"its worker process {how}")
         if not worker.loaded:
             if isinstance(answer, Failed):
-                raise RewardError(
-                    f"reward {self.name!r} cannot be loaded in a worker process: {answer.message}"
-                )
+                raise RewardError(f"reward {self.name!r} cannot be loaded in a worker process: {answer.message}")
             worker.loaded, worker.deadline = True, None
             return 0
         worker.task, worker.deadline = None, None
@@ -175,9 +169,7 @@ class WorkerPool:
     def _expire(self, worker: _Worker, waiting: deque[_Task], results: list[Any]) -> int:
         self._kill(worker)
         if worker.task is None:
-            raise RewardError(
-                f"reward {self.name!r} took more than {LOAD_LIMIT:g} s to load in a worker process."
-            )
+            raise RewardError(f"reward {self.name!r} took more than {LOAD_LIMIT:g} s to load in a worker process.")
         if len(worker.task.indices) > 1:  # an async reward blocked the loop: find out which, one at a time
             waiting.extend(_Task([i], 1) for i in worker.task.indices)
             return 0

@@ -1,0 +1,360 @@
+"""What `rlseq reward check` asks of a reward before a run: is it sound, and can it be gamed?
+
+Each question is a function from rows to a `Check`. Completions are made from the references where there are
+any.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RewardError
+from ..types import Prompt, Rollout
+from .outcome import FAILURES, shorten
+from .suite import RewardSuite, ScoreTable, load_rewards
+
+PATIENCE = 10.0  # seconds that any one strange completion may take
+LONG = 100_000  # characters
+MAXIMUM_LENGTH = 1024  # words of the longest degenerate completion
+
+STRANGE = {
+    "the empty string": "",
+    "100,000 characters": "x" * LONG,
+    "100,000 characters of white space": " \n" * (LONG // 2),
+    "a lone surrogate": "a\udc80b",
+    "a null character": "a\x00b",
+    "emoji and right-to-left text": "👩‍👩‍👧 שלום e\u0301",
+    "special tokens": "<s></s><pad><|endoftext|><|im_end|>[/INST]",
+    "brackets left open": "((({{{[[[$$\\boxed{\\frac{",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The answer to one question: `passed` is None where it could not be asked; `advice` says what to
+    do."""
+
+    question: str
+    passed: bool | None
+    finding: str
+    advice: str = ""
+
+
+def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: Path) -> list[Check]:
+    """Ask everything that needs no model, the cheap questions first; stop where the next makes no sense.
+
+    Args:
+        spec: a mapping of reward options; failures become statuses, whatever its `on_error`.
+        prompts: rows to try it on, with their columns.
+        search_root: see `load_rewards`.
+    """
+    plain = {**spec, "on_error": "abstain", "cache": False}
+    try:
+        suite = load_rewards([plain], search_root=search_root, max_error_rate=1.0)
+    except RewardError as error:
+        return [Check("it loads", False, str(error))]
+    with suite:
+        reward = suite.rewards[0]
+        checks = [Check("it loads", True, f"form: {FORM_NAMES[reward.form]}; scope: {reward.info.scope}")]
+        try:
+            suite.check_columns(columns_of(prompts[:1]))
+        except RewardError as error:
+            return [*checks, Check("its columns are there", False, str(error))]
+        items = _items(prompts)
+        try:
+            checks.append(_runs(suite, items))
+            if not checks[-1].passed:
+                return checks
+            checks += [
+                _alone(suite, items),
+                _order(suite, items),
+                _twice(suite, items),
+                _in_range(suite, items),
+            ]
+        except RewardError as error:  # a wrong count
+            return [*checks, Check("it runs on these rows", False, str(error))]
+        checks += _in_workers(plain, suite, items, search_root)
+        checks.append(_speed(suite, items))
+        checks += _against_references(suite, prompts)
+    return checks
+
+
+FORM_NAMES = {"single": "one at a time", "batch": "TRL's batch", "verl": "verl's", "openrlhf": "OpenRLHF's"}
+
+Item = tuple[Prompt, Rollout]
+
+
+def make_rollout(prompt: Prompt, text: str, sample: int = 0) -> Rollout:
+    """A rollout of a text nobody sampled: token ids stand for its words, and its log-probs are 0."""
+    count = len(text.split())
+    chat = None if isinstance(prompt.messages_or_text, str) else ({"role": "assistant", "content": text},)
+    return Rollout(
+        prompt.key,
+        sample,
+        tuple(range(count)),
+        (True,) * count,
+        (0.0,) * count,
+        text,
+        text,
+        chat,
+        "stop",
+        "written",
+    )
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The columns of prompts as lists, `prompt` among them."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
+        "prompt": [prompt.messages_or_text for prompt in prompts]
+    }
+
+
+def score_items(suite: RewardSuite, items: Sequence[Item]) -> ScoreTable:
+    """Score (prompt, rollout) pairs."""
+    return suite.score([rollout for _, rollout in items], columns_of([prompt for prompt, _ in items]))
+
+
+def _items(prompts: Sequence[Prompt]) -> list[Item]:
+    """Three completions a row: right where a reference is known, damaged, and another row's."""
+    answers = [_reference(prompt) or prompt.text for prompt in prompts]
+    texts = [
+        (answer, corrupt(answer, random.Random(number)), answers[number - 1]) for number, answer in enumerate(answers)
+    ]
+    return [
+        (prompt, make_rollout(prompt, text, sample))
+        for prompt, three in zip(prompts, texts, strict=True)
+        for sample, text in enumerate(three)
+    ]
+
+
+def _reference(prompt: Prompt) -> str | None:
+    references = prompt.columns.get("references") or []
+    return references if isinstance(references, str) else references[0] if references else None
+
+
+def corrupt(text: str, rng: random.Random) -> str:
+    """A text with its digits changed, and about a quarter of its words (at least one) dropped, doubled or
+    swapped."""
+    words = [_other_digits(word) for word in text.split()] or ["?"]
+    for _ in range(max(1, len(words) // 4)):
+        place = rng.randrange(len(words))
+        action = rng.choice(("drop", "double", "swap")) if len(words) > 1 else "double"
+        if action == "drop":
+            del words[place]
+        elif action == "double":
+            words.insert(place, words[place])
+        else:
+            words[place - 1], words[place] = words[place], words[place - 1]
+    damaged = " ".join(words)
+    return damaged if words != text.split() else f"{damaged} {damaged}"
+
+
+def _other_digits(word: str) -> str:
+    return "".join(str((int(c) + 1) % 10) if c in "0123456789" else c for c in word)
+
+
+def _only(suite: RewardSuite, table: ScoreTable) -> list[float | None]:
+    return table.values[suite.names[0]]
+
+
+def _runs(suite: RewardSuite, items: list[Item]) -> Check:
+    table = score_items(suite, items)
+    counts = table.failure_counts[suite.names[0]]
+    failed = sum(counts[kind] for kind in FAILURES)
+    finding = f"{len(items)} completions: {failed} failed, {counts['abstained']} abstained"
+    if failed:
+        row, message = next(iter(table.messages[suite.names[0]].items()))
+        return Check(
+            "it runs on these rows",
+            False,
+            f"{finding}; {message}, for {shorten(items[row][1].text, 80)}",
+            "Fix the first failure; `on_error: abstain` or `floor` is for rare ones.",
+        )
+    return Check("it runs on these rows", True, finding)
+
+
+def _alone(suite: RewardSuite, items: list[Item]) -> Check:
+    question = "together equals one at a time"
+    scope = suite.rewards[0].info.scope
+    if scope == "batch":
+        return Check(question, None, "scope batch: it is always given all")
+    together = _only(suite, score_items(suite, items))
+    if scope == "group":
+        keys = list(dict.fromkeys(prompt.key for prompt, _ in items))
+        parts = [[item for item in items if item[0].key == key] for key in keys]
+        question = "all groups together equal one group at a time"
+    else:
+        parts = [[item] for item in items]
+    alone = [value for part in parts for value in _only(suite, score_items(suite, part))]
+    return _same(question, together, alone, items, "Declare @reward(scope='group' or 'batch') if that is meant.")
+
+
+def _order(suite: RewardSuite, items: list[Item]) -> Check:
+    order = list(range(len(items)))
+    random.Random(0).shuffle(order)
+    shuffled = _only(suite, score_items(suite, [items[i] for i in order]))
+    back = [shuffled[order.index(i)] for i in range(len(items))]
+    advice = "A value should not depend on where its row stands; look for state kept between calls."
+    return _same("order does not matter", _only(suite, score_items(suite, items)), back, items, advice)
+
+
+def _twice(suite: RewardSuite, items: list[Item]) -> Check:
+    first, second = (_only(suite, score_items(suite, items)) for _ in range(2))
+    advice = "A noisy reward cannot be replayed; seed it from the row, or keep verdicts with cache: true."
+    return _same("the same twice", first, second, items, advice)
+
+
+def _same(question: str, a: Sequence[float | None], b: Sequence[float | None], items: list[Item], advice: str) -> Check:
+    differ = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _close(x, y)]
+    if not differ:
+        return Check(question, True, f"{len(a)} values agree")
+    i = differ[0]
+    where = shorten(items[i][1].text, 80)
+    found = f"{len(differ)} of {len(a)} values differ, the first {a[i]} and {b[i]}, for {where}"
+    return Check(question, False, found, advice)
+
+
+def _close(x: float | None, y: float | None) -> bool:
+    """Equal up to float32 rounding, which a model in batches of another size may show."""
+    return x == y or (x is not None and y is not None and abs(x - y) <= 1e-4 * max(1.0, abs(x), abs(y)))
+
+
+def _in_range(suite: RewardSuite, items: list[Item]) -> Check:
+    values = [value for value in _only(suite, score_items(suite, items)) if value is not None]
+    found = f"{min(values):g} to {max(values):g}" if values else "no values"
+    declared = suite.rewards[0].info.range
+    if declared is None:
+        advice = "@reward(range=(lowest, highest)) lets on_error: floor work."
+        return Check("values are in the stated range", None, f"{found}; no range is stated", advice)
+    low, high = declared
+    return Check(
+        "values are in the stated range",
+        all(low <= value <= high for value in values),
+        f"{found}, stated {low:g} to {high:g}",
+        "State the range it really has.",
+    )
+
+
+def _in_workers(spec: Mapping[str, Any], suite: RewardSuite, items: list[Item], search_root: Path) -> Iterator[Check]:
+    """Load it in a worker process, where a strange completion that hangs it can be survived."""
+    question = "it runs in worker processes (timeout, workers)"
+    prompt = items[0][0]
+    strange = [(prompt, make_rollout(prompt, text, sample)) for sample, text in enumerate(STRANGE.values())]
+    try:
+        isolated = load_rewards([{**spec, "timeout": PATIENCE}], search_root=search_root, max_error_rate=1.0)
+    except RewardError as error:
+        yield Check(question, False, str(error))
+        yield _survives(suite, strange)
+        return
+    with isolated:
+        try:
+            there, here = _only(suite, score_items(isolated, items)), _only(suite, score_items(suite, items))
+            yield _same(question, here, there, items, "Values from a worker differ: is there state in the module?")
+            yield _survives(isolated, strange)
+        except RewardError as error:
+            yield Check(question, False, str(error), "Leave out timeout and workers, or make it loadable alone.")
+
+
+def _survives(suite: RewardSuite, strange: list[Item]) -> Check:
+    table = score_items(suite, strange)
+    names = list(STRANGE)
+    messages = table.messages[suite.names[0]]
+    failed = "; ".join(f"{names[row]}: {shorten(message, 120)}" for row, message in messages.items())
+    return Check(
+        "it survives strange completions",
+        not messages,
+        failed or ", ".join(names),
+        "A model writes such things; return a low value or None for them, and set timeout.",
+    )
+
+
+def _speed(suite: RewardSuite, items: list[Item]) -> Check:
+    start, calls = time.perf_counter(), 0
+    while calls == 0 or (time.perf_counter() - start < 0.3 and calls < 20_000):
+        score_items(suite, items)
+        calls += len(items)
+    rate = calls / (time.perf_counter() - start)
+    advice = "" if rate > 50 else "Give it `workers: n` (CPU) or make it async (waiting), and `cache: true`."
+    return Check("speed", None if rate > 50 else False, f"{rate:,.0f} completions a second, in one process", advice)
+
+
+def _against_references(suite: RewardSuite, prompts: Sequence[Prompt]) -> list[Check]:
+    question = "a reference scores above a damaged one"
+    known = [prompt for prompt in prompts if _reference(prompt)]
+    if not known:
+        return [Check(question, None, "the rows have no references")]
+    if suite.rewards[0].info.scope != "sample":
+        return [Check(question, None, f"scope {suite.rewards[0].info.scope}: no completion has a value of its own")]
+    references = [_reference(prompt) or "" for prompt in known]
+    right = _texts(suite, known, references)
+    damaged = _texts(suite, known, [corrupt(text, random.Random(i)) for i, text in enumerate(references)])
+    pairs = [(x, y) for x, y in zip(right, damaged, strict=True) if x is not None and y is not None]
+    above, level = sum(x > y for x, y in pairs), sum(x == y for x, y in pairs)
+    finding = f"above for {above}, equal for {level}, below for {len(pairs) - above - level} of {len(pairs)} rows"
+    advice = "Look at rows where it is not: is the answer parsed as it should be?"
+    checks = [
+        Check(
+            question,
+            bool(pairs) and above > len(pairs) / 2 and _mean(right) > _mean(damaged),
+            finding,
+            advice,
+        )
+    ]
+    checks += _hackability(suite, known, references, _mean(right))
+    return checks
+
+
+def _hackability(suite: RewardSuite, prompts: list[Prompt], references: list[str], goal: float) -> Iterator[Check]:
+    """What completions that say nothing score, against the references' mean `goal`."""
+    word = Counter(word for text in references for word in text.split()).most_common(1)[0][0]
+    makers: dict[str, Callable[[Prompt], str]] = {
+        "the empty string": lambda _: "",
+        "the prompt copied": lambda prompt: prompt.text,
+        "one token repeated": lambda _: " ".join([word] * 10),
+        "the maximum length": lambda _: " ".join([word] * MAXIMUM_LENGTH),
+        "the most frequent completion": lambda _: Counter(references).most_common(1)[0][0],
+    }
+    for name, make in makers.items():
+        score = _mean(_texts(suite, prompts, [make(prompt) for prompt in prompts]))
+        yield Check(
+            f"hackable by {name}?",
+            None if score != score else score < goal,
+            f"mean {score:.3g}, references {goal:.3g}",
+            "Training will find this; combine with a reward that it loses, or mend it.",
+        )
+
+
+def _texts(suite: RewardSuite, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
+    items = [(prompt, make_rollout(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
+    return _only(suite, score_items(suite, items))
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else float("nan")
+
+
+def spread(suite: RewardSuite, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]]) -> Check:
+    """Whether a model's own samples differ in reward: a group that is all alike teaches GRPO nothing."""
+    items = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
+    totals = iter(score_items(suite, items).totals)
+    values = [[next(totals) for _ in group] for group in groups]
+    present = [[value for value in group if value is not None] for group in values]
+    alive = sum(len(set(group)) > 1 for group in present)
+    share = alive / max(1, len(groups))
+    mean = _mean([value for group in present for value in group])
+    return Check(
+        "samples of a prompt differ in reward",
+        share >= 0.1,
+        f"{alive} of {len(groups)} groups ({share:.0%}); mean reward {mean:.3g}",
+        "Groups that are all alike have no advantage: train by SFT first, draw more samples, choose "
+        "prompts of "
+        "middle difficulty, or grade more finely.",
+    )

@@ -1,0 +1,288 @@
+"""`rlseq reward list | check | score | replay`. These commands are on top: they use the package's public
+names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, RewardError
+from ..types import Prompt
+from .check import Check, run_checks, spread
+from .find import bundled_folder, describe_file, entry_points, named_files
+from .rescore import Logged, compare, read_rollouts, score_by_step
+from .suite import RewardSuite, ScoreTable, load_rewards
+
+SPEC_HELP = (
+    "A name (rlseq reward list), path/to/file.py:function, package.module:function, a model id or path, or "
+    "a JSON "
+    'mapping {"func": SPEC, "kwargs": {..}, ..}.'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the four subcommands."""
+    commands = parser.add_subparsers(dest="reward_command", required=True, metavar="list | check | score | replay")
+
+    listing = commands.add_parser("list", help="The rewards that go by a name.")
+    listing.set_defaults(reward_run=_list)
+
+    check = commands.add_parser("check", help="Try a reward before a run; exit 1 if something is wrong.")
+    check.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
+    _add_data(check)
+    check.add_argument("--rows", type=int, default=32, help="Rows to try it on (default: 32).")
+    check.add_argument("--model_name_or_path", help="Sample from this model: do its completions differ in reward?")
+    check.add_argument("--num_generations", type=int, default=8, help="Samples a row then (default: 8).")
+    check.add_argument("--max_completion_length", type=int, default=256, help="Their tokens at most (default: 256).")
+    check.set_defaults(reward_run=_check)
+
+    score = commands.add_parser("score", help="Score logged or written completions.")
+    score.add_argument("spec", metavar="SPEC", nargs="+", help=SPEC_HELP)
+    score.add_argument(
+        "--rollouts", type=Path, required=True, help="jsonl with prompt, completion and columns, or a run."
+    )
+    score.add_argument("--output", type=Path, help="Write the records there with values, status, details and total.")
+    score.set_defaults(reward_run=_score)
+
+    replay = commands.add_parser("replay", help="What would other rewards or weights have said of a run's rollouts?")
+    replay.add_argument("run_directory", metavar="RUN", type=Path, help="A run directory, or a jsonl of its rollouts.")
+    replay.add_argument("--reward_funcs", nargs="+", required=True, metavar="SPEC", help=SPEC_HELP)
+    replay.add_argument("--reward_weights", nargs="+", type=float, help="A weight for each (default: 1).")
+    replay.add_argument("--output", type=Path, help="Write the records there with the new values and total.")
+    replay.set_defaults(reward_run=_replay)
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add `reward` to the subcommands of `rlseq`."""
+    text = "List, check and try rewards; score rollouts again."
+    parser = subparsers.add_parser("reward", help=text, description=text, allow_abbrev=False)
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen subcommand; `check` returns 1 where the reward is wrong, everything else 0."""
+    return args.reward_run(args)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dataset_name", help="Rows: a task module, json/jsonl/csv/parquet files, or a hub id.")
+    add("--split", default="train", help="Its split (default: train).")
+    add("--prompt_column", default="prompt", help="Column of the prompt (default: prompt).")
+    add("--reference_column", default="references", help="Column of the right answer (default: references).")
+    add("--prompt_template", help="Jinja template over a row's columns that makes the prompt.")
+    add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
+    add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
+
+
+def _list(args: argparse.Namespace) -> int:
+    root, rows = Path.cwd(), []
+    for name, paths in sorted(named_files(root).items()):
+        for path in paths:
+            about = describe_file(path)
+            where = "" if path.parent == bundled_folder().resolve() else " [{path.relative_to(root.resolve())}]"
+            rows.append((name, _range(about["range"]), about["extra"] or "-", about["description"] + where))
+    for name, point in sorted(entry_points().items()):
+        rows.append((name, "-", "-", f"from {point.dist.name if point.dist else point.value}: {point.value}"))
+    print(_table(("name", "range", "extra", "what it gives"), rows))
+    return 0
+
+
+def _range(limits: Any) -> str:
+    if not isinstance(limits, tuple):
+        return "-"
+    return " to ".join(f"{limit:g}" if isinstance(limit, (int, float)) else str(limit) for limit in limits)
+
+
+def _check(args: argparse.Namespace) -> int:
+    spec = parse_spec(args.spec)
+    tokenizer = None
+    if args.model_name_or_path:
+        from transformers import AutoTokenizer
+
+        tokenizer = _loaded(AutoTokenizer, args.model_name_or_path, padding_side="left")
+    prompts = _prompts(args, tokenizer)
+    checks = run_checks(spec, prompts, Path.cwd())
+    if args.model_name_or_path and all(check.passed is not False for check in checks[:3]):
+        checks.append(_spread(spec, prompts, tokenizer, args))
+    marks = {True: "ok", False: "FAIL", None: "-"}
+    print(_table(("", "question", "finding"), [(marks[c.passed], c.question, c.finding) for c in checks]))
+    wrong = [check for check in checks if check.passed is False]
+    for check in wrong:
+        if check.advice:
+            print(textwrap.fill(f"* {check.question}: {check.advice}", _width(), subsequent_indent="  "))
+    print(f"{len(wrong)} of {len(checks)} checks failed." if wrong else "Nothing is wrong with it.")
+    return int(bool(wrong))
+
+
+def _prompts(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
+    if args.dataset_name is None:
+        print("No --dataset_name: tried on made-up rows.\n", file=sys.stderr)
+        words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+        answers = [" ".join([*words[i:], *words[:i], str(10 + i)]) for i in range(len(words))]
+        return [
+            Prompt(f"row-{i}", f"Count from {words[i]}, then add ten.", (), {"references": [answer]})
+            for i, answer in enumerate(answers[: args.rows])
+        ]
+    import rlseq
+
+    names = ("prompt_column", "reference_column", "prompt_template", "reference_template", "merge_references")
+    return rlseq.load_prompts(
+        args.dataset_name,
+        tokenizer or _WordTokenizer(),
+        split=args.split,
+        limit=args.rows,
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+class _WordTokenizer:
+    """Stands in where rows are read for their texts alone: a number for each word."""
+
+    chat_template = "none"
+
+    def __call__(self, text: Sequence[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(range(len(one.split()))) for one in text]}
+
+    def apply_chat_template(self, prompts: Sequence[Any], **_: Any) -> dict[str, list[list[int]]]:
+        return self([" ".join(str(message.get("content", "")) for message in prompt) for prompt in prompts])
+
+
+def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args: argparse.Namespace) -> Check:
+    """Sample from the model, and see whether the completions of a prompt differ in reward."""
+    from transformers import AutoModelForCausalLM
+
+    import rlseq
+
+    sample = rlseq.sample
+    model = _loaded(AutoModelForCausalLM, args.model_name_or_path)
+    declared = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    groups = sample(
+        model,
+        prompts,
+        num_samples=args.num_generations,
+        max_new_tokens=args.max_completion_length,
+        strategy=rlseq.decoding.Sample(),
+        seed=0,
+        stop_ids=sorted(stops),
+        tokenizer=tokenizer,
+    )
+    with load_rewards([{**spec, "on_error": "abstain"}], max_error_rate=1.0) as suite:
+        return spread(suite, prompts, groups)
+
+
+def _loaded(kind: Any, name: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load --model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _score(args: argparse.Namespace) -> int:
+    with load_rewards([parse_spec(spec) for spec in args.spec]) as suite:
+        logged = read_rollouts(args.rollouts)
+        table = score_by_step(suite, logged)
+        _summary(suite, table)
+    _write(args.output, logged, table)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    specs = [parse_spec(spec) for spec in args.reward_funcs]
+    with load_rewards(specs, weights=args.reward_weights) as suite:
+        logged = read_rollouts(args.run_directory)
+        table = score_by_step(suite, logged)
+        _summary(suite, table)
+    found = compare(logged, table.totals)
+    share = f"{found.reversed:.1%} of advantages change sign"
+    rows = [
+        ("rollouts / groups", f"{found.rollouts:,} / {found.groups:,}"),
+        ("rank correlation with what was optimised", f"{_number(found.rank_correlation)} over all rollouts"),
+        ("", f"{_number(found.group_correlation)} within groups ({found.varying:,} in which both vary)"),
+        ("advantages", f"{share}; {found.gained:.1%} are no longer 0, {found.lost:.1%} become 0"),
+    ]
+    print()
+    print(_table(("replay", ""), rows))
+    _write(args.output, logged, table)
+    return 0
+
+
+def _summary(suite: RewardSuite, table: ScoreTable) -> None:
+    rows = []
+    for name, weight in zip(suite.names, suite.weights, strict=True):
+        rows.append((name, f"{weight:g}", *_moments(table.values[name]), *table.failure_counts[name].values()))
+    rows.append(("total", "", *_moments(table.totals), "", "", "", ""))
+    header = ("reward", "weight", "n", "mean", "sd", "min", "max", "abstained", "error", "timeout", "invalid")
+    print(_table(header, rows))
+    import numpy as np
+
+    for name, metric in suite.corpus.items():
+        details = table.details[metric.reward]
+        sums = {key: np.sum([row.get(key, 0) for row in details]) for key in metric.statistics}
+        print(f"{name} = {_number(float(metric.compute(sums)))}  ({metric.description})")
+
+
+def _moments(values: Sequence[float | None]) -> tuple[str, ...]:
+    present = [value for value in values if value is not None]
+    if not present:
+        return ("0", "-", "-", "-", "-")
+    mean = math.fsum(present) / len(present)
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in present) / len(present))
+    return (f"{len(present):,}", *map(_number, (mean, sd, min(present), max(present))))
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as lines:
+        for record, scored in zip(logged.records, table.scored, strict=True):
+            said = {field: getattr(scored, field) for field in ("values", "status", "details", "total")}
+            lines.write(json.dumps({**record, **said}, ensure_ascii=False, default=str) + "\n")
+
+
+def parse_spec(text: str) -> dict[str, Any]:
+    """A spec from the command line as a mapping of options.
+
+    Raises:
+        RewardError: it starts like JSON, but is none.
+    """
+    if not text.lstrip().startswith("{"):
+        return {"func": text}
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise RewardError(f"the reward spec {text!r} is no JSON mapping: {error}.") from error
+
+
+def _width() -> int:
+    return max(60, shutil.get_terminal_size((110, 24)).columns)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned columns; the last is wrapped to the terminal's width."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(30, _width() - indent)
+    lines = []
+    for row in cells:
+        start = "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False))
+        wrapped = [piece for line in row[-1].splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
+        lines += [(start + wrapped[0]).rstrip(), *(" " * indent + piece for piece in wrapped[1:])]
+    lines.insert(1, "-" * min(_width(), max(len(line) for line in lines)))
+    return "\n".join(lines)
