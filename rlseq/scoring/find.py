@@ -7,6 +7,7 @@ Files are loaded by location under a private module name; `sys.path` is never ed
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -124,7 +125,7 @@ def load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs, as dataclasses and pickle look there
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(path), "exec"), vars(module))  # not a .pyc: that can be older than the source
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, ImportError):
@@ -164,12 +165,20 @@ def code_hash(function: Callable) -> str:
     """A hash of the source file that defines a function (helpers included), or of its bytecode without
     one."""
     try:
-        source = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").read_bytes()
+        source = Path(inspect.getsourcefile(_innermost(function)) or "").read_bytes()
     except (TypeError, OSError):
         code = getattr(function, "__code__", None)
         source = repr((code.co_code, code.co_consts, code.co_names) if code else function).encode()
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return hashlib.sha256(name.encode() + b"\0" + source).hexdigest()[:16]
+
+
+def _innermost(function: Callable) -> Callable:
+    """The def behind a partial, a wrapper or a callable object."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    return function if inspect.isroutine(function) else type(function)
 
 
 def _existing(given: str, search_root: Path) -> Path:

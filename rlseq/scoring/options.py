@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RewardError, did_you_mean
 from .cache import Cache, default_path
 from .execute import Concurrent, InProcess, Retry, is_async
-from .find import Found, find
+from .find import Found, code_hash, find
 from .forms import FORMS_HELP, Parameters, parameters_of, tell_form
 from .reward import SCOPES, RewardInfo, info_of
 from .runner import Executor, Reward
@@ -63,6 +63,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
         parameters=parameters,
         info=info,
         executor=executor,
+        code=code_hash(found.function),
         split=cache is not None or not isinstance(executor, InProcess),
         kwargs=_kwargs(name, found, options.get("kwargs"), parameters),
         columns=_mapping(name, "columns", options.get("columns")),

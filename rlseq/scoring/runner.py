@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from ..errors import RewardError, did_you_mean
 from .cache import Cache, key_of
-from .find import code_hash
 from .forms import CONTEXT, FIELDS, Call, Parameters, Rows, make_calls, missing_columns
 from .outcome import (
     FAILURES,
@@ -54,6 +53,7 @@ class Reward:
     parameters: Parameters
     info: RewardInfo
     executor: Executor
+    code: str
     split: bool = False
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -117,8 +117,8 @@ class Reward:
         """Make the calls, or look them up; equal calls of a cached reward are made once."""
         if self.cache is None:
             return self._make(calls)
-        code = code_hash(self.function)
-        keys = [key_of(code, {k: v for k, v in arguments.items() if k not in CONTEXT}) for _, arguments in calls]
+        contents = [{k: v for k, v in arguments.items() if k not in CONTEXT} for _, arguments in calls]
+        keys = [key_of(self.code, content) for content in contents]
         known = self.cache.get(keys)
         new = {key: call for key, call in zip(keys, calls, strict=True) if key not in known}
         made = dict(zip(new, self._make(list(new.values())), strict=True))

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..errors import RewardError, did_you_mean
 from ..types import Rollout, ScoredRollout
-from .find import code_hash
 from .forms import Rows
 from .options import reward_from_spec
 from .outcome import FAILURES, Outcome, shorten
@@ -94,7 +93,7 @@ class RewardSuite:
     def signature(self) -> dict[str, Any]:
         """Names, weights, arguments and code hashes: equal signatures give equal scores."""
         return {
-            reward.name: {"weight": weight, "kwargs": dict(reward.kwargs), "code": code_hash(reward.function)}
+            reward.name: {"weight": weight, "kwargs": dict(reward.kwargs), "code": reward.code}
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         }
 

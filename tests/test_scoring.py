@@ -1,0 +1,549 @@
+"""Finding rewards, telling their forms apart, and what they are called with."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from rlseq import load_rewards
+from rlseq.errors import RewardError
+from rlseq.scoring import CorpusMetric, Ratio, find, reward
+from rlseq.types import Rollout
+
+
+def rollout(text="", *, key="p", sample=0, messages=None, ids=None, finish="stop", logprobs=(-0.5,)):
+    ids = tuple(ids if ids is not None else range(len(text.split())))
+    mask = (True,) * len(ids)
+    return Rollout(key, sample, ids, mask, tuple(logprobs), text, f"{text}</s>", messages, finish, "sample")
+
+
+def values(function_or_spec, texts, columns=None, **more):
+    """Values of one reward for some completions."""
+    suite = load_rewards([function_or_spec], **more)
+    columns = {"prompt": ["q"] * len(texts)} | (columns or {})
+    rollouts = [t if isinstance(t, Rollout) else rollout(t, sample=i) for i, t in enumerate(texts)]
+    return suite.score(rollouts, columns).values[suite.names[0]]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write a file under a temporary folder, given source text."""
+
+    def write(name, source):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source), encoding="utf-8")
+        return path
+
+    write.root = tmp_path
+    return write
+
+
+# Forms
+
+
+def test_one_at_a_time_gets_fields_and_columns_by_name():
+    seen = []
+
+    def f(completion, answer, prompt, completion_ids, raw_completion, finish_reason, prompt_key, sample, extra=7):
+        seen.append(
+            (completion, answer, prompt, completion_ids, raw_completion, finish_reason, prompt_key, sample, extra)
+        )
+        return len(completion)
+
+    assert values(f, [rollout("a b", key="k", finish="length")], {"answer": [3], "unused": [0]}) == [3.0]
+    assert seen == [("a b", 3, "q", [0, 1], "a b</s>", "length", "k", 0, 7)]
+
+
+def test_a_catch_all_gets_every_field_and_column():
+    def f(completion, **kwargs):
+        assert {"prompt", "answer", "finish_reason"} <= kwargs.keys()
+        return kwargs["answer"]
+
+    assert values(f, ["a", "b"], {"answer": [1, 2]}) == [1.0, 2.0]
+
+
+def test_a_column_with_a_default_is_still_given():
+    def f(completion, answer=None):
+        return answer
+
+    assert values(f, ["a"], {"answer": [5]}) == [5.0]
+    assert values(f, ["a"]) == [None]
+
+
+def test_a_column_cannot_shadow_the_completion_but_shadows_the_lesser_fields():
+    def f(completion, sample):
+        return float(completion == "mine") + 10 * sample
+
+    assert values(f, ["mine"], {"completion": ["theirs"], "sample": [4]}) == [41.0]
+
+
+def test_completion_is_text_for_chat_data_and_messages_hold_the_rest():
+    chat = ({"role": "assistant", "content": "hi"},)
+
+    def f(completion, messages, prompt):
+        return float(completion == "hi" and messages == chat and prompt[0]["role"] == "user")
+
+    assert values(f, [rollout("hi", messages=chat)], {"prompt": [[{"role": "user", "content": "x"}]]}) == [1.0]
+
+
+# Written for TRL, as its documentation shows them, and not changed
+TRL_FILES = {
+    "ids": (
+        "def reward_func(completion_ids, **kwargs):\n    return [float(len(ids)) for ids in completion_ids]\n",
+        [2, 1],
+    ),
+    "text": (
+        "def reward_func(completions, ground_truth, **kwargs):\n"
+        "    return [1.0 if c == gt else 0.0 for c, gt in zip(completions, ground_truth)]\n",
+        [1, 0],
+    ),
+    "log": (
+        "def reward_func(prompts, completions, log_extra=None, log_metric=None, trainer_state=None, **kwargs):\n"
+        "    log_extra('n', [len(c) for c in completions])\n"
+        "    log_metric('mean', 1.0)\n"
+        "    return [float(trainer_state.global_step), None]\n",
+        [9, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRL_FILES)
+def test_a_reward_written_for_trl_works_unchanged(name, folder):
+    source, expected = TRL_FILES[name]
+    path = folder("theirs.py", source)
+    logged = {}
+    context = SimpleNamespace(
+        trainer_state=SimpleNamespace(global_step=9),
+        log_extra=lambda column, items: logged.update({column: items}),
+        log_metric=lambda metric, value: logged.update({metric: value}),
+    )
+    suite = load_rewards([f"{path}:reward_func"])
+    columns = {"prompt": ["q", "q"], "ground_truth": ["a b", "x"]}
+    table = suite.score([rollout("a b"), rollout("b")], columns, context=context)
+    assert table.values["reward_func"] == expected
+    assert logged == ({"n": [3, 1], "mean": 1.0} if name == "log" else {})
+
+
+def test_a_trl_reward_for_chat_gets_messages_and_a_marked_one_gets_text():
+    def theirs(completions, **kwargs):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    @reward
+    def ours(completions):
+        return [float(len(completion)) for completion in completions]
+
+    chat = [rollout("hey", messages=({"role": "assistant", "content": "hey"},))]
+    assert values(theirs, chat) == values(ours, chat) == [3.0]
+
+
+def test_a_trl_catch_all_gets_no_column_that_trl_would_hold_back():
+    def theirs(completions, **kwargs):
+        assert kwargs.keys() == {"prompts", "completion_ids", "answer", "trainer_state", "log_extra", "log_metric"}
+        return [0.0] * len(completions)
+
+    assert values(theirs, ["a"], {"answer": [1], "completion": ["x"]}) == [0.0]
+
+
+def test_verls_compute_score_works_unchanged():
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        assert (data_source, extra_info) == ("openai/gsm8k", {"index": 3})
+        return {"score": float(solution_str == ground_truth), "acc": True, "pred": solution_str}
+
+    suite = load_rewards([compute_score])
+    columns = {
+        "prompt": ["q"],
+        "data_source": ["openai/gsm8k"],
+        "reward_model": [{"style": "rule", "ground_truth": "72"}],
+        "extra_info": [{"index": 3}],
+    }
+    table = suite.score([rollout("72")], columns)
+    assert table.values == {"compute_score": [1.0]}
+    assert table.details == {"compute_score": [{"acc": True, "pred": "72"}]}
+
+
+def test_a_verl_scorer_without_data_source_and_with_more_parameters_works():
+    def compute_score(solution_str, ground_truth, method="strict", score=1.0):
+        return score if solution_str == ground_truth and method == "flexible" else 0
+
+    spec = {"func": compute_score, "kwargs": {"method": "flexible"}, "columns": {"ground_truth": "answer"}}
+    assert values(spec, ["7", "8"], {"answer": ["7", "7"]}) == [1.0, 0.0]
+
+
+def test_openrlhfs_reward_func_works_unchanged():
+    import torch
+
+    def reward_func(queries, prompts, labels, **kwargs):
+        rewards = torch.tensor(
+            [float(q == f"{p}{label}</s>") for q, p, label in zip(queries, prompts, labels, strict=True)]
+        )
+        return {"rewards": rewards, "scores": rewards, "extra_logs": {"length": torch.tensor([3, 4])}}
+
+    suite = load_rewards([reward_func])
+    table = suite.score([rollout("yes"), rollout("no")], {"prompt": ["is it? ", "or? "], "label": ["yes", "yes"]})
+    assert table.values == {"reward_func": [1.0, 0.0]}
+    assert table.details == {"reward_func": [{"length": 3}, {"length": 4}]}
+
+
+def test_openrlhfs_plain_tensor_is_taken():
+    import torch
+
+    def reward_func(queries, prompts, labels):
+        return torch.tensor([0.25, 0.5])
+
+    assert values(reward_func, ["a", "b"], {"labels": ["x", "y"]}) == [0.25, 0.5]
+
+
+def test_async_functions_of_each_form_serve():
+    async def one(completion):
+        await asyncio.sleep(0)
+        return len(completion)
+
+    async def batch(completions, **kwargs):
+        return [float(len(c)) for c in completions]
+
+    async def compute_score(solution_str, ground_truth):
+        return {"score": len(solution_str)}
+
+    async def reward_func(queries, prompts, labels):
+        return [1.0] * len(queries)
+
+    columns = {"ground_truth": ["", ""], "labels": ["", ""]}
+    assert values(one, ["a", "bb"]) == values(batch, ["a", "bb"]) == [1.0, 2.0]
+    assert values(compute_score, ["a", "bb"], columns) == [1.0, 2.0]
+    assert values(reward_func, ["a", "bb"], columns) == [1.0, 1.0]
+
+
+def test_an_async_reward_works_inside_a_running_loop():
+    async def one(completion):
+        return 2.0
+
+    async def notebook_cell():
+        return values(one, ["a"])
+
+    assert asyncio.run(notebook_cell()) == [2.0]
+
+
+def test_partials_and_callable_objects_serve():
+    class Scorer:
+        def __call__(self, completion):
+            return 3
+
+    def f(completion, bonus):
+        return bonus
+
+    assert values(Scorer(), ["a"]) == [3.0]
+    assert values(functools.partial(f, bonus=4), ["a"]) == [4.0]
+
+
+def test_what_fits_no_form_is_an_error_that_lists_the_forms():
+    def f(compltion, answer):
+        return 0
+
+    with pytest.raises(RewardError) as caught:
+        load_rewards([f])
+    message = str(caught.value)
+    assert all(
+        part in message
+        for part in ("(compltion, answer)", "Did you mean 'completion'?", "solution_str", "queries", "TRL")
+    )
+
+
+# Groups
+
+
+def test_a_group_reward_gets_all_completions_of_a_prompt_at_once():
+    seen = []
+
+    @reward(scope="group")
+    def best(completions, references):
+        seen.append((completions, references))
+        top = max(map(len, completions))
+        return [float(len(c) == top) for c in completions]
+
+    rollouts = [
+        rollout(t, key=k, sample=s) for t, k, s in [("a", "p", 0), ("bb", "q", 0), ("ccc", "p", 1), ("d", "q", 1)]
+    ]
+    columns = {"references": [["x"], ["y"], ["x"], ["y"]]}
+    assert values(best, rollouts, {"prompt": ["1", "2", "1", "2"], **columns}) == [0.0, 1.0, 1.0, 0.0]
+    assert seen == [(["a", "ccc"], [["x"], ["x"]]), (["bb", "d"], [["y"], ["y"]])]
+
+
+def test_a_prompt_drawn_twice_in_a_batch_makes_two_groups():
+    @reward(scope="group")
+    def size(completions):
+        return [float(len(completions))] * len(completions)
+
+    assert values(size, [rollout(key="p", sample=s) for s in (0, 1, 0, 1)]) == [2.0] * 4
+
+
+def test_scope_in_the_spec_hands_over_groups_to_an_unmarked_batch_function():
+    def size(completions, **kwargs):
+        return [float(len(completions))] * len(completions)
+
+    rollouts = [rollout(key=k, sample=s) for k in "pq" for s in (0, 1)]
+    assert values(size, rollouts) == [4.0] * 4
+    assert values({"func": size, "scope": "group"}, rollouts) == [2.0] * 4
+
+
+def test_group_scope_for_a_function_of_one_completion_is_an_error():
+    with pytest.raises(RewardError, match="takes one completion at a time"):
+        load_rewards([{"func": lambda completion: 0, "name": "f", "scope": "group"}])
+
+
+# Columns
+
+
+def test_a_missing_column_is_an_error_that_lists_the_columns_before_anything_runs():
+    def f(completion, answr):
+        raise AssertionError("called")
+
+    suite = load_rewards([f])
+    with pytest.raises(RewardError) as caught:
+        suite.check_columns(["prompt", "answer", "level"])
+    message = str(caught.value)
+    assert "'f' asks for 'answr'" in message
+    assert "Did you mean 'answer'?" in message
+    assert "prompt, answer, level" in message
+
+
+def test_columns_maps_a_parameter_to_a_column_of_another_name():
+    def f(completion, references):
+        return float(completion in references)
+
+    spec = {"func": f, "columns": {"references": "answer"}}
+    assert values(spec, ["a"], {"answer": [["a"]]}) == [1.0]
+    with pytest.raises(RewardError, match=r"'answer', which is no column\. Did you mean 'answers'"):
+        load_rewards([spec]).check_columns(["prompt", "answers"])
+
+
+def test_columns_of_a_wrong_length_are_an_error():
+    with pytest.raises(RewardError, match="'answer' has 1 values for 2 rollouts"):
+        values(lambda completion: 0, ["a", "b"], {"answer": [1]})
+
+
+def test_no_rollouts_give_an_empty_table():
+    table = load_rewards(["exact_match"]).score([], {"prompt": []})
+    assert (table.scored, table.values, table.failures) == ([], {"exact_match": []}, {"exact_match": 0})
+
+
+# Specs
+
+
+def test_kwargs_come_from_the_spec_and_a_wrong_one_is_named():
+    def f(completion, bonus=0):
+        return bonus
+
+    assert values({"func": f, "kwargs": {"bonus": 2}}, ["a"]) == [2.0]
+    with pytest.raises(RewardError, match=r"takes no argument 'bonsu'\. Did you mean 'bonus'"):
+        load_rewards([{"func": f, "kwargs": {"bonsu": 2}}])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"func": "constant", "wieght": 2}, "Did you mean 'weight'"),
+        ({"weight": 2}, "has no 'func'"),
+        ({"func": "constant", "on_error": "ignore"}, "expected raise, abstain, floor"),
+        ({"func": "constant", "on_error": "floor"}, "states no lowest value"),
+        ({"func": "own_log_prob", "on_error": "floor"}, "states no lowest value"),
+        ({"func": "constant", "timeout": 0}, "expected a number above 0"),
+        ({"func": "constant", "workers": 0}, "at least 1"),
+        ({"func": "constant", "retries": 1}, "are for async functions"),
+        ({"func": "constant", "cache": 3}, "cache is 3"),
+        ({"func": "constant", "scope": "row"}, "scope is 'row'"),
+        ({"func": "constant", "kwargs": [1]}, "expected a mapping"),
+        ({"func": "constant", "weight": "1"}, "expected a number"),
+        ({"func": lambda completion: 0, "name": "f", "timeout": 1}, "no worker process can find"),
+        ("constnat", "Did you mean 'constant'"),
+        ("no_such_package.rewards:f", "cannot import 'no_such_package.rewards'"),
+        ("textwrap:dedant", "Did you mean 'dedent'"),
+        ("missing.py:f", "does not exist"),
+        (["constant"], "has no 'func'"),
+    ],
+)
+def test_a_spec_that_cannot_work_says_why(spec, message):
+    with pytest.raises(RewardError, match=message):
+        load_rewards([spec])
+
+
+def test_no_rewards_at_all_is_an_error():
+    with pytest.raises(RewardError, match="no rewards were given"):
+        load_rewards([])
+
+
+def test_a_path_alone_serves_where_the_file_has_one_reward(folder):
+    folder("mine/one.py", "from rlseq import reward\n@reward\ndef f(completion): return 1\ndef helper(x): return x\n")
+    folder("mine/two.py", "def f(completion): return 1\ndef g(completion): return 2\n")
+    folder("mine/named.py", "def named(completion): return 3\ndef g(completion): return 2\n")
+    assert load_rewards(["mine/one.py"], search_root=folder.root).names == ["f"]
+    assert values("mine/named.py", ["a"], search_root=folder.root) == [3.0]
+    with pytest.raises(RewardError, match=r"has 2 rewards \(f, g\)"):
+        load_rewards(["mine/two.py"], search_root=folder.root)
+    with pytest.raises(RewardError, match=r"no function 'h'.*It has f, g"):
+        load_rewards(["mine/two.py:h"], search_root=folder.root)
+
+
+def test_rewards_beside_the_working_directory_are_found_by_name(folder):
+    folder("rewards/kindness.py", "def kindness(completion): return 1.0\n")
+    assert values("kindness", ["a"], search_root=folder.root) == [1.0]
+
+
+def test_one_name_in_two_places_is_an_error_naming_both(folder):
+    path = folder("rewards/exact_match.py", "def exact_match(completion): return 1.0\n")
+    with pytest.raises(RewardError) as caught:
+        load_rewards(["exact_match"], search_root=folder.root)
+    assert str(path) in str(caught.value)
+    assert str(find.bundled_folder() / "exact_match.py") in str(caught.value)
+
+
+def test_the_bundled_folder_as_working_directory_is_no_second_place():
+    assert load_rewards(["exact_match"], search_root=find.bundled_folder().parent).names == ["exact_match"]
+
+
+def test_installed_packages_offer_rewards_by_entry_point(folder, monkeypatch):
+    folder("kind_package.py", "def kind(completion): return 4.0\n")
+    folder("kind_package-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: kind-package\nVersion: 1.0\n")
+    folder("kind_package-1.0.dist-info/entry_points.txt", "[rlseq.rewards]\nkindly = kind_package:kind\n")
+    monkeypatch.syspath_prepend(str(folder.root))
+    suite = load_rewards(["kindly"])
+    assert suite.names == ["kindly"]
+    assert suite.score([rollout("a")], {"prompt": ["q"]}).totals == [4.0]
+
+
+def test_loading_leaves_sys_path_alone_and_makes_no_module_called_rewards(folder):
+    before = list(sys.path)
+    path = folder("mine.py", "def f(completion): return 1\n")
+    load_rewards(["exact_match", f"{path}:f"])
+    assert sys.path == before
+    assert "rewards" not in sys.modules
+    assert "mine" not in sys.modules
+
+
+def test_a_changed_file_is_loaded_afresh(folder):
+    path = folder("mine.py", "def f(completion): return 1\n")
+    first = load_rewards([f"{path}:f"])
+    folder("mine.py", "def f(completion): return 2\n")
+    second = load_rewards([f"{path}:f"])
+    assert second.score([rollout("a")], {"prompt": ["q"]}).totals == [2.0]
+    assert first.signature() != second.signature()
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(folder):
+    source = "import no_such_library\nfrom rlseq import reward\n@reward(extra='text')\ndef f(completion): return 1\n"
+    path = folder("mine.py", source)
+    with pytest.raises(RewardError, match=r"needs the extra 'text': pip install 'rlseq\[text\]'"):
+        load_rewards([f"{path}:f"])
+
+
+def test_a_helper_beside_the_file_is_explained(folder):
+    folder("helper.py", "")
+    path = folder("mine.py", "import helper\ndef f(completion): return 1\n")
+    with pytest.raises(RewardError, match="imports 'helper', which lies beside it"):
+        load_rewards([f"{path}:f"])
+
+
+def test_a_file_that_fails_on_import_says_so(folder):
+    path = folder("mine.py", "1 / 0\n")
+    with pytest.raises(RewardError, match=r"mine\.py fails when imported: ZeroDivisionError"):
+        load_rewards([str(path)])
+
+
+def test_the_decorator_gives_back_the_function_itself():
+    def f(completion):
+        return 1
+
+    assert reward(f) is f
+    assert reward(range=(0, 1))(f) is f
+    with pytest.raises(RewardError, match=r"Did you mean 'group'"):
+        reward(scope="groups")
+    with pytest.raises(RewardError, match="expected \\(lowest, highest\\)"):
+        reward(range=(1, 0))
+
+
+# Names, weights, totals
+
+
+def test_two_rewards_of_one_name_stay_two_series():
+    def f(completion, bonus):
+        return bonus
+
+    specs = [{"func": f, "kwargs": {"bonus": b}} for b in (1, 2, 3)]
+    suite = load_rewards(specs)
+    assert suite.names == ["f", "f-2", "f-3"]
+    assert suite.score([rollout("a")], {"prompt": ["q"]}).values == {"f": [1.0], "f-2": [2.0], "f-3": [3.0]}
+
+
+def test_weights_come_from_the_specs_or_from_the_argument_but_not_from_both():
+    assert load_rewards(["constant", {"func": "exact_match", "weight": 0.5}]).weights == [1.0, 0.5]
+    assert load_rewards(["constant", "exact_match"], weights=[2, -1]).weights == [2.0, -1.0]
+    with pytest.raises(RewardError, match="both in the reward specs and in reward_weights"):
+        load_rewards([{"func": "constant", "weight": 0.5}], weights=[1])
+    with pytest.raises(RewardError, match="2 numbers for 1 rewards"):
+        load_rewards(["constant"], weights=[1, 2])
+
+
+def test_an_abstention_changes_no_scale_by_hand():
+    def a(completion):
+        return None if "a" in completion else 1.0
+
+    def b(completion):
+        return None if "b" in completion else 0.5
+
+    suite = load_rewards([a, b], weights=[1, -3])
+    table = suite.score([rollout(t) for t in ("x", "a", "b", "a b")], {"prompt": ["q"] * 4})
+    # x: 1·1 − 3·0.5 = −0.5;  a: −1.5 · 4/3 = −2;  b: 1 · 4/1 = 4;  both: none
+    assert table.totals == [-0.5, -2.0, 4.0, None]
+    assert table.values == {"a": [1.0, None, 1.0, None], "b": [0.5, 0.5, None, None]}
+    assert table.status["a"] == ["ok", "abstained", "ok", "abstained"]
+    assert [scored.total for scored in table.scored] == table.totals
+
+
+def test_a_weight_of_zero_only_watches():
+    def a(completion):
+        return None
+
+    suite = load_rewards([a, "constant"], weights=[1, 0])
+    assert suite.score([rollout("x")], {"prompt": ["q"]}).totals == [None]
+
+
+def test_details_and_corpus_metrics_belong_to_their_series():
+    @reward(corpus={"rate": Ratio("errors", "words", description="errors a word")})
+    def f(completion):
+        return 0.0, {"errors": 1, "words": len(completion.split())}
+
+    suite = load_rewards([f, f])
+    table = suite.score([rollout("a b"), rollout("a")], {"prompt": ["q"] * 2})
+    assert table.details["f-2"] == [{"errors": 1, "words": 2}, {"errors": 1, "words": 1}]
+    assert table.scored[0].details["f"] == {"errors": 1, "words": 2}
+    assert {name: metric.reward for name, metric in suite.corpus.items()} == {"rate": "f", "f-2.rate": "f-2"}
+    assert suite.corpus["rate"].compute({"errors": 2, "words": 3}) == pytest.approx(2 / 3)
+
+
+def test_a_ratio_over_nothing_is_nan_and_keeps_the_shape_of_resamples():
+    ratio = Ratio("a", "b")
+    result = ratio.compute({"a": np.array([1, 2]), "b": np.array([4, 0])})
+    assert result[0] == 0.25
+    assert np.isnan(result[1])
+    assert not ratio.higher_is_better
+
+
+def test_a_corpus_metric_may_be_any_function_of_the_sums():
+    metric = CorpusMetric(("x", "n"), lambda sums: np.sqrt(sums["x"] / sums["n"]))
+    np.testing.assert_allclose(metric.compute({"x": np.array([8.0, 18.0]), "n": 2}), [2.0, 3.0])
+
+
+def test_the_signature_tells_code_and_arguments_apart():
+    def f(completion, bonus=1):
+        return bonus
+
+    plain = load_rewards([f]).signature()
+    assert plain == load_rewards([f]).signature()
+    assert plain != load_rewards([{"func": f, "kwargs": {"bonus": 2}}]).signature()
+    assert plain != load_rewards([f], weights=[2]).signature()
