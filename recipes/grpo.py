@@ -19,7 +19,8 @@ import trl
 
 from rlseq.data import build_prompts, load_rows
 from rlseq.errors import ConfigError
-from rlseq.evaluation.contrast import ContrastSettings, contrast_and_report
+from rlseq.evaluation.contrast import ContrastSettings, contrast_and_report, read_jsonl
+from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
 from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress
 from rlseq.training.config import (
@@ -83,7 +84,10 @@ def main() -> None:
     Progress.replace_default(trainer)
     trainer.add_callback(stop := GracefulStop())
     trainer.train(resume_from_checkpoint=directory.resume_from)
-    if finish(trainer, directory, stop) and evaluation.evaluate:
+    ended = finish(trainer, directory, stop)
+    if trainer.is_world_process_zero():
+        write_curves(read_jsonl(directory.metrics), directory.curves)
+    if ended and evaluation.evaluate:
         models = {"base": model_args.model_name_or_path, "rl": config.output_dir}
         contrast_and_report(
             models,

@@ -17,6 +17,8 @@ from transformers import EarlyStoppingCallback, set_seed
 
 from rlseq.data import build_prompts, load_rows
 from rlseq.errors import ConfigError
+from rlseq.evaluation.contrast import read_jsonl
+from rlseq.evaluation.plots import write_curves
 from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RunArguments, SFTConfig
 from rlseq.training.models import build_model, build_tokenizer, check_model_path, load_model, load_tokenizer
@@ -79,6 +81,8 @@ def main() -> None:
     trainer.add_callback(stop := GracefulStop())
     trainer.train(resume_from_checkpoint=directory.resume_from)
     finish(trainer, directory, stop)
+    if trainer.is_world_process_zero():
+        write_curves(read_jsonl(directory.metrics), directory.curves)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class RewardArguments:
 
     _argument_group_name = "rewards (rlseq)"
 
-    reward_funcs: list[str] | None = field(
+    reward_funcs: list[str | dict] | None = field(
         default=None,
         metadata={
             "help": "Rewards: bundled names, path/to/file.py:function or package.module:function. In YAML an entry may "
@@ -155,6 +155,7 @@ class DefaultsMixin:
 
     * bf16: only where the accelerator computes in it (TRL: always, which raises on a machine without one).
     * gradient_checkpointing: off without an accelerator, where it only costs time.
+    * logging_nan_inf_filter: off, so that a NaN loss is seen.
     * report_to: none, since metrics.jsonl holds every number; name a tracker to use it.
     * logging_steps 1 and save_only_model off, so that any step can be looked at and resumed from.
     """
@@ -172,6 +173,8 @@ class DefaultsMixin:
             self.bf16 = bf16_supported() and not self.fp16
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = torch.accelerator.is_available()
+        if self.activation_checkpointing is None:  # transformers' new name of the same setting
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
 
@@ -179,7 +182,7 @@ class DefaultsMixin:
 class SFTConfig(DefaultsMixin, trl.SFTConfig):
     """TRL's SFTConfig with rlseq's defaults: the loss is on the completion only."""
 
-    _argument_group_name = "training (TRL's SFTConfig)"
+    _argument_group_name = "training (rlseq)"
 
     completion_only_loss: bool | None = _default(True, "Loss on the completion only.")
     early_stopping_patience: int | None = _default(
@@ -210,7 +213,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     * use_liger_kernel, log_completions: off as in TRL; rollouts/ holds every completion.
     """
 
-    _argument_group_name = "training (TRL's GRPOConfig)"
+    _argument_group_name = "training (rlseq)"
 
     disable_dropout: bool = _default(True, "Disable dropout in the model.")
     remove_unused_columns: bool | None = _default(False, "Keep columns: rewards read them.")

@@ -30,6 +30,7 @@ from rlseq.losses import group_advantages
 from rlseq.packing import PackedBatch, pack, pad, supports_packing, unpack, unpack_padded
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
+from rlseq.training.checkpoints import FinishedRunMixin
 from rlseq.training.config import GRPOConfig
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
@@ -44,7 +45,7 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
     )
 
 
-class GRPOTrainer(trl.GRPOTrainer):
+class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
     """TRL's GRPOTrainer on `Prompt`s, `Rollout`s and a `RewardSuite`.
 
     Args:

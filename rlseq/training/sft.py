@@ -8,6 +8,8 @@ import torch
 import trl
 from torch.utils.data import Sampler
 
+from rlseq.training.checkpoints import FinishedRunMixin
+
 
 class LengthGroupedBatches(Sampler[int]):
     """Batches of rows of like length, in random order, anew each epoch.
@@ -48,7 +50,7 @@ class LengthGroupedBatches(Sampler[int]):
         return iter(torch.cat(shuffled + last).tolist())
 
 
-class SFTTrainer(trl.SFTTrainer):
+class SFTTrainer(FinishedRunMixin, trl.SFTTrainer):
     """TRL's SFTTrainer whose `train_sampling_strategy: group_by_length` gives `LengthGroupedBatches`."""
 
     def _get_train_sampler(self, train_dataset=None):
