@@ -43,9 +43,7 @@ def edit_distance(a, b):
     def distance(i, j):
         if i == 0 or j == 0:
             return i + j
-        return min(
-            distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1])
-        )
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
 
     return distance(len(a), len(b))
 
@@ -69,9 +67,7 @@ def test_phoneme_accuracy_agrees_with_the_recursion_on_random_words():
     reward, rng = bundled("phoneme_accuracy"), random.Random(0)
     for _ in range(200):
         guess = [rng.choice("ABC") for _ in range(rng.randrange(7))]
-        targets = [
-            [rng.choice("ABC") for _ in range(rng.randrange(1, 7))] for _ in range(rng.randrange(1, 4))
-        ]
+        targets = [[rng.choice("ABC") for _ in range(rng.randrange(1, 7))] for _ in range(rng.randrange(1, 4))]
         details = reward(" ".join(guess), [" ".join(target) for target in targets])[1]
         distances = [edit_distance(tuple(guess), tuple(target)) for target in targets]
         assert details["edits"] == min(distances)
@@ -255,9 +251,7 @@ def perturbed(answer):
     """The answer with its final number made one larger, read by another route than the rewards': the
     dataset's own convention (OpenAI's grade-school-math: the text after `#### `, commas removed)."""
     number = re.search(r"#### (-?[0-9.,]+)", answer)[1].replace(",", "")
-    return re.sub(
-        r"#### .*", f"#### {float(number) + 1:g}" if "." in number else f"#### {int(number) + 1}", answer
-    )
+    return re.sub(r"#### .*", f"#### {float(number) + 1:g}" if "." in number else f"#### {int(number) + 1}", answer)
 
 
 @pytest.mark.parametrize("name", ["number_match", "math_equal"])
@@ -266,9 +260,7 @@ def test_every_gsm8k_answer_equals_itself_and_not_its_neighbour(name):
     assert len(answers) == 7473
     if name == "math_equal":
         finals = Counter(re.search(r"####.*", answer)[0] for answer in answers)
-        answers = [
-            f"so\n{final}" for final in finals
-        ]  # it reads what follows the mark only: each final answer once
+        answers = [f"so\n{final}" for final in finals]  # it reads what follows the mark only: each final answer once
     assert [a for a in answers if reward(a, [a])[0] != 1.0] == []
     assert [a for a in answers if reward(perturbed(a), [a])[0] != 0.0] == []
 

@@ -58,9 +58,7 @@ def test_code_beyond_a_limit_passes_no_test(code, ended):
     assert details["ended"].startswith(ended)
 
 
-@pytest.mark.parametrize(
-    "code", ["while True: pass", "import time; time.sleep(60)", "while True: open('f', 'w')"]
-)
+@pytest.mark.parametrize("code", ["while True: pass", "import time; time.sleep(60)", "while True: open('f', 'w')"])
 def test_endless_code_is_ended(code):
     start = time.monotonic()
     value, details = bundled("python_tests")(code, "assert True", seconds=1)
@@ -79,8 +77,7 @@ def test_code_runs_in_a_folder_of_its_own_without_our_environment(monkeypatch, t
     monkeypatch.setenv("SECRET_OF_THE_TRAINER", "x")
     monkeypatch.chdir(tmp_path)
     code = (
-        "import os\nopen('left.txt', 'w').write('x')\nhere = os.getcwd()\n"
-        "seen = 'SECRET_OF_THE_TRAINER' in os.environ"
+        "import os\nopen('left.txt', 'w').write('x')\nhere = os.getcwd()\nseen = 'SECRET_OF_THE_TRAINER' in os.environ"
     )
     tests = ["assert not seen", f"assert here != {str(tmp_path)!r}", "assert os.listdir() == ['left.txt']"]
     assert bundled("python_tests")(code, tests)[0] == 1.0
@@ -211,9 +208,7 @@ def judge_spec(judge, **options):
 
 def test_the_judges_score_is_scaled_and_its_reasons_are_kept(judge, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "k-1")
-    suite = load_rewards(
-        [judge_spec(judge, kwargs={"api_key_variable": "JUDGE_KEY", "rubric": "Is it short?"})]
-    )
+    suite = load_rewards([judge_spec(judge, kwargs={"api_key_variable": "JUDGE_KEY", "rubric": "Is it short?"})])
     columns = {"prompt": ["why?", [{"role": "user", "content": "how?"}]], "references": [["because"], ["so"]]}
     table = suite.score([rollout("7"), rollout("10")], columns)
     assert table.totals == [0.7, 1.0]
@@ -252,9 +247,7 @@ def test_the_judge_is_asked_many_times_at_once_but_not_more_than_told(judge):
 def test_a_cached_verdict_is_not_asked_for_again(judge, tmp_path):
     spec = judge_spec(judge, cache=str(tmp_path / "verdicts.sqlite"))
     for _ in range(2):
-        assert load_rewards([spec]).score(
-            [rollout("5"), rollout("5"), rollout("6")], {"prompt": ["q"] * 3}
-        ).totals == [
+        assert load_rewards([spec]).score([rollout("5"), rollout("5"), rollout("6")], {"prompt": ["q"] * 3}).totals == [
             0.5,
             0.5,
             0.6,

@@ -37,8 +37,7 @@ STRANGE = {
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question: `passed` is None where it could not be asked; `advice` says what to
-    do."""
+    """The answer to one question: `passed` is None where it could not be asked; `advice` says what to do."""
 
     question: str
     passed: bool | None
@@ -68,19 +67,19 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
             return [*checks, Check("its columns are there", False, str(error))]
         items = _items(prompts)
         try:
-            checks.append(_runs(suite, items))
+            start = time.perf_counter()
+            table = score_items(suite, items)
+            seconds = time.perf_counter() - start
+            values = _only(suite, table)
+            checks.append(_runs(suite, items, table))
             if not checks[-1].passed:
                 return checks
-            checks += [
-                _alone(suite, items),
-                _order(suite, items),
-                _twice(suite, items),
-                _in_range(suite, items),
-            ]
+            checks += [_alone(suite, items, values), _order(suite, items, values), _twice(suite, items, values)]
+            checks.append(_in_range(suite, values))
         except RewardError as error:  # a wrong count
             return [*checks, Check("it runs on these rows", False, str(error))]
-        checks += _in_workers(plain, suite, items, search_root)
-        checks.append(_speed(suite, items))
+        checks += _in_workers(plain, suite, items, values, search_root)
+        checks.append(_speed(suite, items, seconds))
         checks += _against_references(suite, prompts)
     return checks
 
@@ -88,6 +87,7 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
 FORM_NAMES = {"single": "one at a time", "batch": "TRL's batch", "verl": "verl's", "openrlhf": "OpenRLHF's"}
 
 Item = tuple[Prompt, Rollout]
+Values = Sequence[float | None]
 
 
 def make_rollout(prompt: Prompt, text: str, sample: int = 0) -> Rollout:
@@ -164,8 +164,7 @@ def _only(suite: RewardSuite, table: ScoreTable) -> list[float | None]:
     return table.values[suite.names[0]]
 
 
-def _runs(suite: RewardSuite, items: list[Item]) -> Check:
-    table = score_items(suite, items)
+def _runs(suite: RewardSuite, items: list[Item], table: ScoreTable) -> Check:
     counts = table.failure_counts[suite.names[0]]
     failed = sum(counts[kind] for kind in FAILURES)
     finding = f"{len(items)} completions: {failed} failed, {counts['abstained']} abstained"
@@ -180,12 +179,11 @@ def _runs(suite: RewardSuite, items: list[Item]) -> Check:
     return Check("it runs on these rows", True, finding)
 
 
-def _alone(suite: RewardSuite, items: list[Item]) -> Check:
+def _alone(suite: RewardSuite, items: list[Item], values: Values) -> Check:
     question = "together equals one at a time"
     scope = suite.rewards[0].info.scope
     if scope == "batch":
         return Check(question, None, "scope batch: it is always given all")
-    together = _only(suite, score_items(suite, items))
     if scope == "group":
         keys = list(dict.fromkeys(prompt.key for prompt, _ in items))
         parts = [[item for item in items if item[0].key == key] for key in keys]
@@ -193,25 +191,25 @@ def _alone(suite: RewardSuite, items: list[Item]) -> Check:
     else:
         parts = [[item] for item in items]
     alone = [value for part in parts for value in _only(suite, score_items(suite, part))]
-    return _same(question, together, alone, items, "Declare @reward(scope='group' or 'batch') if that is meant.")
+    return _same(question, values, alone, items, "Declare @reward(scope='group' or 'batch') if that is meant.")
 
 
-def _order(suite: RewardSuite, items: list[Item]) -> Check:
+def _order(suite: RewardSuite, items: list[Item], values: Values) -> Check:
     order = list(range(len(items)))
     random.Random(0).shuffle(order)
     shuffled = _only(suite, score_items(suite, [items[i] for i in order]))
     back = [shuffled[order.index(i)] for i in range(len(items))]
     advice = "A value should not depend on where its row stands; look for state kept between calls."
-    return _same("order does not matter", _only(suite, score_items(suite, items)), back, items, advice)
+    return _same("order does not matter", values, back, items, advice)
 
 
-def _twice(suite: RewardSuite, items: list[Item]) -> Check:
-    first, second = (_only(suite, score_items(suite, items)) for _ in range(2))
+def _twice(suite: RewardSuite, items: list[Item], values: Values) -> Check:
+    again = _only(suite, score_items(suite, items))
     advice = "A noisy reward cannot be replayed; seed it from the row, or keep verdicts with cache: true."
-    return _same("the same twice", first, second, items, advice)
+    return _same("the same twice", values, again, items, advice)
 
 
-def _same(question: str, a: Sequence[float | None], b: Sequence[float | None], items: list[Item], advice: str) -> Check:
+def _same(question: str, a: Values, b: Values, items: list[Item], advice: str) -> Check:
     differ = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not _close(x, y)]
     if not differ:
         return Check(question, True, f"{len(a)} values agree")
@@ -226,9 +224,9 @@ def _close(x: float | None, y: float | None) -> bool:
     return x == y or (x is not None and y is not None and abs(x - y) <= 1e-4 * max(1.0, abs(x), abs(y)))
 
 
-def _in_range(suite: RewardSuite, items: list[Item]) -> Check:
-    values = [value for value in _only(suite, score_items(suite, items)) if value is not None]
-    found = f"{min(values):g} to {max(values):g}" if values else "no values"
+def _in_range(suite: RewardSuite, values: Values) -> Check:
+    present = [value for value in values if value is not None]
+    found = f"{min(present):g} to {max(present):g}" if present else "no values"
     declared = suite.rewards[0].info.range
     if declared is None:
         advice = "@reward(range=(lowest, highest)) lets on_error: floor work."
@@ -236,13 +234,15 @@ def _in_range(suite: RewardSuite, items: list[Item]) -> Check:
     low, high = declared
     return Check(
         "values are in the stated range",
-        all(low <= value <= high for value in values),
+        all(low <= value <= high for value in present),
         f"{found}, stated {low:g} to {high:g}",
         "State the range it really has.",
     )
 
 
-def _in_workers(spec: Mapping[str, Any], suite: RewardSuite, items: list[Item], search_root: Path) -> Iterator[Check]:
+def _in_workers(
+    spec: Mapping[str, Any], suite: RewardSuite, items: list[Item], values: Values, search_root: Path
+) -> Iterator[Check]:
     """Load it in a worker process, where a strange completion that hangs it can be survived."""
     question = "it runs in worker processes (timeout, workers)"
     prompt = items[0][0]
@@ -255,8 +255,8 @@ def _in_workers(spec: Mapping[str, Any], suite: RewardSuite, items: list[Item], 
         return
     with isolated:
         try:
-            there, here = _only(suite, score_items(isolated, items)), _only(suite, score_items(suite, items))
-            yield _same(question, here, there, items, "Values from a worker differ: is there state in the module?")
+            there = _only(suite, score_items(isolated, items))
+            yield _same(question, values, there, items, "Values from a worker differ: is there state in the module?")
             yield _survives(isolated, strange)
         except RewardError as error:
             yield Check(question, False, str(error), "Leave out timeout and workers, or make it loadable alone.")
@@ -275,9 +275,9 @@ def _survives(suite: RewardSuite, strange: list[Item]) -> Check:
     )
 
 
-def _speed(suite: RewardSuite, items: list[Item]) -> Check:
-    start, calls = time.perf_counter(), 0
-    while calls == 0 or (time.perf_counter() - start < 0.3 and calls < 20_000):
+def _speed(suite: RewardSuite, items: list[Item], seconds: float) -> Check:
+    calls, start = len(items), time.perf_counter() - seconds
+    while time.perf_counter() - start < 0.3:  # the first time alone says little of a fast one
         score_items(suite, items)
         calls += len(items)
     rate = calls / (time.perf_counter() - start)
@@ -336,7 +336,7 @@ def _texts(suite: RewardSuite, prompts: Sequence[Prompt], texts: Sequence[str]) 
     return _only(suite, score_items(suite, items))
 
 
-def _mean(values: Sequence[float | None]) -> float:
+def _mean(values: Values) -> float:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else float("nan")
 

@@ -89,7 +89,8 @@ def _list(args: argparse.Namespace) -> int:
     for name, paths in sorted(named_files(root).items()):
         for path in paths:
             about = describe_file(path)
-            where = "" if path.parent == bundled_folder().resolve() else " [{path.relative_to(root.resolve())}]"
+            own = path.parent != bundled_folder().resolve()
+            where = f" [{path.relative_to(root.resolve())}]" if own else ""
             rows.append((name, _range(about["range"]), about["extra"] or "-", about["description"] + where))
     for name, point in sorted(entry_points().items()):
         rows.append((name, "-", "-", f"from {point.dist.name if point.dist else point.value}: {point.value}"))
