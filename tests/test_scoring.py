@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import shutil
+import subprocess
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -255,6 +257,14 @@ def test_what_fits_no_form_is_an_error_that_lists_the_forms():
     )
 
 
+@pytest.mark.parametrize("many", ["completions", "prompts"])
+def test_one_row_and_many_in_one_signature_is_an_error(many):
+    namespace = {}
+    exec(f"def f(completion, {many}): return 0", namespace)
+    with pytest.raises(RewardError, match=f"'completion', of one row, and for {many}, of many"):
+        load_rewards([namespace["f"]])
+
+
 # Groups
 
 
@@ -424,6 +434,26 @@ def test_loading_leaves_sys_path_alone_and_makes_no_module_called_rewards(folder
     assert sys.path == before
     assert "rewards" not in sys.modules
     assert "mine" not in sys.modules
+
+
+def test_an_installed_wheel_finds_the_bundled_rewards_and_installs_no_module_called_rewards(folder):
+    # what the wheel's force-include makes: rlseq/bundled/rewards inside the package, nothing beside it
+    package = find.bundled_folder().parent / "rlseq"
+    site = folder.root / "site"
+    shutil.copytree(package, site / "rlseq", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(find.bundled_folder(), site / "rlseq" / "bundled" / "rewards")
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "from rlseq import load_rewards; from rlseq.scoring.find import find; from pathlib import Path\n"
+        "print(find('exact_match', Path('/nowhere')).address)\n"
+        "suite = load_rewards([{'func': 'exact_match', 'timeout': 20}], search_root='/nowhere')\n"
+        "import importlib.util; print(importlib.util.find_spec('rewards'))"
+    )
+    ended = subprocess.run([sys.executable, "-S", "-P", "-c", script], capture_output=True, text=True, cwd=folder.root)
+    assert ended.returncode == 0, ended.stderr
+    address, spec = ended.stdout.split()
+    assert address == f"{site / 'rlseq' / 'bundled' / 'rewards' / 'exact_match.py'}:exact_match"
+    assert spec == "None"
 
 
 def test_a_changed_file_is_loaded_afresh(folder):

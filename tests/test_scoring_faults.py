@@ -202,6 +202,14 @@ def slow(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def slowness():
+    """1 on a machine that starts Python in 50 ms, and more on one that is slower or busy."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-S", "-c", ""], check=True)
+    return max(1.0, (time.monotonic() - start) / 0.05)
+
+
 @pytest.mark.parametrize("hang", ["loop", "regex", "c"])
 def test_a_call_that_hangs_is_killed_and_the_rest_of_the_batch_is_unharmed(slow, hang):
     texts = ["a", hang, "bbb", "cc"]
@@ -210,17 +218,17 @@ def test_a_call_that_hangs_is_killed_and_the_rest_of_the_batch_is_unharmed(slow,
     assert only(table, "status") == ["ok", "timeout", "ok", "ok"]
 
 
-def test_a_hang_on_1_of_256_with_a_timeout_of_1_second_costs_under_3_seconds(slow):
+def test_a_hang_on_1_of_256_with_a_timeout_of_1_second_costs_under_3_seconds(slow, slowness):
     with load_rewards([{"func": f"{slow}:slow", "timeout": 1, "on_error": "abstain"}]) as suite:
         columns = {"prompt": ["q"] * 256}
         start = time.monotonic()
         table = suite.score([rollout("loop" if i == 100 else "ab") for i in range(256)], columns)
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 3 * slowness
     assert table.failure_counts["slow"] == {"abstained": 0, "error": 0, "timeout": 1, "invalid": 0}
     assert sum(value == 2.0 for value in table.values["slow"]) == 255
 
 
-def test_a_worker_is_back_soon_after_a_kill(slow):
+def test_a_worker_is_back_soon_after_a_kill(slow, slowness):
     with load_rewards([{"func": f"{slow}:slow", "timeout": 0.2, "on_error": "abstain"}]) as suite:
         suite.score([rollout("a")], {"prompt": ["q"]})
         took = []
@@ -229,7 +237,7 @@ def test_a_worker_is_back_soon_after_a_kill(slow):
             table = suite.score([rollout("loop"), rollout("a")], {"prompt": ["q"] * 2})
             took.append(time.monotonic() - start - 0.2)
             assert table.values["slow"] == [None, 1.0]
-    assert min(took) < 0.3  # the best of three: other work on the machine is not the worker's
+    assert min(took) < 0.3 * slowness  # the best of three: other work on the machine is not the worker's
 
 
 def test_a_timeout_under_on_error_raise_ends_the_run(slow):
@@ -255,12 +263,12 @@ def test_workers_import_neither_torch_nor_trl(slow):
     assert only(score({"func": f"{slow}:slow", "timeout": 5}, ["modules"]), "values") == [0.0]
 
 
-def test_several_workers_share_the_work_and_keep_the_order(slow):
+def test_several_workers_share_the_work_and_keep_the_order(slow, slowness):
     texts = ["nap", "a", "nap", "bbb"] * 2
     start = time.monotonic()
     table = score({"func": f"{slow}:slow", "workers": 4}, texts)
     assert only(table, "values") == [3.0, 1.0, 3.0, 3.0] * 2
-    assert time.monotonic() - start < 4 * 0.3 + 1.0
+    assert time.monotonic() - start < (4 * 0.3 + 1.0) * slowness
     pids = only(score({"func": f"{slow}:slow", "workers": 2}, ["pid", "nap"] * 4), "values")[::2]
     assert len(set(pids)) == 2
     assert os.getpid() not in pids

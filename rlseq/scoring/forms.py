@@ -87,9 +87,13 @@ def tell_form(parameters: Parameters, name: str) -> str:
         return "verl"
     if "queries" in names:
         return "openrlhf"
-    if {"completion", "completions"} <= names:
-        raise RewardError(f"reward {name!r} asks for both 'completion' and 'completions'; keep one.\n{FORMS_HELP}")
-    if names & {"completions", "prompts"}:
+    both = names & {"completions", "prompts"}
+    if "completion" in names and both:
+        raise RewardError(
+            f"reward {name!r} asks for 'completion', of one row, and for {', '.join(sorted(both))}, of many; keep one "
+            f"kind.\n{FORMS_HELP}"
+        )
+    if both:
         return "batch"
     if "completion_ids" in names and parameters.takes_any and "completion" not in names:
         return "batch"  # TRL's documented f(completion_ids, **kwargs)

@@ -91,9 +91,16 @@ class RewardSuite:
             reward.check_columns(available)
 
     def signature(self) -> dict[str, Any]:
-        """Names, weights, arguments and code hashes: equal signatures give equal scores."""
+        """By name, all that decides a reward's values, a hash of its code included: equal ones score equally."""
         return {
-            reward.name: {"weight": weight, "kwargs": dict(reward.kwargs), "code": reward.code}
+            reward.name: {
+                "weight": weight,
+                "kwargs": dict(reward.kwargs),
+                "columns": dict(reward.columns),
+                "scope": reward.info.scope,
+                "on_error": reward.on_error,
+                "code": reward.code,
+            }
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         }
 

@@ -65,7 +65,7 @@ class WorkerPool:
         self.timeout = timeout
         self.retry = retry
         self._workers: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _end, self._workers)
+        self._finalizer = weakref.finalize(self, _end_own, self._workers, os.getpid())
 
     def run(self, calls: Sequence[Arguments], sizes: Sequence[int]) -> list[Any]:
         """Make all calls; one for several completions (`sizes`) has the timeout of each of them.
@@ -186,6 +186,12 @@ class WorkerPool:
     def _kill(self, worker: _Worker) -> int:
         self._workers.remove(worker)
         return _end([worker])
+
+
+def _end_own(workers: list[_Worker], owner: int) -> None:
+    """At the end of a pool: kill its workers, unless this process is a fork of the one that started them."""
+    if os.getpid() == owner:
+        _end(workers)
 
 
 def _end(workers: list[_Worker]) -> int:
