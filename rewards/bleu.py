@@ -17,8 +17,7 @@ _STATISTICS = (
 
 
 def corpus_bleu(sums: dict) -> np.ndarray:
-    """Corpus BLEU, 0 to 100, from summed counts; equals `sacrebleu.BLEU().corpus_score` (exponential
-    smoothing)."""
+    """Corpus BLEU, 0 to 100, from summed counts; equals `sacrebleu.BLEU().corpus_score` (exponential smoothing)."""
     hypothesis, reference = (np.asarray(sums[name], float) for name in _STATISTICS[:2])
     matches = np.stack([np.asarray(sums[f"match_{n}"], float) for n in _ORDERS])  # (4, ...)
     totals = np.stack([np.asarray(sums[f"total_{n}"], float) for n in _ORDERS])

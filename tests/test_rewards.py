@@ -325,9 +325,11 @@ def test_group_diversity_by_hand():
 
 def test_own_log_prob_is_the_mean_or_the_sum():
     reward = bundled("own_log_prob")
-    assert reward([-1.0, -3.0]) == -2.0
-    assert reward([-1.0, -3.0], per_token=False) == -4.0
-    assert reward([]) == 0.0
+    assert reward([5, 6], [-1.0, -3.0]) == -2.0
+    assert reward([5, 6], [-1.0, -3.0], per_token=False) == -4.0
+    assert reward([], []) == 0.0
+    with pytest.raises(ValueError, match="0 log-probs for 2 tokens"):
+        reward([5, 6], [])
 
 
 def test_majority_vote():

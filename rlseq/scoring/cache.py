@@ -79,8 +79,7 @@ class Cache:
             return json.dumps([[o.value, o.status, dict(o.details)] for o in outcomes], default=_plain_or_error)
         except (TypeError, ValueError) as error:
             raise RewardError(
-                f"cache: the details of a reward cannot be kept as JSON ({error}); return plain numbers, "
-                "texts and "
+                f"cache: the details of a reward cannot be kept as JSON ({error}); return plain numbers, texts and "
                 "lists in them, or leave the cache off."
             ) from error
 

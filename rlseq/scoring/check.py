@@ -140,8 +140,7 @@ def _reference(prompt: Prompt) -> str | None:
 
 
 def corrupt(text: str, rng: random.Random) -> str:
-    """A text with its digits changed, and about a quarter of its words (at least one) dropped, doubled or
-    swapped."""
+    """A text with its digits changed, and about a quarter of its words (at least one) dropped, doubled or swapped."""
     words = [_other_digits(word) for word in text.split()] or ["?"]
     for _ in range(max(1, len(words) // 4)):
         place = rng.randrange(len(words))
@@ -355,6 +354,5 @@ def spread(suite: RewardSuite, prompts: Sequence[Prompt], groups: Sequence[Seque
         share >= 0.1,
         f"{alive} of {len(groups)} groups ({share:.0%}); mean reward {mean:.3g}",
         "Groups that are all alike have no advantage: train by SFT first, draw more samples, choose "
-        "prompts of "
-        "middle difficulty, or grade more finely.",
+        "prompts of middle difficulty, or grade more finely.",
     )

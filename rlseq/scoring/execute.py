@@ -92,8 +92,7 @@ class InProcess:
 
 
 class Concurrent:
-    """Calls an async reward on an event loop of its own thread, so that it works inside a running loop,
-    too."""
+    """Calls an async reward on an event loop of its own thread, so that it works inside a running loop, too."""
 
     def __init__(self, function: Callable, retry: Retry):
         self.function = function

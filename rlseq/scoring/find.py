@@ -162,8 +162,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def code_hash(function: Callable) -> str:
-    """A hash of the source file that defines a function (helpers included), or of its bytecode without
-    one."""
+    """A hash of the source file that defines a function (helpers included), or of its bytecode without one."""
     try:
         source = Path(inspect.getsourcefile(_innermost(function)) or "").read_bytes()
     except (TypeError, OSError):
@@ -221,9 +220,8 @@ def _from_module(module_name: str, function_name: str, name: str | None = None) 
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise RewardError(
-            f"cannot import {module_name!r} for reward {module_name}:{function_name}: {error}. Is its "
-            "package installed "
-            "in this environment? A file is given as path/to/file.py:function."
+            f"cannot import {module_name!r} for reward {module_name}:{function_name}: {error}. Is its package "
+            "installed in this environment? A file is given as path/to/file.py:function."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -250,8 +248,7 @@ def _import_advice(path: Path, error: ImportError) -> str:
     sibling = path.parent / f"{(error.name or '').split('.')[0]}.py"
     if error.name and sibling.is_file():
         return (
-            f"{path} imports {error.name!r}, which lies beside it; files are loaded by location and sys.path "
-            "is left "
+            f"{path} imports {error.name!r}, which lies beside it; files are loaded by location and sys.path is left "
             "alone. Put the helper in the same file, or install both as a package."
         )
     return f"{path} fails when imported: {error}. Install what it needs into this environment."

@@ -107,9 +107,7 @@ def tell_form(parameters: Parameters, name: str) -> str:
     )
 
 
-def missing_columns(
-    form: str, parameters: Parameters, given: Iterable[str], available: Iterable[str], scope: str = "sample"
-) -> list[str]:
+def missing_columns(form: str, parameters: Parameters, given: Iterable[str], available: Iterable[str]) -> list[str]:
     """Names a reward requires that are no field, no keyword argument of its spec and no column."""
     have = {*given, *available, *FIELDS, "prompt"}
     if form == "batch":

@@ -49,8 +49,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     form = tell_form(parameters, name)
     if info.scope == "group" and form in ("single", "verl"):
         raise RewardError(
-            f"reward {name!r} has scope 'group', but takes one completion at a time. A group reward takes "
-            "lists: "
+            f"reward {name!r} has scope 'group', but takes one completion at a time. A group reward takes lists: "
             f"f(completions, **columns) -> list of numbers.\n{FORMS_HELP}"
         )
     on_error = _choice(name, "on_error", options.get("on_error", "raise"), ON_ERROR)
@@ -78,9 +77,8 @@ def _checked_options(spec: Any) -> dict[str, Any]:
     for option in options:
         if option not in OPTIONS:
             raise RewardError(
-                f"reward spec {spec!r} has the option {option!r}.{did_you_mean(str(option), OPTIONS)} "
-                "Expected some "
-                f"of {', '.join(OPTIONS)}."
+                f"reward spec {spec!r} has the option {option!r}.{did_you_mean(str(option), OPTIONS)} Expected some of "
+                f"{', '.join(OPTIONS)}."
             )
     func = options.get("func")
     if not (callable(func) or (isinstance(func, str) and func)):
@@ -140,8 +138,7 @@ def _floor(name: str, on_error: str, given: Any, info: RewardInfo) -> float | No
         floor = float(info.range[0])
     if on_error == "floor" and (floor is None or floor == float("-inf")):
         raise RewardError(
-            f"reward {name!r} has on_error: floor, but states no lowest value; give floor: NUMBER, or mark "
-            "the "
+            f"reward {name!r} has on_error: floor, but states no lowest value; give floor: NUMBER, or mark the "
             "function with @reward(range=(lowest, highest))."
         )
     return floor

@@ -80,14 +80,12 @@ def interpret_many(raw: Any, count: int, name: str) -> list[Outcome]:
     raw = plain(raw)
     if isinstance(raw, (str, bytes, Mapping)) or not isinstance(raw, Sequence):
         raise RewardError(
-            f"reward {name!r} returned {type(raw).__name__} {shorten(raw)} for {count} completions; expected "
-            "a list of "
+            f"reward {name!r} returned {type(raw).__name__} {shorten(raw)} for {count} completions; expected a list of "
             f"{count} numbers (None abstains)."
         )
     if len(raw) != count:
         raise RewardError(
-            f"reward {name!r} returned {len(raw)} values for {count} completions; expected one value a "
-            "completion, "
+            f"reward {name!r} returned {len(raw)} values for {count} completions; expected one value a completion, "
             "None where it abstains."
         )
     return [interpret(value) for value in raw]

@@ -26,8 +26,7 @@ LOGGED = frozenset(
 
 @dataclass(frozen=True)
 class Logged:
-    """Rollouts of a log with their columns and the records they were read from; equal lengths, same
-    order."""
+    """Rollouts of a log with their columns and the records they were read from; equal lengths, same order."""
 
     rollouts: list[Rollout]
     columns: dict[str, list[Any]]
@@ -194,8 +193,7 @@ def _signs(values: Sequence[float]) -> list[int]:
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties at their mean rank; NaN where a side is constant or shorter than
-    2."""
+    """Spearman's rank correlation, ties at their mean rank; NaN where a side is constant or shorter than 2."""
     import numpy as np
     from scipy.stats import rankdata
 

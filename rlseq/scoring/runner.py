@@ -83,12 +83,10 @@ class Reward:
         if missing:
             near = did_you_mean(missing[0], [*available, *FIELDS, "prompt"])
             raise RewardError(
-                f"reward {self.name!r} asks for {', '.join(map(repr, missing))}, which is neither a column "
-                "nor a "
+                f"reward {self.name!r} asks for {', '.join(map(repr, missing))}, which is neither a column nor a "
                 f"field.{near} The columns are {', '.join(available) or 'none'}; the fields are prompt, "
-                f"{', '.join(FIELDS)}. Map a column to it with columns: {{{missing[0]}: COLUMN}} in the "
-                "reward's "
-                "spec, or give it in kwargs."
+                f"{', '.join(FIELDS)}. Map a column to it with columns: {{{missing[0]}: COLUMN}} in the reward's spec, "
+                "or give it in kwargs."
             )
 
     def outcomes(self, rows: Rows, context: Any = None) -> list[Outcome]:
@@ -153,8 +151,7 @@ class Reward:
                     f"reward {self.name!r} {_WHAT[outcome.status]}: {outcome.message}\n"
                     f"  prompt {rollout.prompt_key!r}, sample {rollout.sample}\n"
                     f"  completion {shorten(rollout.text)}\n"
-                    "Fix the reward, or choose on_error: abstain (leave such completions out) or on_error: "
-                    "floor "
+                    "Fix the reward, or choose on_error: abstain (leave such completions out) or on_error: floor "
                     "(give them the lowest value)."
                 )
             outcomes[row] = outcome._replace(value=self.floor if self.on_error == "floor" else None)

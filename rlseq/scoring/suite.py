@@ -84,8 +84,7 @@ class RewardSuite:
             reward.close()
 
     def check_columns(self, available: Iterable[str]) -> None:
-        """Raise RewardError, listing the columns, if a reward asks for what is neither a field nor a
-        column."""
+        """Raise RewardError, listing the columns, if a reward asks for what is neither a field nor a column."""
         available = list(available)
         for reward in self.rewards:
             reward.check_columns(available)
@@ -137,23 +136,19 @@ class RewardSuite:
         for name, values in rows.columns.items():
             if len(values) != len(rows.rollouts):
                 raise RewardError(
-                    f"column {name!r} has {len(values)} values for {len(rows.rollouts)} rollouts; expected "
-                    "one value a "
+                    f"column {name!r} has {len(values)} values for {len(rows.rollouts)} rollouts; expected one value a "
                     "rollout (repeat a prompt's value for each of its samples)."
                 )
 
     def _check_failures(self, name: str, outcomes: list[Outcome], rollouts: list[Rollout]) -> None:
-        """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is
-        allowed."""
+        """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is allowed."""
         failed = [row for row, outcome in enumerate(outcomes) if outcome.status in FAILURES]
         if len(failed) > self.max_error_rate * len(outcomes) and (len(failed) > 1 or self.max_error_rate == 0):
             first = failed[0]
             raise RewardError(
-                f"reward {name!r} failed on {len(failed)} of {len(outcomes)} completions, more than "
-                "max_error_rate = "
-                f"{self.max_error_rate:g} allows. The first: {describe(rollouts[first], outcomes[first])}. "
-                "Fix the reward "
-                "(`rlseq reward check`), or raise max_error_rate."
+                f"reward {name!r} failed on {len(failed)} of {len(outcomes)} completions, more than max_error_rate = "
+                f"{self.max_error_rate:g} allows. The first: {describe(rollouts[first], outcomes[first])}. Fix the "
+                "reward (`rlseq reward check`), or raise max_error_rate."
             )
 
     def _table(self, rollouts: list[Rollout], outcomes: list[list[Outcome]]) -> ScoreTable:
@@ -203,8 +198,7 @@ def weighted_total(values: Sequence[float | None], weights: Sequence[float]) -> 
 def describe(rollout: Rollout, outcome: Outcome) -> str:
     """One failed completion, for an error message."""
     return (
-        f"{outcome.status}: {outcome.message}, on prompt {rollout.prompt_key!r}, sample {rollout.sample}, "
-        "completion "
+        f"{outcome.status}: {outcome.message}, on prompt {rollout.prompt_key!r}, sample {rollout.sample}, completion "
         f"{shorten(rollout.text)}"
     )
 

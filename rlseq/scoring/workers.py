@@ -195,8 +195,7 @@ def _end_own(workers: list[_Worker], owner: int) -> None:
 
 
 def _end(workers: list[_Worker]) -> int:
-    """Kill workers with all processes of their sessions, and empty the list; return the last one's exit
-    status."""
+    """Kill workers with all processes of their sessions, and empty the list; return the last one's exit status."""
     status = 0
     while workers:
         worker = workers.pop()
