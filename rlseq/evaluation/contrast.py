@@ -235,16 +235,17 @@ def contrast_and_report(
         models, rows, suite, settings=settings, prompt_options=prompt_options, output_dir=output_dir
     )
     if results:
-        samples, per_example = (_read_jsonl(output_dir / name) for name in ("samples.jsonl", "per_example.jsonl"))
-        curves = _read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
+        samples, per_example = (read_jsonl(output_dir / name) for name in ("samples.jsonl", "per_example.jsonl"))
+        curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
         report = write_report(results, samples, output_dir, per_example=per_example, metrics=curves, title=title)
         print_summary(results)
         print(f"report: {report}", flush=True)
     return results
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _measure(
