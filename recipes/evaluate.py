@@ -1,4 +1,4 @@
-"""Evaluate any number of checkpoints on one data set: likelihood of the references against quality of what is generated.
+"""Evaluate any number of checkpoints on one data set: likelihood of references against quality of generation.
 
     accelerate launch --config_file accelerate_config.yaml recipes/evaluate.py \
         --models base=recipes/g2p/base rl=runs/g2p-grpo --dataset_name recipes/g2p/data.py \

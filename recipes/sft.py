@@ -12,7 +12,6 @@ from pathlib import Path
 
 import datasets
 import trl
-
 from transformers import EarlyStoppingCallback, set_seed
 
 from rlseq.data import build_prompts, load_rows
@@ -50,7 +49,9 @@ def main() -> None:
         prompts = build_prompts(rows, tokenizer, **data.prompt_options())
         pairs = [(p.messages_or_text, r, p.prompt_ids) for p in prompts for r in p.columns["references"]]
         if not pairs:
-            raise ConfigError(f"no row of {data.dataset_name!r} has a reference in --reference_column {data.reference_column!r}")
+            raise ConfigError(
+                f"no row of {data.dataset_name!r} has a reference in --reference_column {data.reference_column!r}"
+            )
         chat = not isinstance(pairs[0][0], str)
         return datasets.Dataset.from_dict(
             {

@@ -177,7 +177,10 @@ def build_prompts(
         prompt = render_prompt(row) if render_prompt else row[prompt_column]
         if not prompt or not isinstance(prompt, (str, list)):
             raise DataError(f"row {number}: the prompt is {prompt!r}; expected text or a list of chat messages")
-        references = render_reference(row) if render_reference else row.get(reference_column) if reference_column else []
+        if render_reference:
+            references = render_reference(row)
+        else:
+            references = row.get(reference_column) if reference_column else []
         record = {**row, "prompt": prompt, "references": _as_texts(references, number)}
         if merge_references:
             same = merged.setdefault(_digest(prompt).hex(), record)
@@ -199,7 +202,9 @@ def build_prompts(
     return prompts
 
 
-def load_prompts(dataset_name: str, tokenizer: Any, *, split: str, limit: int | None = None, **options: Any) -> list[Prompt]:
+def load_prompts(
+    dataset_name: str, tokenizer: Any, *, split: str, limit: int | None = None, **options: Any
+) -> list[Prompt]:
     """Load one split of a data set as prompts: `load_rows` then `build_prompts` (which takes `options`).
 
     `limit` keeps the first rows only.

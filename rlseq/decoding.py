@@ -114,7 +114,8 @@ def parse_strategy(text: str) -> Strategy:
     name, _, settings = text.partition(":")
     if name not in STRATEGIES:
         raise ConfigError(
-            f"there is no decoding strategy {name!r}; there are {', '.join(STRATEGIES)}." + did_you_mean(name, STRATEGIES)
+            f"there is no decoding strategy {name!r}; there are {', '.join(STRATEGIES)}."
+            + did_you_mean(name, STRATEGIES)
         )
     cls = STRATEGIES[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}

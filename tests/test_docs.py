@@ -1,4 +1,4 @@
-"""The numbers of docs/teacher-forcing.md, recomputed from the bundled base; `python tests/test_docs.py` rewrites them."""
+"""The numbers of docs/teacher-forcing.md, recomputed from the base; `python tests/test_docs.py` rewrites them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def example_tables() -> dict[str, str]:
     bridge = [
         f"| on {ROWS:,} validation words | |",
         "|---|---|",
-        f"| mean log p_i, what likelihood averages | {p.log().mean().item():.3f} nats, a geometric mean of {geometric:.3f} |",
+        f"| mean log p_i, what likelihood averages | {p.log().mean().item():.3f} nats: "
+        f"a geometric mean of {geometric:.3f} |",
         f"| mean p_i = `exact_accuracy`, what accuracy averages | {p.mean().item():.3f} |",
         f"| exact pass@8 = mean 1 − (1 − p_i)⁸ | {at_8:.3f} |",
     ]
@@ -85,5 +86,6 @@ def test_the_numbers_of_the_teacher_forcing_page_are_those_of_the_base():
 if __name__ == "__main__":
     text = PAGE.read_text(encoding="utf-8")
     for marker, table in example_tables().items():
-        text = re.sub(rf"<!-- {marker} -->\n(.*?<!-- end -->\n)?", f"<!-- {marker} -->\n{table}\n<!-- end -->\n", text, flags=re.S)
+        shown = f"<!-- {marker} -->\n{table}\n<!-- end -->\n"
+        text = re.sub(rf"<!-- {marker} -->\n(.*?<!-- end -->\n)?", lambda _, shown=shown: shown, text, flags=re.S)
     sys.exit(PAGE.write_text(text, encoding="utf-8") == 0)

@@ -16,7 +16,7 @@ from rlseq.training.config import GRPOConfig
 
 
 def padded_batch():
-    """Two prompts of different length, three completions: TRL's layout, prompts left-padded, completions right-padded."""
+    """Three completions of two prompts in TRL's layout: prompts left-padded, completions right-padded."""
     prompt_ids = torch.tensor([[0, 0, 5, 4], [0, 0, 5, 4], [7, 8, 9, 4]])
     prompt_mask = (prompt_ids != 0).long()
     completion_ids = torch.tensor([[14, EOS, 0], [15, 16, EOS], [17, EOS, 0]])

@@ -35,7 +35,8 @@ def task(tmp_path_factory):
         path = folder / "data" / f"{split}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "words.csv").write_text("spelling,sound\n" + "".join(f"{w},{w.upper()}\n" for w in ("ab", "cd", "ef", "gh") * 8))
+    words = ("ab", "cd", "ef", "gh") * 8
+    (folder / "words.csv").write_text("spelling,sound\n" + "".join(f"{w},{w.upper()}\n" for w in words))
     (folder / "rewards.py").write_text(REWARD)
     config = {
         "model_name_or_path": str(folder / "model"),
@@ -130,7 +131,7 @@ def test_grpo_on_a_csv_of_the_user_with_templates(task, tmp_path, monkeypatch):
 
 def test_sft_from_scratch_then_evaluate(task, tmp_path, monkeypatch):
     build = tmp_path / "tokenizer.py"
-    build.write_text("import sys\nsys.path.insert(0, %r)\nfrom tiny_task import tiny_tokenizer as build\n" % str(ROOT / "tests"))
+    build.write_text("from tiny_task import tiny_tokenizer as build\n")
     config = {
         "dataset_name": str(task / "data"),
         "new_tokenizer": f"{build}:build",
@@ -199,7 +200,9 @@ def test_bad_input_ends_before_a_model_loads_with_one_message_that_names_it(case
     arguments, named = BAD_INPUT[case]
     recipe = load_recipe("grpo")
     monkeypatch.setattr(recipe, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     monkeypatch.chdir(ROOT)
     first = [] if "--config" in arguments else ["--config", str(task / "grpo.yaml")]
     argv = [*first, *(a.format(task=task) for a in arguments), "--output_dir", str(tmp_path / "run")]
@@ -238,7 +241,8 @@ def test_a_second_run_into_a_directory_names_the_flags_that_continue_or_replace_
 
 
 def test_a_run_stopped_by_a_signal_saves_exits_0_and_goes_on_where_it_was(task, tmp_path, monkeypatch):
-    arguments = ["--config", task / "grpo.yaml", "--evaluate", "false", "--save_steps", 1000, "--lr_scheduler_type", "constant"]
+    arguments = ["--config", task / "grpo.yaml", "--evaluate", "false"]
+    arguments += ["--save_steps", 1000, "--lr_scheduler_type", "constant"]
     out = tmp_path / "stopped"
     process = start("grpo", *arguments, "--output_dir", out, "--max_steps", 100_000)
     deadline = time.monotonic() + 120
@@ -261,7 +265,8 @@ def test_a_run_stopped_by_a_signal_saves_exits_0_and_goes_on_where_it_was(task, 
 
 
 def test_a_recipe_process_exits_2_with_its_message_alone(task, tmp_path):
-    process = start("grpo", "--config", task / "grpo.yaml", "--reward_funcs", "nonsense", "--output_dir", tmp_path / "run")
+    arguments = ["--config", task / "grpo.yaml", "--reward_funcs", "nonsense", "--output_dir", tmp_path / "run"]
+    process = start("grpo", *arguments)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
     errors = [line for line in stderr.splitlines() if "nonsense" in line]
@@ -281,9 +286,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(task, tmp_path, m
     assert process.returncode == 0, stderr[-3000:]
     assert "2 processes" in stdout
     for step in (1, 2):
-        keyed = [
-            {(r["prompt_key"], r["sample"]): r for r in read_lines(run / f"rollouts/{step:06d}.jsonl")} for run in (one, two)
-        ]
+        logs = [read_lines(run / f"rollouts/{step:06d}.jsonl") for run in (one, two)]
+        keyed = [{(r["prompt_key"], r["sample"]): r for r in log} for log in logs]
         assert keyed[0].keys() == keyed[1].keys() and len(keyed[0]) == 8
         for key, row in keyed[0].items():
             assert keyed[1][key]["completion"] == row["completion"]

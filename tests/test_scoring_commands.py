@@ -121,7 +121,7 @@ OUT_OF_RANGE = "from rlseq import reward\n@reward(range=(0, 1))\ndef f(completio
 def test_check_finds_what_is_wrong(tmp_path, source, question):
     path = tmp_path / "f.py"
     path.write_text(source)
-    found = findings({"func": f"{path}:f"}, prompts(2 if "sleep" in source else 12), tmp_path)
+    found = findings({"func": f"{path}:f"}, prompts(1 if "sleep" in source else 12), tmp_path)
     assert found[question].passed is False
     assert found[question].advice or "returned" in found[question].finding
 

@@ -213,7 +213,7 @@ def slowness():
 @pytest.mark.parametrize("hang", ["loop", "regex", "c"])
 def test_a_call_that_hangs_is_killed_and_the_rest_of_the_batch_is_unharmed(slow, hang):
     texts = ["a", hang, "bbb", "cc"]
-    table = score({"func": f"{slow}:slow", "timeout": 0.5, "on_error": "abstain"}, texts)
+    table = score({"func": f"{slow}:slow", "timeout": 0.3, "on_error": "abstain"}, texts)
     assert only(table, "values") == [1.0, None, 3.0, 2.0]
     assert only(table, "status") == ["ok", "timeout", "ok", "ok"]
 
@@ -228,16 +228,19 @@ def test_a_hang_on_1_of_256_with_a_timeout_of_1_second_costs_under_3_seconds(slo
     assert sum(value == 2.0 for value in table.values["slow"]) == 255
 
 
-def test_a_worker_is_back_soon_after_a_kill(slow, slowness):
-    with load_rewards([{"func": f"{slow}:slow", "timeout": 0.2, "on_error": "abstain"}]) as suite:
+def test_a_worker_is_back_soon_after_a_kill_also_where_loading_is_slow(tmp_path, slowness):
+    path = tmp_path / "heavy.py"
+    path.write_text(
+        "import time\ntime.sleep(0.8)\ndef f(completion):\n    while completion == 'loop': pass\n    return 1\n"
+    )
+    with load_rewards([{"func": f"{path}:f", "timeout": 0.2, "on_error": "abstain"}], max_error_rate=1) as suite:
         suite.score([rollout("a")], {"prompt": ["q"]})
-        took = []
-        for _ in range(3):
-            start = time.monotonic()
-            table = suite.score([rollout("loop"), rollout("a")], {"prompt": ["q"] * 2})
-            took.append(time.monotonic() - start - 0.2)
-            assert table.values["slow"] == [None, 1.0]
-    assert min(took) < 0.3 * slowness  # the best of three: other work on the machine is not the worker's
+        time.sleep(1.0 * slowness)  # the spare loads meanwhile
+        start = time.monotonic()
+        table = suite.score([rollout("loop"), rollout("a")], {"prompt": ["q"] * 2})
+        took = time.monotonic() - start - 0.2
+    assert table.values["f"] == [None, 1.0]
+    assert took < 0.3 * slowness
 
 
 def test_a_timeout_under_on_error_raise_ends_the_run(slow):
@@ -269,27 +272,31 @@ def test_several_workers_share_the_work_and_keep_the_order(slow, slowness):
     table = score({"func": f"{slow}:slow", "workers": 4}, texts)
     assert only(table, "values") == [3.0, 1.0, 3.0, 3.0] * 2
     assert time.monotonic() - start < (4 * 0.3 + 1.0) * slowness
-    pids = only(score({"func": f"{slow}:slow", "workers": 2}, ["pid", "nap"] * 4), "values")[::2]
+    with load_rewards([{"func": f"{slow}:slow", "workers": 2}]) as suite:
+        suite.score([rollout("a"), rollout("b")], {"prompt": ["q"] * 2})
+        time.sleep(0.5 * slowness)  # both have loaded now
+        pids = suite.score([rollout(t) for t in ["pid", "nap"] * 4], {"prompt": ["q"] * 8}).values["slow"][::2]
     assert len(set(pids)) == 2
     assert os.getpid() not in pids
 
 
 def test_a_batch_form_with_a_timeout_takes_one_completion_at_a_time(slow):
-    spec = {"func": f"{slow}:batch", "timeout": 0.5, "on_error": "abstain"}
+    spec = {"func": f"{slow}:batch", "timeout": 0.3, "on_error": "abstain"}
     assert only(score(spec, ["a", "loop", "bb"]), "values") == [2.0, None, 3.0]
     assert only(score({**spec, "scope": "batch"}, ["a", "bb"]), "values") == [3.0, 4.0]
     assert only(score({**spec, "scope": "batch"}, ["a", "loop"]), "status") == ["timeout", "timeout"]
 
 
 def test_a_group_form_with_a_timeout_keeps_its_groups(slow):
-    with load_rewards([{"func": f"{slow}:group", "timeout": 0.5, "on_error": "abstain"}], max_error_rate=1) as suite:
+    with load_rewards([{"func": f"{slow}:group", "timeout": 0.3, "on_error": "abstain"}], max_error_rate=1) as suite:
         rollouts = [
             rollout(t, key=k, sample=s) for t, k, s in [("a", "p", 0), ("loop", "q", 0), ("b", "p", 1), ("c", "q", 1)]
         ]
         assert suite.score(rollouts, {"prompt": ["q"] * 4}).values["group"] == [3.0, None, 3.0, None]
 
 
-def test_an_async_reward_with_a_timeout_survives_waiting_and_blocking(slow):
+def test_an_async_reward_with_a_timeout_survives_waiting_and_blocking(slow, monkeypatch):
+    monkeypatch.setattr("rlseq.scoring.workers.GRACE", 0.3)
     spec = {"func": f"{slow}:patient", "timeout": 0.3, "retries": 0, "on_error": "abstain"}
     table = score(spec, ["a", "await", "loop", "bb"])
     assert only(table, "status") == ["ok", "timeout", "timeout", "ok"]
@@ -443,13 +450,13 @@ import sys
 from rlseq.scoring.cache import Cache
 from rlseq.scoring.outcome import Outcome
 start = int(sys.argv[2])
-for i in range(start, start + 50):
+for i in range(start, start + 20):
     Cache(sys.argv[1]).put({f"k{i}": [Outcome(float(i), "ok", {})]})
 """
-    running = [subprocess.Popen([sys.executable, "-c", script, str(path), str(50 * i)]) for i in range(3)]
+    running = [subprocess.Popen([sys.executable, "-c", script, str(path), str(20 * i)]) for i in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
-    found = Cache(path).get(f"k{i}" for i in range(150))
-    assert [found[f"k{i}"][0].value for i in range(150)] == [float(i) for i in range(150)]
+    found = Cache(path).get(f"k{i}" for i in range(60))
+    assert [found[f"k{i}"][0].value for i in range(60)] == [float(i) for i in range(60)]
 
 
 def test_the_cache_is_a_plain_sqlite_file_of_json(tmp_path):

@@ -40,7 +40,9 @@ def shares_letters(completion: str, references: list[str]) -> float:
     return len(wanted & set(completion.split())) / len(wanted) - 0.1 * len(completion.split())
 
 
-def tiny_trainer(tmp_path: Path, *, family: str = "llama", rewards=(shares_letters,), model=None, rows=ROWS, **settings):
+def tiny_trainer(
+    tmp_path: Path, *, family: str = "llama", rewards=(shares_letters,), model=None, rows=ROWS, **settings
+):
     """A GRPO trainer on a random tiny model; `settings` override GRPOConfig's fields."""
     defaults = {
         "output_dir": str(tmp_path),

@@ -111,9 +111,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Check everything cheap, contrast the models, write the report and print its summary."""
     from rlseq.data import load_rows
-    from rlseq.scoring import load_rewards
-
     from rlseq.evaluation.contrast import contrast_and_report
+    from rlseq.scoring import load_rewards
 
     named = parse_models(models)
     if not dataset_name:

@@ -247,6 +247,7 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
     wrong = [name for name, is_set in set_to.items() if is_set]
     if wrong:
         raise ConfigError(
-            f"{', '.join(wrong)} cannot be used in training: the log-probs that are optimised would not be those of the "
-            "distribution sampled from. Leave it out (temperature is supported), or use it in evaluation (--strategies)."
+            f"{', '.join(wrong)} cannot be used in training: the log-probs that are optimised would not be those of "
+            "the distribution sampled from. Leave it out (temperature is supported), or use it in evaluation "
+            "(--strategies)."
         )
