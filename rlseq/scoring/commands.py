@@ -59,15 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replay.set_defaults(reward_run=_replay)
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add `reward` to the subcommands of `rlseq`."""
-    text = "List, check and try rewards; score rollouts again."
-    parser = subparsers.add_parser("reward", help=text, description=text, allow_abbrev=False)
-    add_arguments(parser)
-    parser.set_defaults(run=run)
-    return parser
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the chosen subcommand; `check` returns 1 where the reward is wrong, everything else 0."""
     return args.reward_run(args)

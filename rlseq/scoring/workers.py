@@ -3,8 +3,7 @@
 A thread cannot be stopped and a signal handler does not run inside a C call, so a reward that may hang runs
 in a process of its own, started afresh from `worker.py` (a fork would copy the trainer's memory and
 threads, and `multiprocessing`'s spawn would run the recipe again). One event loop in the caller deals out
-tasks, watches the deadlines, kills what is late with all processes of its session, and starts a replacement
-meanwhile.
+tasks, watches the deadlines, and kills what is late with all processes of its session; a spare takes its place.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class WorkerPool:
     Args:
         address: the reward, as `find.load_address` takes it.
         name: its series name, for messages.
-        workers: number of processes.
+        workers: number of processes at work; with a timeout there is a spare one more.
         timeout: seconds a call may take; a late call's process is killed and the call becomes a "timeout".
         retry: for an async reward: a process then makes `retry.concurrency` calls at a time.
     """
@@ -85,11 +84,13 @@ class WorkerPool:
             for worker in [w for w in self._workers if w.loaded and w.process.poll() is not None]:
                 self._kill(worker)
             while undone:
-                while len(self._workers) < min(self.count, max(1, undone)):
+                while len(self._workers) < min(self.count, undone) + self._spares():
                     self._start()
+                busy = sum(worker.task is not None for worker in self._workers)
                 for worker in self._workers:
-                    if worker.loaded and worker.task is None and waiting:
+                    if worker.loaded and worker.task is None and waiting and busy < self.count:
                         self._give(worker, waiting.popleft(), calls)
+                        busy += 1
                 undone -= self._collect(waiting, results)
         except BaseException:
             self.close()  # a task half done would answer the next call's question
@@ -99,6 +100,10 @@ class WorkerPool:
     def close(self) -> None:
         """Kill all workers; the next `run` starts new ones."""
         _end(self._workers)
+
+    def _spares(self) -> int:
+        """One process more where some may be killed: it takes over at once, however long loading takes."""
+        return int(self.timeout is not None and any(worker.loaded for worker in self._workers))
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
