@@ -48,7 +48,6 @@ def task(tmp_path_factory):
         "learning_rate": 1e-2,
         "max_steps": 3,
         "save_steps": 1,
-        "use_cpu": True,
         "resamples": 200,
         "disable_tqdm": True,
     }
@@ -147,7 +146,6 @@ def test_sft_from_scratch_then_evaluate(task, tmp_path, monkeypatch):
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss",
         "early_stopping_patience": 3,
-        "use_cpu": True,
         "disable_tqdm": True,
         "output_dir": str(tmp_path / "base"),
     }
@@ -297,3 +295,20 @@ def test_two_processes_train_as_one_with_the_same_global_batch(task, tmp_path, m
     results = json.loads((two / "evaluation/results.json").read_text())
     assert results["rows"] == len(ROWS)
     assert len(read_lines(two / "evaluation/samples.jsonl")) == 2 * len(ROWS) * 6
+
+
+def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path):
+    (task / "fragile.py").write_text(
+        "import os\ndef fragile(completion):\n"
+        "    if os.environ.get('RANK') == '1' and completion:\n        raise ValueError('rank one is unwell')\n"
+        "    return 1.0\n"
+    )
+    arguments = ["--config", task / "grpo.yaml", "--reward_funcs", f"{task}/fragile.py:fragile"]
+    arguments += ["--per_device_train_batch_size", 4, "--output_dir", tmp_path / "run", "--max_steps", 50]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
+    began = time.monotonic()
+    process = start("grpo", *arguments, launcher=launcher)
+    stdout, stderr = process.communicate(timeout=240)
+    assert process.returncode != 0 and time.monotonic() - began < 120
+    assert "2 processes" in stdout
+    assert "rank one is unwell" in stderr

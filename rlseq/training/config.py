@@ -77,6 +77,9 @@ class RewardArguments:
             "also be a mapping {func, weight, kwargs, timeout, on_error, ...}."
         },
     )
+    max_error_rate: float = _default(
+        0.05, "Stop when a reward fails (error, timeout, invalid) on more than this share of a step's completions."
+    )
 
 
 @dataclass
@@ -155,20 +158,23 @@ class DefaultsMixin:
 
     * bf16: only where the accelerator computes in it (TRL: always, which raises on a machine without one).
     * gradient_checkpointing: off without an accelerator, where it only costs time.
+    * use_cpu: on without an accelerator (TRL: off, and several processes then come up as one each).
     * logging_nan_inf_filter: off, so that a NaN loss is seen.
     * report_to: none, since metrics.jsonl holds every number; name a tracker to use it.
     * logging_steps 1 and save_only_model off, so that any step can be looked at and resumed from.
     """
 
     bf16: bool | None = _default(None, "bf16 mixed precision; default: where the accelerator supports it.")
-    gradient_checkpointing: bool | None = _default(
-        None, "Recompute activations; default: on accelerators only."
-    )
+    gradient_checkpointing: bool | None = _default(None, "Recompute activations; default: on accelerators only.")
+    use_cpu: bool | None = _default(None, "Train on the CPU; default: where there is no accelerator.")
+    logging_nan_inf_filter: bool = _default(False, "Replace NaN and infinite losses in the log (TRL: on).")
     report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to, or none."})
     logging_steps: float = _default(1, "Log every so many steps.")
     output_dir: str | None = _default("runs/run", "The run directory.")
 
     def __post_init__(self) -> None:
+        if self.use_cpu is None:
+            self.use_cpu = not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = bf16_supported() and not self.fp16
         if self.gradient_checkpointing is None:

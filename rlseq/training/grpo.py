@@ -13,8 +13,9 @@ How a step flows (TRL's method, and what happens there):
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -26,6 +27,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from rlseq.data import reference_ids
 from rlseq.decoding import Sample
+from rlseq.errors import ConfigError, RewardError, RlseqError
 from rlseq.losses import group_advantages
 from rlseq.packing import PackedBatch, pack, pad, supports_packing, unpack, unpack_padded
 from rlseq.sampler import sample
@@ -34,6 +36,7 @@ from rlseq.training.checkpoints import FinishedRunMixin
 from rlseq.training.config import GRPOConfig
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
+T = TypeVar("T")
 MIN_ROW_TOKENS = 128  # short groups share a row of so many tokens, so that little of a batch is padding
 ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
@@ -94,6 +97,13 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
         self.packs = packs
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
+        local_rows = args.per_device_train_batch_size * args.steps_per_generation
+        if local_rows % args.num_generations and any(reward.info.scope == "group" for reward in suite.rewards):
+            raise ConfigError(
+                f"a reward scores whole groups (scope: group), but a process draws {local_rows} completions, no multiple "
+                f"of num_generations ({args.num_generations}): groups would be torn. Make per_device_train_batch_size "
+                f"a multiple of {args.num_generations}."
+            )
         self.add_callback(_RestoreStep(self))
 
     def _longest(self) -> int:
@@ -206,8 +216,7 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
             name: [self.prompts[row["index"]].columns.get(name) for row in inputs] for name in sorted(names)
         }
         columns["prompt"] = prompts
-        self._context = _RewardContext(self)
-        table = self.suite.score(rollouts, columns, context=self._context)
+        table = self._agree(lambda: self.suite.score(rollouts, columns, context=_RewardContext(self)))
         self._scored = table.scored
         device = self.accelerator.device
         values = torch.tensor(
@@ -221,6 +230,18 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
                     self._metrics["train" if self.model.training else "eval"][f"rewards/{name}/{kind}"].append(total)
         self._totals = self.accelerator.gather(totals)
         return self.accelerator.gather(values)
+
+    def _agree(self, act: Callable[[], T]) -> T:
+        """Do something that may fail on one rank; if it did on any, every rank raises that error."""
+        result, error = None, None
+        try:
+            result = act()
+        except RlseqError as raised:
+            error = raised
+        messages = [m for m in gather_object([None if error is None else str(error)]) if m is not None]
+        if messages:
+            raise error if error is not None else RewardError(messages[0])
+        return result
 
     def _as_rollouts(self, inputs, completions, completion_ids_list) -> list[Rollout]:
         """Give what TRL's own paths generated (vLLM, continuous batching, tools) the shape of rollouts."""
