@@ -7,8 +7,8 @@ A data set is named in one of three ways:
   In a folder, files named after a split (`train.csv`, `validation-00.jsonl`) are that split;
 * anything else is taken for a Hugging Face hub id and loaded by `datasets.load_dataset`.
 
-A data set with a single split is divided by the hash of each row's prompt, 90% train, 5% validation, 5% test, so
-that equal prompts are never on both sides.
+A data set with the split `train` alone (a single file, say) is divided by the hash of each row's question, its
+column `prompt` or else its first: 90% train, 5% validation, 5% test, so that equal questions are never on both sides.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from rlseq.errors import DataError, did_you_mean
 from rlseq.types import Prompt
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# To pandas the words "null", "nan" and "NA" are missing values; here only an empty field is.
+READ_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
 
 
@@ -40,35 +43,42 @@ def load_rows(dataset_name: str, split: str, *, config_name: str | None = None) 
         rows = _load_with_datasets(dataset_name, split, config_name)
     if not rows:
         raise DataError(f"the data set {dataset_name!r} has no rows in split {split!r}")
-    return list(rows)
+    rows = list(rows)
+    wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise DataError(f"a row of {dataset_name!r} is {wrong!r}; expected a dict of columns")
+    return rows
 
 
 def _load_task_module(path: Path) -> Callable[[str], Sequence[dict[str, Any]]]:
     if not path.is_file():
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
-        raise DataError(f"there is no task module {str(path)!r}.{near}")
+        raise DataError(f"there is no task module {str(path)!r}.{_nearest_file(path)}")
     spec = importlib.util.spec_from_file_location(f"rlseq_task_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     if not callable(getattr(module, "load", None)):
         raise DataError(f"the task module {str(path)!r} defines no function `load(split) -> list of rows`")
     return module.load
 
 
+def _nearest_file(path: Path) -> str:
+    return did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
+
+
 def _data_files(dataset_name: str) -> list[Path] | None:
     """Return the local files a name stands for, or None when it names nothing local."""
     names = [Path(part.strip()) for part in dataset_name.split(",")]
     if not any(name.exists() for name in names):
+        in_folder = any(n.parent != Path(".") and n.parent.is_dir() for n in names)
         looks_local = any(n.suffix in FILE_FORMATS or n.is_absolute() or str(n).startswith(".") for n in names)
-        if looks_local or dataset_name.count("/") > 1:
-            parent = names[0].parent
-            near = did_you_mean(names[0].name, (p.name for p in parent.iterdir())) if parent.is_dir() else ""
-            raise DataError(f"there is no data file or folder {str(names[0])!r}.{near}")
+        if looks_local or in_folder or dataset_name.count("/") > 1:
+            raise DataError(f"there is no data file or folder {str(names[0])!r}.{_nearest_file(names[0])}")
         return None
     files = []
     for name in names:
         if not name.exists():
-            raise DataError(f"there is no data file {str(name)!r}, named in {dataset_name!r}")
+            raise DataError(f"there is no data file {str(name)!r}, named in {dataset_name!r}.{_nearest_file(name)}")
         files += sorted(p for p in name.rglob("*") if p.suffix in FILE_FORMATS) if name.is_dir() else [name]
     unknown = [f for f in files if f.suffix not in FILE_FORMATS]
     if unknown:
@@ -92,21 +102,26 @@ def _load_with_datasets(dataset_name: str, split: str, config_name: str | None) 
             by_split: dict[str, list[str]] = {}
             for file in files:
                 by_split.setdefault(_split_of_file(file), []).append(str(file))
-            splits = dict(datasets.load_dataset(FILE_FORMATS[files[0].suffix], data_files=by_split))
-    except DataError:
-        raise
+            kind = FILE_FORMATS[files[0].suffix]
+            splits = dict(datasets.load_dataset(kind, data_files=by_split, **READ_OPTIONS.get(kind, {})))
     except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(f"cannot load the data set {dataset_name!r}: {reason}") from error
+    if list(splits) == ["train"] and split in SPLIT_ALIASES:
+        rows = [row for row in splits["train"].to_list() if _hash_split(row) == split]
+        if not rows and len(splits["train"]):
+            raise DataError(
+                f"the data set {dataset_name!r} has the split train alone, of {len(splits['train'])} rows; divided by "
+                f"hash (90% train, 5% validation, 5% test) none of them falls to {split!r}. "
+                f"Give more rows, or files named after their splits (train.csv, validation.csv)"
+            )
+        return rows
     if split in splits:
         return splits[split].to_list()
     alias = next((s for s in splits if s in SPLIT_ALIASES.get(split, ())), None)
     if alias:
         return splits[alias].to_list()
-    if len(splits) == 1 and split in SPLIT_ALIASES:
-        (only,) = splits.values()
-        return [row for row in only.to_list() if _hash_split(row) == split]
     raise DataError(
         f"the data set {dataset_name!r} has no split {split!r}; it has {', '.join(splits)}."
         + did_you_mean(split, splits)
@@ -121,9 +136,9 @@ def _split_of_file(file: Path) -> str:
 
 
 def _hash_split(row: Mapping[str, Any]) -> str:
-    """Split by the first column, which holds the question: rows that share it stay together."""
-    first = next(iter(row.values()))
-    bucket = int.from_bytes(_digest(first), "big") % 20
+    """Split by the question, the column `prompt` or else the first: rows that share it stay together."""
+    question = row["prompt"] if "prompt" in row else next(iter(row.values()))
+    bucket = int.from_bytes(_digest(question), "big") % 20
     return {0: "test", 1: "validation"}.get(bucket, "train")
 
 
@@ -156,7 +171,8 @@ def build_prompts(
         merge_references: rows with the same prompt become one, with all their references.
 
     Raises:
-        DataError: a column is missing (the message names the nearest), a prompt is empty or of a wrong type.
+        DataError: a column is missing (the message names the nearest), a prompt is empty, without tokens or of a
+            wrong type.
     """
     rows = [dict(row) for row in rows]
     if not rows:
@@ -177,6 +193,8 @@ def build_prompts(
         prompt = render_prompt(row) if render_prompt else row[prompt_column]
         if not prompt or not isinstance(prompt, (str, list)):
             raise DataError(f"row {number}: the prompt is {prompt!r}; expected text or a list of chat messages")
+        if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
+            raise DataError(f"row {number}: the prompt is {prompt!r}; text and chat messages cannot be mixed")
         if render_reference:
             references = render_reference(row)
         else:
@@ -193,6 +211,8 @@ def build_prompts(
     seen: Counter[str] = Counter()
     prompts = []
     for record, ids in zip(records, all_ids, strict=True):
+        if not ids:
+            raise DataError(f"the prompt {record['prompt']!r} has no tokens; a completion needs one to follow")
         key = _digest([record["prompt"], record["references"]]).hex()
         seen[key] += 1
         if seen[key] > 1:

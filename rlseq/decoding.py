@@ -8,6 +8,7 @@ log-probs recorded under them are the model's own.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -100,6 +101,8 @@ class Beam(Strategy):
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ConfigError(f"beam: width is {self.width}; expected a whole number from 1")
+        if not math.isfinite(self.length_penalty):
+            raise ConfigError(f"beam: length_penalty is {self.length_penalty}; expected a finite number")
 
 
 STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Greedy, Sample, Beam)}
@@ -128,11 +131,14 @@ def parse_strategy(text: str) -> Strategy:
                 f"strategy {text!r}: {setting!r} is not a setting of {name}; it takes "
                 f"{', '.join(f'{k}=…' for k in fields) or 'none'}." + did_you_mean(key, fields)
             )
+        if key in values:
+            raise ConfigError(f"strategy {text!r} gives {key} twice")
         kind = int if "int" in str(fields[key].type) else float
         try:
             values[key] = kind(value)
         except ValueError as error:
-            raise ConfigError(f"strategy {text!r}: {key} is {value!r}; expected a {kind.__name__}") from error
+            expected = {int: "whole number", float: "number"}[kind]
+            raise ConfigError(f"strategy {text!r}: {key} is {value!r}; expected a {expected}") from error
     return cls(**values)
 
 

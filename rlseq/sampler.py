@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ import torch
 from transformers import DynamicCache
 
 from rlseq.decoding import Greedy, Sample, Strategy
-from rlseq.errors import ConfigError
+from rlseq.errors import ConfigError, ModelError
+from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of its rows still run
@@ -53,22 +53,17 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion: the tokenizer's EOS first, then those the checkpoint declares."""
+    """Every id that ends a completion: the tokenizer's EOS first, then those the checkpoint declares.
+
+    Raises:
+        ModelError: neither declares one.
+    """
     declared = model.generation_config.eos_token_id
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, the training mode restored afterwards (also of an error)."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    found = [i for i in dict.fromkeys([tokenizer.eos_token_id, *declared]) if i is not None]
+    if not found:
+        raise ModelError("neither tokenizer nor model declares a token that ends a text; set the tokenizer's eos_token")
+    return found
 
 
 def sample(
@@ -116,7 +111,7 @@ def sample(
         raise ConfigError(f"{strategy.signature} gives the same completion every time; num_samples must be 1")
 
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for batch in _batches(prompts, wanted, batch_rows):
             rows = [(index, s) for index in batch for s in wanted[index]]
             ids, logprobs = _decode(

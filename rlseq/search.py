@@ -10,8 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from rlseq.decoding import Beam
-from rlseq.likelihood import score
-from rlseq.sampler import evaluating
+from rlseq.likelihood import evaluating, score
 from rlseq.types import Prompt, Rollout
 
 
@@ -56,7 +55,7 @@ def beam(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids))
     device = next(model.parameters()).device
     found: list[list[int]] = [[] for _ in prompts]
-    with evaluating(model), only_generation_config(model, config):
+    with torch.no_grad(), evaluating(model), only_generation_config(model, config):
         for start in range(0, len(order), batch_rows):
             batch = order[start : start + batch_rows]
             width = max(len(prompts[i].prompt_ids) for i in batch)

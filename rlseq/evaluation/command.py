@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.errors import ConfigError
+from rlseq.errors import ConfigError, did_you_mean
 
 DEFAULT_STRATEGIES = ("greedy", "sample", "beam")
 
@@ -92,7 +92,8 @@ def parse_models(specs: Sequence[str]) -> dict[str, str]:
         if local.is_dir() and not any(local.glob("*.safetensors")):
             raise ConfigError(f"--models: {path!r} holds no weights (*.safetensors)")
         if not local.is_dir() and (local.is_absolute() or path.count("/") != 1 or local.parent.is_dir()):
-            raise ConfigError(f"--models: there is no model at {path!r}")
+            siblings = [str(p) for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
+            raise ConfigError(f"--models: there is no model at {path!r}.{did_you_mean(path, siblings)}")
         models[name] = path
     return models
 
@@ -120,6 +121,8 @@ def evaluate(
     if not reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
     settings.parsed()
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--eval_rows is {limit}; expected at least 1")
     rows = load_rows(dataset_name, split, config_name=config_name)[:limit]
     with load_rewards(reward_funcs) as suite:
         return contrast_and_report(

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.data import build_prompts, fingerprint, reference_ids
 from rlseq.decoding import Beam, Strategy, parse_strategy
-from rlseq.errors import ConfigError, ModelError
+from rlseq.errors import ConfigError, DataError, ModelError, did_you_mean
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
 from rlseq.likelihood import score
 from rlseq.sampler import sample, stop_ids_of
@@ -144,6 +144,25 @@ LIKELIHOOD_METRICS = {
     },
 }
 
+# What is measured of any completion; a reward of one of these names is listed as reward.<name>.
+COMPLETION_METRICS = {
+    "exact_match": Metric(
+        ("exact_match", "with_references"),
+        RatioOfSums(),
+        True,
+        "share of completions whose tokens are those of a reference",
+        percent=True,
+        kind="accuracy",
+    ),
+    "length": Metric(("length", "samples"), RatioOfSums(), None, "mean tokens, stop included"),
+    "truncated": Metric(
+        ("truncated", "samples"), RatioOfSums(), False, "share of completions cut at the limit", percent=True
+    ),
+    "logprob": Metric(
+        ("logprob", "samples"), RatioOfSums(), None, "mean log-prob of a completion under its own strategy (nats)"
+    ),
+}
+
 
 def contrast(
     models: Mapping[str, str | Path],
@@ -171,21 +190,20 @@ def contrast(
         first process has the result; the others get an empty dict.
 
     Raises:
-        RlseqError: a setting, model, column or reward that does not work; strategies and columns are checked
-            before any model is loaded.
+        RlseqError: a setting, model, column or reward that does not work; strategies, the primary comparison
+            and columns are checked before any model is loaded.
     """
     settings = settings or ContrastSettings()
     strategies = settings.parsed()
     if not models:
         raise ConfigError("no models were named; give at least one as NAME=PATH")
-    if len({s.signature for s in strategies}) < len(strategies):
-        raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
+    if not rows:
+        raise DataError("the data set is empty")
+    check_settings(settings, suite)
     state = PartialState()
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
-        found[name], data = _measure(
-            name, str(path), rows, suite, strategies, settings, prompt_options or {}, quiet
-        )
+        found[name], data = _measure(name, str(path), rows, suite, strategies, settings, prompt_options or {}, quiet)
     if not state.is_main_process:
         return {}
     metrics = _metrics(found, suite)
@@ -207,7 +225,7 @@ def contrast(
         "primary": _primary(settings, list(models)),
         "notes": [],
     }
-    if not any(found[name].likelihood[0] for name in found):
+    if not any(any(statistics.likelihood) for statistics in found.values()):
         results["notes"].append("The data has no references: the likelihood part is skipped.")
     if output_dir is not None:
         write_results(results, found, Path(output_dir), rows_of=data)
@@ -231,9 +249,7 @@ def contrast_and_report(
     """
     from rlseq.evaluation.report import print_summary, write_report
 
-    results = contrast(
-        models, rows, suite, settings=settings, prompt_options=prompt_options, output_dir=output_dir
-    )
+    results = contrast(models, rows, suite, settings=settings, prompt_options=prompt_options, output_dir=output_dir)
     if results:
         samples, per_example = (read_jsonl(output_dir / name) for name in ("samples.jsonl", "per_example.jsonl"))
         curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
@@ -260,14 +276,13 @@ def _measure(
 ) -> tuple[ModelStatistics, list[Prompt]]:
     """Measure one checkpoint; under several processes each takes every n-th row and the first gathers them."""
     state = PartialState()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load model {name!r} from {path!r}: {str(error).splitlines()[0]}") from error
-    model.to(state.device).eval()
+    tokenizer = _load(AutoTokenizer, name, path, padding_side="left")
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(["prompt", *prompts[0].columns])
+    if (settings.primary or "").startswith("exact_match:") and not any(p.columns["references"] for p in prompts):
+        raise ConfigError(f"--primary is {settings.primary!r}, but the data has no references to match")
+    model = _load(AutoModelForCausalLM, name, path, dtype=torch.float32, use_safetensors=True)
+    model.to(state.device).eval()
     mine = list(range(state.process_index, len(prompts), state.num_processes))
     local = [prompts[i] for i in mine]
     stops = stop_ids_of(model, tokenizer)
@@ -320,15 +335,19 @@ def _measure(
     return whole, prompts
 
 
+def _load(kind: Any, name: str, path: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"cannot load model {name!r} from {path!r}: {reason}") from error
+
+
 def _likelihood_rows(
     model: Any, prompts: Sequence[Prompt], references: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[RowStatistics]:
     pairs = [(row, ids) for row, found in enumerate(references) for ids in found]
-    logprobs = (
-        score(model, [prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs])
-        if pairs
-        else []
-    )
+    logprobs = score(model, [prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs]) if pairs else []
     statistics: list[RowStatistics] = [{} for _ in prompts]
     for (row, ids), token_logprobs in zip(pairs, logprobs, strict=True):
         logprob = token_logprobs.double().sum().item()
@@ -358,11 +377,7 @@ def _quality_rows(
     suite: RewardSuite,
 ) -> tuple[list[RowStatistics], list[dict[str, Any]]]:
     flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
-    columns = (
-        {key: [prompts[row].columns.get(key) for row, _ in flat] for key in prompts[0].columns}
-        if prompts
-        else {}
-    )
+    columns = {key: [prompts[row].columns.get(key) for row, _ in flat] for key in prompts[0].columns} if prompts else {}
     columns["prompt"] = [prompts[row].messages_or_text for row, _ in flat]
     table = suite.score([rollout for _, rollout in flat], columns)
     statistics: list[RowStatistics] = [{} for _ in prompts]
@@ -387,9 +402,9 @@ def _quality_rows(
         for metric in suite.corpus.values():
             details = scored.details[metric.reward]
             for key in metric.statistics:
-                statistics[row][f"{metric.reward}.{key}"] = statistics[row].get(
-                    f"{metric.reward}.{key}", 0.0
-                ) + float(details.get(key, 0.0))
+                statistics[row][f"{metric.reward}.{key}"] = statistics[row].get(f"{metric.reward}.{key}", 0.0) + float(
+                    details.get(key, 0.0)
+                )
         records.append(
             {
                 "model": name,
@@ -410,10 +425,10 @@ def _quality_rows(
 
 
 def _metrics(found: Mapping[str, ModelStatistics], suite: RewardSuite) -> dict[str, Metric]:
-    """The quality metrics: each reward's mean, the corpus aggregates, then length and truncation."""
+    """The quality metrics: each reward's mean, the corpus aggregates, then what is measured of any completion."""
     metrics: dict[str, Metric] = {}
-    for reward in suite.names:
-        metrics[reward] = Metric(
+    for reward, name in _reward_metrics(suite).items():
+        metrics[name] = Metric(
             (f"{reward}:sum", f"{reward}:count"),
             RatioOfSums(),
             True,
@@ -429,26 +444,46 @@ def _metrics(found: Mapping[str, ModelStatistics], suite: RewardSuite) -> dict[s
             percent=True,
             kind="corpus",
         )
-    if any(row for statistics in found.values() for row in statistics.likelihood):
-        metrics["exact_match"] = Metric(
-            ("exact_match", "with_references"),
-            RatioOfSums(),
-            True,
-            "share of completions whose tokens are those of a reference",
-            percent=True,
-            kind="accuracy",
+    measured = dict(COMPLETION_METRICS)
+    if not any(row for statistics in found.values() for row in statistics.likelihood):
+        del measured["exact_match"]
+    return metrics | measured
+
+
+def _reward_metrics(suite: RewardSuite) -> dict[str, str]:
+    """The metric of each reward: its own name, unless a metric that is always there has it."""
+    return {name: f"reward.{name}" if name in COMPLETION_METRICS else name for name in suite.names}
+
+
+def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
+    """Check, before anything is loaded, that the strategies can be read and the primary comparison will be measured.
+
+    Raises:
+        ConfigError: a strategy that cannot be read or is named twice; a primary comparison of an unknown metric
+            (the message names the nearest) or of a strategy that is not among the strategies.
+    """
+    measured = [strategy.signature for strategy in settings.parsed()]
+    if len(set(measured)) < len(measured):
+        raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
+    if settings.primary is None:
+        if settings.primary_against is not None:
+            raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")
+        return
+    metric, colon, strategy = settings.primary.partition(":")
+    if not colon:
+        raise ConfigError(f"--primary is {settings.primary!r}; expected METRIC:STRATEGY, for example wer:greedy")
+    known = [*_reward_metrics(suite).values(), *suite.corpus, *COMPLETION_METRICS]
+    if metric not in known:
+        raise ConfigError(
+            f"--primary names no metric of this evaluation: {metric!r}; there are {', '.join(known)}."
+            + did_you_mean(metric, known)
         )
-    metrics["length"] = Metric(("length", "samples"), RatioOfSums(), None, "mean tokens, stop included")
-    metrics["truncated"] = Metric(
-        ("truncated", "samples"), RatioOfSums(), False, "share of completions cut at the limit", percent=True
-    )
-    metrics["logprob"] = Metric(
-        ("logprob", "samples"),
-        RatioOfSums(),
-        None,
-        "mean log-prob of a completion under its own strategy (nats)",
-    )
-    return metrics
+    for flag, text in (("primary", strategy), ("primary_against", settings.primary_against)):
+        if text is not None and parse_strategy(text).signature not in measured:
+            raise ConfigError(
+                f"--{flag} names the strategy {text!r}, which is not among --strategies {' '.join(measured)}."
+                + did_you_mean(text, measured)
+            )
 
 
 def _matrix(rows: Sequence[RowStatistics], metric: Metric) -> np.ndarray:
@@ -485,12 +520,9 @@ def _comparisons(
     names = list(found)
     pairs: dict[tuple[str, str, str | None, str | None, str], tuple[np.ndarray, np.ndarray, Any]] = {}
 
-    def compare(
-        a: str, b: str, strategy_a: str | None, strategy_b: str | None, name: str, metric: Metric
-    ) -> None:
+    def compare(a: str, b: str, strategy_a: str | None, strategy_b: str | None, name: str, metric: Metric) -> None:
         sides = [
-            found[m].likelihood if s is None else found[m].strategies[s]
-            for m, s in ((a, strategy_a), (b, strategy_b))
+            found[m].likelihood if s is None else found[m].strategies[s] for m, s in ((a, strategy_a), (b, strategy_b))
         ]
         pairs[a, b, strategy_a, strategy_b, name] = (
             _matrix(sides[0], metric),
@@ -510,9 +542,7 @@ def _comparisons(
             name, _, strategy = settings.primary.partition(":")
             against = parse_strategy(settings.primary_against).signature
             compare(a, b, against, parse_strategy(strategy).signature, name, metrics[name])
-    found_pairs = (
-        paired_bootstrap_many(pairs, seed=settings.seed, resamples=settings.resamples) if pairs else {}
-    )
+    found_pairs = paired_bootstrap_many(pairs, seed=settings.seed, resamples=settings.resamples) if pairs else {}
     return [
         {
             "a": a,
@@ -533,9 +563,10 @@ def _primary(settings: ContrastSettings, names: list[str]) -> dict[str, str] | N
         return None
     metric, _, strategy = settings.primary.partition(":")
     primary = {"metric": metric, "strategy": parse_strategy(strategy).signature, "a": names[0], "b": names[1]}
+    against = primary["strategy"]
     if settings.primary_against:
-        primary["strategy_a"] = parse_strategy(settings.primary_against).signature
-    return primary
+        against = parse_strategy(settings.primary_against).signature
+    return primary if against == primary["strategy"] else {**primary, "strategy_a": against}
 
 
 def _signature(
@@ -574,9 +605,7 @@ def write_results(
 ) -> None:
     """Write results.json, per_example.jsonl (a line a model and row) and samples.jsonl (a line a completion)."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "results.json").write_text(
-        json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     with (output_dir / "per_example.jsonl").open("w", encoding="utf-8") as file:
         for name, statistics in found.items():
             for i, prompt in enumerate(rows_of):
@@ -587,9 +616,7 @@ def write_results(
                     "prompt": prompt.messages_or_text,
                     "references": list(prompt.columns.get("references", ())),
                     **{
-                        key: likelihood[key]
-                        for key in ("nll", "tokens", "sequence_logprob", "p_correct")
-                        if likelihood
+                        key: likelihood[key] for key in ("nll", "tokens", "sequence_logprob", "p_correct") if likelihood
                     },
                     "strategies": {s: rows[i] for s, rows in statistics.strategies.items()},
                 }
@@ -600,4 +627,12 @@ def write_results(
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-__all__ = ["ContrastSettings", "Metric", "contrast", "contrast_and_report", "write_results"]
+__all__ = [
+    "ContrastSettings",
+    "Metric",
+    "check_settings",
+    "contrast",
+    "contrast_and_report",
+    "read_jsonl",
+    "write_results",
+]
