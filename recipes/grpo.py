@@ -22,6 +22,7 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation.contrast import ContrastSettings, contrast_and_report, read_jsonl
 from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
+from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress
 from rlseq.training.config import (
     DataArguments,
@@ -85,7 +86,11 @@ def main() -> None:
     )
     Progress.replace_default(trainer)
     trainer.add_callback(stop := GracefulStop())
+    if config.ema_decay:
+        trainer.add_callback(average := WeightAverage(trainer, config.ema_decay))
     trainer.train(resume_from_checkpoint=directory.resume_from)
+    if config.ema_decay and not stop.stopped:
+        average.apply()
     ended = finish(trainer, directory, stop)
     if trainer.is_world_process_zero():
         write_curves(read_jsonl(directory.metrics), directory.curves)

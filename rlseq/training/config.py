@@ -226,6 +226,9 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     reference_loss_coef: float = _default(
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
     )
+    ema_decay: float = _default(
+        0.0, "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights."
+    )
     pack_updates: bool = _default(
         True, "Compute a prompt once for all its completions in the update (exact; off where a model cannot)."
     )

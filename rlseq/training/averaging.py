@@ -1,0 +1,69 @@
+"""Averaging the weights of a run: what is kept is the mean of where the updates wander, with less of their noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+
+from rlseq.errors import ConfigError
+
+FILE = "ema.safetensors"
+
+
+class WeightAverage(TrainerCallback):
+    """Exponential moving average of the trained weights; the final model is the average.
+
+        θ̄_0 = θ_0,   θ̄_n = d θ̄_{n−1} + (1 − d) θ_n
+
+    Policy gradients are noisy, and a constant learning rate keeps the weights wandering around where they are
+    headed; their average is nearer to it (Polyak & Juditsky 1992; Tarvainen & Valpola 2017). Training itself does
+    not see the average: checkpoints hold the weights as trained, with the average beside them for a resumed run.
+
+    Args:
+        trainer: the trainer whose model is averaged; not for sharded models.
+        decay: d in (0, 1); the average looks back over about 1 / (1 − d) steps.
+
+    Raises:
+        ConfigError: the decay is outside (0, 1), or the model is sharded over processes.
+    """
+
+    def __init__(self, trainer: Trainer, decay: float):
+        if not 0 < decay < 1:
+            raise ConfigError(f"ema_decay is {decay}; expected a number in (0, 1), or 0 for no average")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ConfigError("ema_decay needs whole weights on each process; set it to 0 under FSDP or DeepSpeed")
+        self.trainer = trainer
+        self.decay = decay
+        self.average: dict[str, torch.Tensor] = {}
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
+        if state.global_step and saved.is_file():
+            loaded = load_file(saved)
+            self.average = {name: loaded[name].to(p.device) for name, p in self._trained().items()}
+        else:
+            self.average = {name: p.detach().clone() for name, p in self._trained().items()}
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for name, p in self._trained().items():
+            self.average[name].lerp_(p, 1 - self.decay)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_file({name: value.contiguous().cpu() for name, value in self.average.items()}, folder / FILE)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Give the model the averaged weights; called once, when training has ended."""
+        for name, p in self._trained().items():
+            p.copy_(self.average[name])
