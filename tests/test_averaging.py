@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_model
 from tiny_task import tiny_trainer
+from transformers import TrainerCallback
 
 from rlseq.errors import ConfigError
 from rlseq.training.averaging import WeightAverage
-from transformers import TrainerCallback
 
 
 class Recorder(TrainerCallback):

@@ -101,8 +101,8 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
         if local_rows % args.num_generations and any(reward.info.scope == "group" for reward in suite.rewards):
             raise ConfigError(
                 f"a reward scores whole groups (scope: group), but a process draws {local_rows} completions, no "
-                f"multiple of num_generations ({args.num_generations}): groups would be torn. Make per_device_train_batch_size "
-                f"a multiple of {args.num_generations}."
+                f"multiple of num_generations ({args.num_generations}): groups would be torn. Make "
+                f"per_device_train_batch_size a multiple of {args.num_generations}."
             )
         self.add_callback(_RestoreStep(self))
 
