@@ -24,8 +24,8 @@ def example_tables() -> dict[str, str]:
     """The three tables of the page, by the name of their marker."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    ids = tokenizer("w e b s i t e = W EH B S AY T<eos>")["input_ids"]
-    prompt, reference = ids[:8], ids[8:]
+    ids = tokenizer("m c e l h o n e = M AE K AH L HH OW N<eos>")["input_ids"]
+    prompt, reference = ids[:9], ids[9:]
     # Token by token, in float64, independently of `score`: the probability of each token and their product.
     wide = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float64).eval()
     chances = []
