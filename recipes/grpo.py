@@ -87,7 +87,7 @@ def main() -> None:
     Progress.replace_default(trainer)
     trainer.add_callback(stop := GracefulStop())
     if config.ema_decay:
-        trainer.add_callback(average := WeightAverage(trainer, config.ema_decay))
+        trainer.add_callback(average := WeightAverage(trainer, config.ema_decay, config.start_weight))
     trainer.train(resume_from_checkpoint=directory.resume_from)
     if config.ema_decay and not stop.stopped:
         average.apply()

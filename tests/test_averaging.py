@@ -61,3 +61,15 @@ def test_a_resumed_run_goes_on_with_its_average(tmp_path):
 def test_a_decay_outside_its_range_is_refused(tmp_path, decay):
     with pytest.raises(ConfigError, match="ema_decay"):
         WeightAverage(tiny_trainer(tmp_path), decay)
+
+
+def test_the_start_takes_its_share_of_the_result(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2)
+    average = WeightAverage(trainer, 0.5, start_weight=0.25)
+    trainer.add_callback(average)
+    trainer.train()
+    average.apply()
+    start = dict(tiny_model("llama", initializer_range=0.1).named_parameters())
+    for name, p in trainer.model.named_parameters():
+        expected = 0.25 * start[name] + 0.75 * average.average[name]
+        torch.testing.assert_close(p.detach(), expected.detach(), atol=1e-6, rtol=0)

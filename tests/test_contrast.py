@@ -272,6 +272,15 @@ def test_rows_without_references_are_left_out_of_the_likelihood_alone(checkpoint
         assert some["models"]["one"]["likelihood"][key]["value"] == pytest.approx(value, rel=1e-6)
 
 
+def test_a_completion_cut_before_its_stop_matches_no_reference(checkpoints):
+    rows = [{"prompt": "a b = ", "references": [*"abcdefghABCDEFGH"]}]
+    found = quick(
+        {"one": checkpoints["one"]}, [says_a], rows, max_new_tokens=1, strategies=("sample",), samples_per_row=50
+    )["models"]["one"]["strategies"]["sample"]
+    assert found["says_a"]["value"] > 0  # the text of a reference, but not all of its tokens
+    assert found["exact_match"]["value"] == 0
+
+
 def test_two_rewards_of_one_name_stay_two_series(checkpoints):
     specs = [{"func": letters, "name": "first"}, {"func": says_a, "name": "second"}]
     both = quick({"one": checkpoints["one"]}, specs)["models"]["one"]["strategies"]["greedy"]

@@ -229,6 +229,9 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     ema_decay: float = _default(
         0.0, "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights."
     )
+    start_weight: float = _default(
+        0.0, "Share of the weights that training started from in the result (needs ema_decay); 0: none."
+    )
     pack_updates: bool = _default(
         True, "Compute a prompt once for all its completions in the update (exact; off where a model cannot)."
     )
@@ -239,6 +242,8 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_warped_training(self)
+        if self.start_weight and not self.ema_decay:
+            raise ConfigError("start_weight mixes the start into the averaged weights; it needs ema_decay above 0")
 
 
 def refuse_warped_training(config: trl.GRPOConfig) -> None:
