@@ -48,11 +48,11 @@ def test_the_result_is_the_moving_average_of_the_weights_and_training_does_not_s
 
 
 def test_a_resumed_run_goes_on_with_its_average(tmp_path):
-    _, _, whole = train(tmp_path / "whole", 0.75, max_steps=4, save_strategy="steps", save_steps=2)
-    trainer = tiny_trainer(tmp_path / "whole", max_steps=4)
+    _, _, whole = train(tmp_path / "whole", 0.75, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer = tiny_trainer(tmp_path / "whole", max_steps=2)
     resumed = WeightAverage(trainer, 0.75)
     trainer.add_callback(resumed)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     for name, value in whole.average.items():
         torch.testing.assert_close(resumed.average[name], value, atol=1e-6, rtol=0)
 
