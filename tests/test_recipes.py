@@ -312,3 +312,17 @@ def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path):
     assert process.returncode != 0 and time.monotonic() - began < 120
     assert "2 processes" in stdout
     assert "rank one is unwell" in stderr
+
+
+def test_a_reward_may_be_a_mapping_in_yaml(task, tmp_path, monkeypatch):
+    config = yaml.safe_load((task / "grpo.yaml").read_text())
+    config["reward_funcs"] = [{"func": f"{task}/rewards.py:letters", "weight": 2.0, "timeout": 10}, "exact_match"]
+    (tmp_path / "mapping.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "run"
+    run_in_process(
+        monkeypatch,
+        "grpo",
+        *("--config", tmp_path / "mapping.yaml", "--output_dir", out, "--max_steps", 1, "--evaluate", "false"),
+    )
+    for row in read_lines(out / "rollouts/000001.jsonl"):
+        assert row["total"] == pytest.approx(2 * row["values"]["letters"] + row["values"]["exact_match"])
