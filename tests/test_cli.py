@@ -1,9 +1,9 @@
 """The command line: light until a command is chosen, one line for bad input."""
 
 import re
+import resource
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -46,10 +46,11 @@ def test_help_names_every_command_and_imports_neither_torch_nor_trl():
 def test_help_takes_less_than_three_tenths_of_a_second():
     took = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "rlseq.cli", "--help"], check=True, capture_output=True)
-        took.append(time.perf_counter() - start)
-    assert min(took) < 0.3  # the least of three: other work on the machine is not the command's
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(took) < 0.3  # processor time: waiting for other work on the machine is not the command's
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -275,9 +275,9 @@ def test_rows_without_references_are_left_out_of_the_likelihood_alone(checkpoint
 def test_a_completion_cut_before_its_stop_matches_no_reference(checkpoints):
     rows = [{"prompt": "a b = ", "references": [*"abcdefghABCDEFGH"]}]
     found = quick(
-        {"one": checkpoints["one"]}, [says_a], rows, max_new_tokens=1, strategies=("sample",), samples_per_row=50
+        {"one": checkpoints["one"]}, ["exact_match"], rows, max_new_tokens=1, strategies=("sample",), samples_per_row=50
     )["models"]["one"]["strategies"]["sample"]
-    assert found["says_a"]["value"] > 0  # the text of a reference, but not all of its tokens
+    assert found["reward.exact_match"]["value"] > 0  # the text of a reference, but not all of its tokens
     assert found["exact_match"]["value"] == 0
 
 
