@@ -53,9 +53,7 @@ def main() -> None:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if not rewards.reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
-    suite = load_rewards(
-        rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate
-    )
+    suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
     settings.parsed()
     tokenizer = load_tokenizer(model_args.model_name_or_path)

@@ -25,9 +25,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "evaluate": Command(
-        "rlseq.evaluation.command", "Contrast likelihood and generation of named checkpoints."
-    ),
+    "evaluate": Command("rlseq.evaluation.command", "Contrast likelihood and generation of named checkpoints."),
     "reward": Command("rlseq.scoring.commands", "List, check and try rewards; score rollouts again."),
     "show": Command("rlseq.show", "Show a run's rollouts: prompt, completions, rewards, advantages."),
 }
@@ -46,9 +44,7 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].split("=")[0]
-            raise ConfigError(
-                f"unknown argument {flag}.{did_you_mean(flag, _flags(self))} See {self.prog} --help."
-            )
+            raise ConfigError(f"unknown argument {flag}.{did_you_mean(flag, _flags(self))} See {self.prog} --help.")
         return parsed
 
 

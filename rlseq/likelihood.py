@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from rlseq.packing import PackedBatch, evaluating, pack, pad, supports_packing
 
-_ROW_TOKENS = (
-    1024  # attention costs the square of a row: completions of one prompt beyond this start another row
-)
+_ROW_TOKENS = 1024  # attention costs the square of a row: completions of one prompt beyond this start another row
 _CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32
 
 

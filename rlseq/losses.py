@@ -84,9 +84,7 @@ def group_advantages(
 
     if isinstance(baseline, Tensor):
         if baseline.shape != rewards.shape[:1]:
-            raise ValueError(
-                f"baseline is {_describe(baseline)}; expected shape ({len(rewards)},), one a prompt"
-            )
+            raise ValueError(f"baseline is {_describe(baseline)}; expected shape ({len(rewards)},), one a prompt")
         centred = rewards - baseline.detach().to(rewards)[:, None]
     elif baseline == "mean":
         centred = torch.where(equal, 0.0, rewards - mean)
@@ -94,9 +92,7 @@ def group_advantages(
         others = (total - rewards) / (count - 1).clamp(min=1)
         centred = torch.where(equal, 0.0, rewards - others)
     else:
-        raise ValueError(
-            f"baseline is {baseline!r}; expected 'mean', 'leave_one_out' or a tensor of shape (P,)"
-        )
+        raise ValueError(f"baseline is {baseline!r}; expected 'mean', 'leave_one_out' or a tensor of shape (P,)")
 
     if scale == "std":
         squares = torch.where(present, rewards - mean, 0.0).square().sum(1, keepdim=True)
@@ -199,9 +195,7 @@ def clipped_surrogate(
     allowed = [mask_BT.shape[:1]] + ([mask_BT.shape] if level == "token" else [])
     if advantages.shape not in allowed:
         expected = " or ".join(str(tuple(shape)) for shape in allowed)
-        raise ValueError(
-            f"advantages are {_describe(advantages)}; expected shape {expected} at {level} level"
-        )
+        raise ValueError(f"advantages are {_describe(advantages)}; expected shape {expected} at {level} level")
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clips are {clip_low} and {clip_high}; expected at least 0 (ε, not 1 ± ε)")
     advantages_BT = (advantages if advantages.ndim == 2 else advantages[:, None]).detach()
@@ -251,9 +245,7 @@ def value_loss(
     return 0.5 * error
 
 
-def kl_estimate(
-    logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: Literal["k1", "k2", "k3"] = "k3"
-) -> Tensor:
+def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
     """Estimators of KL(π‖ref) from tokens drawn from π (Schulman 2020, "Approximating KL divergence").
 
         d = log π(y_t) − log ref(y_t)        k1 = d        k2 = ½·d²        k3 = exp(−d) − 1 + d
@@ -370,9 +362,7 @@ def _check_tokens(mask_BT: Tensor, **tensors: Tensor) -> None:
     _check_mask(mask_BT, mask_BT.shape)
     for name, tensor in tensors.items():
         if tensor.shape != mask_BT.shape:
-            raise ValueError(
-                f"{name} is {_describe(tensor)}; expected shape {tuple(mask_BT.shape)} as the mask"
-            )
+            raise ValueError(f"{name} is {_describe(tensor)}; expected shape {tuple(mask_BT.shape)} as the mask")
 
 
 def _describe(x: Tensor) -> str:

@@ -225,9 +225,7 @@ def unpack_padded(per_token: Tensor, batch: PackedBatch, T: int, *, shifted: boo
         raise ValueError(f"T is {T}, but a completion has {max(batch.lengths)} tokens")
     tokens = _completion_tokens(per_token, batch, shifted)  # (N,)
     lengths = torch.tensor(batch.lengths, device=tokens.device)
-    mask = (
-        torch.arange(T, device=tokens.device) < lengths[:, None]
-    )  # (B, T); its True entries are the N tokens
+    mask = torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T); its True entries are the N tokens
     return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
 
 
@@ -313,9 +311,7 @@ def _ramp(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
-def _index(
-    rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, device: torch.device | str | None
-) -> dict:
+def _index(rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, device: torch.device | str | None) -> dict:
     """The fields of a batch that say where its completions are."""
     return {
         "lengths": tuple(lengths.tolist()),
@@ -368,9 +364,7 @@ def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
             expected = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in alone]
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # a model may refuse the mask or the positions in any way; the reason is handed on
+    except Exception as error:  # a model may refuse the mask or the positions in any way; the reason is handed on
         return False, f"its forward does not take a packed row: {type(error).__name__}: {error}"
     found = packed[batch.token_rows, batch.token_columns - 1]
     wanted = torch.cat([logits[-n - 1 : -1] for logits, n in zip(expected, batch.lengths, strict=True)])

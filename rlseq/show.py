@@ -16,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", metavar="RUN", type=Path, help="the run's directory")
     parser.add_argument("--step", type=int, metavar="S", help="step to show (default: the last)")
     parser.add_argument("--prompt", metavar="TEXT", help="only prompts that contain this text")
-    parser.add_argument(
-        "--limit", type=int, default=8, metavar="N", help="prompts to show (default: 8; 0: all)"
-    )
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="prompts to show (default: 8; 0: all)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,9 +46,7 @@ def load_step(run_directory: str | Path, step: int | None = None) -> list[dict[s
     """
     run_directory = Path(run_directory)
     if not run_directory.is_dir():
-        raise RunDirectoryError(
-            f"{run_directory} is not a directory; give the --output_dir of a training run"
-        )
+        raise RunDirectoryError(f"{run_directory} is not a directory; give the --output_dir of a training run")
     files = sorted((run_directory / "rollouts").glob("*.jsonl"))
     found: list[dict[str, Any]] = []
     steps: set[int] = set()
@@ -89,9 +85,7 @@ def _read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                if number == len(
-                    lines
-                ):  # no line break after it: a run is writing it, or was killed doing so
+                if number == len(lines):  # no line break after it: a run is writing it, or was killed doing so
                     continue
                 raise RunDirectoryError(
                     f"{path.name}, line {number}, is not JSON ({error.msg}); expected one rollout a line"
@@ -126,9 +120,7 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
             table.add_column(Text(name), justify="right", overflow="fold")
         for rollout in group:
             values, status = rollout.get("values") or {}, rollout.get("status") or {}
-            completion = Text(
-                rollout["completion"] or "(empty)", style="" if rollout["completion"] else "dim"
-            )
+            completion = Text(rollout["completion"] or "(empty)", style="" if rollout["completion"] else "dim")
             if rollout.get("finish_reason") == "length":
                 completion.append(" (cut)", style="yellow")
             advantage = rollout.get("advantage")

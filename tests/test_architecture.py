@@ -179,9 +179,7 @@ def imported_by(statement):
     return set(ended.stdout.split())
 
 
-@pytest.mark.parametrize(
-    "module", ["rlseq", "rlseq.cli", "rlseq.types", "rlseq.errors", "rlseq.scoring.worker"]
-)
+@pytest.mark.parametrize("module", ["rlseq", "rlseq.cli", "rlseq.types", "rlseq.errors", "rlseq.scoring.worker"])
 def test_importing_it_imports_neither_torch_nor_trl(module):
     loaded = imported_by(f"import {module}")
     assert module in loaded

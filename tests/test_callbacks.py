@@ -200,9 +200,7 @@ def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tmp_path)
 
 
 def test_progress_without_a_terminal_is_a_table_of_about_twenty_rows(tmp_path, capsys):
-    trainer = tiny_trainer(
-        tmp_path, [], max_steps=100, save_strategy="no", eval_strategy="steps", eval_steps=50
-    )
+    trainer = tiny_trainer(tmp_path, [], max_steps=100, save_strategy="no", eval_strategy="steps", eval_steps=50)
     capsys.readouterr()
     Progress.replace_default(trainer)
     trainer.train()

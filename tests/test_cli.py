@@ -120,9 +120,7 @@ def test_an_interrupted_command_exits_130(command):
 
 def test_output_that_nobody_reads_on_is_no_error():
     code = "import sys; sys.argv = ['rlseq', '--help']; from rlseq.cli import main; sys.exit(main())"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0

@@ -64,9 +64,7 @@ def test_next_token_losses_sum_to_minus_log_of_the_joint_probability(family):
 def test_every_completion_of_up_to_three_tokens_has_a_probability_and_they_sum_to_one():
     # All sequences over 3 live tokens that stop at EOS or are cut at 3 tokens: a tree's leaves.
     model = tiny_model(vocab_size=3, dtype=torch.float64)
-    leaves = (
-        [[EOS]] + [[a, EOS] for a in (0, 1)] + [[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1, 2)]
-    )
+    leaves = [[EOS]] + [[a, EOS] for a in (0, 1)] + [[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1, 2)]
     scores = score(model, [[1, 0]] * len(leaves), leaves)
     assert sum(x.sum().exp().item() for x in scores) == pytest.approx(1, abs=1e-12)
 
@@ -105,9 +103,7 @@ def test_batched_equals_one_at_a_time(family):
     model = tiny_model(family)
     one = [score(model, [p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     for batch_tokens in (1, 8, 16, 1000):
-        for found, expected in zip(
-            score(model, PROMPTS, COMPLETIONS, batch_tokens=batch_tokens), one, strict=True
-        ):
+        for found, expected in zip(score(model, PROMPTS, COMPLETIONS, batch_tokens=batch_tokens), one, strict=True):
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
@@ -140,9 +136,7 @@ def test_padding_on_either_side_changes_nothing(family):
     start = left + len(prompt)
     found = token_logprobs(logits[start - 1 : start + 2], torch.tensor(completion))
     torch.testing.assert_close(found, score(model, [prompt], [completion])[0], atol=2e-5, rtol=0)
-    longer = score(model, [prompt, [9]], [completion, [3] * 20])[
-        0
-    ]  # padded on the right by a longer neighbour
+    longer = score(model, [prompt, [9]], [completion, [3] * 20])[0]  # padded on the right by a longer neighbour
     torch.testing.assert_close(found, longer, atol=2e-5, rtol=0)
 
 
@@ -270,9 +264,7 @@ def test_exact_pass_at_k_by_hand():
     assert exact_pass_at_k(p, 1).item() == pytest.approx(0.5)
     assert exact_pass_at_k(p, 2).item() == pytest.approx((0.75 + 0 + 1) / 3)
     tiny = torch.tensor([1e-12], dtype=torch.float64)
-    assert exact_pass_at_k(tiny, 1000).item() == pytest.approx(
-        1e-9, rel=1e-6
-    )  # 1 - (1 - p)^k gives 1.00009e-9
+    assert exact_pass_at_k(tiny, 1000).item() == pytest.approx(1e-9, rel=1e-6)  # 1 - (1 - p)^k gives 1.00009e-9
     assert exact_pass_at_k(torch.tensor([1.0000001]), 3).item() == 1.0
     with pytest.raises(ValueError, match="distinct"):
         exact_pass_at_k(torch.tensor([1.2]), 1)

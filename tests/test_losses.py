@@ -162,9 +162,7 @@ def gae_by_definition(rewards, values, gamma, lam, bootstrap):
     """The double sum: each advantage is the λ-weighted sum of all later differences."""
     after = [*values[1:], bootstrap]
     deltas = [r + gamma * n - v for r, n, v in zip(rewards, after, values, strict=True)]
-    return [
-        sum((gamma * lam) ** l * deltas[t + l] for l in range(len(values) - t)) for t in range(len(values))
-    ]
+    return [sum((gamma * lam) ** l * deltas[t + l] for l in range(len(values) - t)) for t in range(len(values))]
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.7, 0.0)])
@@ -172,12 +170,8 @@ def gae_by_definition(rewards, values, gamma, lam, bootstrap):
 def test_gae_is_the_double_sum_of_its_definition(gamma, lam, bootstrap):
     rewards, values, tail = noise(4, 6), noise(4, 6, seed=1), noise(4, seed=2)
     # right-padded, cut on the left, with tool output between, complete
-    mask = torch.tensor(
-        [[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-    ).bool()
-    advantages, returns = gae(
-        rewards, values, mask, gamma=gamma, lam=lam, bootstrap_B=tail if bootstrap else None
-    )
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_B=tail if bootstrap else None)
     for b in range(4):
         end = tail[b].item() if bootstrap else 0.0
         kept_values = values[b, mask[b]].tolist()
@@ -244,17 +238,13 @@ def test_the_sequence_ratio_is_the_geometric_mean_over_counted_tokens():
         tensor([[-1.2, -1.7, 0.0], [-1.0, -1.3, -4.6]]),
     )
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    loss = clipped_surrogate(
-        new, old, tensor([1.0, 2.0]), mask, clip_low=0.2, clip_high=0.28, level="sequence"
-    )
+    loss = clipped_surrogate(new, old, tensor([1.0, 2.0]), mask, clip_low=0.2, clip_high=0.28, level="sequence")
     first, second = math.exp((0.2 - 0.3) / 2), math.exp((0.0 + 0.3 + 0.6) / 3)
     assert loss[0].tolist() == pytest.approx([-first, -first, 0])
     assert loss[1].tolist() == pytest.approx([-2.56] * 3) and second > 1.28
     # GSPO: the gradient of a sequence's loss is −A·ρ·mean_t ∇log π(y_t)
     new.requires_grad_()
-    loss = clipped_surrogate(
-        new, old, tensor([1.0, 0]), mask, clip_low=1, clip_high=math.inf, level="sequence"
-    )
+    loss = clipped_surrogate(new, old, tensor([1.0, 0]), mask, clip_low=1, clip_high=math.inf, level="sequence")
     masked_mean(loss, mask, dim=1)[0].backward()
     assert new.grad[0].tolist() == pytest.approx([-first / 2, -first / 2, 0])
 

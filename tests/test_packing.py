@@ -22,11 +22,7 @@ def alone(model, prompt, completion):
     logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
     logprobs = torch.log_softmax(logits, -1)
     steps = range(len(prompt), len(prompt) + len(completion))
-    return (
-        torch.stack([logprobs[t - 1, (prompt + completion)[t]] for t in steps])
-        if completion
-        else logits[:0, 0]
-    )
+    return torch.stack([logprobs[t - 1, (prompt + completion)[t]] for t in steps]) if completion else logits[:0, 0]
 
 
 def shifted_logprobs(model, batch):
@@ -89,9 +85,7 @@ def test_groups_that_share_a_row_do_not_see_each_other_and_padding_sees_only_its
 
 
 def test_a_group_beyond_the_budget_is_split_with_its_prompt_repeated():
-    batch = pack(
-        [([5, 6, 7], [[10, 11], [12, 13], [14], [15, 16, 17, 18, 19, 20]])], pad_id=PAD, row_tokens=8
-    )
+    batch = pack([([5, 6, 7], [[10, 11], [12, 13], [14], [15, 16, 17, 18, 19, 20]])], pad_id=PAD, row_tokens=8)
     rows = {tuple(x for x in row if x != PAD) for row in batch.input_ids.tolist()}
     # 2 + 3 + 3 = 8 tokens fit; the third stands alone; the fourth (2 + 7 = 9) exceeds the budget by itself.
     assert rows == {(5, 6, 7, 10, 11, 7, 12, 13), (5, 6, 7, 14), (5, 6, 7, 15, 16, 17, 18, 19, 20)}
@@ -126,19 +120,13 @@ def test_packed_log_probs_and_gradients_equal_one_sequence_at_a_time(family, att
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
     got = gradients(model, sum((w * x).sum() for w, x in zip(weights, found, strict=True)))
     for name in wanted:
-        torch.testing.assert_close(
-            got[name], wanted[name], atol=2e-5 * wanted[name].abs().max().item(), rtol=1e-3
-        )
+        torch.testing.assert_close(got[name], wanted[name], atol=2e-5 * wanted[name].abs().max().item(), rtol=1e-3)
 
     padded = unpack_padded(shifted_logprobs(model, batch), batch, 6)
-    T = [
-        torch.linspace(-1, 2, len(c)).tolist() + [7.0] * (6 - len(c)) for _, c in SEQUENCES
-    ]  # padding counts 0
+    T = [torch.linspace(-1, 2, len(c)).tolist() + [7.0] * (6 - len(c)) for _, c in SEQUENCES]  # padding counts 0
     got = gradients(model, (torch.tensor(T) * padded).sum())
     for name in wanted:
-        torch.testing.assert_close(
-            got[name], wanted[name], atol=2e-5 * wanted[name].abs().max().item(), rtol=1e-3
-        )
+        torch.testing.assert_close(got[name], wanted[name], atol=2e-5 * wanted[name].abs().max().item(), rtol=1e-3)
 
 
 @BOTH_ATTENTIONS

@@ -193,9 +193,7 @@ def test_model_name_that_holds_markup_is_text_in_figures_too(results, samples, t
 def test_headline_says_what_changed_how_sure_and_what_it_cost(results, samples, tmp_path):
     headline = make_headline(results)
     assert headline.finding == "Better: WER under greedy is 30.0% for rl, against 32.0% for base."
-    assert headline.certainty == (
-        "Difference −2.00 pp, 95% interval −3.00 to −1.00, p < 0.001, on the same 4 rows."
-    )
+    assert headline.certainty == ("Difference −2.00 pp, 95% interval −3.00 to −1.00, p < 0.001, on the same 4 rows.")
     assert headline.cost.startswith("The references became less likely: NLL per token 0.210 → 0.250 nats")
     assert headline.cost.endswith("rose: 50.0% → 64.0%.")
     page, _, markdown = report(results, samples, tmp_path)
@@ -219,11 +217,7 @@ def test_worse_is_called_worse(results):
 def test_without_a_primary_everything_is_exploratory_and_the_headline_gives_no_p(results, samples, tmp_path):
     results["primary"] = None
     headline = make_headline(results)
-    assert (
-        "exploratory" in headline.certainty
-        and "p =" not in headline.certainty
-        and "p <" not in headline.certainty
-    )
+    assert "exploratory" in headline.certainty and "p =" not in headline.certainty and "p <" not in headline.certainty
     _, _, markdown = report(results, samples, tmp_path)
     assert "No comparison was declared primary" in markdown and "(primary)" not in markdown
 
@@ -249,9 +243,7 @@ def test_verdict_is_text_and_sign_not_colour_alone(results):
 
 def test_tables_hold_every_value_with_its_interval(results, samples, tmp_path):
     page, _, markdown = report(results, samples, tmp_path)
-    assert (
-        "| sample | rl | 0.910 (0.900 to 0.920) | 36.0% (35.0 to 37.0) | 64.0% (63.0 to 65.0) |" in markdown
-    )
+    assert "| sample | rl | 0.910 (0.900 to 0.920) | 36.0% (35.0 to 37.0) | 64.0% (63.0 to 65.0) |" in markdown
     assert "| base | 0.210 (0.200 to 0.220) | 50.0% (49.0 to 51.0) |" in markdown
     assert "| greedy | WER (primary) | base | rl | 32.0% | 30.0% | −2.00 pp | −3.00 to −1.00 |" in markdown
     assert "| base | 50.0% (49.0 to 51.0) | 70.0% (69.0 to 71.0) | 80.0% (79.0 to 81.0) |" in markdown
@@ -316,9 +308,7 @@ def test_equal_results_give_equal_bytes(results, samples, tmp_path):
 
 def test_colours_follow_the_page_and_stay_literal_on_disk(results, samples, tmp_path):
     _, html, _ = report(results, samples, tmp_path)
-    assert (
-        "var(--series-1)" in html[html.index("<svg") :] and plots.SERIES[1] not in html[html.index("<svg") :]
-    )
+    assert "var(--series-1)" in html[html.index("<svg") :] and plots.SERIES[1] not in html[html.index("<svg") :]
     assert plots.SERIES[1] in (tmp_path / "plots" / "plane.svg").read_text()
 
 

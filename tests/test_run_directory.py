@@ -40,9 +40,7 @@ def test_a_new_directory_is_made_and_names_its_files(tmp_path):
     assert run.path.is_dir() and run.resume_from is None and run.moved_to is None
     names = [run.config.name, run.metrics.name, run.rollouts.name, run.evaluation.name, run.curves.name]
     assert names == ["config.yaml", "metrics.jsonl", "rollouts", "evaluation", "curves.png"]
-    assert all(
-        p.parent == run.path for p in (run.config, run.metrics, run.rollouts, run.evaluation, run.curves)
-    )
+    assert all(p.parent == run.path for p in (run.config, run.metrics, run.rollouts, run.evaluation, run.curves))
 
 
 def test_files_of_no_run_do_not_stop_a_new_one(tmp_path):
@@ -245,9 +243,7 @@ def test_other_processes_get_the_same_paths_and_touch_nothing(tmp_path):
     open_run(tmp_path / "new", main_process=False)
     assert sorted(tmp_path.rglob("*")) == before and steps(others.metrics) == [9]
     main = open_run(tmp_path / "run", resume="latest")
-    assert (
-        (main.path, main.resume_from) == (others.path, others.resume_from) == (tmp_path / "run", checkpoint)
-    )
+    assert (main.path, main.resume_from) == (others.path, others.resume_from) == (tmp_path / "run", checkpoint)
 
 
 def test_a_directory_that_cannot_be_written_is_an_error(tmp_path):

@@ -80,9 +80,7 @@ def test_limit_says_how_many_prompts_are_left(run_directory, capsys, monkeypatch
 
 def test_text_that_looks_like_markup_is_printed_as_it_is(run_directory, capsys, monkeypatch):
     path = run_directory / "rollouts" / "000003.jsonl"
-    path.write_text(
-        json.dumps(rollout(4, "a", 0, prompt="[bold]x[/bold]", completion="[red]y[/nope]")) + "\n"
-    )
+    path.write_text(json.dumps(rollout(4, "a", 0, prompt="[bold]x[/bold]", completion="[red]y[/nope]")) + "\n")
     out = show(capsys, monkeypatch, run_directory)
     assert "[bold]x[/bold]" in out and "[red]y[/nope]" in out
 

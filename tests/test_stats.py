@@ -132,9 +132,7 @@ def test_a_metric_gives_the_same_numbers_alone_and_among_others():
     assert among["sample", "per"].ci95 == pytest.approx(alone.ci95, rel=1e-9)
     assert among["sample", "per"].p_value == alone.p_value
     intervals = bootstrap_many({"x": (c[:, 0], np.mean), "per": (a, RatioOfSums())}, seed=4, resamples=400)
-    assert intervals["per"].ci95 == pytest.approx(
-        bootstrap(a, RatioOfSums(), seed=4, resamples=400).ci95, rel=1e-9
-    )
+    assert intervals["per"].ci95 == pytest.approx(bootstrap(a, RatioOfSums(), seed=4, resamples=400).ci95, rel=1e-9)
 
 
 def test_same_statistics_on_both_sides_differ_by_exactly_zero():

@@ -91,9 +91,7 @@ def test_a_generation_batch_is_derived_and_may_not_be_given_twice():
     config = trl.GRPOConfig(output_dir="x", bf16=False, use_cpu=True)
     assert config.generation_batch_size == 8 and config.steps_per_generation == 1
     with pytest.raises(ValueError, match="can not be both configured"):
-        trl.GRPOConfig(
-            output_dir="x", bf16=False, use_cpu=True, generation_batch_size=8, steps_per_generation=1
-        )
+        trl.GRPOConfig(output_dir="x", bf16=False, use_cpu=True, generation_batch_size=8, steps_per_generation=1)
 
 
 def test_an_epoch_is_one_method_that_a_finished_run_can_skip():

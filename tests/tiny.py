@@ -54,9 +54,7 @@ def tiny_model(
         torch.manual_seed(seed)
         config = tiny_config(family, **changes)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-        for (
-            parameter
-        ) in model.parameters():  # biases start at 0: move them, so that a test would notice one lost
+        for parameter in model.parameters():  # biases start at 0: move them, so that a test would notice one lost
             if parameter.ndim == 1:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype).eval()

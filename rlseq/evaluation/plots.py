@@ -148,9 +148,7 @@ def plane(
             axes.invert_yaxis()
         axes.set_xlabel(x_label + "  →  references more likely")
         axes.set_ylabel(y_label + (" (%)" if y_percent else "") + "  →  better")
-        axes.legend(
-            handles=handles, ncols=min(5, len(handles)), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9
-        )
+        axes.legend(handles=handles, ncols=min(5, len(handles)), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
     return figure
 
 

@@ -99,9 +99,7 @@ def print_summary(results: Results) -> None:
     for model in results["models"]:
         parts = [(tables.metric(results, n), tables.cell(results, model, None, n)) for n in names]
         line = ", ".join(f"{info.label} {info.value(c['value'])}" for info, c in parts if c)
-        console.print(
-            f"{model}: {line or 'likelihood skipped: no references'}", markup=False, highlight=False
-        )
+        console.print(f"{model}: {line or 'likelihood skipped: no references'}", markup=False, highlight=False)
     headline = make_headline(results)
     console.print(headline.finding, style="bold", markup=False, highlight=False)
     console.print(f"{headline.certainty} {headline.cost}", markup=False, highlight=False)
@@ -165,9 +163,7 @@ def _cost(nll: Comparison | None, accuracy: Comparison | None) -> str:
         change = {"better": "rose", "worse": "fell", "equal": "is the same"}.get(
             accuracy.verdict, "did not clearly change"
         )
-        text += (
-            f" The exact chance that one sample is right {change}: {accuracy.value_a} → {accuracy.value_b}."
-        )
+        text += f" The exact chance that one sample is right {change}: {accuracy.value_a} → {accuracy.value_b}."
     return text
 
 
@@ -181,9 +177,7 @@ def _headline_without_comparison(results: Results, models: Sequence[str]) -> Hea
             parts.append(f"{info.label} {info.value(found['value'])}")
     return Headline(
         title=", ".join(models),
-        finding=f"Under {strategy}, {models[0]} has {', '.join(parts)}."
-        if parts
-        else "Nothing was generated.",
+        finding=f"Under {strategy}, {models[0]} has {', '.join(parts)}." if parts else "Nothing was generated.",
         certainty=f"On {results['rows']:,} rows, with nothing to compare it with.",
         cost="" if tables.likelihood_metrics(results) else "Likelihood was skipped: no references.",
         verdict="unclear",

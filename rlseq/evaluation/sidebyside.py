@@ -92,9 +92,7 @@ def side_by_side(
         first = groups[b, key][0]
         references = tuple(map(str, first.get("references") or ()))
         sides = {
-            model: Side(
-                _distinct(groups[model, key], references), scores[model, key], p_correct.get((model, key))
-            )
+            model: Side(_distinct(groups[model, key], references), scores[model, key], p_correct.get((model, key)))
             for model in (a, b)
             if model is not None
         }

@@ -119,9 +119,7 @@ def bootstrap_many(
             else:
                 draws[key].append(np.array([_call(aggregate, metrics[key][0], i) for i in index]))
     return {
-        key: Interval(
-            float(aggregates[key](np.asarray(stats, dtype=float))), _percentiles(np.concatenate(draws[key]))
-        )
+        key: Interval(float(aggregates[key](np.asarray(stats, dtype=float))), _percentiles(np.concatenate(draws[key])))
         for key, (stats, _) in metrics.items()
     }
 
@@ -168,9 +166,7 @@ def paired_bootstrap_many(
     # two separate matrix products would not.
     tables = {key: np.hstack([a[key], b[key] - a[key]]) for key in comparisons}
     observed = {key: _difference(aggregates[key], *comparisons[key][:2]) for key in comparisons}
-    sizes = {
-        key: abs(float(aggregates[key](np.asarray(x[0], dtype=float)))) for key, x in comparisons.items()
-    }
+    sizes = {key: abs(float(aggregates[key](np.asarray(x[0], dtype=float)))) for key, x in comparisons.items()}
 
     draws = {key: [] for key in comparisons}
     for index, sums in _resampled(tables, aggregates, rows, seed, resamples):
@@ -254,9 +250,7 @@ def _table(stats: Any, key: Hashable) -> np.ndarray:
     """Statistics as (R, K) floats, refused unless finite (0 resamples of an inf would be NaN)."""
     table = np.asarray(stats, dtype=float)
     if table.ndim not in (1, 2) or table.shape[0] == 0:
-        raise RlseqError(
-            f"Statistics of {key!r} have shape {table.shape}; expected (rows,) or (rows, columns)."
-        )
+        raise RlseqError(f"Statistics of {key!r} have shape {table.shape}; expected (rows,) or (rows, columns).")
     if not np.all(np.isfinite(table)):
         row = int(np.argwhere(~np.isfinite(table))[0][0])
         raise RlseqError(
@@ -282,9 +276,7 @@ def _call(aggregate: Aggregate, stats: Any, index: np.ndarray) -> float:
 
 
 def _difference(aggregate: Aggregate, stats_a: Any, stats_b: Any) -> float:
-    return float(aggregate(np.asarray(stats_b, dtype=float))) - float(
-        aggregate(np.asarray(stats_a, dtype=float))
-    )
+    return float(aggregate(np.asarray(stats_b, dtype=float))) - float(aggregate(np.asarray(stats_a, dtype=float)))
 
 
 def _swapped(aggregate: Aggregate, stats_a: Any, stats_b: Any, flip: np.ndarray) -> float:

@@ -145,9 +145,7 @@ def p_text(p: float | None) -> str:
 def metric(results: Results, name: str) -> Metric:
     """The metric by this name: what results say of it, else what is known of it, else its bare name."""
     outer, _, k = name.partition(".")
-    label, better, percent, description = _KNOWN.get(
-        outer, (name.replace("_", " ").capitalize(), None, False, "")
-    )
+    label, better, percent, description = _KNOWN.get(outer, (name.replace("_", " ").capitalize(), None, False, ""))
     if k and outer == "exact_pass_at_k":
         label = f"Exact pass@{k}"
     said = results.get("metrics", {}).get(name, {})
@@ -271,9 +269,7 @@ def _verdict(raw: Mapping[str, Any], better: bool | None) -> str:
 
 def _decimals(results: Results, name: str) -> int:
     """Decimals that show two digits of the narrowest interval's half-width; at most 4."""
-    cells = [
-        cell(results, model, s, name) for model in results["models"] for s in (None, *strategies(results))
-    ]
+    cells = [cell(results, model, s, name) for model in results["models"] for s in (None, *strategies(results))]
     widths = [(c["ci95"][1] - c["ci95"][0]) / 2 for c in cells if is_cell(c)]
     widths = [w for w in widths if w > 0]
     if not widths:

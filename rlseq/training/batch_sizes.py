@@ -74,6 +74,4 @@ def batch_advice(values: Mapping[str, Any], *, processes: int) -> str:
     if not sizes:
         return ""
     options = [f"--{name} {' or '.join(map(str, numbers))}" for name, numbers in sizes.items()]
-    return (
-        f" With {processes} process{'es' if processes > 1 else ''}, any of these works: {'; '.join(options)}."
-    )
+    return f" With {processes} process{'es' if processes > 1 else ''}, any of these works: {'; '.join(options)}."

@@ -46,9 +46,7 @@ def require_whole(checkpoint: Path) -> Path:
     if not checkpoint.is_dir():
         beside = checkpoint.parent.iterdir() if checkpoint.parent.is_dir() else []
         near = did_you_mean(checkpoint.name, (path.name for path in beside))
-        raise RunDirectoryError(
-            f"There is no checkpoint {checkpoint}.{near} 'latest' takes the newest of the run."
-        )
+        raise RunDirectoryError(f"There is no checkpoint {checkpoint}.{near} 'latest' takes the newest of the run.")
     defect = find_defect(checkpoint)
     if defect is not None:
         raise RunDirectoryError(f"Training cannot go on from {checkpoint}: {defect}.")
@@ -90,9 +88,7 @@ def find_defect(checkpoint: Path) -> str | None:
             return f"its {path.name} is missing or was cut short"
     # One file on one process or under DDP; folders under FSDP (optimizer_0) and DeepSpeed (global_step10).
     if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "optimizer_*", "global_step*")):
-        return (
-            "it has no optimizer state (it was saved with --save_only_model, which keeps the weights alone)"
-        )
+        return "it has no optimizer state (it was saved with --save_only_model, which keeps the weights alone)"
     return None
 
 

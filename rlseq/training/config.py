@@ -44,12 +44,8 @@ class DataArguments:
         None,
         "Jinja template over a row's columns that makes the prompt, e.g. \"{{ word | list | join(' ') }} = \".",
     )
-    reference_template: str | None = _default(
-        None, "Jinja template over a row's columns that makes the reference."
-    )
-    merge_references: bool = _default(
-        False, "Make rows with equal prompts one row with all their references."
-    )
+    reference_template: str | None = _default(None, "Jinja template over a row's columns that makes the reference.")
+    merge_references: bool = _default(False, "Make rows with equal prompts one row with all their references.")
     train_rows: int | None = _default(None, "Use only the first so many rows of the training split.")
     eval_rows: int | None = _default(None, "Use only the first so many rows of the evaluation split.")
 
@@ -91,14 +87,10 @@ class EvaluationArguments:
     evaluate: bool = _default(True, "Evaluate the start against the result when training ends.")
     strategies: list[str] = field(
         default_factory=lambda: ["greedy", "sample", "beam"],
-        metadata={
-            "help": "Decoding strategies: greedy, sample, sample:temperature=0.7, beam, beam:width=10."
-        },
+        metadata={"help": "Decoding strategies: greedy, sample, sample:temperature=0.7, beam, beam:width=10."},
     )
     samples_per_row: int = _default(4, "Completions drawn a row under strategies that sample.")
-    eval_batch_size: int = _default(
-        256, "Rows decoded together in evaluation (completions do not depend on it)."
-    )
+    eval_batch_size: int = _default(256, "Rows decoded together in evaluation (completions do not depend on it).")
     eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
     resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
     primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")

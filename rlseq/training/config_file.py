@@ -117,9 +117,7 @@ def write_config(path: str | os.PathLike, *configs: Any) -> None:
         lines += ["", f"# {type(config).__name__}"]
         present = _present_values(config)
         for name, value in resolved_values(config).items():
-            line = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=10**6).rstrip(
-                "\n"
-            )
+            line = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=10**6).rstrip("\n")
             if present[name] != value and "\n" not in line:
                 line += f"  # here: {json.dumps(present[name], ensure_ascii=False)}"
             lines.append(line)

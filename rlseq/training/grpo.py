@@ -212,9 +212,7 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts = self._rollouts or self._as_rollouts(inputs, completions, completion_ids_list)
         names = {name for row in inputs for name in self.prompts[row["index"]].columns}
-        columns = {
-            name: [self.prompts[row["index"]].columns.get(name) for row in inputs] for name in sorted(names)
-        }
+        columns = {name: [self.prompts[row["index"]].columns.get(name) for row in inputs] for name in sorted(names)}
         columns["prompt"] = prompts
         table = self._agree(lambda: self.suite.score(rollouts, columns, context=_RewardContext(self)))
         self._scored = table.scored

@@ -36,15 +36,8 @@ def check_model_path(name_or_path: str | None) -> None:
             checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
             hint = f" It has {', '.join(checkpoints[-3:])}: name one of them." if checkpoints else ""
             raise ModelError(f"{name_or_path!r} holds no weights ({', '.join(WEIGHT_FILES)}).{hint}")
-    elif (
-        path.is_absolute()
-        or name_or_path.startswith(".")
-        or name_or_path.count("/") != 1
-        or path.parent.is_dir()
-    ):
-        near = (
-            did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        )
+    elif path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1 or path.parent.is_dir():
+        near = did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise ModelError(f"there is no model at {name_or_path!r}.{near}")
 
 
@@ -59,9 +52,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
             name_or_path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load a tokenizer from {name_or_path!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"cannot load a tokenizer from {name_or_path!r}: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name_or_path!r} has no EOS token, so no completion could end")
     if tokenizer.pad_token is None:

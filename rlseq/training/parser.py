@@ -49,9 +49,7 @@ class RecipeParser(TrlParser):
             formatter_class=_HelpFormatter,
             usage="%(prog)s [--config FILE.yaml] [--name value ...]",
         )
-        self.add_argument(
-            "--config", metavar="FILE.yaml", help="YAML file of `name: value`; flags override it."
-        )
+        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of `name: value`; flags override it.")
         self._required = [action.dest for action in self._actions if action.required]
         self.parsed: tuple[Any, ...] = ()
         for action in self._actions:
@@ -100,9 +98,7 @@ class RecipeParser(TrlParser):
         valid = {}
         for dataclass_type in self.dataclass_types:
             hints = get_type_hints(dataclass_type)
-            valid |= {
-                field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init
-            }
+            valid |= {field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
         checked = {}
         for name, value in values.items():
             where = f"{path}, line {lines[name]}" if name in lines else str(path)
@@ -133,9 +129,7 @@ class RecipeParser(TrlParser):
     def _unknown_argument(self, unknown: list[str]) -> str:
         flag = next((argument for argument in unknown if argument.startswith("-")), None)
         if flag is None:
-            return (
-                f"Unexpected argument {unknown[0]!r}: give settings as --name value, or in a --config file."
-            )
+            return f"Unexpected argument {unknown[0]!r}: give settings as --name value, or in a --config file."
         flag = flag.split("=")[0]
         valid = [option for option in self._option_string_actions if "-" not in option.removeprefix("--")]
         return f"Unknown flag {flag}.{did_you_mean('--' + flag.lstrip('-').replace('-', '_'), valid)}"

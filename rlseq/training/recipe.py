@@ -23,8 +23,11 @@ SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "
 
 def default_config(path: Path) -> Path | None:
     """Return the demonstration's YAML when the command line names no config, model or data of its own."""
-    named = any(arg.split("=")[0].replace("-", "_").lstrip("_") in {s.lstrip("-") for s in SELECTS_MODEL_OR_DATA}
-                for arg in sys.argv[1:] if arg.startswith("--"))
+    named = any(
+        arg.split("=")[0].replace("-", "_").lstrip("_") in {s.lstrip("-") for s in SELECTS_MODEL_OR_DATA}
+        for arg in sys.argv[1:]
+        if arg.startswith("--")
+    )
     return None if named else path
 
 

@@ -144,9 +144,7 @@ def _claim(path: Path) -> FileLock:
 
 def _move_aside(path: Path) -> Path:
     if Path.cwd().is_relative_to(path.resolve()):
-        raise RunDirectoryError(
-            f"{path} holds the working directory, and will not be moved. Run from outside it."
-        )
+        raise RunDirectoryError(f"{path} holds the working directory, and will not be moved. Run from outside it.")
     stem = f"{path.name}.previous-{datetime.now():%Y%m%d-%H%M%S}"
     target = path.with_name(stem)
     number = 1

@@ -41,9 +41,7 @@ class LengthGroupedBatches(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator)
-        ordered = torch.cat(
-            [chunk[self.lengths[chunk].argsort(stable=True)] for chunk in order.split(self.chunk)]
-        )
+        ordered = torch.cat([chunk[self.lengths[chunk].argsort(stable=True)] for chunk in order.split(self.chunk)])
         batches = list(ordered.split(self.batch_size))
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []  # a short batch keeps its place: the end
         shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
