@@ -31,21 +31,21 @@ def teacher_forced(model, prompt, completion):
     return [logprobs[len(prompt) + t - 1, token].item() for t, token in enumerate(completion)]
 
 
-def every_completion(longest):
+def every_completion(longest, stops=STOPS):
     """All that end with a stop id within the limit, and all that reach the limit without one."""
-    others = [token for token in range(VOCABULARY) if token not in STOPS]
+    others = [token for token in range(VOCABULARY) if token not in stops]
     for length in range(longest):
         for start in itertools.product(others, repeat=length):
-            yield from ((*start, stop) for stop in STOPS)
+            yield from ((*start, stop) for stop in stops)
     yield from itertools.product(others, repeat=longest)
 
 
-def best(model, prompt, longest, length_penalty=0.0):
+def best(model, prompt, longest, length_penalty=0.0, stops=STOPS):
     """The likeliest completion by enumeration, and by how much it beats the next."""
     scored = sorted(
         (
             (sum(teacher_forced(model, prompt, ids)) / len(ids) ** length_penalty, ids)
-            for ids in every_completion(longest)
+            for ids in every_completion(longest, stops)
         ),
         reverse=True,
     )
@@ -70,6 +70,21 @@ def test_hypotheses_compete_by_log_prob_over_a_power_of_their_length(length_pena
     found = beam(model, PROMPTS, max_new_tokens=3, strategy=strategy, stop_ids=STOPS)
     for prompt, (rollout,) in zip(PROMPTS, found, strict=True):
         assert rollout.completion_ids == best(model, prompt.prompt_ids, 3, length_penalty)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_the_search_goes_on_while_a_better_hypothesis_is_possible(length_penalty):
+    # Only 2 tokens do not stop: as many hypotheses as the beam is wide end with the first token.
+    stops, strategy = (0, 1, EOS, 5), Beam(width=4, length_penalty=length_penalty)
+    longest = 0
+    for seed in range(4):
+        model = small(seed=seed)
+        for prompt, (rollout,) in zip(
+            PROMPTS, beam(model, PROMPTS, max_new_tokens=3, strategy=strategy, stop_ids=stops), strict=True
+        ):
+            assert rollout.completion_ids == best(model, prompt.prompt_ids, 3, length_penalty, stops)
+            longest = max(longest, len(rollout.completion_ids))
+    assert longest > 1  # somewhere it paid to go on
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
