@@ -19,7 +19,7 @@ import trl
 
 from rlseq.data import build_prompts, load_rows
 from rlseq.errors import ConfigError
-from rlseq.evaluation.contrast import ContrastSettings, contrast_and_report, read_jsonl
+from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast_and_report, read_jsonl
 from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
 from rlseq.training.averaging import WeightAverage
@@ -55,7 +55,7 @@ def main() -> None:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
     suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
-    settings.parsed()
+    check_settings(settings, suite)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     options = data.prompt_options()
     rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
