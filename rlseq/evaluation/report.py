@@ -6,6 +6,7 @@ primary comparison, then what it cost in likelihood.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def print_summary(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     table = Table(title=f"{results['rows']:,} rows, 95% intervals in report.html", title_justify="left")
     quality = [tables.metric(results, name) for name in tables.quality_metrics(results)]
     table.add_column("model")
