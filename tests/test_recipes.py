@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -239,7 +240,10 @@ def test_a_second_run_into_a_directory_names_the_flags_that_continue_or_replace_
 
 
 def test_a_run_stopped_by_a_signal_saves_exits_0_and_goes_on_where_it_was(task, tmp_path, monkeypatch):
-    arguments = ["--config", task / "grpo.yaml", "--evaluate", "false"]
+    words = ["".join(letters) for letters in itertools.product("abcdefghi", repeat=4)]  # an epoch of 3,280 steps
+    rows = [{"prompt": f"{' '.join(word)} = ", "references": [" ".join(word.upper())]} for word in words]
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--config", task / "grpo.yaml", "--evaluate", "false", "--dataset_name", tmp_path / "many.jsonl"]
     arguments += ["--save_steps", 1000, "--lr_scheduler_type", "constant"]
     out = tmp_path / "stopped"
     process = start("grpo", *arguments, "--output_dir", out, "--max_steps", 100_000)
@@ -299,8 +303,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(task, tmp_path, m
 
 def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path):
     (task / "fragile.py").write_text(
-        "import os\ndef fragile(completion):\n"
-        "    if os.environ.get('RANK') == '1' and completion:\n        raise ValueError('rank one is unwell')\n"
+        "import os\ndef fragile(completion, completion_ids):\n"
+        "    if os.environ.get('RANK') == '1' and completion_ids:\n        raise ValueError('rank one is unwell')\n"
         "    return 1.0\n"
     )
     arguments = ["--config", task / "grpo.yaml", "--reward_funcs", f"{task}/fragile.py:fragile"]

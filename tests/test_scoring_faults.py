@@ -273,9 +273,10 @@ def test_several_workers_share_the_work_and_keep_the_order(slow, slowness):
     assert only(table, "values") == [3.0, 1.0, 3.0, 3.0] * 2
     assert time.monotonic() - start < (4 * 0.3 + 1.0) * slowness
     with load_rewards([{"func": f"{slow}:slow", "workers": 2}]) as suite:
-        suite.score([rollout("a"), rollout("b")], {"prompt": ["q"] * 2})
-        time.sleep(0.5 * slowness)  # both have loaded now
-        pids = suite.score([rollout(t) for t in ["pid", "nap"] * 4], {"prompt": ["q"] * 8}).values["slow"][::2]
+        pids, deadline = [], time.monotonic() + 30
+        while len(set(pids)) < 2 and time.monotonic() < deadline:  # the second worker may still be loading
+            batch = [rollout(t) for t in ["pid", "nap"] * 4]
+            pids += suite.score(batch, {"prompt": ["q"] * 8}).values["slow"][::2]
     assert len(set(pids)) == 2
     assert os.getpid() not in pids
 
