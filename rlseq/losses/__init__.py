@@ -1,0 +1,43 @@
+"""The mathematics of sequence-level training, as pure functions: rewards -> advantages -> losses.
+
+Tensors in, tensors out, in the dtype and on the device given. Terms of a token come back unreduced, of shape
+(B, T), and 0 where the mask is False, whatever the inputs hold there (inf and NaN too); the trainer reduces
+them by `masked_mean` and says over what. Losses are to be minimised; advantages are better when larger.
+
+    P prompts    G samples per prompt    B = P·G    T completion tokens    masks: True = counted
+"""
+
+from rlseq.losses.advantages import (
+    STD_EPSILON,
+    gae,
+    group_advantages,
+    last_token_rewards,
+    whiten,
+)
+from rlseq.losses.critic import explained_variance, value_loss
+from rlseq.losses.expected_reward import (
+    expected_accuracy,
+    minimum_risk,
+    reference_exact_references,
+    reference_exact_weight,
+)
+from rlseq.losses.masking import masked_mean
+from rlseq.losses.policy import adapt_kl_coefficient, clipped_surrogate, kl_estimate
+
+__all__ = [
+    "STD_EPSILON",
+    "adapt_kl_coefficient",
+    "clipped_surrogate",
+    "expected_accuracy",
+    "explained_variance",
+    "gae",
+    "group_advantages",
+    "kl_estimate",
+    "last_token_rewards",
+    "masked_mean",
+    "minimum_risk",
+    "reference_exact_references",
+    "reference_exact_weight",
+    "value_loss",
+    "whiten",
+]

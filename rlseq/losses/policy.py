@@ -1,0 +1,122 @@
+"""Losses of the policy on sampled tokens: the clipped surrogate and the estimators of KL."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlseq.losses.masking import check_tokens, describe, masked_mean
+
+
+def clipped_surrogate(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    level: Literal["token", "sequence"] = "token",
+) -> Tensor:
+    """PPO's clipped objective, negated (Schulman et al. 2017, eq. 7).
+
+        L = −min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A)
+
+    The ratio ρ is, by level,
+
+        token:     ρ_t = exp(log π(y_t) − log π_old(y_t))             PPO, GRPO
+        sequence:  ρ   = exp(mean_t (log π(y_t) − log π_old(y_t)))    GSPO (Zheng et al. 2025, eq. 7)
+
+    with the mean over counted tokens. Separate bounds are DAPO's clip-higher (Yu et al. 2025, section 3.1);
+    an infinite `clip_high` leaves that side open. At sequence level every counted token carries its
+    sequence's loss, so that the mean over a sequence's tokens is that loss.
+
+    Args:
+        logprobs_BT, old_logprobs_BT: (B, T) nats; the gradient flows through the first alone.
+        advantages: (B,), or (B, T) at token level.
+        mask_BT: (B, T) bool.
+        clip_low, clip_high: ε_low and ε_high, at least 0.
+        level: of the ratio.
+
+    Returns:
+        (B, T) losses, 0 where the mask is False.
+
+    Raises:
+        ValueError: wrong shapes, a negative clip, an unknown level.
+    """
+    check_tokens(mask_BT, logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT)
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level is {level!r}; expected 'token' or 'sequence'")
+    allowed = [mask_BT.shape[:1]] + ([mask_BT.shape] if level == "token" else [])
+    if advantages.shape not in allowed:
+        expected = " or ".join(str(tuple(shape)) for shape in allowed)
+        raise ValueError(f"advantages are {describe(advantages)}; expected shape {expected} at {level} level")
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"clips are {clip_low} and {clip_high}; expected at least 0 (ε, not 1 ± ε)")
+    advantages_BT = (advantages if advantages.ndim == 2 else advantages[:, None]).detach()
+    log_ratio = torch.where(mask_BT, logprobs_BT - old_logprobs_BT.detach(), 0.0)  # (B, T)
+    if level == "sequence":
+        log_ratio = masked_mean(log_ratio, mask_BT, dim=1)[:, None]  # (B, 1)
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages_BT
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages_BT
+    objective = torch.minimum(unclipped, clipped)
+    return torch.where(mask_BT, -objective, 0.0)
+
+
+def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
+    """Estimators of KL(π‖ref) from tokens drawn from π (Schulman 2020, "Approximating KL divergence").
+
+        d = log π(y_t) − log ref(y_t)        k1 = d        k2 = ½·d²        k3 = exp(−d) − 1 + d
+
+    As *values*, k1 and k3 are unbiased and k3 is never negative; k2 is biased with low variance. As
+    *losses* they differ, since the draw depends on π too and is not differentiated: the expected gradient
+    of k1 is zero (it regularises nothing: put k1 into the reward instead), that of k2 is the gradient of
+    KL(π‖ref), that of k3 the gradient of KL(ref‖π), each of the next token with the prefixes held fixed.
+
+    Args:
+        logprobs_BT, ref_logprobs_BT: (B, T) nats, finite; the gradient flows through the first alone.
+        kind: "k1", "k2" or "k3".
+
+    Returns:
+        (B, T) nats, unmasked.
+
+    Raises:
+        ValueError: shapes differ, or an unknown kind.
+    """
+    if logprobs_BT.shape != ref_logprobs_BT.shape:
+        shapes = f"{describe(logprobs_BT)} and {describe(ref_logprobs_BT)}"
+        raise ValueError(f"logprobs_BT and ref_logprobs_BT are {shapes}; expected equal shapes")
+    difference = logprobs_BT - ref_logprobs_BT.detach()
+    if kind == "k1":
+        return difference
+    if kind == "k2":
+        return 0.5 * difference.square()
+    if kind == "k3":
+        return torch.expm1(-difference) + difference
+    raise ValueError(f"kind is {kind!r}; expected 'k1', 'k2' or 'k3'")
+
+
+def adapt_kl_coefficient(coefficient: float, kl: float, *, target: float, rate: float = 0.1) -> float:
+    """The next coefficient β of a KL penalty that is steered to a target (Ziegler et al. 2019, section 2.2).
+
+        e = clip(KL / KL_target − 1, −0.2, 0.2)        β ← β·(1 + K·e)
+
+    Args:
+        coefficient: β > 0.
+        kl: KL(π‖ref) of the last rollouts, nats a sequence.
+        target: KL_target > 0, nats a sequence.
+        rate: K; the paper takes 0.1.
+
+    Returns:
+        The next β.
+
+    Raises:
+        ValueError: a target or coefficient that is not above 0.
+    """
+    if not (target > 0 and coefficient > 0):
+        raise ValueError(f"coefficient is {coefficient} and target {target}; expected both above 0")
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + rate * error)
