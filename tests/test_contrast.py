@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.decoding import parse_strategy
 from rlseq.errors import ConfigError, DataError, ModelError, RewardError
-from rlseq.evaluation import contrast as module
+from rlseq.evaluation import measure as module
 from rlseq.evaluation.command import evaluate, parse_models
 from rlseq.evaluation.contrast import ContrastSettings, contrast, contrast_and_report
-from rlseq.scoring import load_rewards
+from rlseq.evaluation.report import make_headline
+from rlseq.scoring import Ratio, load_rewards, reward
 
 ROWS = [
     {"prompt": "a b = ", "references": ["A B", "A"]},
@@ -307,6 +309,47 @@ def test_an_aggregate_that_a_row_abstains_from_is_over_the_others(checkpoints):
 
     found = quick({"one": checkpoints["one"]}, [shy])["models"]["one"]["strategies"]["sample"]
     assert found["shy"] == {"value": 2.0, "ci95": [2.0, 2.0]}
+
+
+@reward(corpus={"shyness": Ratio("a", "b")})
+def silent(completion: str) -> None:
+    """Abstains from everything, and so leaves its corpus metric nothing to divide by."""
+    return None
+
+
+def test_a_reward_that_abstains_everywhere_is_null_on_file_and_the_report_says_so(checkpoints, tmp_path, capsys):
+    settings = dataclasses.replace(SETTINGS, resamples=20, strategies=("greedy", "sample"), primary="shyness:greedy")
+    for name, rewards in (("alone", [silent]), ("beside", [silent, letters])):
+        out = tmp_path / name
+        with load_rewards(rewards) as suite:
+            results = contrast_and_report(
+                checkpoints, ROWS, suite, settings=settings, prompt_options={}, output_dir=out, title="Silence"
+            )
+
+        def refuse(constant):
+            pytest.fail(f"{constant} is no JSON")
+
+        assert json.loads((out / "results.json").read_text(), parse_constant=refuse) == results
+        for file in ("per_example.jsonl", "samples.jsonl"):
+            for line in (out / file).read_text().split("\n")[:-1]:
+                json.loads(line, parse_constant=refuse)
+        for model in results["models"].values():
+            for metric in ("silent", "shyness"):
+                assert model["strategies"]["greedy"][metric] == {"value": None, "ci95": [None, None]}
+        for c in results["comparisons"]:
+            if c["metric"] in ("silent", "shyness"):
+                assert (c["difference"], c["ci95"], c["p_value"]) == (None, [None, None], None)
+            else:
+                assert math.isfinite(c["difference"]) and 0 < c["p_value"] <= 1
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "Not measured: Shyness under greedy is n/a for two, against n/a for one." in printed
+        for text in (printed, (out / "report.html").read_text(), (out / "report.md").read_text()):
+            assert "n/a" in text and not re.search(r"\bnan\b", text, re.IGNORECASE)
+
+
+def test_the_headline_without_a_claim_is_about_something_measured(checkpoints, tmp_path):
+    results = quick(checkpoints, [silent, letters], strategies=("greedy",))
+    assert make_headline(results).finding.partition(": ")[2].startswith("Letters under greedy")
 
 
 def test_the_primary_comparison_may_be_against_another_strategy_of_the_first_model(checkpoints):

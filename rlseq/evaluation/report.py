@@ -112,16 +112,19 @@ def make_headline(results: Results) -> Headline:
     models = list(results["models"])
     if not found:
         return _headline_without_comparison(results, models)
-    lead = next((c for c in found if c.strategy is not None), found[0])
+    measured = [c for c in found if c.raw["difference"] is not None] or found
+    lead = next((c for c in measured if c.strategy is not None), found[0])
     declared = found[0].primary
     lead = found[0] if declared else lead
     others = [c for c in found if (c.a, c.b) == (lead.a, lead.b)]
+    undefined = lead.raw["difference"] is None
     opening = {
         "better": "Better: ",
         "worse": "Worse: ",
         "unclear": "No clear difference: ",
         "equal": "No difference: ",
     }.get(lead.verdict, "")
+    opening = "Not measured: " if undefined else opening
     finding = (
         f"{opening}{lead.metric.label} under {lead.where} is {lead.value_b} for {lead.b}, "
         f"against {lead.value_a} for {lead.a}."
@@ -131,6 +134,8 @@ def make_headline(results: Results) -> Headline:
         f"Difference {lead.difference}, 95% interval {lead.interval}{p}, on the same {results['rows']:,} rows"
         + (": the interval holds zero." if lead.verdict == "unclear" else ".")
     )
+    if undefined:
+        certainty = f"There is no difference to report: {lead.metric.label} has no value on one side at least."
     if not declared:
         certainty += " No primary comparison was declared, so this is exploratory."
     same_metric = [
@@ -270,6 +275,7 @@ def _figures(
             for model in models
             if (nll := tables.cell(results, model, None, "nll_per_token"))
             and (quality := tables.cell(results, model, strategy, name))
+            and quality["value"] is not None
         }
         if points:
             pairs = dict.fromkeys((c["a"], c["b"]) for c in results.get("comparisons", ()))

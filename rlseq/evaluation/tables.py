@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Results = Mapping[str, Any]
+NOTHING = "n/a"  # shown where a value is null or was not measured
 
 # name: (label, higher is better, a share shown in percent, definition)
 _KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
@@ -77,24 +78,27 @@ class Metric:
     description: str
     decimals: int
 
-    def value(self, x: float) -> str:
-        """A value: `8.2%` or `0.2104`."""
-        return f"{number(100 * x, self.decimals)}%" if self.percent else number(x, self.decimals)
+    def value(self, x: float | None) -> str:
+        """A value: `8.2%` or `0.2104`; `n/a` for None, where nothing was measured."""
+        text = number(self._scaled(x), self.decimals)
+        return f"{text}%" if self.percent and text != NOTHING else text
 
     def interval(self, ci95: Any) -> str:
         """An interval: `7.9 to 8.5`; the unit is the value's."""
-        low, high = (number(100 * x if self.percent else x, self.decimals) for x in ci95)
+        low, high = (number(self._scaled(x), self.decimals) for x in ci95)
         return f"{low} to {high}"
 
-    def difference(self, x: float) -> str:
+    def difference(self, x: float | None) -> str:
         """A signed difference; shares differ by percentage points, one decimal finer than their values."""
-        if self.percent:
-            return number(100 * x, self.decimals + 1, signed=True) + " pp"
-        return number(x, self.decimals, signed=True)
+        text = number(self._scaled(x), self.decimals + self.percent, signed=True)
+        return f"{text} pp" if self.percent and text != NOTHING else text
 
     def difference_interval(self, ci95: Any) -> str:
         low, high = (self.difference(x).removesuffix(" pp") for x in ci95)
         return f"{low} to {high}"
+
+    def _scaled(self, x: float | None) -> float | None:
+        return 100 * x if self.percent and x is not None else x
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Comparison:
 def number(x: float | None, decimals: int, *, signed: bool = False) -> str:
     """A decimal with a true minus sign and thin groups of thousands; `n/a` for None and NaN."""
     if x is None or math.isnan(x):
-        return "n/a"
+        return NOTHING
     text = f"{x:{'+' if signed else ''},.{decimals}f}"
     if not text.strip("+-0.,"):  # no sign on a zero
         text = text.lstrip("+-")
@@ -259,7 +263,7 @@ def _verdict(raw: Mapping[str, Any], better: bool | None) -> str:
     low, high = raw["ci95"]
     if low == high == 0:
         return "equal"
-    if not (low > 0 or high < 0):  # the interval holds 0, or is undefined
+    if low is None or high is None or not (low > 0 or high < 0):  # undefined, or the interval holds 0
         return "unclear"
     rose = raw["difference"] > 0
     if better is None:
@@ -270,7 +274,7 @@ def _verdict(raw: Mapping[str, Any], better: bool | None) -> str:
 def _decimals(results: Results, name: str) -> int:
     """Decimals that show two digits of the narrowest interval's half-width; at most 4."""
     cells = [cell(results, model, s, name) for model in results["models"] for s in (None, *strategies(results))]
-    widths = [(c["ci95"][1] - c["ci95"][0]) / 2 for c in cells if is_cell(c)]
+    widths = [(c["ci95"][1] - c["ci95"][0]) / 2 for c in cells if is_cell(c) and None not in c["ci95"]]
     widths = [w for w in widths if w > 0]
     if not widths:
         return 3

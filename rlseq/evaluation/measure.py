@@ -1,0 +1,313 @@
+"""Measuring one model: per-row statistics of how likely references are and how good what it generates is.
+
+Every number of a report, and of an evaluation during training, is an aggregate (rlseq.evaluation.aggregate) of the
+rows of statistics gathered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlseq.data import build_prompts, reference_ids
+from rlseq.decoding import Beam, Strategy, parse_strategy
+from rlseq.errors import ConfigError, ModelError, RlseqError
+from rlseq.likelihood import score
+from rlseq.sampler import sample, stop_ids_of
+from rlseq.scoring import RewardSuite
+from rlseq.search import beam
+from rlseq.types import Prompt, Rollout
+
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+RowStatistics = dict[str, float]  # name of a statistic -> its sum over the row's references or samples
+_Measured = tuple[list[RowStatistics], dict[str, list[RowStatistics]], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class ContrastSettings:
+    """What is measured, and how; part of every result's signature.
+
+    Attributes:
+        strategies: decoding strategies as `rlseq.decoding.parse_strategy` reads them.
+        samples_per_row: completions drawn a row under strategies that sample.
+        max_new_tokens: completions are cut after so many tokens.
+        seed: of the sampling and of the bootstrap.
+        resamples: bootstrap resamples, and sign flips of the permutation test.
+        batch_rows: rows decoded together; changes memory and time only.
+        primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
+        primary_against: strategy of the first model that the primary comparison is made with, if another.
+    """
+
+    strategies: tuple[str, ...] = ("greedy", "sample", "beam")
+    samples_per_row: int = 4
+    max_new_tokens: int = 256
+    seed: int = 0
+    resamples: int = 10_000
+    batch_rows: int = 256
+    primary: str | None = None
+    primary_against: str | None = None
+
+    def parsed(self) -> list[Strategy]:
+        """The strategies as objects."""
+        return [parse_strategy(text) for text in self.strategies]
+
+
+@dataclass
+class ModelStatistics:
+    """Per-row statistics of one model on R rows, and the completions they come from."""
+
+    path: str
+    likelihood: list[RowStatistics]  # empty dicts where a row has no references
+    strategies: dict[str, list[RowStatistics]]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def measure_checkpoint(
+    name: str,
+    path: str,
+    rows: Sequence[Mapping[str, Any]],
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    prompt_options: Mapping[str, Any],
+    quiet: bool = False,
+) -> tuple[ModelStatistics, list[Prompt]]:
+    """Load a checkpoint and its tokenizer in float32 and `measure` it, with a progress bar unless `quiet`.
+
+    Returns:
+        The statistics and the rows as prompts, on every process.
+
+    Raises:
+        RlseqError: the checkpoint cannot be loaded, or a column or reward does not work; columns and rewards'
+            arguments are checked before the model is loaded.
+    """
+    state = PartialState()
+    tokenizer = _load(AutoTokenizer, name, path, padding_side="left")
+    prompts = build_prompts(rows, tokenizer, **prompt_options)
+    suite.check_columns(["prompt", *prompts[0].columns])
+    if (settings.primary or "").startswith("exact_match:") and not any(p.columns["references"] for p in prompts):
+        raise ConfigError(f"--primary is {settings.primary!r}, but the data has no references to match")
+    model = _load(AutoModelForCausalLM, name, path, dtype=torch.float32, use_safetensors=True)
+    model.to(state.device).eval()
+    with tqdm(
+        total=len(_mine(prompts)) * (len(settings.strategies) + 1),
+        desc=f"evaluating {name}",
+        unit="row",
+        disable=quiet or not state.is_main_process,
+        leave=False,
+    ) as bar:
+        statistics = measure(model, prompts, tokenizer, suite, settings, name=name, path=path, progress=bar.update)
+    return statistics, prompts
+
+
+def _load(kind: Any, name: str, path: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"cannot load model {name!r} from {path!r}: {reason}") from error
+
+
+def measure(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    *,
+    name: str = "model",
+    path: str = "",
+    progress: Callable[[int], Any] | None = None,
+) -> ModelStatistics:
+    """Measure a model on R rows: likelihood of the references, and each strategy's completions under the rewards.
+
+    Under several processes each takes every n-th row and decodes by itself (the model must be whole on each), and
+    all of them get the statistics of all rows.
+
+    Args:
+        model: a causal model on this process's device; its train or eval mode is left as it was.
+        prompts: the R rows; `references` among their columns give the likelihood part.
+        tokenizer: the model's.
+        suite: the rewards.
+        settings: strategies, samples a row, length, seed.
+        name, path: what the records of the samples and the result call the model.
+        progress: called with the number of rows done: all of this process's once for the likelihood, and once a
+            strategy.
+
+    Raises:
+        RlseqError: a reward failed; what one process raises, all raise.
+    """
+    mine = _mine(prompts)
+    found: _Measured | None = None
+    error: RlseqError | None = None
+    try:
+        found = _measure_rows(model, [prompts[i] for i in mine], tokenizer, suite, settings, name, progress)
+    except RlseqError as raised:
+        error = raised
+    gathered = gather_object([(mine, found, error)])
+    errors = [other for _, _, other in gathered if other is not None]
+    if errors:
+        raise error if error is not None else errors[0]
+    strategies = [strategy.signature for strategy in settings.parsed()]
+    whole = ModelStatistics(path, [{}] * len(prompts), {s: [{}] * len(prompts) for s in strategies})
+    for places, (likelihood, by_strategy, samples), _ in gathered:
+        for local_row, i in enumerate(places):
+            whole.likelihood[i] = likelihood[local_row]
+            for signature, statistics in by_strategy.items():
+                whole.strategies[signature][i] = statistics[local_row]
+        whole.samples += samples
+    order = {prompt.key: i for i, prompt in enumerate(prompts)}
+    places_of = {signature: i for i, signature in enumerate(strategies)}
+    whole.samples.sort(key=lambda r: (places_of[r["strategy"]], order[r["key"]], r["sample"]))
+    return whole
+
+
+def _mine(prompts: Sequence[Prompt]) -> list[int]:
+    """The rows that this process measures."""
+    state = PartialState()
+    return list(range(state.process_index, len(prompts), state.num_processes))
+
+
+def _measure_rows(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    name: str,
+    progress: Callable[[int], Any] | None,
+) -> _Measured:
+    """Measure this process's rows: likelihood statistics, statistics by strategy, and a record a completion."""
+    stops = stop_ids_of(model, tokenizer)
+    references = [reference_ids(prompt, tokenizer, stops) for prompt in prompts]
+    likelihood = _likelihood_rows(model, prompts, references)
+    if progress is not None:
+        progress(len(prompts))
+    by_strategy: dict[str, list[RowStatistics]] = {}
+    samples: list[dict[str, Any]] = []
+    for index, strategy in enumerate(settings.parsed()):
+        groups = _generate(model, prompts, tokenizer, stops, strategy, index, settings, progress)
+        statistics, records = _quality_rows(name, strategy, prompts, groups, references, suite)
+        by_strategy[strategy.signature] = statistics
+        samples += records
+    return likelihood, by_strategy, samples
+
+
+def _generate(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    stops: Sequence[int],
+    strategy: Strategy,
+    index: int,
+    settings: ContrastSettings,
+    progress: Callable[[int], Any] | None,
+) -> list[list[Rollout]]:
+    """The completions of each row under a strategy; the noise's draw is the strategy's index."""
+    common = {
+        "strategy": strategy,
+        "max_new_tokens": settings.max_new_tokens,
+        "stop_ids": stops,
+        "tokenizer": tokenizer,
+        "progress": progress,
+    }
+    if isinstance(strategy, Beam):
+        return beam(model, prompts, batch_rows=settings.batch_rows, **common)
+    num_samples = settings.samples_per_row if strategy.samples else 1
+    return sample(
+        model,
+        prompts,
+        num_samples=num_samples,
+        seed=settings.seed,
+        draw=index,
+        batch_rows=settings.batch_rows * num_samples,
+        **common,
+    )
+
+
+def _likelihood_rows(
+    model: Any, prompts: Sequence[Prompt], references: Sequence[Sequence[tuple[int, ...]]]
+) -> list[RowStatistics]:
+    pairs = [(row, ids) for row, found in enumerate(references) for ids in found]
+    logprobs = score(model, [prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs]) if pairs else []
+    statistics: list[RowStatistics] = [{} for _ in prompts]
+    for (row, ids), token_logprobs in zip(pairs, logprobs, strict=True):
+        logprob = token_logprobs.double().sum().item()
+        mine = statistics[row]
+        mine["nll"] = mine.get("nll", 0.0) - logprob
+        mine["tokens"] = mine.get("tokens", 0.0) + len(ids)
+        mine["sequence_logprob"] = mine.get("sequence_logprob", 0.0) + logprob
+        mine["references"] = mine.get("references", 0.0) + 1
+        mine["p_correct"] = mine.get("p_correct", 0.0) + float(np.exp(logprob))
+    for prompt, mine in zip(prompts, statistics, strict=True):
+        if mine:
+            texts = set(prompt.columns["references"])
+            mine["bytes"] = float(sum(len(text.encode()) for text in texts))
+            mine["rows"] = 1.0
+            p = min(mine["p_correct"], 1.0)
+            for k in PASS_AT:
+                mine[f"pass_at_{k}"] = float(-np.expm1(k * np.log1p(-p))) if p < 1 else 1.0
+    return statistics
+
+
+def _quality_rows(
+    name: str,
+    strategy: Strategy,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Rollout]],
+    references: Sequence[Sequence[tuple[int, ...]]],
+    suite: RewardSuite,
+) -> tuple[list[RowStatistics], list[dict[str, Any]]]:
+    flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
+    columns = {key: [prompts[row].columns.get(key) for row, _ in flat] for key in prompts[0].columns} if prompts else {}
+    columns["prompt"] = [prompts[row].messages_or_text for row, _ in flat]
+    table = suite.score([rollout for _, rollout in flat], columns)
+    statistics: list[RowStatistics] = [{} for _ in prompts]
+    records = []
+
+    def add(row: int, key: str, value: float) -> None:
+        statistics[row][key] = statistics[row].get(key, 0.0) + value
+
+    for (row, rollout), scored in zip(flat, table.scored, strict=True):
+        add(row, "samples", 1)
+        add(row, "length", len(rollout.completion_ids))
+        add(row, "truncated", float(rollout.finish_reason == "length"))
+        add(row, "logprob", rollout.logprob)
+        if references[row]:
+            add(row, "exact_match", float(rollout.completion_ids in references[row]))
+            add(row, "with_references", 1)
+        for reward in suite.names:
+            value = scored.values[reward]
+            add(row, f"{reward}:sum", value or 0.0)
+            add(row, f"{reward}:count", float(value is not None))
+            add(row, f"{reward}:failed", float(scored.status[reward] not in ("ok", "abstained")))
+        for metric in suite.corpus.values():
+            details = scored.details[metric.reward]
+            for key in metric.statistics:
+                statistics[row][f"{metric.reward}.{key}"] = statistics[row].get(f"{metric.reward}.{key}", 0.0) + float(
+                    details.get(key, 0.0)
+                )
+        records.append(
+            {
+                "model": name,
+                "strategy": strategy.signature,
+                "key": prompts[row].key,
+                "prompt": prompts[row].messages_or_text,
+                "references": list(prompts[row].columns.get("references", ())),
+                "sample": rollout.sample,
+                "completion": rollout.text,
+                "values": dict(scored.values),
+                "total": scored.total,
+                "logprob": rollout.logprob,
+                "length": len(rollout.completion_ids),
+                "finish_reason": rollout.finish_reason,
+            }
+        )
+    return statistics, records
