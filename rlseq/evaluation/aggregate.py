@@ -104,8 +104,11 @@ COMPLETION_METRICS = {
 }
 
 
-def quality_metrics(found: Mapping[str, ModelStatistics], suite: RewardSuite) -> dict[str, Metric]:
-    """The quality metrics: each reward's mean, the corpus aggregates, then what is measured of any completion."""
+def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, Metric]:
+    """The quality metrics: each reward's mean, the corpus aggregates, then what is measured of any completion.
+
+    Without references there is no `exact_match`.
+    """
     metrics: dict[str, Metric] = {}
     for reward, name in reward_metrics(suite).items():
         metrics[name] = Metric(
@@ -125,7 +128,7 @@ def quality_metrics(found: Mapping[str, ModelStatistics], suite: RewardSuite) ->
             kind="corpus",
         )
     measured = dict(COMPLETION_METRICS)
-    if not any(row for statistics in found.values() for row in statistics.likelihood):
+    if not with_references:
         del measured["exact_match"]
     return metrics | measured
 

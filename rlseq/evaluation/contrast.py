@@ -77,7 +77,8 @@ def contrast(
         found[name], data = measure_checkpoint(name, str(path), rows, suite, settings, prompt_options or {}, quiet)
     if not state.is_main_process:
         return {}
-    metrics = quality_metrics(found, suite)
+    with_references = any(any(statistics.likelihood) for statistics in found.values())
+    metrics = quality_metrics(suite, with_references=with_references)
     results = {
         "schema": SCHEMA,
         "signature": _signature(settings, suite, data, prompt_options or {}),
@@ -96,7 +97,7 @@ def contrast(
         "primary": primary_comparison(settings, list(models)),
         "notes": [],
     }
-    if not any(any(statistics.likelihood) for statistics in found.values()):
+    if not with_references:
         results["notes"].append("The data has no references: the likelihood part is skipped.")
     results = finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
     if output_dir is not None:

@@ -1,0 +1,239 @@
+"""Evaluation during training: the same few rows measured again and again, without leaving a trace in the run.
+
+A recipe makes a `ValidationProbe` and hands it to its trainer as a callable, model in, numbers out, so that the
+trainer needs nothing of this room. `learning_warnings` reads what was logged and says what stands in the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlseq.errors import DataError
+from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, matrix, quality_metrics, reward_metrics
+from rlseq.evaluation.measure import ContrastSettings, measure
+from rlseq.scoring import RewardSuite
+from rlseq.types import Prompt
+
+STRATEGIES = ("greedy", "sample")
+LIKELIHOOD = ("nll_per_token", "exact_accuracy")
+TOTAL = "reward"  # the mean total of the optimised rewards; a reward of this name is listed as reward.reward
+STEPS = 10  # logged steps in a row that `learning_warnings` takes for more than chance
+EVALUATIONS = 3
+ZERO_STD_LIMIT = 0.8
+CLIPPED_LIMIT = 0.9
+
+
+class ValidationProbe:
+    """Measures a model on fixed validation rows: `probe(model) -> {"nll_per_token": 0.31, "greedy/wer": 0.32, ...}`.
+
+    Keys (a value that nothing was measured of is NaN):
+
+    * where the rows have references: `nll_per_token` (nats, by teacher forcing) and `exact_accuracy` (mean over rows
+      of the summed probability of the distinct references);
+    * under each strategy S of `greedy` and `sample` (ancestral): `S/reward`, the mean total of the optimised rewards;
+      `S/NAME`, each reward's mean, optimised or only measured; `S/METRIC`, each corpus metric, such as `per` and
+      `wer`; `S/length` (tokens), `S/truncated` (share cut at the limit), `S/logprob` (nats, of a completion), and with
+      references `S/exact_match`. As in a contrast, a reward with the name of one of these is `S/reward.NAME`;
+    * `S/NAME/failed`, the share of completions a reward failed on, only where it did.
+
+    Twice on the same weights gives the same numbers. The state of torch's, NumPy's and Python's random generators
+    and the model's train or eval mode are as before afterwards.
+
+    Args:
+        prompts: the validation rows; `references` among their columns give the likelihood part.
+        tokenizer: the model's.
+        suite: the optimised rewards.
+        eval_suite: rewards that are only measured. One that is also optimised is measured once; another of the same
+            name gets a number (`NAME-2`).
+        max_new_tokens: completions are cut after so many tokens.
+        seed: of the sampling. The draws are fixed, so a row always meets the same noise.
+        samples_per_row: completions a row under `sample`.
+        batch_rows: rows decoded together; changes memory and time only.
+
+    Attributes:
+        metrics: by key, whether higher is better (None: neither). Every call returns these keys.
+        eval_rewards: names of the rewards that are only measured, as they appear in the keys.
+        best: the key to choose a checkpoint by, if nobody names one: the first reward of `eval_suite`, else of
+            `suite`, under greedy decoding; higher is better.
+
+    Raises:
+        RlseqError: no prompts, or a reward asks for a column that is not there.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: Any,
+        suite: RewardSuite,
+        eval_suite: RewardSuite | None = None,
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        samples_per_row: int = 1,
+        batch_rows: int = 256,
+    ):
+        if not prompts:
+            raise DataError("evaluation during training was given no validation rows")
+        self.prompts = list(prompts)
+        self.tokenizer = tokenizer
+        self.settings = ContrastSettings(
+            strategies=STRATEGIES,
+            samples_per_row=samples_per_row,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            batch_rows=batch_rows,
+        )
+        self.suite, names = _together(suite, eval_suite)
+        self.suite.check_columns(["prompt", *self.prompts[0].columns])
+        series = reward_metrics(self.suite)
+        self.eval_rewards = tuple(_key(series[name]) for name in names if name not in suite.names)
+        self.best = f"greedy/{_key(series[[*names, *suite.names][0]])}"
+        references = any(prompt.columns.get("references") for prompt in self.prompts)
+        self._likelihood = {name: LIKELIHOOD_METRICS[name] for name in LIKELIHOOD} if references else {}
+        self._quality = quality_metrics(self.suite, with_references=references)
+        self.metrics: dict[str, bool | None] = {name: m.higher_is_better for name, m in self._likelihood.items()}
+        for strategy in STRATEGIES:
+            self.metrics[f"{strategy}/{TOTAL}"] = True
+            self.metrics |= {f"{strategy}/{_key(name)}": m.higher_is_better for name, m in self._quality.items()}
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        """Measure the model.
+
+        Under several processes every one of them calls this, each measures its share of the rows with its own model
+        (whole and unwrapped: they decode different numbers of tokens), and all get the same numbers.
+
+        Args:
+            model: the causal model, on this process's device.
+
+        Raises:
+            RewardError: a reward failed whose `on_error` is "raise", in every process. Under "abstain" and "floor"
+                failures never end it, however many: they are counted in `S/NAME/failed`.
+        """
+        with _randomness_kept(model):
+            found = measure(model, self.prompts, self.tokenizer, self.suite, self.settings)
+        values = {name: m.aggregate(matrix(found.likelihood, m)) for name, m in self._likelihood.items()}
+        for strategy, rows in found.strategies.items():
+            totals = [s["total"] for s in found.samples if s["strategy"] == strategy and s["total"] is not None]
+            values[f"{strategy}/{TOTAL}"] = sum(totals) / len(totals) if totals else math.nan
+            for name, metric in self._quality.items():
+                values[f"{strategy}/{_key(name)}"] = metric.aggregate(matrix(rows, metric))
+            for reward, name in reward_metrics(self.suite).items():
+                failed = sum(row[f"{reward}:failed"] for row in rows) / sum(row["samples"] for row in rows)
+                if failed:
+                    values[f"{strategy}/{_key(name)}/failed"] = failed
+        return values
+
+
+def learning_warnings(history: Iterable[Mapping[str, Any]], eval_rewards: Iterable[str] = ()) -> list[str]:
+    """What the log says is in the way of learning, each with its cause and what to try.
+
+    Args:
+        history: what was logged, in order (`trainer.state.log_history`, or the records of metrics.jsonl). Evaluations
+            are records with a probe's keys, under `eval_` or bare.
+        eval_rewards: `ValidationProbe.eval_rewards`.
+
+    Returns:
+        Texts that stay the same while their cause does, so that a caller can say each once. None for a shorter log
+        than `STEPS` steps, or `EVALUATIONS` evaluations.
+    """
+    history = list(history)
+    warnings = []
+    if _always_above(history, "frac_reward_zero_std", ZERO_STD_LIMIT):
+        warnings.append(
+            f"In more than {ZERO_STD_LIMIT:.0%} of the groups all samples got the same reward, for {STEPS} logged "
+            "steps in a row (frac_reward_zero_std): such groups have advantage 0 and teach nothing. The reward is too "
+            "coarse, or the prompts are too easy or too hard for this model: try a reward with partial credit, more "
+            "samples a prompt (--num_generations), a higher --temperature, or other prompts."
+        )
+    if _always_above(history, "completions/clipped_ratio", CLIPPED_LIMIT):
+        warnings.append(
+            f"More than {CLIPPED_LIMIT:.0%} of the completions were cut at the length limit, for {STEPS} logged steps "
+            "in a row (completions/clipped_ratio): the model does not end its texts, so rewards judge fragments. Raise "
+            "--max_completion_length, check that training data and tokenizer end a text with a stop token, or teach "
+            "the model to stop by teacher forcing first."
+        )
+    for name in eval_rewards:
+        for strategy in reversed(STRATEGIES):
+            rises = _moves(history, f"{strategy}/{TOTAL}", 1)
+            if rises and _moves(history, f"{strategy}/{name}", -1):
+                warnings.append(
+                    f"Over the last {EVALUATIONS} evaluations the optimised reward rose while {name}, which is only "
+                    f"measured, fell (under {strategy}): the model may be learning to please the reward instead of "
+                    "doing the task. Look at completions that score well (`rlseq show`), mend the reward or add this "
+                    "one to it, hold the policy nearer its start (--beta, --learning_rate), or keep an earlier "
+                    "checkpoint."
+                )
+                break
+    return warnings
+
+
+def _together(suite: RewardSuite, eval_suite: RewardSuite | None) -> tuple[RewardSuite, list[str]]:
+    """One suite of both, which no share of failures stops, and the names that the second's rewards have in it.
+
+    Those that `suite` does not hold already come with weight 0: they leave every total what it was.
+    """
+    rewards, known, names = list(suite.rewards), _decisive(suite), []
+    for reward in eval_suite.rewards if eval_suite is not None else ():
+        name = reward.name
+        if known.get(name) != _decisive(eval_suite)[name]:
+            taken, number = {other.name for other in rewards}, 2
+            while name in taken:
+                name, number = f"{reward.name}-{number}", number + 1
+            rewards.append(reward.renamed(name))
+        names.append(name)
+    weights = [*suite.weights, *[0.0] * (len(rewards) - len(suite.rewards))]
+    return RewardSuite(rewards, weights, max_error_rate=1.0), names
+
+
+def _decisive(suite: RewardSuite) -> dict[str, dict[str, Any]]:
+    """By name, all that decides a reward's values."""
+    return {
+        name: {key: value for key, value in signature.items() if key != "weight"}
+        for name, signature in suite.signature().items()
+    }
+
+
+def _key(name: str) -> str:
+    return f"{TOTAL}.{name}" if name == TOTAL else name
+
+
+@contextlib.contextmanager
+def _randomness_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Put the global random generators back as they were: rewards and models may draw from them."""
+    device = next(model.parameters()).device
+    python, legacy = random.getstate(), np.random.get_state()
+    forked = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
+    with torch.random.fork_rng(**forked):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The finite values logged under a key, or under it after `eval_`, in order."""
+    found = (record.get(key, record.get(f"eval_{key}")) for record in history)
+    return [float(value) for value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _always_above(history: Sequence[Mapping[str, Any]], key: str, limit: float) -> bool:
+    last = [record[key] for record in history if key in record][-STEPS:]
+    return len(last) == STEPS and all(value is not None and value > limit for value in last)
+
+
+def _moves(history: Sequence[Mapping[str, Any]], key: str, direction: int) -> bool:
+    """Whether each of the last evaluations is above (direction 1) or below (−1) the one before it."""
+    last = _series(history, key)[-EVALUATIONS:]
+    return len(last) == EVALUATIONS and all((after - before) * direction > 0 for before, after in pairwise(last))
+
+
+__all__ = ["ValidationProbe", "learning_warnings"]
