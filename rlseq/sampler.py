@@ -78,6 +78,7 @@ def sample(
     stop_ids: Collection[int],
     tokenizer: Any | None = None,
     samples: Sequence[Sequence[int]] | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
     batch_rows: int = 1024,
     progress: Callable[[int], Any] | None = None,
 ) -> list[list[Rollout]]:
@@ -87,12 +88,14 @@ def sample(
         model: any causal transformers model with a standard KV cache; its `generation_config` is not read.
         prompts: P prompts; equal `prompt_ids` share one prefill.
         num_samples: G; strategies that do not draw give 1 only.
-        max_new_tokens: completions are cut after so many tokens (finish_reason "length").
+        max_new_tokens: completions are cut after so many sampled tokens (finish_reason "length").
         strategy: `Greedy` or `Sample` (beam search: `rlseq.search.beam`).
         seed, draw: name the noise. `draw` is the generation round in training, the strategy's index in evaluation.
         stop_ids: ids that end a completion; the one met is part of it.
         tokenizer: decodes `text` and `raw_text`; without one they are empty.
         samples: sample indices a prompt instead of 0..G-1, where a group is spread over processes.
+        prefixes: token ids that each completion of a prompt begins with, one list a prompt. They are part of the
+            completion, with log-prob 0 and `trained_mask` False; noise positions count from the first sampled token.
         batch_rows: rows decoded together; bounds memory, changes no completion.
         progress: called with the number of prompts finished, a batch at a time.
 
@@ -110,18 +113,21 @@ def sample(
     if not strategy.samples and any(len(s) > 1 for s in wanted):
         raise ConfigError(f"{strategy.signature} gives the same completion every time; num_samples must be 1")
 
+    forced = [tuple(prefix) for prefix in prefixes] if prefixes is not None else [()] * len(prompts)
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
     with torch.no_grad(), evaluating(model):
         for batch in _batches(prompts, wanted, batch_rows):
             rows = [(index, s) for index in batch for s in wanted[index]]
             ids, logprobs = _decode(
                 model,
-                [prompts[index].prompt_ids for index, _ in rows],
+                [(*prompts[index].prompt_ids, *forced[index]) for index, _ in rows],
                 stream_keys(seed, draw, [prompts[index].key for index, _ in rows], [s for _, s in rows]),
                 max_new_tokens,
                 strategy,
                 frozenset(stop_ids),
             )
+            ids = [[*forced[index], *sampled] for (index, _), sampled in zip(rows, ids, strict=True)]
+            logprobs = [[0.0] * len(forced[index]) + drawn for (index, _), drawn in zip(rows, logprobs, strict=True)]
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if tokenizer is not None else [""] * len(ids)
             raws = tokenizer.batch_decode(ids, skip_special_tokens=False) if tokenizer is not None else texts
             for (index, s), row_ids, row_logprobs, text, raw in zip(rows, ids, logprobs, texts, raws, strict=True):
@@ -132,7 +138,7 @@ def sample(
                         prompt_key=prompt.key,
                         sample=s,
                         completion_ids=tuple(row_ids),
-                        trained_mask=(True,) * len(row_ids),
+                        trained_mask=tuple(t >= len(forced[index]) for t in range(len(row_ids))),
                         logprobs=tuple(row_logprobs),
                         text=text,
                         raw_text=raw,

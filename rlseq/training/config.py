@@ -6,8 +6,11 @@ TRL's own fields keep TRL's names and meaning. Where a default differs from TRL'
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import trl
@@ -215,9 +218,30 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
 
     disable_dropout: bool = _default(True, "Disable dropout in the model.")
     remove_unused_columns: bool | None = _default(False, "Keep columns: rewards read them.")
+    objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "reference_exact"] = _default(
+        "policy_gradient",
+        "What is optimised: policy_gradient (TRL's losses, see loss_type), minimum_risk, expected_accuracy (exact, "
+        "no rollouts; where references enumerate success), or reference_exact (any reward; the references' share "
+        "exactly). docs/objectives.md explains each.",
+    )
+    advantage_baseline: Literal["mean", "leave_one_out", "greedy", "batch"] = _default(
+        "mean",
+        "What a reward is compared with: its group's mean (GRPO), the group's others (RLOO), the reward of the "
+        "greedy completion (self-critical), or the mean of the batch.",
+    )
     reference_loss_coef: float = _default(
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
     )
+    reference_prefix: int = _default(
+        0, "Rollouts continue from the first so many reference tokens, which are not trained; 0: from the prompt."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
+        None, "Estimator of the KL to the start that beta weighs; default: k3 in the loss, as TRL has it."
+    )
+    minimum_risk_sharpness: float = _default(
+        0.005, "Sharpness α of minimum risk training: samples weigh p^α, renormalised."
+    )
+    minimum_risk_references: bool = _default(False, "Put the references among the samples of minimum risk training.")
     ema_decay: float = _default(
         0.0, "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights."
     )
@@ -231,11 +255,101 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         True, "Draw rollouts by rlseq.sampler (shared prefill, counter-based noise); off: TRL's own generate."
     )
 
+    @property
+    def uses_references(self) -> bool:
+        """Whether the loss needs the references' log-probs."""
+        mixed = self.reference_loss_coef != 0 or self.minimum_risk_references
+        return mixed or self.objective in ("expected_accuracy", "reference_exact")
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether a prompt needs several samples: they are compared with each other."""
+        if self.objective == "policy_gradient":
+            return self.advantage_baseline in ("mean", "leave_one_out")
+        return self.objective == "minimum_risk" and not self.minimum_risk_references
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.objective == "expected_accuracy":
+            self.num_generations = 1  # it draws nothing: a batch is of so many prompts
+        with single_generation(self):
+            super().__post_init__()
         refuse_warped_training(self)
+        check_objective(self)
         if self.start_weight and not self.ema_decay:
             raise ConfigError("start_weight mixes the start into the averaged weights; it needs ema_decay above 0")
+
+
+@contextmanager
+def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
+    """Let TRL check its settings with num_generations 1, which it refuses though not all that it computes needs more.
+
+    While it looks, the whole generation batch passes for one group, which divides it whatever its size.
+    """
+    single = config.num_generations == 1
+    if single:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        steps = config.steps_per_generation or config.gradient_accumulation_steps
+        batch = config.generation_batch_size or config.per_device_train_batch_size * processes * steps
+        if batch < 2:
+            raise ConfigError("one prompt with one sample a step gives nothing to compare; enlarge the batch")
+        config.num_generations = batch
+        config.num_generations_eval = config.num_generations_eval or 1
+    yield
+    if single:
+        config.num_generations = 1
+
+
+def check_objective(config: GRPOConfig) -> None:
+    """Refuse settings of the objective that contradict each other or would be ignored.
+
+    Raises:
+        ConfigError: says which, and what to do.
+    """
+    if config.num_generations < 2 and config.needs_group:
+        what = config.objective if config.objective != "policy_gradient" else f"baseline {config.advantage_baseline!r}"
+        raise ConfigError(
+            f"num_generations is {config.num_generations}, but {what} compares a prompt's samples with each other. "
+            "Give at least 2, or --advantage_baseline greedy or batch, or recipes/ppo.py, whose critic needs one."
+        )
+    if config.kl_estimator == "k1" and config.beta and not getattr(config, "kl_in_reward", False):
+        raise ConfigError(
+            "kl_estimator k1 in the loss has gradient zero on average and regularises nothing. Take k2 or k3, or "
+            "recipes/ppo.py, which puts k1 into the reward."
+        )
+    if config.objective != "policy_gradient":
+        ignored = {
+            "loss_type": config.loss_type != trl.GRPOConfig.loss_type,
+            "importance_sampling_level": config.importance_sampling_level != "token",
+            "advantage_baseline": config.advantage_baseline != "mean",
+            "reference_prefix": config.reference_prefix != 0,
+            "entropy_coef": bool(config.entropy_coef) or config.use_adaptive_entropy,
+            "top_entropy_quantile": config.top_entropy_quantile != 1.0,
+            "use_vllm": config.use_vllm,
+        }
+        given = [name for name, is_set in ignored.items() if is_set]
+        if given:
+            raise ConfigError(f"objective {config.objective} does not use {', '.join(given)}; leave it out.")
+    if not config.minimum_risk_sharpness > 0:
+        raise ConfigError(f"minimum_risk_sharpness is {config.minimum_risk_sharpness}; expected above 0")
+    if config.minimum_risk_references and config.objective != "minimum_risk":
+        raise ConfigError("minimum_risk_references belongs to --objective minimum_risk")
+    if not 0 <= config.reference_prefix < config.max_completion_length:
+        raise ConfigError(
+            f"reference_prefix is {config.reference_prefix}; expected 0 to max_completion_length − 1 "
+            f"({config.max_completion_length - 1}): the completion holds the prefix."
+        )
+    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
+    if by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
+        raise ConfigError("reference_prefix and the greedy baseline are drawn by rlseq's sampler; leave it on.")
+    if config.advantage_baseline != "mean" and config.multi_objective_aggregation != "sum_then_normalize":
+        raise ConfigError("advantage_baseline is of the summed reward; leave out multi_objective_aggregation.")
+    if config.objective == "minimum_risk" and config.per_device_train_batch_size % config.num_generations:
+        size, G = config.per_device_train_batch_size, config.num_generations
+        sizes = [n for n in (size // G * G, (size // G + 1) * G) if n]
+        raise ConfigError(
+            f"minimum_risk needs a prompt's {G} samples in one micro-batch, but per_device_train_batch_size is {size}. "
+            f"With {G} generations, these work: {' or '.join(map(str, sizes))}."
+        )
 
 
 def refuse_warped_training(config: trl.GRPOConfig) -> None:

@@ -1,4 +1,4 @@
-"""GRPO on sampled rollouts: `trl.GRPOTrainer` with rlseq's rollouts, rewards and packed updates at its seams.
+"""Training on sampled rollouts: `trl.GRPOTrainer` with rlseq's rollouts, rewards, objectives and packed updates.
 
 How a step flows (TRL's method, and what happens there):
 
@@ -6,38 +6,42 @@ How a step flows (TRL's method, and what happens there):
       _generate_and_score_completions    keeps the rows; afterwards sets the advantages and logs the rollouts
         _generate_single_turn            rows -> rollouts, by rlseq.sampler
         _calculate_rewards               rollouts -> values, by the reward suite
-    _compute_loss                        TRL's losses, plus the reference loss
+    _compute_loss                        TRL's losses or one of rlseq's objectives, plus the reference loss
       _get_per_token_logps_and_entropies one packed forward a micro-batch, positions explicit
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
 import trl
 from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.models.utils import unwrap_model_for_generation
-from trl.trainer.utils import split_tensor_dict
 
 from rlseq.data import reference_ids
-from rlseq.decoding import Sample
-from rlseq.errors import ConfigError, RewardError, RlseqError
-from rlseq.losses import group_advantages
-from rlseq.packing import PackedBatch, pack, pad, supports_packing, unpack, unpack_padded
-from rlseq.sampler import sample
+from rlseq.errors import ConfigError
+from rlseq.losses import group_advantages, kl_estimate
+from rlseq.packing import supports_packing
 from rlseq.scoring import RewardSuite
 from rlseq.training.checkpoints import FinishedRunMixin
 from rlseq.training.config import GRPOConfig
-from rlseq.types import Prompt, Rollout, ScoredRollout
+from rlseq.training.forward import Ids, Scores, forward, ragged
+from rlseq.training.objectives import (
+    expected_accuracy_loss,
+    minimum_risk_loss,
+    reference_exact_loss,
+    reference_loss,
+)
+from rlseq.training.rollout_log import rollout_records, write_rollouts
+from rlseq.training.rollouts import RolloutMixin
+from rlseq.types import Prompt
 
-T = TypeVar("T")
-MIN_ROW_TOKENS = 128  # short groups share a row of so many tokens, so that little of a batch is padding
+NAN = float("nan")
 ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
 
@@ -48,7 +52,7 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
     )
 
 
-class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
+class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
     """TRL's GRPOTrainer on `Prompt`s, `Rollout`s and a `RewardSuite`.
 
     Args:
@@ -74,12 +78,11 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
-        self._rows: list[dict[str, Any]] = []  # the data set rows of the local generation batch
-        self._rollouts: list[Rollout] | None = None  # drawn by rlseq's sampler; None where TRL generated
-        self._scored: list[ScoredRollout] = []
-        self._totals = torch.empty(0)  # (B,) over all ranks, NaN where every reward abstained
-        self._micro_batch_references: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        self._reference_terms: list[tuple[torch.Tensor, float]] = []
+        self._rows, self._scored, self._rollouts = [], [], None
+        self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
+        self._reference_rewards = {}
+        self._asked_references: dict[Ids, list[Ids]] = {}  # what the next forward scores beside the completions
+        self._scores: Scores | None = None  # what the last forward gave
         args.reward_weights = list(suite.weights)
         super().__init__(
             model,
@@ -97,227 +100,248 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
         self.packs = packs
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
+        self._check_group_rewards()
+        self.add_callback(_RestoreStep(self))
+
+    def _check_group_rewards(self) -> None:
+        args = self.args
+        group_scope = [reward.name for reward in self.suite.rewards if reward.info.scope == "group"]
+        if not group_scope:
+            return
         local_rows = args.per_device_train_batch_size * args.steps_per_generation
-        if local_rows % args.num_generations and any(reward.info.scope == "group" for reward in suite.rewards):
+        if local_rows % args.num_generations:
             raise ConfigError(
-                f"a reward scores whole groups (scope: group), but a process draws {local_rows} completions, no "
-                f"multiple of num_generations ({args.num_generations}): groups would be torn. Make "
+                f"{', '.join(group_scope)} scores whole groups (scope: group), but a process draws {local_rows} "
+                f"completions, no multiple of num_generations ({args.num_generations}): groups would be torn. Make "
                 f"per_device_train_batch_size a multiple of {args.num_generations}."
             )
-        self.add_callback(_RestoreStep(self))
+        alone = args.advantage_baseline == "greedy" or args.objective == "reference_exact"
+        if alone or args.minimum_risk_references:
+            raise ConfigError(
+                f"{', '.join(group_scope)} scores whole groups (scope: group), but a greedy completion or a reference "
+                "is scored by itself. Leave out the reward, or that baseline or objective."
+            )
 
     def _longest(self) -> int:
         return max(len(p.prompt_ids) for p in self.prompts) + self.args.max_completion_length
 
     @property
-    def draw(self) -> int:
-        """The generation round: how often completions have been drawn before."""
-        return self._step // (self.args.steps_per_generation * self.num_iterations)
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
-    # -- rollouts ------------------------------------------------------------------------------------------------
+    @property
+    def _accumulation(self) -> int:
+        return self.current_gradient_accumulation_steps if self.model.training else 1
 
-    def _prepare_inputs(self, generation_batch):
-        # TRL shuffles single rows, which would tear prompts from their samples; groups are shuffled whole, by a
-        # generator of their own, so that no other draw of the run moves.
-        if not self.model.training:
-            return self._generate_and_score_completions(generation_batch)
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
-            if self.args.steps_per_generation > 1:
-                batch = self._shuffle_groups(batch)
-            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-    def _shuffle_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows: dict[int, list[int]] = {}
-        for row, prompt in enumerate(batch["prompt_index"].tolist()):
-            rows.setdefault(prompt, []).append(row)
-        groups = list(rows.values())
-        generator = torch.Generator().manual_seed(hash((self.args.seed, self.draw)) % 2**63)
-        order = [row for g in torch.randperm(len(groups), generator=generator).tolist() for row in groups[g]]
-        return {key: value[order] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        by_trl = self.use_vllm or self.use_transformers_continuous_batching or not self.args.rlseq_sampler
-        if by_trl or self.tools or images is not None:
-            self._rollouts = None
-            return super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        # A group may straddle ranks: the sample index follows from the row's place in the global batch.
-        first = self.accelerator.process_index * len(self._rows)
-        places: dict[int, list[int]] = {}  # prompt index -> local rows
-        for i, row in enumerate(self._rows):
-            places.setdefault(row["index"], []).append(i)
-        prompts = [self.prompts[index] for index in places]
-        samples = [[(first + i) % num_generations for i in rows] for rows in places.values()]
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            groups = sample(
-                model,
-                prompts,
-                num_samples=num_generations,
-                samples=samples,
-                max_new_tokens=self.max_completion_length,
-                strategy=Sample(temperature=self.temperature),
-                seed=self.args.seed,
-                draw=self.draw,
-                stop_ids=self.eos_token_ids,
-                tokenizer=self.processing_class,
-            )
-        rollouts: list[Any] = [None] * len(self._rows)
-        for rows, group in zip(places.values(), groups, strict=True):
-            for i, rollout in zip(rows, group, strict=True):
-                rollouts[i] = rollout
-        self._rollouts = rollouts
-        return [list(r.completion_ids) for r in rollouts], [list(r.logprobs) for r in rollouts]
+    # -- advantages ----------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
+        prompt_index = torch.tensor([row["index"] for row in inputs], device=self.accelerator.device)
+        if self.args.objective == "expected_accuracy":
+            return {"prompt_index": prompt_index}  # exact: nothing is drawn
         self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
-        mode = "train" if self.model.training else "eval"
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        groups = self._totals.view(-1, num_generations)  # (P, G), all ranks
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            advantages = group_advantages(groups, scale=ADVANTAGE_SCALES[self.scale_rewards]).flatten()
-            first = self.accelerator.process_index * len(inputs)
-            output["advantages"] = advantages[first : first + len(inputs)].to(output["advantages"])
-            self._logs["advantages"].clear()
-            self._logs["advantages"].extend(advantages.tolist())
-            present = self._totals[~self._totals.isnan()]
-            spread = torch.where(groups.isnan(), float("-inf"), groups).amax(1) - torch.where(
-                groups.isnan(), float("inf"), groups
-            ).amin(1)
-            metrics = self._metrics[mode]
-            metrics["reward"][-1] = present.mean().item() if len(present) else float("nan")
-            metrics["reward_std"][-1] = present.std().item() if len(present) > 1 else 0.0
-            metrics["frac_reward_zero_std"][-1] = (spread <= 0).float().mean().item()
+        output["prompt_index"] = prompt_index
         if "old_per_token_logps" in output and self._rollouts is not None and self.model.dtype == torch.float32:
             # The sampler recorded them as it drew: the same numbers as a fresh forward, to rounding.
             output["old_per_token_logps"] = output["sampling_per_token_logps"]
-        output["prompt_index"] = torch.tensor([row["index"] for row in inputs], device=self.accelerator.device)
-        if mode == "train":
-            self._write_rollouts(output["advantages"].tolist())
+        if self.args.reference_prefix:
+            self._leave_out_prefixes(output)
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            self._set_advantages(output)
+        self._add_objective_inputs(output)
+        if self._mode == "train" and self.rollouts_dir is not None:
+            self._log_rollouts(output["advantages"])
         return output
 
-    # -- rewards -------------------------------------------------------------------------------------------------
+    def _set_advantages(self, output: dict[str, Tensor]) -> None:
+        """Advantages of the total that is optimised, in place of TRL's, which count an abstention as zero."""
+        groups = self._groups()
+        baseline = self.args.advantage_baseline
+        present = self._totals[~self._totals.isnan()]
+        if baseline == "greedy":
+            baseline = self._greedy_totals.view(groups.shape)[:, 0]
+        elif baseline == "batch":
+            baseline = (present.mean() if len(present) else self._totals.new_tensor(NAN)).expand(len(groups))
+        scale = ADVANTAGE_SCALES[self.scale_rewards]
+        advantages = group_advantages(groups, baseline=baseline, scale=scale).flatten()
+        output["advantages"] = self._local(advantages).to(output["advantages"])
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(advantages.tolist())
+        spread = torch.where(groups.isnan(), -torch.inf, groups).amax(1) - torch.where(
+            groups.isnan(), torch.inf, groups
+        ).amin(1)
+        metrics = self._metrics[self._mode]
+        metrics["reward"][-1] = present.mean().item() if len(present) else NAN
+        metrics["reward_std"][-1] = present.std().item() if len(present) > 1 else 0.0
+        metrics["frac_reward_zero_std"][-1] = (spread <= 0).float().mean().item()
+        if self._greedy_totals is not None:
+            metrics["greedy_reward"].append(self._greedy_totals.nanmean().item())
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rollouts = self._rollouts or self._as_rollouts(inputs, completions, completion_ids_list)
-        names = {name for row in inputs for name in self.prompts[row["index"]].columns}
-        columns = {name: [self.prompts[row["index"]].columns.get(name) for row in inputs] for name in sorted(names)}
-        columns["prompt"] = prompts
-        table = self._agree(lambda: self.suite.score(rollouts, columns, context=_RewardContext(self)))
-        self._scored = table.scored
-        device = self.accelerator.device
-        values = torch.tensor(
-            [[float("nan") if v is None else v for v in s.values.values()] for s in table.scored], device=device
-        )  # (B, F), local
-        totals = torch.tensor([float("nan") if t is None else t for t in table.totals], device=device)
-        for name, counts in table.failure_counts.items():
-            for kind, count in counts.items():
-                total = self.accelerator.reduce(torch.tensor(float(count), device=device)).item()
-                if total or kind == "error":
-                    self._metrics["train" if self.model.training else "eval"][f"rewards/{name}/{kind}"].append(total)
-        self._totals = self.accelerator.gather(totals)
-        return self.accelerator.gather(values)
+    def _groups(self) -> Tensor:
+        """Totals of all ranks as groups, (P, G)."""
+        return self._totals.view(-1, self.num_generations if self.model.training else self.num_generations_eval)
 
-    def _agree(self, act: Callable[[], T]) -> T:
-        """Do something that may fail on one rank; if it did on any, every rank raises that error."""
-        result, error = None, None
-        try:
-            result = act()
-        except RlseqError as raised:
-            error = raised
-        messages = [m for m in gather_object([None if error is None else str(error)]) if m is not None]
-        if messages:
-            raise error if error is not None else RewardError(messages[0])
-        return result
+    def _local(self, over_all_ranks: Tensor) -> Tensor:
+        """This process's rows of a tensor of all ranks' rows."""
+        first = self.accelerator.process_index * len(self._rows)
+        return over_all_ranks[first : first + len(self._rows)]
 
-    def _as_rollouts(self, inputs, completions, completion_ids_list) -> list[Rollout]:
-        """Give what TRL's own paths generated (vLLM, continuous batching, tools) the shape of rollouts."""
-        first = self.accelerator.process_index * len(inputs)
-        raw = self.processing_class.batch_decode(completion_ids_list, skip_special_tokens=False)
-        rollouts = []
-        for i, (row, completion, ids) in enumerate(zip(inputs, completions, completion_ids_list, strict=True)):
-            chat = not isinstance(completion, str)
-            rollouts.append(
-                Rollout(
-                    prompt_key=self.prompts[row["index"]].key,
-                    sample=(first + i) % self.num_generations,
-                    completion_ids=tuple(ids),
-                    trained_mask=(True,) * len(ids),
-                    logprobs=(),
-                    text=str(completion[-1]["content"]) if chat else completion,
-                    raw_text=raw[i],
-                    messages=tuple(completion) if chat else None,
-                    finish_reason="stop" if ids and ids[-1] in self.eos_token_ids else "length",
-                    strategy=Sample(temperature=self.temperature).signature,
-                )
-            )
-        return rollouts
+    def _leave_out_prefixes(self, output: dict[str, Tensor]) -> None:
+        """Train sampled tokens only: TRL's mask of tokens the model did not choose hides the forced ones."""
+        trained = torch.ones_like(output["completion_mask"])
+        for row, rollout in enumerate(self._rollouts):
+            trained[row, : len(rollout.trained_mask)] = torch.tensor(rollout.trained_mask, device=trained.device).long()
+        output["tool_mask"] = trained
+        counted = (output["completion_mask"] * trained).sum()
+        output["num_items_in_batch"] = self.accelerator.gather(counted).sum()
 
-    def _write_rollouts(self, advantages: list[float]) -> None:
-        if self.rollouts_dir is None:
+    def _add_objective_inputs(self, output: dict[str, Tensor]) -> None:
+        """What rlseq's objectives read, as one entry a row, so that it survives the shuffle and the split."""
+        if self.args.objective == "policy_gradient":
             return
+        output["totals"] = self._local(self._totals)
+        if self.args.objective != "reference_exact":
+            return
+        known = [set(self._references_of(self.prompts[row["index"]])) for row in self._rows]
+        is_reference = torch.tensor(
+            [one.rollout.completion_ids in ids for one, ids in zip(self._scored, known, strict=True)],
+            device=self._totals.device,
+        )
+        rest = ~self.accelerator.gather(is_reference) & ~self._totals.isnan()  # (B,), all ranks
+        shape = self._groups().shape
+        sums = torch.where(rest, self._totals, 0.0).view(shape).sum(1)  # (P,)
+        counts = rest.view(shape).sum(1)
+        others = (sums.sum() - sums) / (counts.sum() - counts).clamp(min=1)  # of the other prompts' rollouts
+        output["is_reference"] = is_reference
+        output["num_rest"] = self._local(counts.repeat_interleave(shape[1]))
+        output["rest_reward"] = self._local(others.repeat_interleave(shape[1]))
+        self._metrics[self._mode]["frac_reference"].append(1 - rest.float().mean().item())
+
+    def _log_rollouts(self, advantages: Tensor) -> None:
+        per_row = advantages if advantages.ndim == 1 else advantages.sum(1) / (advantages != 0).sum(1).clamp(min=1)
         step = self.state.global_step + 1  # the first step they train
-        records = [
-            {
-                "step": step,
-                "prompt_key": scored.rollout.prompt_key,
-                "sample": scored.rollout.sample,
-                "prompt": self.prompts[row["index"]].messages_or_text,
-                "references": self.prompts[row["index"]].columns.get("references", []),
-                "completion": scored.rollout.text,
-                "values": dict(scored.values),
-                "status": dict(scored.status),
-                "total": scored.total,
-                "advantage": advantage,
-                "logprob": scored.rollout.logprob if scored.rollout.logprobs else None,
-                "length": len(scored.rollout.completion_ids),
-                "finish_reason": scored.rollout.finish_reason,
-            }
-            for row, scored, advantage in zip(self._rows, self._scored, advantages, strict=True)
-        ]
-        everything = gather_object(records)
+        prompts = [self.prompts[row["index"]] for row in self._rows]
+        records = gather_object(rollout_records(step, prompts, self._scored, per_row.tolist()))
         if self.accelerator.is_main_process:
-            self.rollouts_dir.mkdir(parents=True, exist_ok=True)
-            path = self.rollouts_dir / f"{step:06d}.jsonl"
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in everything), encoding="utf-8")
-            partial.replace(path)  # whole or not at all
+            write_rollouts(self.rollouts_dir, step, records)
 
     # -- update --------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        coefficient = self.args.reference_loss_coef
         rows = inputs["prompt_index"].tolist()
-        self._reference_terms = []
-        self._micro_batch_references = (
-            {self.prompts[i].prompt_ids: self._references_of(self.prompts[i]) for i in set(rows)} if coefficient else {}
-        )
-        loss = super()._compute_loss(model, inputs)
-        if coefficient:
+        self._asked_references = self._references_by_ids(rows) if self.args.uses_references else {}
+        if self.args.objective == "policy_gradient":
+            loss = self._policy_gradient(model, inputs)
+        else:
+            loss = self._own_objective(model, inputs, rows) / self._accumulation
+        references = self._scores.references if self._scores is not None else None
+        if self.args.reference_loss_coef:
             # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
-            nll = [weight * -logprobs.mean() for logprobs, weight in self._reference_terms]
-            reference_loss = torch.stack(nll).sum() / len(rows) if nll else loss.new_zeros(())
-            mode = "train" if self.model.training else "eval"
-            accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
-            loss = loss + coefficient * reference_loss / accumulation
-            mean = self.accelerator.gather(reference_loss.detach()).mean().item()
-            self._metrics[mode]["reference_nll"].append(mean)
-        self._micro_batch_references, self._reference_terms = {}, []
+            nll = reference_loss(references)
+            nll = loss.new_zeros(()) if nll is None else nll / len(rows)
+            loss = loss + self.args.reference_loss_coef * nll / self._accumulation
+            self._log_mean("reference_nll", nll)
+        self._asked_references, self._scores = {}, None
         return loss
 
-    def _references_of(self, prompt: Prompt) -> list[tuple[int, ...]]:
-        return reference_ids(prompt, self.processing_class, self.eos_token_ids)
+    def _policy_gradient(self, model, inputs) -> Tensor:
+        """TRL's losses; the KL to the start in another estimator than TRL's k3 is added to them."""
+        if self.args.kl_estimator in (None, "k3") or not self.beta:
+            return super()._compute_loss(model, inputs)
+        beta, self.beta = self.beta, 0.0
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+        return loss + self._kl_loss(inputs)
+
+    def _kl_loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """β times the estimated KL to the start: its mean over the tokens of the whole step."""
+        kl = kl_estimate(self._scores.logprobs, inputs["ref_per_token_logps"], kind=self.args.kl_estimator or "k3")
+        mask = self._mask(inputs)
+        self._log_masked_mean("kl", kl, mask)
+        return self.beta * self._step_mean(kl, mask, inputs)
+
+    @staticmethod
+    def _mask(inputs: Mapping[str, Tensor]) -> Tensor:
+        """The trained tokens of a micro-batch, (B, T) bool."""
+        mask = inputs["completion_mask"]
+        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+    def _step_mean(self, x_BT: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """This micro-batch's part of the mean over all counted tokens of the optimizer step, on all ranks."""
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes  # of the whole round
+        if self.model.training:
+            tokens = tokens * self._accumulation / self.args.steps_per_generation
+        return torch.where(mask, x_BT, 0.0).sum() / tokens
+
+    def _own_objective(self, model, inputs, rows: list[int]) -> Tensor:
+        """rlseq's objectives: the mean over the micro-batch's rows."""
+        args, G = self.args, self.num_generations
+        prompts = [self.prompts[i].prompt_ids for i in rows]
+        if args.objective == "expected_accuracy":
+            self._scores = self._forward(model, prompts, None, 0)
+            if not self._scores.references.logprobs:
+                raise ConfigError("objective expected_accuracy needs references, and this batch has none")
+            loss, P = expected_accuracy_loss(self._scores.references)
+            self._log_mean("exact_accuracy", P.mean())
+            return loss / len(rows)
+        ids, mask = inputs["completion_ids"], self._mask(inputs)
+        lengths = inputs["completion_mask"].sum(1).tolist()
+        completions = [tuple(x[:n]) for x, n in zip(ids.tolist(), lengths, strict=True)]
+        self._scores = scores = self._forward(model, prompts, completions, ids.shape[1])
+        rewards = {self.prompts[i].prompt_ids: self._rewards_of_references(i) for i in rows if self._asked_references}
+        if args.objective == "minimum_risk":
+            loss = minimum_risk_loss(
+                scores,
+                inputs["totals"],
+                prompts,
+                completions,
+                mask,
+                num_generations=G,
+                sharpness=args.minimum_risk_sharpness,
+                reference_ids=self._asked_references if args.minimum_risk_references else {},
+                reference_rewards=rewards,
+            )
+        else:
+            loss, P = reference_exact_loss(
+                scores,
+                inputs,
+                prompts,
+                mask,
+                num_generations=G,
+                clip_low=self.epsilon_low,
+                clip_high=self.epsilon_high,
+                reference_rewards=rewards,
+            )
+            self._log_mean("exact_accuracy", P.mean())
+        self._log_masked_mean("entropy", scores.entropies, mask)
+        loss = loss / len(rows)
+        return loss + self._kl_loss(inputs) * self._accumulation if self.beta else loss
+
+    def _log_mean(self, name: str, value: Tensor) -> None:
+        self._metrics[self._mode][name].append(self.accelerator.gather(value.detach()).mean().item())
+
+    def _log_masked_mean(self, name: str, x_BT: Tensor, mask: Tensor) -> None:
+        sums = torch.stack([torch.where(mask, x_BT.detach(), 0.0).sum(), mask.sum().to(x_BT.dtype)])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics[self._mode][name].append(total / max(count, 1.0))
+
+    # -- references ----------------------------------------------------------------------------------------------
+
+    def _references_of(self, prompt: Prompt) -> list[Ids]:
+        found = reference_ids(prompt, self.processing_class, self.eos_token_ids)
+        # One longer than a completion may be cannot be sampled; likelihood alone can still be taught it.
+        return found if self.args.objective == "policy_gradient" else [x for x in found if self._fits(x)]
+
+    def _fits(self, completion: Ids) -> bool:
+        return len(completion) <= self.max_completion_length
+
+    def _references_by_ids(self, rows: list[int]) -> dict[Ids, list[Ids]]:
+        return {self.prompts[i].prompt_ids: self._references_of(self.prompts[i]) for i in dict.fromkeys(rows)}
+
+    # -- forward -------------------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -341,64 +365,31 @@ class GRPOTrainer(FinishedRunMixin, trl.GRPOTrainer):
                 compute_aux_loss,
                 **multimodal,
             )
-        prompts, completions = _ragged(input_ids, attention_mask, logits_to_keep)
+        prompts, completions = ragged(input_ids, attention_mask, logits_to_keep)
         chunk = batch_size or len(prompts)
         parts = [
-            self._score_packed(model, prompts[i : i + chunk], completions[i : i + chunk], logits_to_keep)
+            self._forward(model, prompts[i : i + chunk], completions[i : i + chunk], logits_to_keep)
             for i in range(0, len(prompts), chunk)
         ]
-        logps = torch.cat([logps for logps, _ in parts])
-        entropies = torch.cat([entropies for _, entropies in parts])
-        return logps, entropies if compute_entropy else None, None
+        self._scores = parts[-1]
+        logps = torch.cat([part.logprobs for part in parts])
+        entropies = torch.cat([part.entropies for part in parts]) if compute_entropy else None
+        return logps, entropies, None
 
-    def _score_packed(self, model, prompts, completions, width):
-        """One wrapped forward: log-probs and entropies (B, T) of completions, and of the micro-batch's references."""
-        rows_of: dict[tuple[int, ...], list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            rows_of.setdefault(prompt, []).append(row)
-        groups = []
-        place_of = [0] * len(prompts)  # row -> place among the flattened groups' completions
-        references: list[tuple[int, float]] = []  # (place, weight: rows it stands for, shared among the references)
-        place = 0
-        for prompt, rows in rows_of.items():
-            extra = self._micro_batch_references.get(prompt, [])
-            groups.append((prompt, [completions[row] for row in rows] + extra))
-            for row in rows:
-                place_of[row] = place
-                place += 1
-            references += [(place + i, len(rows) / len(extra)) for i in range(len(extra))]
-            place += len(extra)
-        batch = self._collate(groups)
+    def _forward(self, model, prompts: list[Ids], completions: list[Ids] | None, width: int, **more: Any) -> Scores:
         with self.accelerator.autocast():
-            outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True)
-        longest = max(width, *batch.lengths)
-        select = torch.tensor(place_of, device=batch.labels.device)
-        logps = unpack_padded(outputs.log_probs, batch, longest)[select, :width]
-        entropies = unpack_padded(outputs.entropy, batch, longest)[select, :width]
-        if references:
-            sequences = unpack(outputs.log_probs, batch)
-            self._reference_terms = [(sequences[i], weight) for i, weight in references]
-        return logps, entropies
-
-    def _collate(self, groups) -> PackedBatch:
-        """The one place where a training batch is laid out: packed, or padded for models that packing cannot serve."""
-        device, pad_id = self.accelerator.device, self.processing_class.pad_token_id
-        if self.packs:
-            longest = max(len(prompt) + sum(len(c) + 1 for c in completions) for prompt, completions in groups)
-            return pack(
-                groups, pad_id=pad_id, device=device, dtype=self.model.dtype, row_tokens=max(longest, MIN_ROW_TOKENS)
+            return forward(
+                model,
+                prompts,
+                completions,
+                width,
+                references=self._asked_references,
+                packs=self.packs,
+                pad_id=self.processing_class.pad_token_id,
+                dtype=self.model.dtype,
+                device=self.accelerator.device,
+                **more,
             )
-        flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
-        return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
-
-
-class _RewardContext:
-    """What TRL's batch form of a reward may ask the trainer for."""
-
-    def __init__(self, trainer: GRPOTrainer):
-        self.trainer_state = trainer.state
-        self.log_extra = trainer._log_completion_extra
-        self.log_metric = trainer._log_metric
 
 
 class _RestoreStep(TrainerCallback):
@@ -419,15 +410,3 @@ def _name_only(name: str):
 
     stand_in.__name__ = name
     return stand_in
-
-
-def _ragged(input_ids, attention_mask, width) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Undo TRL's padding: prompts (left-padded) and the last `width` columns (right-padded) as tuples of ids."""
-    lengths = attention_mask[:, -width:].sum(1).tolist() if width else [0] * len(input_ids)
-    prompt_lengths = (attention_mask.sum(1) - torch.tensor(lengths, device=attention_mask.device)).tolist()
-    prompts, completions = [], []
-    for row, prompt_length, length in zip(input_ids.tolist(), prompt_lengths, lengths, strict=True):
-        split = len(row) - width
-        prompts.append(tuple(row[split - prompt_length : split]))
-        completions.append(tuple(row[split : split + length]))
-    return prompts, completions

@@ -1,0 +1,148 @@
+"""One wrapped forward of a micro-batch: completions, and the references of their prompts, in one packed batch.
+
+Several forwards a micro-batch would hang distributed training where ranks make unequal numbers of them, so all
+that a loss needs (log-probs, entropies, a critic's values, the references' log-probs) comes from this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rlseq.packing import PackedBatch, pack, pad, unpack, unpack_padded
+
+Ids = tuple[int, ...]
+
+MIN_ROW_TOKENS = 128  # short groups share a row of so many tokens, so that little of a batch is padding
+
+
+@dataclass
+class References:
+    """The N references of a micro-batch's U distinct prompts.
+
+    Attributes:
+        rows: of each prompt, how many of the micro-batch's rows it stands for.
+        prompts: the U prompts' ids.
+        prompt_of: which prompt each reference belongs to.
+        logprobs: of each reference, the log-probs of its tokens, (T_n,) nats.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    prompts: list[Ids] = field(default_factory=list)
+    prompt_of: list[int] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def sequence_logprobs(self) -> Tensor:
+        """Log-prob of each reference, (N,) nats."""
+        return torch.stack([x.sum() for x in self.logprobs])
+
+
+@dataclass
+class Scores:
+    """What the forward says of a micro-batch of B rows, right-padded to T.
+
+    Attributes:
+        logprobs, entropies: (B, T) nats, of the distribution sampled from.
+        values: (B, T), the critic's value of the state before each token; None without a critic.
+        last_values: (B,), the value of the state after the last token; None without a critic.
+        references: those of the rows' prompts, where they were asked for.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor | None = None
+    last_values: Tensor | None = None
+    references: References = field(default_factory=References)
+
+
+def forward(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids] | None,
+    width: int,
+    *,
+    references: Mapping[Ids, Sequence[Ids]] | None = None,
+    packs: bool,
+    pad_id: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    values: bool = False,
+) -> Scores:
+    """Score a micro-batch: B rows, and the references of their prompts, by one call of `model`.
+
+    Args:
+        model: takes `labels` and `fused_lm_head` as TRL's fused head does; with `values`, also `return_values`.
+        prompts: B prompts' ids; equal ones are computed once where `packs`.
+        completions: B completions' ids; None: only the references are scored.
+        width: T of the result; no completion is longer.
+        references: references by prompt ids; None: none.
+        packs: whether the model can be given packed rows (`rlseq.packing.supports_packing`).
+        pad_id, dtype, device: of the batch; the model's own.
+        values: whether the critic is asked too.
+    """
+    rows_of: dict[Ids, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(prompt, []).append(row)
+    groups: list[tuple[Ids, list[Ids]]] = []
+    place_of = [0] * len(prompts)  # row -> place among the flattened groups' completions
+    found, places = References(), []  # places: of the references
+    place = 0
+    for number, (prompt, rows) in enumerate(rows_of.items()):
+        mine = [] if completions is None else [completions[row] for row in rows]
+        extra = list(references.get(prompt, ())) if references else []
+        groups.append((prompt, mine + extra))
+        if mine:
+            for row in rows:
+                place_of[row] = place
+                place += 1
+        found.rows.append(len(rows))
+        found.prompts.append(prompt)
+        found.prompt_of += [number] * len(extra)
+        places += range(place, place + len(extra))
+        place += len(extra)
+    batch = _collate(groups, packs=packs, pad_id=pad_id, dtype=dtype, device=device)
+    more = {"return_values": True} if values else {}
+    outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True, **more)
+    if places:
+        sequences = unpack(outputs.log_probs, batch)
+        found.logprobs = [sequences[i] for i in places]
+    if completions is None:
+        empty = outputs.log_probs.new_zeros(len(prompts), 0)
+        return Scores(empty, empty, references=found)
+    select = torch.tensor(place_of, device=device)
+    longest = max(width, *batch.lengths) if batch.lengths else width
+
+    def rows_by_tokens(per_token: Tensor) -> Tensor:
+        return unpack_padded(per_token, batch, longest)[select, :width]  # (B, T)
+
+    scores = Scores(rows_by_tokens(outputs.log_probs), rows_by_tokens(outputs.entropy), references=found)
+    if values:
+        scores.values = rows_by_tokens(outputs.values[:, :-1])  # column t-1: the state before token t
+        after = [x[-1] if len(x) else x.sum() for x in unpack(outputs.values, batch, shifted=False)]
+        scores.last_values = torch.stack(after)[select]
+    return scores
+
+
+def _collate(groups, *, packs: bool, pad_id: int, dtype: torch.dtype, device: torch.device) -> PackedBatch:
+    """The one place where a training batch is laid out: packed, or padded for models that packing cannot serve."""
+    if packs:
+        longest = max(len(prompt) + sum(len(c) + 1 for c in completions) for prompt, completions in groups)
+        return pack(groups, pad_id=pad_id, device=device, dtype=dtype, row_tokens=max(longest, MIN_ROW_TOKENS))
+    flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
+    return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
+
+
+def ragged(input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[list[Ids], list[Ids]]:
+    """Undo TRL's padding: prompts (left-padded) and the last `width` columns (right-padded) as tuples of ids."""
+    lengths = attention_mask[:, -width:].sum(1).tolist() if width else [0] * len(input_ids)
+    prompt_lengths = (attention_mask.sum(1) - torch.tensor(lengths, device=attention_mask.device)).tolist()
+    prompts, completions = [], []
+    for row, prompt_length, length in zip(input_ids.tolist(), prompt_lengths, lengths, strict=True):
+        split = len(row) - width
+        prompts.append(tuple(row[split - prompt_length : split]))
+        completions.append(tuple(row[split : split + length]))
+    return prompts, completions

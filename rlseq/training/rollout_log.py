@@ -1,0 +1,50 @@
+"""Every rollout on disk: one file a generation round, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.types import Prompt, ScoredRollout
+
+
+def rollout_records(
+    step: int, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], advantages: Sequence[float]
+) -> list[dict[str, Any]]:
+    """One record a rollout: what was asked, what came back, and what it earned.
+
+    Args:
+        step: the first optimizer step that trains on them.
+        prompts: the prompt of each rollout.
+        scored: the rollouts with their values.
+        advantages: of each rollout; of one with an advantage a token, their mean.
+    """
+    return [
+        {
+            "step": step,
+            "prompt_key": one.rollout.prompt_key,
+            "sample": one.rollout.sample,
+            "prompt": prompt.messages_or_text,
+            "references": prompt.columns.get("references", []),
+            "completion": one.rollout.text,
+            "values": dict(one.values),
+            "status": dict(one.status),
+            "total": one.total,
+            "advantage": advantage,
+            "logprob": one.rollout.logprob if one.rollout.logprobs else None,
+            "length": len(one.rollout.completion_ids),
+            "finish_reason": one.rollout.finish_reason,
+        }
+        for prompt, one, advantage in zip(prompts, scored, advantages, strict=True)
+    ]
+
+
+def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
+    """Write the records of a generation round to `folder`/STEP.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{step:06d}.jsonl"
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,237 @@
+"""Rollouts at TRL's seams: rows of the data set -> rollouts -> values and a total a rollout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import trl
+from accelerate.utils import gather_object
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import split_tensor_dict
+
+from rlseq.data import reference_ids
+from rlseq.decoding import Greedy, Sample
+from rlseq.errors import RewardError, RlseqError
+from rlseq.sampler import sample
+from rlseq.scoring import RewardSuite
+from rlseq.training.forward import Ids
+from rlseq.types import Prompt, Rollout, ScoredRollout
+
+T = TypeVar("T")
+NAN = float("nan")
+
+
+class RolloutMixin(trl.GRPOTrainer):
+    """The half of the trainer that draws completions and scores them; `GRPOTrainer` has the half that learns.
+
+    Attributes:
+        prompts, suite: what is continued, and what scores it.
+    """
+
+    prompts: list[Prompt]
+    suite: RewardSuite
+    _rows: list[dict[str, Any]]  # the data set rows of the local generation batch
+    _rollouts: list[Rollout] | None  # drawn by rlseq's sampler; None where TRL generated
+    _scored: list[ScoredRollout]
+    _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
+    _greedy_totals: torch.Tensor | None  # (B,) over all ranks, NaN where every reward abstained
+    _totals: torch.Tensor  # (B,) over all ranks, NaN where every reward abstained
+    _reference_rewards: dict[int, list[float]]  # prompt index -> reward of each reference, NaN where abstained
+
+    @property
+    def draw(self) -> int:
+        """The generation round: how often completions have been drawn before."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    def _prepare_inputs(self, generation_batch):
+        # TRL shuffles single rows, which would tear prompts from their samples; groups are shuffled whole, by a
+        # generator of their own, so that no other draw of the run moves.
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            if self.args.steps_per_generation > 1:
+                batch = self._shuffle_groups(batch)
+            self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _shuffle_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows: dict[int, list[int]] = {}
+        for row, prompt in enumerate(batch["prompt_index"].tolist()):
+            rows.setdefault(prompt, []).append(row)
+        groups = list(rows.values())
+        generator = torch.Generator().manual_seed(hash((self.args.seed, self.draw)) % 2**63)
+        order = [row for g in torch.randperm(len(groups), generator=generator).tolist() for row in groups[g]]
+        return {key: value[order] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        by_trl = self.use_vllm or self.use_transformers_continuous_batching or not self.args.rlseq_sampler
+        if by_trl or self.tools or images is not None:
+            self._rollouts = None
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        # A group may straddle ranks: the sample index follows from the row's place in the global batch.
+        first = self.accelerator.process_index * len(self._rows)
+        starts = [self._prefix(row["index"], (first + i) % num_generations) for i, row in enumerate(self._rows)]
+        places: dict[tuple[int, Ids], list[int]] = {}  # (prompt index, forced prefix) -> local rows
+        for i, row in enumerate(self._rows):
+            places.setdefault((row["index"], starts[i]), []).append(i)
+        common = {"stop_ids": self.eos_token_ids, "tokenizer": self.processing_class, "seed": self.args.seed}
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            groups = sample(
+                model,
+                [self.prompts[index] for index, _ in places],
+                num_samples=num_generations,
+                samples=[[(first + i) % num_generations for i in rows] for rows in places.values()],
+                prefixes=[prefix for _, prefix in places],
+                max_new_tokens=self.max_completion_length - self.args.reference_prefix,
+                strategy=Sample(temperature=self.temperature),
+                draw=self.draw,
+                **common,
+            )
+            self._greedy = {}
+            if self.args.advantage_baseline == "greedy":
+                indices = list(dict.fromkeys(row["index"] for row in self._rows))
+                prompts = [self.prompts[index] for index in indices]
+                limit = self.max_completion_length
+                greedy = sample(model, prompts, num_samples=1, max_new_tokens=limit, strategy=Greedy(), **common)
+                self._greedy = {index: one for index, (one,) in zip(indices, greedy, strict=True)}
+        rollouts: list[Any] = [None] * len(self._rows)
+        for rows, group in zip(places.values(), groups, strict=True):
+            for i, rollout in zip(rows, group, strict=True):
+                rollouts[i] = rollout
+        self._rollouts = rollouts
+        return [list(r.completion_ids) for r in rollouts], [list(r.logprobs) for r in rollouts]
+
+    def _prefix(self, index: int, sample_index: int) -> Ids:
+        """The reference tokens that a sample continues from; a prompt's samples take its references in turn."""
+        if not self.args.reference_prefix:
+            return ()
+        references = reference_ids(self.prompts[index], self.processing_class, self.eos_token_ids)
+        if not references:
+            return ()
+        reference = references[sample_index % len(references)]
+        return reference[: min(self.args.reference_prefix, len(reference) - 1)]  # a token at least is sampled
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rollouts = self._rollouts or self._as_rollouts(inputs, completions, completion_ids_list)
+        indices = [row["index"] for row in inputs]
+        columns = self._columns(indices) | {"prompt": prompts}
+        self._reference_rewards = {}
+
+        def score():
+            table = self.suite.score(rollouts, columns, context=_RewardContext(self))
+            greedy = self._score_alone(list(self._greedy.items()))
+            if self.args.objective == "reference_exact" or self.args.minimum_risk_references:
+                for index in dict.fromkeys(indices):
+                    self._rewards_of_references(index)
+            return table, greedy
+
+        table, greedy = self._agree(score)
+        self._scored = table.scored
+        device = self.accelerator.device
+        values = torch.tensor(
+            [[NAN if v is None else v for v in s.values.values()] for s in table.scored], device=device
+        )  # (B, F), local
+        totals = torch.tensor([NAN if t is None else t for t in table.totals], device=device)
+        for name, counts in table.failure_counts.items():
+            for kind, count in counts.items():
+                total = self.accelerator.reduce(torch.tensor(float(count), device=device)).item()
+                if total or kind == "error":
+                    self._metrics["train" if self.model.training else "eval"][f"rewards/{name}/{kind}"].append(total)
+        self._totals = self.accelerator.gather(totals)
+        self._greedy_totals = None
+        if self._greedy:
+            of_prompt = dict(zip(self._greedy, greedy, strict=True))
+            self._greedy_totals = self.accelerator.gather(
+                torch.tensor([of_prompt[index] for index in indices], device=device)
+            )
+        return self.accelerator.gather(values)
+
+    def _columns(self, indices: Sequence[int]) -> dict[str, list[Any]]:
+        names = sorted({name for index in indices for name in self.prompts[index].columns})
+        return {name: [self.prompts[index].columns.get(name) for index in indices] for name in names}
+
+    def _score_alone(self, rollouts: Sequence[tuple[int, Rollout]]) -> list[float]:
+        """Totals of completions beside the groups, (prompt index, rollout) each; NaN where every reward abstained."""
+        if not rollouts:
+            return []
+        indices = [index for index, _ in rollouts]
+        columns = self._columns(indices) | {"prompt": [self.prompts[index].messages_or_text for index in indices]}
+        table = self.suite.score([rollout for _, rollout in rollouts], columns)
+        return [NAN if total is None else total for total in table.totals]
+
+    def _rewards_of_references(self, index: int) -> list[float]:
+        """What a prompt's references would earn as completions, in the order of `_references_of`."""
+        if index not in self._reference_rewards:
+            prompt = self.prompts[index]
+            rollouts = [
+                (index, self._as_rollout(prompt, i, ids, "reference"))
+                for i, ids in enumerate(self._references_of(prompt))
+            ]
+            self._reference_rewards[index] = self._score_alone(rollouts)
+        return self._reference_rewards[index]
+
+    def _agree(self, act: Callable[[], T]) -> T:
+        """Do something that may fail on one rank; if it did on any, every rank raises that error."""
+        result, error = None, None
+        try:
+            result = act()
+        except RlseqError as raised:
+            error = raised
+        messages = [m for m in gather_object([None if error is None else str(error)]) if m is not None]
+        if messages:
+            raise error if error is not None else RewardError(messages[0])
+        return result
+
+    def _as_rollouts(self, inputs, completions, completion_ids_list) -> list[Rollout]:
+        """Give what TRL's own paths generated (vLLM, continuous batching, tools) the shape of rollouts."""
+        first = self.accelerator.process_index * len(inputs)
+        strategy = Sample(temperature=self.temperature).signature
+        rollouts = []
+        for i, (row, completion, ids) in enumerate(zip(inputs, completions, completion_ids_list, strict=True)):
+            prompt = self.prompts[row["index"]]
+            rollout = self._as_rollout(prompt, (first + i) % self.num_generations, tuple(ids), strategy)
+            if isinstance(completion, str):
+                rollouts.append(dataclasses.replace(rollout, text=completion))
+            else:
+                text = str(completion[-1]["content"])
+                rollouts.append(dataclasses.replace(rollout, text=text, messages=tuple(completion)))
+        return rollouts
+
+    def _as_rollout(self, prompt: Prompt, sample_index: int, ids: Ids, strategy: str) -> Rollout:
+        """Token ids that rlseq's sampler did not draw, as a rollout without log-probs."""
+        text = self.processing_class.decode(ids, skip_special_tokens=True)
+        return Rollout(
+            prompt_key=prompt.key,
+            sample=sample_index,
+            completion_ids=ids,
+            trained_mask=(True,) * len(ids),
+            logprobs=(),
+            text=text,
+            raw_text=self.processing_class.decode(ids, skip_special_tokens=False),
+            messages=None if isinstance(prompt.messages_or_text, str) else ({"role": "assistant", "content": text},),
+            finish_reason="stop" if ids and ids[-1] in self.eos_token_ids else "length",
+            strategy=strategy,
+        )
+
+
+class _RewardContext:
+    """What TRL's batch form of a reward may ask the trainer for."""
+
+    def __init__(self, trainer: RolloutMixin):
+        self.trainer_state = trainer.state
+        self.log_extra = trainer._log_completion_extra
+        self.log_metric = trainer._log_metric
