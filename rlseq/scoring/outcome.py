@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ class Outcome(NamedTuple):
     """The result for one completion.
 
     `status` is "ok", "abstained" (the reward returned None), "error" (it raised), "timeout" (it was killed)
-    or "invalid" (not a finite number). `message` says what went wrong, for the three failures.
+    or "invalid" (neither a finite number nor one a token). `message` says what went wrong, for the three failures.
     """
 
     value: float | None
@@ -34,50 +33,86 @@ class Failed(NamedTuple):
 
 
 NO_DETAILS: Mapping[str, Any] = {}
+TOKEN_REWARDS = "token_rewards"
+EXPECTED = "expected a number, None to abstain, or one number a token of completion_ids"
 ABSTAINED = Outcome(None, "abstained", NO_DETAILS)
 
 
-def interpret(raw: Any) -> Outcome:
-    """Turn what a reward returned for one completion into an `Outcome`.
+class ArrayOfOne(list):
+    """What was an array or tensor of one element: a number, or the one value of a completion of one token."""
 
-    Accepts a number (Python, numpy or a tensor of one element), None, or a pair (number or None, dict of
-    details).
+
+def interpret(raw: Any, length: int) -> Outcome:
+    """Turn what a reward returned for one completion of `length` tokens into an `Outcome`.
+
+    Accepts a number (Python, numpy or a tensor of one element), None, one number a token (a list, a tuple, an
+    array or a tensor of one axis), or a pair (one of these, dict of details). The value of numbers a token is
+    their sum, and they are kept in the details as `token_rewards`.
     """
     if raw is None:
         return ABSTAINED
     if type(raw) is tuple and len(raw) == 2 and isinstance(raw[1], Mapping):
-        inner = interpret(raw[0])
-        return inner._replace(details=dict(raw[1]))
+        if TOKEN_REWARDS in raw[1]:
+            return _invalid(f"returned details with {TOKEN_REWARDS!r}; return the list itself as the value")
+        inner = interpret(raw[0], length)
+        return inner._replace(details={**raw[1], **inner.details})
     if not isinstance(raw, numbers.Real):
-        with contextlib.suppress(AttributeError, ValueError, RuntimeError):
-            raw = raw.item()  # numpy and torch scalars
+        raw = plain(raw)
+        if type(raw) is ArrayOfOne and length != 1:
+            raw = raw[0]
+        if isinstance(raw, (list, tuple)):
+            return _interpret_tokens(raw, length)
         if not isinstance(raw, numbers.Real):
-            given = f"{type(raw).__name__} {shorten(raw)}"
-            return Outcome(None, "invalid", NO_DETAILS, f"returned {given}; expected a number or None")
-    value = float(raw)
+            return _invalid(f"returned {type(raw).__name__} {shorten(raw)}; {EXPECTED}")
+    value = _float(raw)
     if not math.isfinite(value):
-        return Outcome(None, "invalid", NO_DETAILS, f"returned {value}; expected a finite number, or None to abstain")
+        return _invalid(f"returned {value}; expected a finite number, or None to abstain")
     return Outcome(value, "ok", NO_DETAILS)
 
 
-def interpret_score_dict(raw: Any) -> Outcome:
+def _interpret_tokens(raw: Sequence[Any], length: int) -> Outcome:
+    """One number a token: their sum, with the numbers in the details."""
+    if len(raw) != length:
+        return _invalid(f"returned {len(raw)} values for {length} tokens ({shorten(raw, 80)}); {EXPECTED}")
+    values = []
+    for place, item in enumerate(map(plain, raw)):
+        item = item[0] if type(item) is ArrayOfOne else item
+        if not isinstance(item, numbers.Real) or not math.isfinite(_float(item)):
+            return _invalid(f"returned {shorten(item, 80)} for token {place} of {length}; expected a finite number")
+        values.append(float(item))
+    return Outcome(math.fsum(values), "ok", {TOKEN_REWARDS: values})
+
+
+def _float(number: numbers.Real) -> float:
+    """The number as a float; one that is too large is infinite."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def _invalid(message: str) -> Outcome:
+    return Outcome(None, "invalid", NO_DETAILS, message)
+
+
+def interpret_score_dict(raw: Any, length: int) -> Outcome:
     """As `interpret`, and also for verl's dict, whose "score" is the value and whose rest is details."""
     if isinstance(raw, Mapping):
         if "score" not in raw:
             given = ", ".join(map(str, raw)) or "nothing"
-            return Outcome(None, "invalid", NO_DETAILS, f"returned a dict with {given}; expected a key 'score'")
-        return interpret(raw["score"])._replace(details={k: plain(v) for k, v in raw.items() if k != "score"})
-    return interpret(raw)
+            return _invalid(f"returned a dict with {given}; expected a key 'score'")
+        return interpret((raw["score"], {k: plain(v) for k, v in raw.items() if k != "score"}), length)
+    return interpret(raw, length)
 
 
-def interpret_many(raw: Any, count: int, name: str) -> list[Outcome]:
-    """Turn what a batch call returned into one `Outcome` a completion.
+def interpret_many(raw: Any, lengths: Sequence[int], name: str) -> list[Outcome]:
+    """Turn what a batch call returned for completions of these lengths (tokens) into an `Outcome` each.
 
     Raises:
-        RewardError: when it is no sequence, or has another length than `count`: then nothing says which value
+        RewardError: when it is no sequence, or has another length than `lengths`: then nothing says which value
             belongs to which completion.
     """
-    raw = plain(raw)
+    raw, count = plain(raw), len(lengths)
     if isinstance(raw, (str, bytes, Mapping)) or not isinstance(raw, Sequence):
         raise RewardError(
             f"reward {name!r} returned {type(raw).__name__} {shorten(raw)} for {count} completions; expected a list of "
@@ -88,29 +123,34 @@ def interpret_many(raw: Any, count: int, name: str) -> list[Outcome]:
             f"reward {name!r} returned {len(raw)} values for {count} completions; expected one value a completion, "
             "None where it abstains."
         )
-    return [interpret(value) for value in raw]
+    return [interpret(value, length) for value, length in zip(raw, lengths, strict=True)]
 
 
-def interpret_reward_dict(raw: Any, count: int, name: str) -> list[Outcome]:
+def interpret_reward_dict(raw: Any, lengths: Sequence[int], name: str) -> list[Outcome]:
     """As `interpret_many`, and also for OpenRLHF's dict: "rewards" are the values, "extra_logs" the
     details."""
     if not isinstance(raw, Mapping):
-        return interpret_many(raw, count, name)
+        return interpret_many(raw, lengths, name)
     if "rewards" not in raw:
         given = ", ".join(map(str, raw)) or "nothing"
         raise RewardError(f"reward {name!r} returned a dict with {given}; expected a key 'rewards'.")
-    outcomes = interpret_many(raw["rewards"], count, name)
+    outcomes, count = interpret_many(raw["rewards"], lengths, name), len(lengths)
     logs = {key: plain(values) for key, values in (raw.get("extra_logs") or {}).items()}
     per_row = {k: v for k, v in logs.items() if isinstance(v, Sequence) and not isinstance(v, str) and len(v) == count}
     return [
-        outcome._replace(details={key: values[row] for key, values in per_row.items()})
+        outcome._replace(details={key: values[row] for key, values in per_row.items()} | dict(outcome.details))
         for row, outcome in enumerate(outcomes)
     ]
 
 
 def plain(value: Any) -> Any:
-    """Numpy arrays and tensors as lists or numbers; anything else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """Numpy arrays and tensors as numbers or lists (of one element: `ArrayOfOne`); anything else as it is."""
+    if not hasattr(value, "tolist"):
+        return value
+    light = inner = value.tolist()
+    while isinstance(inner, list) and len(inner) == 1:
+        inner = inner[0]
+    return ArrayOfOne([inner]) if isinstance(light, list) and not isinstance(inner, list) else light
 
 
 def shorten(value: Any, width: int = 200) -> str:

@@ -13,6 +13,7 @@ from .forms import CONTEXT, FIELDS, Call, Parameters, Rows, make_calls, missing_
 from .outcome import (
     FAILURES,
     NO_DETAILS,
+    TOKEN_REWARDS,
     Failed,
     Outcome,
     interpret,
@@ -105,40 +106,47 @@ class Reward:
         calls = make_calls(
             self.form, self.parameters, self.info, rows, kwargs=self.kwargs, split=self.split, context=extras
         )
+        lengths = [len(rollout.completion_ids) for rollout in rows.rollouts]
         outcomes: list[Outcome] = [None] * len(rows.rollouts)  # type: ignore[list-item]
-        for (indices, _), answers in zip(calls, self._answers(calls), strict=True):
+        for (indices, _), answers in zip(calls, self._answers(calls, lengths), strict=True):
             for row, outcome in zip(indices, answers, strict=True):
                 outcomes[row] = outcome
         return self._settle(outcomes, rows)
 
-    def _answers(self, calls: list[Call]) -> list[list[Outcome]]:
+    def _answers(self, calls: list[Call], lengths: Sequence[int]) -> list[list[Outcome]]:
         """Make the calls, or look them up; equal calls of a cached reward are made once."""
+        sizes = [[lengths[row] for row in indices] for indices, _ in calls]
         if self.cache is None:
-            return self._make(calls)
+            return [self._read(raw, size) for raw, size in zip(self._make(calls), sizes, strict=True)]
         contents = [{k: v for k, v in arguments.items() if k not in CONTEXT} for _, arguments in calls]
         keys = [key_of(self.code, content) for content in contents]
         known = self.cache.get(keys)
-        new = {key: call for key, call in zip(keys, calls, strict=True) if key not in known}
-        made = dict(zip(new, self._make(list(new.values())), strict=True))
-        self.cache.put(made)
-        known |= made
-        return [known[key] for key in keys]
+        # the same text may be other tokens, which kept values a token do not fit
+        hits = [known.get(key) for key in keys]
+        hits = [hit if hit and _fit(hit, size) else None for hit, size in zip(hits, sizes, strict=True)]
+        new = {key: call for key, call, hit in zip(keys, calls, hits, strict=True) if hit is None}
+        raws = dict(zip(new, self._make(list(new.values())), strict=True))
+        answers = [
+            self._read(raws[key], size) if hit is None else hit
+            for key, size, hit in zip(keys, sizes, hits, strict=True)
+        ]
+        self.cache.put({key: answer for key, answer in zip(keys, answers, strict=True) if key in new})
+        return answers
 
-    def _make(self, calls: list[Call]) -> list[list[Outcome]]:
+    def _make(self, calls: list[Call]) -> list[Any]:
         sizes = [len(indices) for indices, _ in calls]
-        raws = self.executor.run([arguments for _, arguments in calls], sizes)
-        return [self._read(raw, size) for raw, size in zip(raws, sizes, strict=True)]
+        return self.executor.run([arguments for _, arguments in calls], sizes) if calls else []
 
-    def _read(self, raw: Any, size: int) -> list[Outcome]:
+    def _read(self, raw: Any, lengths: Sequence[int]) -> list[Outcome]:
         if type(raw) is Failed:
-            return [Outcome(None, raw.status, NO_DETAILS, raw.message)] * size
+            return [Outcome(None, raw.status, NO_DETAILS, raw.message)] * len(lengths)
         if self.form == "single":
-            return [interpret(raw)]
+            return [interpret(raw, lengths[0])]
         if self.form == "verl":
-            return [interpret_score_dict(raw)]
+            return [interpret_score_dict(raw, lengths[0])]
         if self.form == "openrlhf":
-            return interpret_reward_dict(raw, size, self.name)
-        return interpret_many(raw, size, self.name)
+            return interpret_reward_dict(raw, lengths, self.name)
+        return interpret_many(raw, lengths, self.name)
 
     def _settle(self, outcomes: list[Outcome], rows: Rows) -> list[Outcome]:
         """Apply `on_error` to the failures."""
@@ -156,6 +164,14 @@ class Reward:
                 )
             outcomes[row] = outcome._replace(value=self.floor if self.on_error == "floor" else None)
         return outcomes
+
+
+def _fit(outcomes: Sequence[Outcome], lengths: Sequence[int]) -> bool:
+    """Whether values a token, where there are some, are as many as the tokens."""
+    return all(
+        TOKEN_REWARDS not in outcome.details or len(outcome.details[TOKEN_REWARDS]) == length
+        for outcome, length in zip(outcomes, lengths, strict=True)
+    )
 
 
 _WHAT = {"error": "raised", "timeout": "did not return in time", "invalid": "gave no usable value"}

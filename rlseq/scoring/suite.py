@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RewardError, did_you_mean
 from ..types import Rollout, ScoredRollout
 from .forms import Rows
 from .options import reward_from_spec
-from .outcome import FAILURES, Outcome, shorten
+from .outcome import FAILURES, TOKEN_REWARDS, Outcome, shorten
 from .reward import CorpusMetric, Ratio
 from .runner import Reward
 
@@ -58,7 +58,8 @@ class RewardSuite:
         weights: a weight for each.
         corpus: corpus metrics by name, each knowing its reward's series name. A metric name met twice becomes
             `<reward>.<metric>`.
-        max_error_rate: the largest share of one `score` call that may fail, for each reward.
+        max_error_rate: the largest share of a step (one `score` call, over all processes) that may fail, for each
+            reward.
     """
 
     def __init__(self, rewards: Sequence[Reward], weights: Sequence[float], max_error_rate: float = 0.05):
@@ -104,7 +105,12 @@ class RewardSuite:
         }
 
     def score(
-        self, rollouts: Sequence[Rollout], columns: Mapping[str, Sequence[Any]], context: Any = None
+        self,
+        rollouts: Sequence[Rollout],
+        columns: Mapping[str, Sequence[Any]],
+        context: Any = None,
+        *,
+        gather: Callable[[Any], list[Any]] | None = None,
     ) -> ScoreTable:
         """Score N rollouts.
 
@@ -112,20 +118,79 @@ class RewardSuite:
             rollouts: N rollouts. Rewards of scope "group" need all G samples of each prompt among them.
             columns: lists of N values by column name, with `prompt` (as the user wrote it) among them.
             context: for TRL's batch form, an object with `trainer_state`, `log_extra` and `log_metric`.
+            gather: where several processes each score a part of a step: hands a small picklable object to all
+                of them and returns everybody's, in the same order everywhere (with accelerate,
+                `lambda mine: gather_object([mine])`). It is called exactly once, also where scoring fails here;
+                `max_error_rate` is then judged over all parts, and an error in one process is raised in all.
 
         Raises:
             RewardError: a reward failed and its `on_error` is "raise"; a batch form returned a wrong number
                 of values; more than `max_error_rate` of the rows failed; or the columns do not fit.
         """
         rollouts = list(rollouts)
-        rows = Rows(rollouts, columns)
-        self._check_lengths(rows)
-        if rollouts:
-            self.check_columns(columns)
-        outcomes = [reward.outcomes(rows, context) for reward in self.rewards]
-        for reward, column in zip(self.rewards, outcomes, strict=True):
-            self._check_failures(reward.name, column, rollouts)
+        outcomes: list[list[Outcome]] = []
+        trouble: Exception | None = None
+        try:
+            rows = Rows(rollouts, columns)
+            self._check_lengths(rows)
+            if rollouts:
+                self.check_columns(columns)
+            outcomes = [reward.outcomes(rows, context) for reward in self.rewards]
+        except Exception as error:
+            if gather is None:
+                raise
+            trouble = error
+        mine = (
+            None if trouble is None else str(trouble) or type(trouble).__name__,
+            [_failures(column, rollouts) for column in outcomes],
+        )
+        reports = [mine] if gather is None else gather(mine)
+        if trouble is not None:
+            raise trouble
+        for elsewhere, _ in reports:
+            if elsewhere is not None:
+                raise RewardError(elsewhere)
+        self._judge([failures for _, failures in reports])
         return self._table(rollouts, outcomes)
+
+    def _judge(self, parts: Sequence[Sequence[_Failures]]) -> None:
+        """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is allowed."""
+        for name, mine in zip(self.names, zip(*parts, strict=True), strict=True):
+            failed, count = sum(part.failed for part in mine), sum(part.count for part in mine)
+            if failed > self.max_error_rate * count and (failed > 1 or self.max_error_rate == 0):
+                first = next(part.first for part in mine if part.failed)
+                raise RewardError(
+                    f"reward {name!r} failed on {failed} of {count} completions, more than max_error_rate = "
+                    f"{self.max_error_rate:g} allows. The first: {first}. Fix the reward (`rlseq reward check`), or "
+                    "raise max_error_rate."
+                )
+
+    def token_rewards(self, scored: ScoredRollout) -> list[float]:
+        """Spread a rollout's total over its T tokens: T numbers whose sum is the total.
+
+        A reward that gave one value a token puts each where it belongs, any other its value on the last token;
+        weights and abstentions count as in the total.
+
+        Raises:
+            ValueError: the total is None, or there is no token to put a value on.
+        """
+        if scored.total is None:
+            raise ValueError("every reward abstained on this rollout; it has no rewards to spread")
+        length = len(scored.rollout.completion_ids)
+        present = [(n, w) for n, w in zip(self.names, self.weights, strict=True) if scored.values[n] is not None]
+        everything, there = sum(map(abs, self.weights)), sum(abs(weight) for _, weight in present)
+        scale = everything / there if there else 0.0
+        spread = [0.0] * length
+        for name, weight in present:
+            per_token = scored.details[name].get(TOKEN_REWARDS)
+            if per_token is not None:
+                for place, value in enumerate(per_token):
+                    spread[place] += scale * weight * value
+            elif length:
+                spread[-1] += scale * weight * scored.values[name]
+            elif scored.values[name]:
+                raise ValueError(f"reward {name!r} gave {scored.values[name]} for a completion without tokens")
+        return spread
 
     def _check_lengths(self, rows: Rows) -> None:
         if "prompt" not in rows.columns:
@@ -139,17 +204,6 @@ class RewardSuite:
                     f"column {name!r} has {len(values)} values for {len(rows.rollouts)} rollouts; expected one value a "
                     "rollout (repeat a prompt's value for each of its samples)."
                 )
-
-    def _check_failures(self, name: str, outcomes: list[Outcome], rollouts: list[Rollout]) -> None:
-        """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is allowed."""
-        failed = [row for row, outcome in enumerate(outcomes) if outcome.status in FAILURES]
-        if len(failed) > self.max_error_rate * len(outcomes) and (len(failed) > 1 or self.max_error_rate == 0):
-            first = failed[0]
-            raise RewardError(
-                f"reward {name!r} failed on {len(failed)} of {len(outcomes)} completions, more than max_error_rate = "
-                f"{self.max_error_rate:g} allows. The first: {describe(rollouts[first], outcomes[first])}. Fix the "
-                "reward (`rlseq reward check`), or raise max_error_rate."
-            )
 
     def _table(self, rollouts: list[Rollout], outcomes: list[list[Outcome]]) -> ScoreTable:
         names, weights = self.names, self.weights
@@ -195,6 +249,20 @@ def weighted_total(values: Sequence[float | None], weights: Sequence[float]) -> 
     return float(sum(w * v for w, v in present) * everything / there)
 
 
+class _Failures(NamedTuple):
+    """How one reward failed on one process's part of a step: what the processes tell one another."""
+
+    failed: int
+    count: int
+    first: str
+
+
+def _failures(outcomes: Sequence[Outcome], rollouts: Sequence[Rollout]) -> _Failures:
+    failed = [row for row, outcome in enumerate(outcomes) if outcome.status in FAILURES]
+    first = describe(rollouts[failed[0]], outcomes[failed[0]]) if failed else ""
+    return _Failures(len(failed), len(outcomes), first)
+
+
 def describe(rollout: Rollout, outcome: Outcome) -> str:
     """One failed completion, for an error message."""
     return (
@@ -218,7 +286,8 @@ def load_rewards(
             floor, workers, concurrency, retries, cache}; see docs/rewards.md.
         weights: one number a spec; 1 for each by default. Given here or in the specs, not both.
         search_root: where relative paths and `./rewards/` start; the working directory by default.
-        max_error_rate: the largest share of one `score` call that may fail before it raises.
+        max_error_rate: the largest share of a step (one `score` call, over all processes) that may fail before it
+            raises.
 
     Raises:
         RewardError: a reward cannot be found, fits no form, or its options do not fit together.
