@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -18,8 +17,6 @@ import pytest
 from rlseq import load_rewards
 from rlseq.errors import RewardError
 from rlseq.scoring import reward
-from rlseq.scoring.cache import Cache
-from rlseq.scoring.outcome import Outcome
 from rlseq.types import Rollout
 
 
@@ -382,99 +379,3 @@ def test_an_async_reward_that_keeps_failing_is_an_error_after_its_retries():
     table = score({"func": judge, "retries": 1, "on_error": "abstain"}, ["a"])
     assert only(table, "status") == ["error"]
     assert tries == ["a", "a"]
-
-
-# Cache
-
-
-def counted(calls):
-    def judge(completion, level=0):
-        calls.append(completion)
-        if completion == "raise":
-            raise ValueError
-        return None if completion == "none" else (float(len(completion)) + level, {"said": completion})
-
-    return judge
-
-
-def test_the_cache_keeps_values_abstentions_and_details_but_no_failures(tmp_path):
-    calls = []
-    spec = {"func": counted(calls), "cache": str(tmp_path / "c.sqlite"), "on_error": "abstain"}
-    texts = ["a", "none", "raise", "a"]
-    first, second = score(spec, texts), score(spec, texts)
-    assert calls == ["a", "none", "raise", "raise"]
-    assert first.values == second.values == {"judge": [1.0, None, None, 1.0]}
-    assert first.status == second.status == {"judge": ["ok", "abstained", "error", "ok"]}
-    assert second.details["judge"][0] == {"said": "a"}
-
-
-def test_the_cache_knows_arguments_and_columns_apart(tmp_path):
-    calls = []
-    judge = counted(calls)
-
-    def score_with(kwargs, columns):
-        return only(
-            score({"func": judge, "cache": str(tmp_path / "c"), "kwargs": kwargs}, ["a"], columns=columns), "values"
-        )
-
-    assert score_with({}, {}) == [1.0]
-    assert score_with({"level": 2}, {}) == [3.0]
-    assert score_with({}, {"level": [5]}) == [6.0]
-    assert score_with({}, {"unread": [5]}) == [1.0]  # what the reward does not read changes nothing
-    assert len(calls) == 3
-
-
-def test_the_cache_forgets_values_of_changed_code(tmp_path):
-    path = tmp_path / "judge.py"
-    for value in (1, 2):
-        path.write_text(f"def judge(completion): return {value}\n")
-        assert only(score({"func": f"{path}:judge", "cache": str(tmp_path / "c")}, ["a"]), "values") == [value]
-
-
-def test_a_batch_form_is_cached_row_by_row_and_a_group_as_a_whole(tmp_path):
-    calls = []
-
-    def batch(completions, **kwargs):
-        calls.append(list(completions))
-        return [float(len(c)) for c in completions]
-
-    spec = {"func": batch, "cache": str(tmp_path / "c")}
-    score(spec, ["a", "bb"])
-    assert only(score(spec, ["bb", "ccc", "a"]), "values") == [2.0, 3.0, 1.0]
-    assert calls == [["a"], ["bb"], ["ccc"]]
-
-
-def test_processes_share_a_cache_file(tmp_path):
-    path = tmp_path / "c.sqlite"
-    script = """
-import sys
-from rlseq.scoring.cache import Cache
-from rlseq.scoring.outcome import Outcome
-start = int(sys.argv[2])
-for i in range(start, start + 20):
-    Cache(sys.argv[1]).put({f"k{i}": [Outcome(float(i), "ok", {})]})
-"""
-    running = [subprocess.Popen([sys.executable, "-c", script, str(path), str(20 * i)]) for i in range(3)]
-    assert [process.wait() for process in running] == [0, 0, 0]
-    found = Cache(path).get(f"k{i}" for i in range(60))
-    assert [found[f"k{i}"][0].value for i in range(60)] == [float(i) for i in range(60)]
-
-
-def test_the_cache_is_a_plain_sqlite_file_of_json(tmp_path):
-    Cache(tmp_path / "c").put({"k": [Outcome(0.5, "ok", {"a": np.float64(1)})]})
-    with sqlite3.connect(tmp_path / "c") as database:
-        assert database.execute("SELECT * FROM rewards").fetchall() == [("k", '[[0.5, "ok", {"a": 1.0}]]')]
-
-
-def test_a_cache_that_cannot_be_used_says_so(tmp_path):
-    (tmp_path / "c").write_text("this is no database, however long one looks at it " * 20)
-    with pytest.raises(RewardError, match="cannot be used: file is not a database"):
-        score({"func": "constant", "cache": str(tmp_path / "c")}, ["a"])
-
-
-def test_details_that_are_no_json_cannot_be_cached(tmp_path):
-    def judge(completion):
-        return 1.0, {"what": object()}
-
-    with pytest.raises(RewardError, match="details of a reward cannot be kept as JSON"):
-        score({"func": judge, "cache": str(tmp_path / "c")}, ["a"])

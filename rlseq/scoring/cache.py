@@ -51,7 +51,7 @@ class Cache:
     def get(self, keys: Iterable[str]) -> dict[str, list[Outcome]]:
         """Return the outcomes of those keys that are known."""
         keys = list(dict.fromkeys(keys))
-        if not self.path.exists():
+        if not self.path.is_file():
             return {}
         found: dict[str, list[Outcome]] = {}
         with closing(self._open()) as database:
@@ -70,7 +70,10 @@ class Cache:
         ]
         if not lines:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._trouble(error) from error
         with closing(self._open()) as database, database:
             self._do(database, "INSERT OR REPLACE INTO rewards VALUES (?, ?)", lines, many=True)
 
@@ -97,7 +100,7 @@ class Cache:
         except sqlite3.Error as error:
             raise self._trouble(error) from error
 
-    def _trouble(self, error: sqlite3.Error) -> RewardError:
+    def _trouble(self, error: sqlite3.Error | OSError) -> RewardError:
         return RewardError(
             f"the reward cache {self.path} cannot be used: {error}. Give another file with cache: PATH, or delete it."
         )

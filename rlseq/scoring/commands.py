@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import ModelError, RewardError
 from ..types import Prompt
 from .check import Check, run_checks, spread
-from .find import bundled_folder, describe_file, entry_points, named_files
+from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
 from .rescore import Logged, compare, read_rollouts, score_by_step
 from .suite import RewardSuite, ScoreTable, load_rewards
 
@@ -83,8 +83,9 @@ def _list(args: argparse.Namespace) -> int:
             own = path.parent != bundled_folder().resolve()
             where = f" [{path.relative_to(root.resolve())}]" if own else ""
             rows.append((name, _range(about["range"]), about["extra"] or "-", about["description"] + where))
-    for name, point in sorted(entry_points().items()):
-        rows.append((name, "-", "-", f"from {point.dist.name if point.dist else point.value}: {point.value}"))
+    for name, points in sorted(entry_points().items()):
+        for about in map(describe_point, points):
+            rows.append((name, _range(about["range"]), about["extra"] or "-", about["description"]))
     print(_table(("name", "range", "extra", "what it gives"), rows))
     return 0
 

@@ -7,7 +7,6 @@ Files are loaded by location under a private module name; `sys.path` is never ed
 from __future__ import annotations
 
 import ast
-import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -62,9 +61,16 @@ def named_files(search_root: Path) -> dict[str, list[Path]]:
     return files
 
 
-def entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    """Rewards that installed packages offer under the entry point group `rlseq.rewards`, by name."""
-    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+def entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Rewards that installed packages offer under the entry point group `rlseq.rewards`, by name.
+
+    A name that several packages offer has several; one package met twice on sys.path counts once.
+    """
+    points: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if point.value not in [other.value for other in points.setdefault(point.name, [])]:
+            points[point.name].append(point)
+    return points
 
 
 def find(spec: str | Callable, search_root: Path) -> Found:
@@ -79,28 +85,59 @@ def find(spec: str | Callable, search_root: Path) -> Found:
         return _from_file(_existing(match["path"], search_root), match["function"])
     if ":" in spec:
         return _from_module(*spec.split(":", 1))
-    if (search_root / spec / "config.json").is_file():
-        return _model(str((search_root / spec).resolve()), search_root)
-    files, points = named_files(search_root), entry_points()
-    places = [str(path) for path in files.get(spec, ())]
-    if spec in points:
-        places.append(f"entry point {points[spec].value}")
+    folder = (search_root / Path(spec).expanduser()).resolve()
+    is_model = (folder / "config.json").is_file()
+    files, points = named_files(search_root).get(spec, []), entry_points().get(spec, [])
+    places = [str(path) for path in files] + [f"entry point {_describe_point(point)}" for point in points]
+    if is_model and places:
+        places.append(f"model {folder}")
     if len(places) > 1:
         raise RewardError(
-            f"reward {spec!r} is found in two places: {' and '.join(places)}. Rename one, or give a path "
-            "(path/to/file.py:function)."
+            f"reward {spec!r} is found in {'two' if len(places) == 2 else len(places)} places: {' and '.join(places)}. "
+            "Rename one, or say which: path/to/file.py:function, package.module:function, or the model's whole path."
         )
-    if spec in files:
-        return _from_file(files[spec][0], None)
-    if spec in points:
-        return _from_module(*points[spec].value.split(":", 1), name=spec)
-    if "/" in spec:
+    if is_model:
+        return _model(str(folder), search_root)
+    if files:
+        return _from_file(files[0], None)
+    if points:
+        return _from_point(points[0])
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) and not spec.startswith(".") and not folder.exists():
         return _model(spec, search_root)
-    names = sorted({*files, *points})
+    if "/" in spec or folder.is_dir():
+        raise RewardError(
+            f"reward {spec!r} is no model: {folder} {'has no config.json' if folder.is_dir() else 'does not exist'}. "
+            "Expected a folder with a saved sequence-classification model, its id on the hub (owner/name), or "
+            "path/to/file.py:function."
+        )
+    names = sorted({*named_files(search_root), *entry_points()})
     raise RewardError(
         f"no reward is called {spec!r}.{did_you_mean(spec, names)} Expected one of {', '.join(names)}; or "
         "path/to/file.py:function; package.module:function; or a model (a folder, or owner/name)."
     )
+
+
+def describe_point(point: importlib.metadata.EntryPoint) -> dict[str, Any]:
+    """As `describe_file`, of a reward that a package offers; its module is not imported (the package around it is)."""
+    try:
+        spec = importlib.util.find_spec(point.module)
+        about = describe_file(Path(spec.origin), point.attr)
+    except Exception:  # whatever the package does when it is looked at: it still has a name
+        about = {"description": "", "range": None, "extra": None, "scope": "sample"}
+    about["description"] = f"{about['description']} [{_describe_point(point)}]".lstrip()
+    return about
+
+
+def _describe_point(point: importlib.metadata.EntryPoint) -> str:
+    return f"{point.value} of the package {point.dist.name}" if point.dist else point.value
+
+
+def _from_point(point: importlib.metadata.EntryPoint) -> Found:
+    if not point.attr:
+        raise RewardError(
+            f"the entry point {point.name!r} of {_describe_point(point)} names no function; expected module:function."
+        )
+    return _from_module(point.module, point.attr, name=point.name)
 
 
 def load_address(address: str) -> Callable:
@@ -136,22 +173,26 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-def describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path, function: str | None = None) -> dict[str, Any]:
     """Read from a reward file, without importing it: its `@reward` arguments and its docstring's first
     line.
 
     Returns:
-        {"description", "range", "extra", "scope"} of the reward that the file is named after, or else of its
-        first.
+        {"description", "range", "extra", "scope"} of the function named, or without one of the reward that the
+        file is named after, or else of its first.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     marked = [node for node in functions if any(_decorator_name(d) == "reward" for d in node.decorator_list)]
-    node = next((n for n in marked or functions if n.name == path.stem), (marked or functions or [None])[0])
+    if function is None:
+        node = next((n for n in marked or functions if n.name == path.stem), (marked or functions or [None])[0])
+    else:
+        node = next((n for n in functions if n.name == function), None)
     about: dict[str, Any] = {"description": "", "range": None, "extra": None, "scope": "sample"}
     if node is None:
         return about
-    docstring = ast.get_docstring(tree) or ast.get_docstring(node) or ""
+    docstrings = [ast.get_docstring(tree), ast.get_docstring(node)]
+    docstring = next(filter(None, docstrings[::-1] if function else docstrings), "")
     about["description"] = docstring.strip().split("\n")[0]
     for decorator in node.decorator_list:
         if isinstance(decorator, ast.Call) and _decorator_name(decorator) == "reward":
@@ -159,25 +200,6 @@ def describe_file(path: Path) -> dict[str, Any]:
                 if keyword.arg in about:
                     about[keyword.arg] = _literal(keyword.value)
     return about
-
-
-def code_hash(function: Callable) -> str:
-    """A hash of the source file that defines a function (helpers included), or of its bytecode without one."""
-    try:
-        source = Path(inspect.getsourcefile(_innermost(function)) or "").read_bytes()
-    except (TypeError, OSError):
-        code = getattr(function, "__code__", None)
-        source = repr((code.co_code, code.co_consts, code.co_names) if code else function).encode()
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return hashlib.sha256(name.encode() + b"\0" + source).hexdigest()[:16]
-
-
-def _innermost(function: Callable) -> Callable:
-    """The def behind a partial, a wrapper or a callable object."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
-    return function if inspect.isroutine(function) else type(function)
 
 
 def _existing(given: str, search_root: Path) -> Path:

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import RewardError, did_you_mean
 from .cache import Cache, default_path
 from .execute import Concurrent, InProcess, Retry, is_async
-from .find import Found, code_hash, find
+from .find import Found, find
+from .fingerprint import code_hash
 from .forms import FORMS_HELP, Parameters, parameters_of, tell_form
 from .reward import SCOPES, RewardInfo, info_of
 from .runner import Executor, Reward
