@@ -11,19 +11,22 @@ rewards; every field of TRL's GRPOConfig and ModelConfig is a flag under its TRL
         --reward_funcs my_rewards.py:brevity phoneme_accuracy --reward_weights 0.1 1.0
 
 A step: P prompts, G samples each -> rewards -> advantages within each prompt's group -> clipped policy gradient.
+Other objectives are one flag away (docs/objectives.md): --advantage_baseline leave_one_out|greedy|batch,
+--objective minimum_risk|expected_accuracy|reference_exact, --reference_loss_coef, --reference_prefix. recipes/ppo.py
+takes the same flags and puts a critic in place of the group.
 """
 
+from functools import partial
 from pathlib import Path
 
 import trl
 
-from rlseq.data import build_prompts, load_rows
-from rlseq.errors import ConfigError
+from rlseq.data import build_prompts
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast_and_report, read_jsonl
+from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
 from rlseq.evaluation.plots import write_curves
-from rlseq.scoring import load_rewards
 from rlseq.training.averaging import WeightAverage
-from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress
+from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress, Warnings
 from rlseq.training.config import (
     DataArguments,
     EvaluationArguments,
@@ -33,9 +36,9 @@ from rlseq.training.config import (
     RunArguments,
 )
 from rlseq.training.grpo import GRPOTrainer
-from rlseq.training.models import check_model_path, load_model, load_tokenizer
+from rlseq.training.models import load_model
 from rlseq.training.parser import RecipeParser, run_recipe
-from rlseq.training.recipe import announce, default_config, finish, open_run, try_rewards
+from rlseq.training.recipe import announce, choose_best_by, default_config, finish, load_task, open_run
 
 DEFAULT_CONFIG = Path(__file__).parent / "g2p" / "grpo.yaml"
 
@@ -48,41 +51,43 @@ def main() -> None:
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))
 
     # Everything that can be wrong is found before anything expensive starts: model path, rewards, data, directory.
-    check_model_path(model_args.model_name_or_path)
-    if not data.dataset_name:
-        raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
-    if not rewards.reward_funcs:
-        raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
-    suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
+    during = config.eval_strategy != "no"
+    task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
+    measured, _ = measured_together(task.suite, task.eval_suite)
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
-    check_settings(settings, suite)
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    options = data.prompt_options()
-    rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
-    prompts = build_prompts(rows, tokenizer, **options)
-    eval_rows = []
-    if evaluation.evaluate:
-        eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
-    try_rewards(suite, prompts[0])
+    check_settings(settings, measured)
+    probe = None
+    if during:
+        probe = ValidationProbe(
+            build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **data.prompt_options()),
+            task.tokenizer,
+            task.suite,
+            task.eval_suite,
+            max_new_tokens=config.max_completion_length,
+            seed=evaluation.eval_seed,
+        )
+        choose_best_by(config, probe.metrics, probe.best)
     directory = open_run(config, run, data, rewards, evaluation, model_args)
     announce(
         config,
         run,
-        f"{len(prompts):,} prompts, {config.generation_batch_size // config.num_generations} prompts × "
+        f"{len(task.prompts):,} prompts, {config.generation_batch_size // config.num_generations} prompts × "
         f"{config.num_generations} samples a generation round",
     )
 
     trainer = GRPOTrainer(
         load_model(model_args),
         config,
-        prompts,
-        suite,
-        tokenizer,
+        task.prompts,
+        task.suite,
+        task.tokenizer,
         rollouts_dir=directory.rollouts,
+        probe=probe,
         peft_config=trl.get_peft_config(model_args),
         callbacks=[MetricsWriter(directory.metrics)],
     )
     Progress.replace_default(trainer)
+    trainer.add_callback(Warnings(partial(learning_warnings, eval_rewards=probe.eval_rewards if probe else ())))
     trainer.add_callback(stop := GracefulStop())
     if config.ema_decay:
         trainer.add_callback(average := WeightAverage(trainer, config.ema_decay, config.start_weight))
@@ -93,18 +98,18 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_curves(read_jsonl(directory.metrics), directory.curves)
     if ended and evaluation.evaluate:
-        models = {"base": model_args.model_name_or_path, "rl": config.output_dir}
         contrast_and_report(
-            models,
-            eval_rows,
-            suite,
+            {"base": model_args.model_name_or_path, "rl": config.output_dir},
+            task.eval_rows,
+            measured,
             settings=settings,
-            prompt_options=options,
+            prompt_options=data.prompt_options(),
             output_dir=directory.evaluation,
             title=f"GRPO on {data.dataset_name} ({data.eval_split})",
             metrics_file=directory.metrics,
         )
-    suite.close()
+    measured.close()
+    task.close()
 
 
 if __name__ == "__main__":

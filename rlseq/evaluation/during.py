@@ -91,7 +91,7 @@ class ValidationProbe:
             seed=seed,
             batch_rows=batch_rows,
         )
-        self.suite, names = _together(suite, eval_suite)
+        self.suite, names = measured_together(suite, eval_suite)
         self.suite.check_columns(["prompt", *self.prompts[0].columns])
         series = reward_metrics(self.suite)
         self.eval_rewards = tuple(_key(series[name]) for name in names if name not in suite.names)
@@ -175,7 +175,7 @@ def learning_warnings(history: Iterable[Mapping[str, Any]], eval_rewards: Iterab
     return warnings
 
 
-def _together(suite: RewardSuite, eval_suite: RewardSuite | None) -> tuple[RewardSuite, list[str]]:
+def measured_together(suite: RewardSuite, eval_suite: RewardSuite | None) -> tuple[RewardSuite, list[str]]:
     """One suite of both, which no share of failures stops, and the names that the second's rewards have in it.
 
     Those that `suite` does not hold already come with weight 0: they leave every total what it was.
@@ -236,4 +236,4 @@ def _moves(history: Sequence[Mapping[str, Any]], key: str, direction: int) -> bo
     return len(last) == EVALUATIONS and all((after - before) * direction > 0 for before, after in pairwise(last))
 
 
-__all__ = ["ValidationProbe", "learning_warnings"]
+__all__ = ["ValidationProbe", "learning_warnings", "measured_together"]

@@ -14,7 +14,7 @@ from rlseq.losses.advantages import (
     last_token_rewards,
     whiten,
 )
-from rlseq.losses.critic import explained_variance, value_loss
+from rlseq.losses.critic import error_by_position, explained_variance, value_loss
 from rlseq.losses.expected_reward import (
     expected_accuracy,
     minimum_risk,
@@ -28,6 +28,7 @@ __all__ = [
     "STD_EPSILON",
     "adapt_kl_coefficient",
     "clipped_surrogate",
+    "error_by_position",
     "expected_accuracy",
     "explained_variance",
     "gae",

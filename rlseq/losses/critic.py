@@ -66,3 +66,33 @@ def explained_variance(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor) -
     if len(returns) < 2 or returns.max() == returns.min():
         return returns.new_tensor(torch.nan)
     return 1 - errors.var(correction=0) / returns.var(correction=0)
+
+
+def error_by_position(values_BT: Tensor, returns_BT: Tensor, mask_BT: Tensor, parts: int = 4) -> Tensor:
+    """Root mean squared error of a critic in each part of the sequences: where it is blind.
+
+    The n counted tokens of a sequence are cut into parts of equal length, token i of n belonging to part
+    ⌊i·parts / n⌋.
+
+    Args:
+        values_BT, returns_BT: (B, T), units of reward.
+        mask_BT: (B, T) bool.
+        parts: how many.
+
+    Returns:
+        (parts,) without gradient; NaN for a part that no token falls into.
+
+    Raises:
+        ValueError: shapes differ, or parts below 1.
+    """
+    check_tokens(mask_BT, values_BT=values_BT, returns_BT=returns_BT)
+    if parts < 1:
+        raise ValueError(f"parts is {parts}; expected at least 1")
+    place = mask_BT.cumsum(1) - 1  # of each counted token in its sequence
+    part = (place * parts).div(mask_BT.sum(1, keepdim=True).clamp(min=1), rounding_mode="floor")
+    squares = torch.where(mask_BT, (values_BT - returns_BT).detach(), 0.0).square()
+    found = []
+    for number in range(parts):
+        here = mask_BT & (part == number)
+        found.append(squares[here].mean().sqrt())  # the mean of nothing is NaN
+    return torch.stack(found)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,26 @@ class MetricsWriter(TrainerCallback):
             return
         summary = {"summary": True} if "train_runtime" in logs else {}
         append_jsonl(self.path, {"step": state.global_step, "epoch": state.epoch, **summary, **logs})
+
+
+class Warnings(TrainerCallback):
+    """Says what the log shows to be in the way of learning, each thing once.
+
+    Args:
+        find: what was logged so far -> texts; one that was returned before is not said again.
+    """
+
+    def __init__(self, find: Callable[[list[dict[str, Any]]], list[str]]):
+        self.find = find
+        self.said: set[str] = set()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        for text in self.find(state.log_history):
+            if text not in self.said:
+                self.said.add(text)
+                print(f"warning, step {state.global_step}: {text}", file=sys.stderr, flush=True)
 
 
 class GracefulStop(TrainerCallback):

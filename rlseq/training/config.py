@@ -6,9 +6,6 @@ TRL's own fields keep TRL's names and meaning. Where a default differs from TRL'
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +13,7 @@ import torch
 import trl
 
 from rlseq.errors import ConfigError
+from rlseq.training.checks import check_objective, check_ppo, refuse_warped_training, single_generation
 
 
 def bf16_supported() -> bool:
@@ -76,6 +74,10 @@ class RewardArguments:
             "also be a mapping {func, weight, kwargs, timeout, on_error, ...}."
         },
     )
+    eval_reward_funcs: list[str | dict] | None = field(
+        default=None,
+        metadata={"help": "Rewards that are measured in evaluation and never optimised, named as in reward_funcs."},
+    )
     max_error_rate: float = _default(
         0.05, "Stop when a reward fails (error, timeout, invalid) on more than this share of a step's completions."
     )
@@ -96,6 +98,9 @@ class EvaluationArguments:
     eval_batch_size: int = _default(256, "Rows decoded together in evaluation (completions do not depend on it).")
     eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
     resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
+    probe_rows: int = _default(
+        500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
+    )
     primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
     primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
 
@@ -206,6 +211,68 @@ class NewModelArguments:
 
 
 @dataclass
+class RejectionArguments:
+    """Rejection sampling: references replaced by the model's own samples that scored best."""
+
+    _argument_group_name = "rejection sampling (rlseq)"
+
+    from_rollouts: list[str] | None = field(
+        default=None,
+        metadata={"help": "Take the samples from these runs (their rollouts/*.jsonl) or jsonl files, as scored there."},
+    )
+    rejection_samples: int | None = _default(
+        None, "Draw so many samples a prompt from --model_name_or_path and score them by --reward_funcs."
+    )
+    reward_funcs: list[str | dict] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards that score the samples drawn: bundled names, path/to/file.py:function or "
+            "package.module:function; in YAML also mappings, as for recipes/grpo.py."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "A weight for each of --reward_funcs; default: 1 each."}
+    )
+    max_error_rate: float = _default(
+        0.05, "Stop when a reward fails on more than this share of the samples scored together."
+    )
+    temperature: float = _default(1.0, "Temperature of the samples that are drawn.")
+    rejection_max_new_tokens: int = _default(256, "Longest sample, in tokens; those cut there are not kept.")
+    rejection_keep: int = _default(1, "Keep so many distinct completions a prompt, those of the highest total.")
+    min_reward: float | None = _default(None, "Keep only completions whose total reward is at least this.")
+
+    @property
+    def active(self) -> bool:
+        """Whether training is on samples instead of references."""
+        return self.from_rollouts is not None or self.rejection_samples is not None
+
+    def __post_init__(self) -> None:
+        if self.from_rollouts is not None and self.rejection_samples is not None:
+            raise ConfigError(
+                "--from_rollouts takes samples that exist, --rejection_samples draws new ones: give one of them"
+            )
+        if self.from_rollouts is not None and not self.from_rollouts:
+            raise ConfigError("--from_rollouts names nothing; give run directories or jsonl files")
+        if not self.active and (self.min_reward is not None or self.rejection_keep != 1):
+            raise ConfigError(
+                "--min_reward and --rejection_keep choose among samples; say where they come from, by --from_rollouts "
+                "or --rejection_samples"
+            )
+        if self.rejection_samples is not None and not self.reward_funcs:
+            raise ConfigError("--rejection_samples needs --reward_funcs (`rlseq reward list` shows the bundled ones)")
+        if self.rejection_samples is None and (self.reward_funcs or self.reward_weights):
+            raise ConfigError(
+                "--reward_funcs score the samples of --rejection_samples, and nothing else here; --from_rollouts takes "
+                "the totals of the log (`rlseq reward score SPEC --rollouts F --output G` writes others)"
+            )
+        for name in ("rejection_samples", "rejection_keep", "rejection_max_new_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; expected at least 1")
+        if not self.temperature > 0:
+            raise ConfigError(f"--temperature is {self.temperature}; expected above 0")
+
+
+@dataclass
 class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     """TRL's GRPOConfig with rlseq's defaults.
 
@@ -279,95 +346,54 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
             raise ConfigError("start_weight mixes the start into the averaged weights; it needs ema_decay above 0")
 
 
-@contextmanager
-def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
-    """Let TRL check its settings with num_generations 1, which it refuses though not all that it computes needs more.
+@dataclass
+class PPOConfig(GRPOConfig):
+    """Settings of PPO: those of GRPO, with a critic in place of the group as what a reward is compared with.
 
-    While it looks, the whole generation batch passes for one group, which divides it whatever its size.
+    * num_generations: 1, since a critic needs no group.
+    * TRL's names of what PPO calls otherwise: num_iterations is its epochs over a batch of rollouts,
+      steps_per_generation its minibatches, epsilon its policy clip, beta its KL coefficient, loss_type dapo its mean
+      over tokens.
     """
-    single = config.num_generations == 1
-    if single:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        steps = config.steps_per_generation or config.gradient_accumulation_steps
-        batch = config.generation_batch_size or config.per_device_train_batch_size * processes * steps
-        if batch < 2:
-            raise ConfigError("one prompt with one sample a step gives nothing to compare; enlarge the batch")
-        config.num_generations = batch
-        config.num_generations_eval = config.num_generations_eval or 1
-    yield
-    if single:
-        config.num_generations = 1
 
+    num_generations: int | None = _default(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
+    critic: Literal["separate", "shared"] = _default(
+        "separate", "The critic: separate (its own backbone) or shared (a head on the policy's trunk)."
+    )
+    critic_name_or_path: str | None = _default(
+        None, "What the critic starts from: a critic that a run saved, or any model; default: the policy's start."
+    )
+    critic_learning_rate: float | None = _default(None, "Learning rate of the critic; default: the policy's.")
+    critic_warmup_steps: int = _default(0, "Steps that train the critic alone, before the policy moves.")
+    critic_trunk_gradient: bool = _default(False, "Let the value loss of a shared critic train the policy's trunk.")
+    vf_coef: float = _default(0.5, "Weight of the value loss.")
+    value_clip: float | None = _default(
+        None, "Clip of the value's change an update, in units of reward; default: none."
+    )
+    gamma: float = _default(1.0, "Discount γ.")
+    lam: float = _default(0.95, "λ of generalised advantage estimation; 1: returns, 0: one-step differences.")
+    whiten_advantages: bool = _default(True, "Give advantages mean 0 and deviation 1 over all trained tokens.")
+    kl_in_reward: bool = _default(
+        True, "Put the KL to the start (k1, weighed by beta) into each token's reward; false: into the loss (k2, k3)."
+    )
+    kl_target: float | None = _default(
+        None, "Adapt beta so that the KL to the start stays near so many nats a completion; default: beta is fixed."
+    )
+    target_kl: float | None = _default(
+        None, "Leave out the other updates on a batch of rollouts once the policy is so many nats a token from it."
+    )
+    truncated_completions: Literal["reward", "bootstrap", "penalty"] = _default(
+        "reward",
+        "A completion cut at the limit is scored as it is (reward), has the critic's value of what would follow in "
+        "place of a reward (bootstrap), or loses truncation_penalty (penalty).",
+    )
+    truncation_penalty: float = _default(1.0, "What a truncated completion loses under penalty, in units of reward.")
 
-def check_objective(config: GRPOConfig) -> None:
-    """Refuse settings of the objective that contradict each other or would be ignored.
+    @property
+    def needs_group(self) -> bool:
+        """PPO compares with its critic."""
+        return False
 
-    Raises:
-        ConfigError: says which, and what to do.
-    """
-    if config.num_generations < 2 and config.needs_group:
-        what = config.objective if config.objective != "policy_gradient" else f"baseline {config.advantage_baseline!r}"
-        raise ConfigError(
-            f"num_generations is {config.num_generations}, but {what} compares a prompt's samples with each other. "
-            "Give at least 2, or --advantage_baseline greedy or batch, or recipes/ppo.py, whose critic needs one."
-        )
-    if config.kl_estimator == "k1" and config.beta and not getattr(config, "kl_in_reward", False):
-        raise ConfigError(
-            "kl_estimator k1 in the loss has gradient zero on average and regularises nothing. Take k2 or k3, or "
-            "recipes/ppo.py, which puts k1 into the reward."
-        )
-    if config.objective != "policy_gradient":
-        ignored = {
-            "loss_type": config.loss_type != trl.GRPOConfig.loss_type,
-            "importance_sampling_level": config.importance_sampling_level != "token",
-            "advantage_baseline": config.advantage_baseline != "mean",
-            "reference_prefix": config.reference_prefix != 0,
-            "entropy_coef": bool(config.entropy_coef) or config.use_adaptive_entropy,
-            "top_entropy_quantile": config.top_entropy_quantile != 1.0,
-            "use_vllm": config.use_vllm,
-        }
-        given = [name for name, is_set in ignored.items() if is_set]
-        if given:
-            raise ConfigError(f"objective {config.objective} does not use {', '.join(given)}; leave it out.")
-    if not config.minimum_risk_sharpness > 0:
-        raise ConfigError(f"minimum_risk_sharpness is {config.minimum_risk_sharpness}; expected above 0")
-    if config.minimum_risk_references and config.objective != "minimum_risk":
-        raise ConfigError("minimum_risk_references belongs to --objective minimum_risk")
-    if not 0 <= config.reference_prefix < config.max_completion_length:
-        raise ConfigError(
-            f"reference_prefix is {config.reference_prefix}; expected 0 to max_completion_length − 1 "
-            f"({config.max_completion_length - 1}): the completion holds the prefix."
-        )
-    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
-    if by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
-        raise ConfigError("reference_prefix and the greedy baseline are drawn by rlseq's sampler; leave it on.")
-    if config.advantage_baseline != "mean" and config.multi_objective_aggregation != "sum_then_normalize":
-        raise ConfigError("advantage_baseline is of the summed reward; leave out multi_objective_aggregation.")
-    if config.objective == "minimum_risk" and config.per_device_train_batch_size % config.num_generations:
-        size, G = config.per_device_train_batch_size, config.num_generations
-        sizes = [n for n in (size // G * G, (size // G + 1) * G) if n]
-        raise ConfigError(
-            f"minimum_risk needs a prompt's {G} samples in one micro-batch, but per_device_train_batch_size is {size}. "
-            f"With {G} generations, these work: {' or '.join(map(str, sizes))}."
-        )
-
-
-def refuse_warped_training(config: trl.GRPOConfig) -> None:
-    """Refuse truncated sampling in training: a token that leaves the nucleus has log-prob −∞ and no gradient.
-
-    Raises:
-        ConfigError: top_k, top_p, min_p or repetition_penalty is set.
-    """
-    set_to = {
-        "top_k": config.top_k not in (None, 0, -1),
-        "top_p": config.top_p not in (None, 1.0),
-        "min_p": config.min_p not in (None, 0.0),
-        "repetition_penalty": config.repetition_penalty not in (None, 1.0),
-    }
-    wrong = [name for name, is_set in set_to.items() if is_set]
-    if wrong:
-        raise ConfigError(
-            f"{', '.join(wrong)} cannot be used in training: the log-probs that are optimised would not be those of "
-            "the distribution sampled from. Leave it out (temperature is supported), or use it in evaluation "
-            "(--strategies)."
-        )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ppo(self)

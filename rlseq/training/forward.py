@@ -46,7 +46,8 @@ class Scores:
     """What the forward says of a micro-batch of B rows, right-padded to T.
 
     Attributes:
-        logprobs, entropies: (B, T) nats, of the distribution sampled from.
+        logprobs, entropies: (B, T) nats, of the distribution sampled from; entropies are 0 where the model's head
+            computes none.
         values: (B, T), the critic's value of the state before each token; None without a critic.
         last_values: (B,), the value of the state after the last token; None without a critic.
         references: those of the rows' prompts, where they were asked for.
@@ -119,7 +120,10 @@ def forward(
     def rows_by_tokens(per_token: Tensor) -> Tensor:
         return unpack_padded(per_token, batch, longest)[select, :width]  # (B, T)
 
-    scores = Scores(rows_by_tokens(outputs.log_probs), rows_by_tokens(outputs.entropy), references=found)
+    logprobs = rows_by_tokens(outputs.log_probs)
+    # The reference model's head computes no entropies.
+    entropies = logprobs.new_zeros(logprobs.shape) if outputs.entropy is None else rows_by_tokens(outputs.entropy)
+    scores = Scores(logprobs, entropies, references=found)
     if values:
         scores.values = rows_by_tokens(outputs.values[:, :-1])  # column t-1: the state before token t
         after = [x[-1] if len(x) else x.sum() for x in unpack(outputs.values, batch, shifted=False)]

@@ -12,7 +12,7 @@ How a step flows (TRL's method, and what happens there):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from trl.models.utils import unwrap_model_for_generation
 
 from rlseq.data import reference_ids
 from rlseq.errors import ConfigError
@@ -62,6 +63,8 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
         suite: the rewards. Their weighted total is what is optimised and what is logged as `reward`.
         tokenizer: with left padding.
         rollouts_dir: every rollout is appended there, one file a generation round; None writes nothing.
+        probe: evaluates the model on held-out rows every `eval_steps`: called with it, returns numbers by name, equal
+            on every rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
         **kwargs: `callbacks`, `peft_config`, `quantization_config` and the like, as TRL takes them.
     """
 
@@ -73,8 +76,10 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
         suite: RewardSuite,
         tokenizer: PreTrainedTokenizerBase,
         rollouts_dir: Path | None = None,
+        probe: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
+        self.probe = probe
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
@@ -89,6 +94,9 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
             reward_funcs=[_name_only(name) for name in suite.names],
             args=args,
             train_dataset=training_rows(prompts),
+            eval_dataset=training_rows(prompts[:1])
+            if probe is not None
+            else None,  # a stand-in: the probe has its rows
             processing_class=tokenizer,
             **kwargs,
         )
@@ -235,15 +243,20 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
             loss = self._policy_gradient(model, inputs)
         else:
             loss = self._own_objective(model, inputs, rows) / self._accumulation
-        references = self._scores.references if self._scores is not None else None
-        if self.args.reference_loss_coef:
-            # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
-            nll = reference_loss(references)
-            nll = loss.new_zeros(()) if nll is None else nll / len(rows)
-            loss = loss + self.args.reference_loss_coef * nll / self._accumulation
-            self._log_mean("reference_nll", nll)
+        loss = loss + self._additional_loss(inputs)
         self._asked_references, self._scores = {}, None
         return loss
+
+    def _additional_loss(self, inputs: Mapping[str, Tensor]) -> Tensor | float:
+        """What is added to the objective, from the same forward: teacher forcing on the references."""
+        if not self.args.reference_loss_coef:
+            return 0.0
+        # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
+        rows = len(inputs["prompt_index"])
+        nll = reference_loss(self._scores.references)
+        nll = torch.zeros((), device=self.accelerator.device) if nll is None else nll / rows
+        self._log_mean("reference_nll", nll)
+        return self.args.reference_loss_coef * nll / self._accumulation
 
     def _policy_gradient(self, model, inputs) -> Tensor:
         """TRL's losses; the KL to the start in another estimator than TRL's k3 is added to them."""
@@ -327,6 +340,28 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
         sums = torch.stack([torch.where(mask, x_BT.detach(), 0.0).sum(), mask.sum().to(x_BT.dtype)])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._metrics[self._mode][name].append(total / max(count, 1.0))
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Measure the model by the probe, in place of TRL's evaluation, which would draw from the run's randomness."""
+        if self.probe is None:
+            raise ConfigError("this trainer was given no probe to evaluate with")
+        with (
+            torch.no_grad(),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            found = self.probe(model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # -- references ----------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from rlseq.scoring import RewardSuite
+from rlseq.data import build_prompts, load_rows
+from rlseq.errors import ConfigError, did_you_mean
+from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
-from rlseq.training.config import RunArguments
+from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, RunArguments
+from rlseq.training.models import check_model_path, load_tokenizer
 from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
 from rlseq.types import Prompt, Rollout
@@ -29,6 +34,86 @@ def default_config(path: Path) -> Path | None:
         if arg.startswith("--")
     )
     return None if named else path
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run on rollouts learns: prompts, what scores them, and rows to evaluate on.
+
+    Attributes:
+        tokenizer: the model's.
+        prompts: what is trained on.
+        eval_rows: rows of the evaluation split; empty where nothing is evaluated.
+        suite: the optimised rewards.
+        eval_suite: rewards that are only measured, or None.
+    """
+
+    tokenizer: Any
+    prompts: list[Prompt]
+    eval_rows: list[dict[str, Any]]
+    suite: RewardSuite
+    eval_suite: RewardSuite | None
+
+    def close(self) -> None:
+        """End the rewards' worker processes."""
+        for suite in (self.suite, self.eval_suite):
+            if suite is not None:
+                suite.close()
+
+
+def load_task(
+    data: DataArguments, rewards: RewardArguments, model_args: ModelArguments, config: Any, *, evaluates: bool
+) -> Task:
+    """Find everything that can be wrong with model path, rewards and data, before anything expensive starts.
+
+    Raises:
+        RlseqError: it says what was given, what was expected and what to do.
+    """
+    check_model_path(model_args.model_name_or_path)
+    if not data.dataset_name:
+        raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
+    if not rewards.reward_funcs:
+        raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
+    suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
+    eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
+    prompts = build_prompts(rows, tokenizer, **data.prompt_options())
+    eval_rows = []
+    if evaluates:
+        eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
+    for each in (suite, eval_suite):
+        if each is not None:
+            try_rewards(each, prompts[0])
+    return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
+
+
+def choose_best_by(config: TrainingArguments, known: Mapping[str, bool | None], default: str) -> None:
+    """Let checkpoints be compared by a measure of the evaluation during training; the best is never deleted.
+
+    Args:
+        config: its `metric_for_best_model` and `greater_is_better` are set; `save_total_limit` spares the best.
+        known: by measure, whether higher is better.
+        default: the measure where the user names none.
+
+    Raises:
+        ConfigError: the user names one that is not measured, or wants the best and the average of the weights.
+    """
+    wanted = config.metric_for_best_model
+    if wanted in (None, "loss"):  # transformers' own default, which rollouts do not have
+        wanted = default
+    wanted = wanted.removeprefix("eval_")
+    if wanted not in known:
+        near = did_you_mean(wanted, known)
+        raise ConfigError(
+            f"metric_for_best_model is {wanted!r}, which is not measured.{near} Measured: {', '.join(known)}"
+        )
+    if config.load_best_model_at_end and getattr(config, "ema_decay", 0):
+        raise ConfigError(
+            "load_best_model_at_end takes a checkpoint, ema_decay an average of weights: give one of them"
+        )
+    config.metric_for_best_model = f"eval_{wanted}"
+    config.greater_is_better = known[wanted] is not False
 
 
 def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunDirectory:
@@ -113,4 +198,13 @@ def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> boo
         )
         return False
     trainer.save_model(trainer.args.output_dir)
+    args, state = trainer.args, trainer.state
+    best = f"{args.metric_for_best_model} {state.best_metric:.4g}" if state.best_metric is not None else ""
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        say(f"result: the best on validation, {Path(state.best_model_checkpoint).name} ({best})")
+    elif getattr(args, "ema_decay", 0):
+        say(f"result: the average of the weights up to the last step, {state.global_step}")
+    else:
+        kept = f"; the best on validation is {Path(state.best_model_checkpoint).name} ({best})" if best else ""
+        say(f"result: the last step, {state.global_step}{kept}")
     return True

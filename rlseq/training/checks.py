@@ -1,0 +1,145 @@
+"""What settings of training may not be: each refusal says what was given and what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import trl
+
+from rlseq.errors import ConfigError
+
+
+@contextmanager
+def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
+    """Let TRL check its settings with num_generations 1, which it refuses though not all that it computes needs more.
+
+    While it looks, the whole generation batch passes for one group, which divides it whatever its size.
+    """
+    single = config.num_generations == 1
+    if single:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        steps = config.steps_per_generation or config.gradient_accumulation_steps
+        batch = config.generation_batch_size or config.per_device_train_batch_size * processes * steps
+        if batch < 2:
+            raise ConfigError("one prompt with one sample a step gives nothing to compare; enlarge the batch")
+        config.num_generations = batch
+        config.num_generations_eval = config.num_generations_eval or 1
+    yield
+    if single:
+        config.num_generations = 1
+
+
+def check_objective(config: Any) -> None:
+    """Refuse settings of the objective that contradict each other or would be ignored.
+
+    Raises:
+        ConfigError: says which, and what to do.
+    """
+    if config.num_generations < 2 and config.needs_group:
+        what = config.objective if config.objective != "policy_gradient" else f"baseline {config.advantage_baseline!r}"
+        raise ConfigError(
+            f"num_generations is {config.num_generations}, but {what} compares a prompt's samples with each other. "
+            "Give at least 2, or --advantage_baseline greedy or batch, or recipes/ppo.py, whose critic needs one."
+        )
+    if config.kl_estimator == "k1" and config.beta and not getattr(config, "kl_in_reward", False):
+        raise ConfigError(
+            "kl_estimator k1 in the loss has gradient zero on average and regularises nothing. Take k2 or k3, or "
+            "recipes/ppo.py, which puts k1 into the reward."
+        )
+    if config.objective != "policy_gradient":
+        ignored = {
+            "loss_type": config.loss_type != trl.GRPOConfig.loss_type,
+            "importance_sampling_level": config.importance_sampling_level != "token",
+            "advantage_baseline": config.advantage_baseline != "mean",
+            "reference_prefix": config.reference_prefix != 0,
+            "entropy_coef": bool(config.entropy_coef) or config.use_adaptive_entropy,
+            "top_entropy_quantile": config.top_entropy_quantile != 1.0,
+            "use_vllm": config.use_vllm,
+        }
+        given = [name for name, is_set in ignored.items() if is_set]
+        if given:
+            raise ConfigError(f"objective {config.objective} does not use {', '.join(given)}; leave it out.")
+    if not config.minimum_risk_sharpness > 0:
+        raise ConfigError(f"minimum_risk_sharpness is {config.minimum_risk_sharpness}; expected above 0")
+    if config.minimum_risk_references and config.objective != "minimum_risk":
+        raise ConfigError("minimum_risk_references belongs to --objective minimum_risk")
+    if not 0 <= config.reference_prefix < config.max_completion_length:
+        raise ConfigError(
+            f"reference_prefix is {config.reference_prefix}; expected 0 to max_completion_length − 1 "
+            f"({config.max_completion_length - 1}): the completion holds the prefix."
+        )
+    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
+    if by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
+        raise ConfigError("reference_prefix and the greedy baseline are drawn by rlseq's sampler; leave it on.")
+    if config.advantage_baseline != "mean" and config.multi_objective_aggregation != "sum_then_normalize":
+        raise ConfigError("advantage_baseline is of the summed reward; leave out multi_objective_aggregation.")
+    if config.objective == "minimum_risk" and config.per_device_train_batch_size % config.num_generations:
+        size, G = config.per_device_train_batch_size, config.num_generations
+        sizes = [n for n in (size // G * G, (size // G + 1) * G) if n]
+        raise ConfigError(
+            f"minimum_risk needs a prompt's {G} samples in one micro-batch, but per_device_train_batch_size is {size}. "
+            f"With {G} generations, these work: {' or '.join(map(str, sizes))}."
+        )
+
+
+def refuse_warped_training(config: trl.GRPOConfig) -> None:
+    """Refuse truncated sampling in training: a token that leaves the nucleus has log-prob −∞ and no gradient.
+
+    Raises:
+        ConfigError: top_k, top_p, min_p or repetition_penalty is set.
+    """
+    set_to = {
+        "top_k": config.top_k not in (None, 0, -1),
+        "top_p": config.top_p not in (None, 1.0),
+        "min_p": config.min_p not in (None, 0.0),
+        "repetition_penalty": config.repetition_penalty not in (None, 1.0),
+    }
+    wrong = [name for name, is_set in set_to.items() if is_set]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)} cannot be used in training: the log-probs that are optimised would not be those of "
+            "the distribution sampled from. Leave it out (temperature is supported), or use it in evaluation "
+            "(--strategies)."
+        )
+
+
+def check_ppo(config: Any) -> None:
+    """Refuse settings of PPO that contradict each other or would be ignored.
+
+    Raises:
+        ConfigError: says which, and what to do.
+    """
+    if config.objective != "policy_gradient" or config.advantage_baseline != "mean":
+        name = "objective" if config.objective != "policy_gradient" else "advantage_baseline"
+        raise ConfigError(f"{name} is of recipes/grpo.py: PPO's advantages are against its critic. Leave it out.")
+    if config.multi_objective_aggregation != "sum_then_normalize":
+        raise ConfigError("multi_objective_aggregation normalises within groups, which PPO has none of. Leave it out.")
+    if config.kl_in_reward and config.kl_estimator not in (None, "k1"):
+        raise ConfigError(
+            f"kl_estimator {config.kl_estimator} is for the loss; in the reward the KL is k1, whose sum is the "
+            "sequence's. Leave it out, or give --kl_in_reward false."
+        )
+    if config.kl_target is not None:
+        if not config.kl_in_reward or not config.beta:
+            raise ConfigError("kl_target adapts beta, the KL penalty in the reward: give --beta, a start above 0")
+        if not config.kl_target > 0:
+            raise ConfigError(f"kl_target is {config.kl_target}; expected nats above 0")
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; expected 0 to 1")
+    for name in ("vf_coef", "critic_warmup_steps", "truncation_penalty"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name} is {getattr(config, name)}; expected at least 0")
+    if config.critic_trunk_gradient and config.critic != "shared":
+        raise ConfigError("critic_trunk_gradient is of --critic shared; a separate critic has no part of the policy")
+    if config.target_kl is not None:
+        updates = config.steps_per_generation * config.num_iterations
+        if updates % config.gradient_accumulation_steps:
+            raise ConfigError(
+                f"target_kl ends the updates on rollouts between optimizer steps, but {updates} micro-batches "
+                "(steps_per_generation × num_iterations) are no multiple of gradient_accumulation_steps "
+                f"({config.gradient_accumulation_steps})."
+            )
