@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 
 import pytest
-from scipy import stats
 
 from rlseq.cli import main
-from rlseq.errors import RewardError, RunDirectoryError
 from rlseq.scoring.check import corrupt, run_checks
-from rlseq.scoring.rescore import compare, read_rollouts, score_by_step, spearman
-from rlseq.scoring.suite import load_rewards
 from rlseq.types import Prompt
 
 
@@ -108,7 +103,7 @@ OUT_OF_RANGE = "from rlseq import reward\n@reward(range=(0, 1))\ndef f(completio
         (POSITION, "order does not matter"),
         ("def f(completion):\n    return 1 / len(completion)", "it survives strange completions"),
         ("def f(completion):\n    return float(completion.encode() != b'')", "it survives strange completions"),
-        ("import time\ndef f(completion):\n    time.sleep(0.05)\n    return 0", "speed"),
+        ("def f(completion):\n    return None", "it runs on these rows"),
         (OUT_OF_RANGE, "values are in the stated range"),
         ("def f(completion):\n    return -len(completion)", "hackable by the empty string?"),
         ("def f(completion):\n    return len(completion)", "hackable by the maximum length?"),
@@ -121,9 +116,48 @@ OUT_OF_RANGE = "from rlseq import reward\n@reward(range=(0, 1))\ndef f(completio
 def test_check_finds_what_is_wrong(tmp_path, source, question):
     path = tmp_path / "f.py"
     path.write_text(source)
-    found = findings({"func": f"{path}:f"}, prompts(1 if "sleep" in source else 12), tmp_path)
+    found = findings({"func": f"{path}:f"}, prompts(), tmp_path)
     assert found[question].passed is False
     assert found[question].advice or "returned" in found[question].finding
+
+
+def test_check_stops_at_a_reward_that_abstains_on_everything():
+    found = findings({"func": lambda completion: None, "name": "f"}, prompts(), "/nowhere")
+    assert list(found) == ["it loads", "it runs on these rows"]
+    assert "36 completions: 0 failed, 36 abstained" in found["it runs on these rows"].finding
+
+
+def test_check_says_that_all_values_are_the_same():
+    found = findings({"func": lambda completion: 0.5, "name": "f"}, prompts(), "/nowhere")
+    assert found["it runs on these rows"].finding.endswith("; all values are 0.5")
+    assert "all values" not in findings({"func": "exact_match"}, prompts())["it runs on these rows"].finding
+
+
+def test_check_says_that_a_reward_is_slow_but_slow_is_not_wrong(tmp_path):
+    path = tmp_path / "f.py"
+    path.write_text("import time\ndef f(completion):\n    time.sleep(0.05)\n    return 0")
+    speed = findings({"func": f"{path}:f"}, prompts(1), tmp_path)["speed"]
+    assert speed.passed is None
+    assert "slow: try `workers: n`" in speed.finding
+    rate = float(speed.finding.split()[0])
+    assert 1 < rate <= 20  # it sleeps 50 ms
+    assert "slow" not in findings({"func": "constant"}, prompts(1))["speed"].finding
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"on_eror": "raise"}, "has the option 'on_eror'"), ({"on_error": "floor"}, "states no lowest value")],
+)
+def test_check_finds_options_that_a_run_would_refuse(options, message):
+    found = findings({"func": "constant", **options}, prompts())
+    assert found["it loads"].passed is False
+    assert message in found["it loads"].finding
+    assert "'cache'" not in found["it loads"].finding  # what the check itself adds is not the user's
+
+
+def test_check_gives_the_same_advice_once(capsys):
+    assert main(["reward", "check", "constant"]) == 1
+    assert capsys.readouterr().out.count("Training will find this") == 1
 
 
 def test_check_survives_a_reward_that_hangs_on_a_strange_completion(tmp_path, monkeypatch):
@@ -162,127 +196,3 @@ def test_check_samples_from_a_model_to_see_whether_grpo_would_learn(tmp_path, ca
 def test_check_names_a_model_that_cannot_be_loaded(capsys, tmp_path):
     assert main(["reward", "check", "constant", "--model_name_or_path", str(tmp_path / "none")]) == 2
     assert "cannot load --model_name_or_path" in capsys.readouterr().err
-
-
-# Scoring and replaying logs
-
-
-def record(step, key, sample, completion, total, **more):
-    return {
-        "step": step, "prompt_key": key, "sample": sample, "prompt": f"say {key}", "completion": completion,
-        "references": ["one two"], "values": {"old": total}, "total": total, "length": len(completion.split()), **more,
-    }  # fmt: skip
-
-
-@pytest.fixture
-def run(tmp_path):
-    jsonl(
-        tmp_path / "run" / "rollouts" / "000001.jsonl",
-        [
-            record(1, "p", 0, "one two", 1.0),
-            record(1, "p", 1, "one", 0.0),
-            record(1, "p", 2, "", 0.5),
-            record(1, "q", 0, "two", 1.0),
-            record(1, "q", 1, "one two", 0.0),
-        ],
-    )
-    jsonl(
-        tmp_path / "run" / "rollouts" / "000002.jsonl",
-        [record(2, "p", 0, "one two", None), record(2, "p", 1, "x", 0.2)],
-    )
-    return tmp_path / "run"
-
-
-def test_replay_compares_with_what_was_optimised_by_hand(run):
-    # exact_match gives p: 1 0 0, q: 0 1, then (no logged total), 0
-    # logged advantages p: + - 0, q: + -;   new p: + - -, q: - +
-    # reversed: the two of q; gained: the third of p; step 2 has one rollout left, whose advantage is 0 on
-    # both sides
-    logged = read_rollouts(run)
-    with load_rewards(["exact_match"]) as suite:
-        totals = score_by_step(suite, logged).totals
-    assert totals == [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0]
-    found = compare(logged, totals)
-    assert (found.rollouts, found.groups, found.varying) == (6, 2, 2)
-    assert found.reversed == pytest.approx(2 / 6)
-    assert found.gained == pytest.approx(1 / 6)
-    assert found.lost == 0
-    old = [1.0, 0.0, 0.5, 1.0, 0.0, 0.2]
-    new = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    assert found.rank_correlation == pytest.approx(stats.spearmanr(old, new).statistic)
-    by_group = [stats.spearmanr([1, 0, 0.5], [1, 0, 0]).statistic, -1.0]
-    assert found.group_correlation == pytest.approx(sum(by_group) / 2)
-
-
-def test_replaying_the_same_reward_changes_nothing(tmp_path):
-    texts = ["one two", "one", "x", "one two three"]
-    with load_rewards(["token_f1"]) as suite:
-        first = [record(1, "p", i, text, 0.0) for i, text in enumerate(texts)]
-        totals = score_by_step(suite, read_rollouts(jsonl(tmp_path / "a.jsonl", first))).totals
-        again = read_rollouts(
-            jsonl(tmp_path / "b.jsonl", [{**r, "total": t} for r, t in zip(first, totals, strict=True)])
-        )
-        found = compare(again, score_by_step(suite, again).totals)
-    assert (found.reversed, found.gained, found.lost) == (0, 0, 0)
-    assert found.rank_correlation == pytest.approx(1.0)
-
-
-def test_replay_prints_the_comparison_and_writes_the_records(run, tmp_path, capsys):
-    out = tmp_path / "new.jsonl"
-    flags = ["--reward_funcs", "exact_match", "token_f1", "--reward_weights", "1", "0.5", "--output", str(out)]
-    assert main(["reward", "replay", str(run), *flags]) == 0
-    printed = capsys.readouterr().out
-    assert "of advantages change sign" in printed
-    written = [json.loads(line) for line in out.read_text().splitlines()]
-    assert written[0]["values"] == {"exact_match": 1.0, "token_f1": 1.0}
-    assert written[0]["total"] == 1.5
-    assert written[0]["prompt"] == "say p"
-
-
-def test_replay_scores_a_prompts_group_step_by_step(tmp_path):
-    # the same prompt in two steps: the vote is taken within each
-    records = [record(s, "p", i, text, 0.0) for s, texts in enumerate(["aab", "bbb"]) for i, text in enumerate(texts)]
-    with load_rewards(["majority_vote"]) as suite:
-        totals = score_by_step(suite, read_rollouts(jsonl(tmp_path / "r.jsonl", records))).totals
-    assert totals == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
-
-
-def test_score_prints_moments_and_corpus_metrics(tmp_path, capsys):
-    rows = [
-        {"prompt": "a", "completion": "A B C D", "references": ["A B C E"]},
-        {"prompt": "b", "completion": "A", "references": ["A"]},
-    ]
-    path = jsonl(tmp_path / "r.jsonl", rows)
-    assert main(["reward", "score", "phoneme_accuracy", "--rollouts", str(path)]) == 0
-    out = capsys.readouterr().out
-    assert "per = 0.2 " in out  # 1 edit of 5 phonemes
-    assert "wer = 0.5 " in out
-    assert out.splitlines()[2].split()[:7] == ["phoneme_accuracy", "1", "2", "0.875", "0.125", "0.75", "1"]
-
-
-def test_a_log_without_ids_keeps_lengths_and_the_mean_log_prob(tmp_path):
-    logged = read_rollouts(jsonl(tmp_path / "r.jsonl", [record(1, "p", 0, "one two", 1.0, length=4, logprob=-2.0)]))
-    assert logged.rollouts[0].completion_ids == (0,) * 4
-    assert logged.rollouts[0].logprobs == (-0.5,) * 4
-    assert set(logged.columns) == {"prompt", "references"}
-
-
-def test_bad_logs_are_named(tmp_path):
-    with pytest.raises(RunDirectoryError, match="has no rollouts"):
-        read_rollouts(tmp_path)
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
-    with pytest.raises(RewardError, match="line 2 is no JSON"):
-        read_rollouts(tmp_path / "bad.jsonl")
-    with pytest.raises(RewardError, match="line 1 has prompt; expected prompt and completion"):
-        read_rollouts(jsonl(tmp_path / "short.jsonl", [{"prompt": "a"}]))
-    with pytest.raises(RewardError, match="no rollout has a total both in the log and now"):
-        compare(read_rollouts(jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "completion": "b"}])), [1.0])
-
-
-def test_rank_correlation_agrees_with_scipy_ties_included():
-    rng = random.Random(0)
-    for _ in range(50):
-        a, b = ([rng.randrange(4) for _ in range(9)] for _ in range(2))
-        expected = stats.spearmanr(a, b).statistic
-        assert spearman(a, b) == pytest.approx(expected) or (math.isnan(expected) and math.isnan(spearman(a, b)))
-    assert math.isnan(spearman([1.0], [1.0]))

@@ -21,6 +21,7 @@ from .suite import RewardSuite, ScoreTable, load_rewards
 
 PATIENCE = 10.0  # seconds that any one strange completion may take
 LONG = 100_000  # characters
+SLOW = 50.0  # completions a second: below it a step of some hundreds waits for the reward
 MAXIMUM_LENGTH = 1024  # words of the longest degenerate completion
 
 STRANGE = {
@@ -55,6 +56,7 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
     """
     plain = {**spec, "on_error": "abstain", "cache": False}
     try:
+        load_rewards([spec], search_root=search_root)  # its own options fit together; nothing is started yet
         suite = load_rewards([plain], search_root=search_root, max_error_rate=1.0)
     except RewardError as error:
         return [Check("it loads", False, str(error))]
@@ -164,18 +166,23 @@ def _only(suite: RewardSuite, table: ScoreTable) -> list[float | None]:
 
 
 def _runs(suite: RewardSuite, items: list[Item], table: ScoreTable) -> Check:
-    counts = table.failure_counts[suite.names[0]]
-    failed = sum(counts[kind] for kind in FAILURES)
-    finding = f"{len(items)} completions: {failed} failed, {counts['abstained']} abstained"
+    question, counts, values = "it runs on these rows", table.failure_counts[suite.names[0]], _only(suite, table)
+    failed, abstained = sum(counts[kind] for kind in FAILURES), counts["abstained"]
+    finding = f"{len(items)} completions: {failed} failed, {abstained} abstained"
     if failed:
         row, message = next(iter(table.messages[suite.names[0]].items()))
         return Check(
-            "it runs on these rows",
+            question,
             False,
             f"{finding}; {message}, for {shorten(items[row][1].text, 80)}",
             "Fix the first failure; `on_error: abstain` or `floor` is for rare ones.",
         )
-    return Check("it runs on these rows", True, finding)
+    if abstained == len(items):
+        advice = "A reward that abstains on everything trains nothing: are these the rows and the references it is for?"
+        return Check(question, False, finding, advice)
+    present = {value for value in values if value is not None}
+    same = f"; all values are {present.pop():g}" if len(present) == 1 else ""
+    return Check(question, True, finding + same)
 
 
 def _alone(suite: RewardSuite, items: list[Item], values: Values) -> Check:
@@ -280,8 +287,10 @@ def _speed(suite: RewardSuite, items: list[Item], seconds: float) -> Check:
         score_items(suite, items)
         calls += len(items)
     rate = calls / (time.perf_counter() - start)
-    advice = "" if rate > 50 else "Give it `workers: n` (CPU) or make it async (waiting), and `cache: true`."
-    return Check("speed", None if rate > 50 else False, f"{rate:,.0f} completions a second, in one process", advice)
+    finding = f"{rate:,.3g} completions a second" if rate < 100 else f"{rate:,.0f} completions a second"
+    if rate < SLOW:
+        finding += "; slow: try `workers: n` (CPU), an async function (waiting) or `cache: true` (the same again)"
+    return Check("speed", None, finding)
 
 
 def _against_references(suite: RewardSuite, prompts: Sequence[Prompt]) -> list[Check]:

@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from ..errors import ModelError, RewardError
 from ..types import Prompt
 from .check import Check, run_checks, spread
 from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
+from .outcome import json_ready
 from .rescore import Logged, compare, read_rollouts, score_by_step
+from .rows import add_data_arguments, prompts_of, with_columns
 from .suite import RewardSuite, ScoreTable, load_rewards
 
 SPEC_HELP = (
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     check = commands.add_parser("check", help="Try a reward before a run; exit 1 if something is wrong.")
     check.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    _add_data(check)
+    add_data_arguments(check)
     check.add_argument("--rows", type=int, default=32, help="Rows to try it on (default: 32).")
     check.add_argument("--model_name_or_path", help="Sample from this model: do its completions differ in reward?")
     check.add_argument("--num_generations", type=int, default=8, help="Samples a row then (default: 8).")
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rollouts", type=Path, required=True, help="jsonl with prompt, completion and columns, or a run."
     )
     score.add_argument("--output", type=Path, help="Write the records there with values, status, details and total.")
+    add_data_arguments(score, "for columns that the rollouts lack")
     score.set_defaults(reward_run=_score)
 
     replay = commands.add_parser("replay", help="What would other rewards or weights have said of a run's rollouts?")
@@ -56,23 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replay.add_argument("--reward_funcs", nargs="+", required=True, metavar="SPEC", help=SPEC_HELP)
     replay.add_argument("--reward_weights", nargs="+", type=float, help="A weight for each (default: 1).")
     replay.add_argument("--output", type=Path, help="Write the records there with the new values and total.")
+    add_data_arguments(replay, "for columns that the log lacks; by default as in RUN/config.yaml")
     replay.set_defaults(reward_run=_replay)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the chosen subcommand; `check` returns 1 where the reward is wrong, everything else 0."""
     return args.reward_run(args)
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--dataset_name", help="Rows: a task module, json/jsonl/csv/parquet files, or a hub id.")
-    add("--split", default="train", help="Its split (default: train).")
-    add("--prompt_column", default="prompt", help="Column of the prompt (default: prompt).")
-    add("--reference_column", default="references", help="Column of the right answer (default: references).")
-    add("--prompt_template", help="Jinja template over a row's columns that makes the prompt.")
-    add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
-    add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -103,51 +95,21 @@ def _check(args: argparse.Namespace) -> int:
         from transformers import AutoTokenizer
 
         tokenizer = _loaded(AutoTokenizer, args.model_name_or_path, padding_side="left")
-    prompts = _prompts(args, tokenizer)
+    prompts = prompts_of(args, tokenizer)
     checks = run_checks(spec, prompts, Path.cwd())
     if args.model_name_or_path and all(check.passed is not False for check in checks[:3]):
         checks.append(_spread(spec, prompts, tokenizer, args))
     marks = {True: "ok", False: "FAIL", None: "-"}
     print(_table(("", "question", "finding"), [(marks[c.passed], c.question, c.finding) for c in checks]))
     wrong = [check for check in checks if check.passed is False]
+    advice: dict[str, list[str]] = {}
     for check in wrong:
-        if check.advice:
-            print(textwrap.fill(f"* {check.question}: {check.advice}", _width(), subsequent_indent="  "))
+        advice.setdefault(check.advice, []).append(check.question)
+    for text, questions in advice.items():
+        if text:
+            print(textwrap.fill(f"* {'; '.join(questions)}: {text}", _width(), subsequent_indent="  "))
     print(f"{len(wrong)} of {len(checks)} checks failed." if wrong else "Nothing is wrong with it.")
     return int(bool(wrong))
-
-
-def _prompts(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
-    if args.dataset_name is None:
-        print("No --dataset_name: tried on made-up rows.\n", file=sys.stderr)
-        words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
-        answers = [" ".join([*words[i:], *words[:i], str(10 + i)]) for i in range(len(words))]
-        return [
-            Prompt(f"row-{i}", f"Count from {words[i]}, then add ten.", (), {"references": [answer]})
-            for i, answer in enumerate(answers[: args.rows])
-        ]
-    import rlseq
-
-    names = ("prompt_column", "reference_column", "prompt_template", "reference_template", "merge_references")
-    return rlseq.load_prompts(
-        args.dataset_name,
-        tokenizer or _WordTokenizer(),
-        split=args.split,
-        limit=args.rows,
-        **{name: getattr(args, name) for name in names},
-    )
-
-
-class _WordTokenizer:
-    """Stands in where rows are read for their texts alone: a number for each word."""
-
-    chat_template = "none"
-
-    def __call__(self, text: Sequence[str]) -> dict[str, list[list[int]]]:
-        return {"input_ids": [list(range(len(one.split()))) for one in text]}
-
-    def apply_chat_template(self, prompts: Sequence[Any], **_: Any) -> dict[str, list[list[int]]]:
-        return self([" ".join(str(message.get("content", "")) for message in prompt) for prompt in prompts])
 
 
 def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args: argparse.Namespace) -> Check:
@@ -156,11 +118,10 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
 
     import rlseq
 
-    sample = rlseq.sample
     model = _loaded(AutoModelForCausalLM, args.model_name_or_path)
     declared = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    groups = sample(
+    groups = rlseq.sample(
         model,
         prompts,
         num_samples=args.num_generations,
@@ -175,6 +136,9 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
 
 
 def _loaded(kind: Any, name: str, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
@@ -183,7 +147,7 @@ def _loaded(kind: Any, name: str, **options: Any) -> Any:
 
 def _score(args: argparse.Namespace) -> int:
     with load_rewards([parse_spec(spec) for spec in args.spec]) as suite:
-        logged = read_rollouts(args.rollouts)
+        logged = with_columns(suite, read_rollouts(args.rollouts), args.rollouts, args)
         table = score_by_step(suite, logged)
         _summary(suite, table)
     _write(args.output, logged, table)
@@ -193,7 +157,7 @@ def _score(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     specs = [parse_spec(spec) for spec in args.reward_funcs]
     with load_rewards(specs, weights=args.reward_weights) as suite:
-        logged = read_rollouts(args.run_directory)
+        logged = with_columns(suite, read_rollouts(args.run_directory), args.run_directory, args)
         table = score_by_step(suite, logged)
         _summary(suite, table)
     found = compare(logged, table.totals)
@@ -245,7 +209,7 @@ def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:
     with path.open("w", encoding="utf-8") as lines:
         for record, scored in zip(logged.records, table.scored, strict=True):
             said = {field: getattr(scored, field) for field in ("values", "status", "details", "total")}
-            lines.write(json.dumps({**record, **said}, ensure_ascii=False, default=str) + "\n")
+            lines.write(json.dumps(json_ready({**record, **said}), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def parse_spec(text: str) -> dict[str, Any]:

@@ -51,14 +51,21 @@ def bundled_folder() -> Path:
 
 
 def named_files(search_root: Path) -> dict[str, list[Path]]:
-    """Reward files by name: `./rewards/*.py`, then the bundled ones; one file met twice counts once."""
+    """Reward files by name: `./rewards/*.py`, then the bundled ones.
+
+    One file met twice counts once, and so does a copy of it: a checkout as working directory beside an installed
+    wheel holds the bundled ones again.
+    """
     files: dict[str, list[Path]] = {}
     for folder in (search_root / "rewards", bundled_folder()):
-        for path in sorted(folder.glob("*.py")) if folder.is_dir() else ():
-            path = path.resolve()
-            if not path.name.startswith("_") and path not in files.setdefault(path.stem, []):
+        for path in map(Path.resolve, sorted(folder.glob("[!_]*.py"))) if folder.is_dir() else ():
+            if not any(_same_file(path, other) for other in files.setdefault(path.stem, [])):
                 files[path.stem].append(path)
     return files
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    return path == other or path.read_bytes() == other.read_bytes()
 
 
 def entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:

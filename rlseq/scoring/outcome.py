@@ -153,6 +153,20 @@ def plain(value: Any) -> Any:
     return ArrayOfOne([inner]) if isinstance(light, list) and not isinstance(inner, list) else light
 
 
+def json_ready(value: Any) -> Any:
+    """A value of details in JSON's types: NaN and infinities as null, arrays as lists, what has no form as its text."""
+    value = plain(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    return str(value)
+
+
 def shorten(value: Any, width: int = 200) -> str:
     """The repr of a value, cut to `width` characters."""
     text = repr(value)

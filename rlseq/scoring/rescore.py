@@ -71,6 +71,8 @@ def _records(file: Path) -> Iterable[dict[str, Any]]:
             if not isinstance(record, dict) or not {"prompt", "completion"} <= record.keys():
                 given = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise RewardError(f"{file}, line {number} has {given}; expected prompt and completion among its keys.")
+            if not isinstance(record["completion"], str):
+                raise RewardError(f"{file}, line {number}: the completion is {record['completion']!r}; expected text.")
             yield record
 
 
@@ -160,7 +162,7 @@ def compare(logged: Logged, totals: Sequence[float | None]) -> Comparison:
             groups[record.get("step"), record.get("model"), record.get("strategy"), rollout.prompt_key].append(row)
     rows = [row for group in groups.values() for row in group]
     if not rows:
-        raise RewardError("no rollout has a total both in the log and now; was the log written by a training run?")
+        raise RewardError(_nothing_to_compare(logged, totals))
     old = {row: float(logged.records[row]["total"]) for row in rows}
     new = {row: float(totals[row]) for row in rows}
     signs = [
@@ -183,6 +185,18 @@ def compare(logged: Logged, totals: Sequence[float | None]) -> Comparison:
         gained=sum(a == 0 != b for a, b in signs) / len(rows),
         lost=sum(b == 0 != a for a, b in signs) / len(rows),
     )
+
+
+def _nothing_to_compare(logged: Logged, totals: Sequence[float | None]) -> str:
+    count = len(totals)
+    if all(record.get("total") is None for record in logged.records):
+        return (
+            f"none of the {count} rollouts has a total in the log; expected one that a training run wrote. "
+            "`rlseq reward score` scores completions of any origin."
+        )
+    if all(total is None for total in totals):
+        return f"the rewards abstained or failed on all {count} rollouts; there is nothing to compare."
+    return f"none of the {count} rollouts has a total both in the log and now; there is nothing to compare."
 
 
 def _signs(values: Sequence[float]) -> list[int]:
