@@ -59,7 +59,10 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
-    network = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype)
+    network, found = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    if found["missing_keys"]:  # transformers fills them with random numbers, other ones in each process
+        missing = ", ".join(sorted(found["missing_keys"])[:3])
+        raise ValueError(f"{model} is no trained sequence-classification model: it has no weights for {missing}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if network.config.pad_token_id is None:

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,9 +257,6 @@ def perturbed(answer):
 def test_every_gsm8k_answer_equals_itself_and_not_its_neighbour(name):
     reward, answers = bundled(name), gsm8k_answers()
     assert len(answers) == 7473
-    if name == "math_equal":
-        finals = Counter(re.search(r"####.*", answer)[0] for answer in answers)
-        answers = [f"so\n{final}" for final in finals]  # it reads what follows the mark only: each final answer once
     assert [a for a in answers if reward(a, [a])[0] != 1.0] == []
     assert [a for a in answers if reward(perturbed(a), [a])[0] != 0.0] == []
 

@@ -156,6 +156,16 @@ def test_reward_model_uses_the_chat_template_for_chat_data(model_folder):
     assert totals == pytest.approx([logit(model_folder, "user a b assistant c d")], abs=1e-5)
 
 
+def test_a_model_without_a_trained_head_is_an_error_and_no_random_number(tmp_path, model_folder):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "causal")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "causal")
+    with pytest.raises(RewardError, match=r"no trained sequence-classification model: it has no weights for score"):
+        load_rewards([str(tmp_path / "causal")]).score([rollout("a")], {"prompt": ["b "]})
+
+
 # llm_judge
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import shutil
-import subprocess
-import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -15,7 +12,7 @@ import pytest
 
 from rlseq import load_rewards
 from rlseq.errors import RewardError
-from rlseq.scoring import CorpusMetric, Ratio, find, reward
+from rlseq.scoring import CorpusMetric, Ratio, reward
 from rlseq.types import Rollout
 
 
@@ -341,160 +338,6 @@ def test_columns_of_a_wrong_length_are_an_error():
 def test_no_rollouts_give_an_empty_table():
     table = load_rewards(["exact_match"]).score([], {"prompt": []})
     assert (table.scored, table.values, table.failures) == ([], {"exact_match": []}, {"exact_match": 0})
-
-
-# Specs
-
-
-def test_kwargs_come_from_the_spec_and_a_wrong_one_is_named():
-    def f(completion, bonus=0):
-        return bonus
-
-    assert values({"func": f, "kwargs": {"bonus": 2}}, ["a"]) == [2.0]
-    with pytest.raises(RewardError, match=r"takes no argument 'bonsu'\. Did you mean 'bonus'"):
-        load_rewards([{"func": f, "kwargs": {"bonsu": 2}}])
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"func": "constant", "wieght": 2}, "Did you mean 'weight'"),
-        ({"weight": 2}, "has no 'func'"),
-        ({"func": "constant", "on_error": "ignore"}, "expected raise, abstain, floor"),
-        ({"func": "constant", "on_error": "floor"}, "states no lowest value"),
-        ({"func": "own_log_prob", "on_error": "floor"}, "states no lowest value"),
-        ({"func": "constant", "timeout": 0}, "expected a number above 0"),
-        ({"func": "constant", "workers": 0}, "at least 1"),
-        ({"func": "constant", "retries": 1}, "are for async functions"),
-        ({"func": "constant", "cache": 3}, "cache is 3"),
-        ({"func": "constant", "scope": "row"}, "scope is 'row'"),
-        ({"func": "constant", "kwargs": [1]}, "expected a mapping"),
-        ({"func": "constant", "weight": "1"}, "expected a number"),
-        ({"func": lambda completion: 0, "name": "f", "timeout": 1}, "no worker process can find"),
-        ("constnat", "Did you mean 'constant'"),
-        ("no_such_package.rewards:f", "cannot import 'no_such_package.rewards'"),
-        ("textwrap:dedant", "Did you mean 'dedent'"),
-        ("missing.py:f", "does not exist"),
-        (["constant"], "has no 'func'"),
-    ],
-)
-def test_a_spec_that_cannot_work_says_why(spec, message):
-    with pytest.raises(RewardError, match=message):
-        load_rewards([spec])
-
-
-def test_no_rewards_at_all_is_an_error():
-    with pytest.raises(RewardError, match="no rewards were given"):
-        load_rewards([])
-
-
-def test_a_path_alone_serves_where_the_file_has_one_reward(folder):
-    folder("mine/one.py", "from rlseq import reward\n@reward\ndef f(completion): return 1\ndef helper(x): return x\n")
-    folder("mine/two.py", "def f(completion): return 1\ndef g(completion): return 2\n")
-    folder("mine/named.py", "def named(completion): return 3\ndef g(completion): return 2\n")
-    assert load_rewards(["mine/one.py"], search_root=folder.root).names == ["f"]
-    assert values("mine/named.py", ["a"], search_root=folder.root) == [3.0]
-    with pytest.raises(RewardError, match=r"has 2 rewards \(f, g\)"):
-        load_rewards(["mine/two.py"], search_root=folder.root)
-    with pytest.raises(RewardError, match=r"no function 'h'.*It has f, g"):
-        load_rewards(["mine/two.py:h"], search_root=folder.root)
-
-
-def test_rewards_beside_the_working_directory_are_found_by_name(folder):
-    folder("rewards/kindness.py", "def kindness(completion): return 1.0\n")
-    assert values("kindness", ["a"], search_root=folder.root) == [1.0]
-
-
-def test_one_name_in_two_places_is_an_error_naming_both(folder):
-    path = folder("rewards/exact_match.py", "def exact_match(completion): return 1.0\n")
-    with pytest.raises(RewardError) as caught:
-        load_rewards(["exact_match"], search_root=folder.root)
-    assert str(path) in str(caught.value)
-    assert str(find.bundled_folder() / "exact_match.py") in str(caught.value)
-
-
-def test_the_bundled_folder_as_working_directory_is_no_second_place():
-    assert load_rewards(["exact_match"], search_root=find.bundled_folder().parent).names == ["exact_match"]
-
-
-def test_installed_packages_offer_rewards_by_entry_point(folder, monkeypatch):
-    folder("kind_package.py", "def kind(completion): return 4.0\n")
-    folder("kind_package-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: kind-package\nVersion: 1.0\n")
-    folder("kind_package-1.0.dist-info/entry_points.txt", "[rlseq.rewards]\nkindly = kind_package:kind\n")
-    monkeypatch.syspath_prepend(str(folder.root))
-    suite = load_rewards(["kindly"])
-    assert suite.names == ["kindly"]
-    assert suite.score([rollout("a")], {"prompt": ["q"]}).totals == [4.0]
-
-
-def test_loading_leaves_sys_path_alone_and_makes_no_module_called_rewards(folder):
-    before = list(sys.path)
-    path = folder("mine.py", "def f(completion): return 1\n")
-    load_rewards(["exact_match", f"{path}:f"])
-    assert sys.path == before
-    assert "rewards" not in sys.modules
-    assert "mine" not in sys.modules
-
-
-def test_an_installed_wheel_finds_the_bundled_rewards_and_installs_no_module_called_rewards(folder):
-    # what the wheel's force-include makes: rlseq/bundled/rewards inside the package, nothing beside it
-    package = find.bundled_folder().parent / "rlseq"
-    site = folder.root / "site"
-    shutil.copytree(package, site / "rlseq", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(find.bundled_folder(), site / "rlseq" / "bundled" / "rewards")
-    script = (
-        f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "from rlseq import load_rewards; from rlseq.scoring.find import find; from pathlib import Path\n"
-        "print(find('exact_match', Path('/nowhere')).address)\n"
-        "suite = load_rewards([{'func': 'exact_match', 'timeout': 20}], search_root='/nowhere')\n"
-        "import importlib.util; print(importlib.util.find_spec('rewards'))"
-    )
-    ended = subprocess.run([sys.executable, "-S", "-P", "-c", script], capture_output=True, text=True, cwd=folder.root)
-    assert ended.returncode == 0, ended.stderr
-    address, spec = ended.stdout.split()
-    assert address == f"{site / 'rlseq' / 'bundled' / 'rewards' / 'exact_match.py'}:exact_match"
-    assert spec == "None"
-
-
-def test_a_changed_file_is_loaded_afresh(folder):
-    path = folder("mine.py", "def f(completion): return 1\n")
-    first = load_rewards([f"{path}:f"])
-    folder("mine.py", "def f(completion): return 2\n")
-    second = load_rewards([f"{path}:f"])
-    assert second.score([rollout("a")], {"prompt": ["q"]}).totals == [2.0]
-    assert first.signature() != second.signature()
-
-
-def test_a_missing_extra_is_named_with_the_command_that_installs_it(folder):
-    source = "import no_such_library\nfrom rlseq import reward\n@reward(extra='text')\ndef f(completion): return 1\n"
-    path = folder("mine.py", source)
-    with pytest.raises(RewardError, match=r"needs the extra 'text': pip install 'rlseq\[text\]'"):
-        load_rewards([f"{path}:f"])
-
-
-def test_a_helper_beside_the_file_is_explained(folder):
-    folder("helper.py", "")
-    path = folder("mine.py", "import helper\ndef f(completion): return 1\n")
-    with pytest.raises(RewardError, match="imports 'helper', which lies beside it"):
-        load_rewards([f"{path}:f"])
-
-
-def test_a_file_that_fails_on_import_says_so(folder):
-    path = folder("mine.py", "1 / 0\n")
-    with pytest.raises(RewardError, match=r"mine\.py fails when imported: ZeroDivisionError"):
-        load_rewards([str(path)])
-
-
-def test_the_decorator_gives_back_the_function_itself():
-    def f(completion):
-        return 1
-
-    assert reward(f) is f
-    assert reward(range=(0, 1))(f) is f
-    with pytest.raises(RewardError, match=r"Did you mean 'group'"):
-        reward(scope="groups")
-    with pytest.raises(RewardError, match="expected \\(lowest, highest\\)"):
-        reward(range=(1, 0))
 
 
 # Names, weights, totals
