@@ -224,9 +224,11 @@ def test_list_describes_what_packages_offer_without_running_it(folder, monkeypat
     offer(folder, "listed_package")
     offer(folder, "broken_package", value="{}.missing:f", name="broken")
     monkeypatch.syspath_prepend(str(folder.root))
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["reward", "list"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert lines["kindly"].split() == "kindly 0 to 4 text How kind it is. [listed_package:kind of the package".split()
+    said = "kindly 0 to 4 text How kind it is. [listed_package:kind of the package listed_package]"
+    assert lines["kindly"].split() == said.split()
     assert "broken_package.missing:f" in lines["broken"]
     assert "listed_package" not in sys.modules
     with pytest.raises(RewardError, match=r"cannot import 'broken_package\.missing'"):
