@@ -51,8 +51,9 @@ class WeightAverage(TrainerCallback):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
-        if state.global_step and saved.is_file():
+        resumed = getattr(self.trainer, "resumed_from", None)
+        saved = None if resumed is None else resumed / FILE
+        if saved is not None and saved.is_file():
             loaded = load_file(saved)
             self.average = {name: loaded[name].to(p.device) for name, p in self._trained().items()}
         else:
@@ -63,10 +64,9 @@ class WeightAverage(TrainerCallback):
         for name, p in self._trained().items():
             self.average[name].lerp_(p, 1 - self.decay)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_file({name: value.contiguous().cpu() for name, value in self.average.items()}, folder / FILE)
+    def save_into(self, checkpoint: Path) -> None:
+        """Write the average beside the weights; the trainer calls it before it marks the checkpoint as whole."""
+        save_file({name: value.contiguous().cpu() for name, value in self.average.items()}, checkpoint / FILE)
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -21,7 +21,7 @@ import torch
 import trl
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl.models.utils import unwrap_model_for_generation
 
 from rlseq.data import reference_ids
@@ -29,8 +29,8 @@ from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate
 from rlseq.packing import supports_packing
 from rlseq.scoring import RewardSuite
-from rlseq.training.checkpoints import FinishedRunMixin
 from rlseq.training.config import GRPOConfig
+from rlseq.training.exact_state import ExactStateMixin
 from rlseq.training.forward import Ids, Scores, forward, ragged
 from rlseq.training.objectives import (
     expected_accuracy_loss,
@@ -53,7 +53,7 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
     )
 
 
-class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
+class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
     """TRL's GRPOTrainer on `Prompt`s, `Rollout`s and a `RewardSuite`.
 
     Args:
@@ -88,6 +88,7 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
         self._reference_rewards = {}
         self._asked_references: dict[Ids, list[Ids]] = {}  # what the next forward scores beside the completions
         self._scores: Scores | None = None  # what the last forward gave
+        self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
         args.reward_weights = list(suite.weights)
         super().__init__(
             model,
@@ -109,7 +110,6 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
         self._check_group_rewards()
-        self.add_callback(_RestoreStep(self))
 
     def _check_group_rewards(self) -> None:
         args = self.args
@@ -337,9 +337,12 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
         self._metrics[self._mode][name].append(self.accelerator.gather(value.detach()).mean().item())
 
     def _log_masked_mean(self, name: str, x_BT: Tensor, mask: Tensor) -> None:
+        """The mean over the counted tokens of an optimizer step: of all its micro-batches, on all ranks."""
         sums = torch.stack([torch.where(mask, x_BT.detach(), 0.0).sum(), mask.sum().to(x_BT.dtype)])
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics[self._mode][name].append(total / max(count, 1.0))
+        self._sums[name] = self._sums.get(name, 0.0) + sums
+        if self.accelerator.sync_gradients:
+            total, count = self.accelerator.reduce(self._sums.pop(name), reduction="sum").tolist()
+            self._metrics[self._mode][name].append(total / max(count, 1.0))
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -425,16 +428,6 @@ class GRPOTrainer(FinishedRunMixin, RolloutMixin, trl.GRPOTrainer):
                 device=self.accelerator.device,
                 **more,
             )
-
-
-class _RestoreStep(TrainerCallback):
-    """TRL does not save its count of micro-batches; it follows from the optimizer steps done."""
-
-    def __init__(self, trainer: GRPOTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._step = state.global_step * args.gradient_accumulation_steps
 
 
 def _name_only(name: str):

@@ -1,0 +1,120 @@
+"""What a checkpoint of a run on rollouts must also hold, so that the resumed run is the undisturbed one, bit for bit.
+
+TRL 1.16 saves weights, optimizer, scheduler and random states. It leaves out its count of micro-batches, the rollouts
+that are still to be trained on, the metrics and losses not yet logged, and the order of any epoch but the first.
+Each rank writes its own to `checkpoint-N/exact_state/`, before the trainer's state, which marks a checkpoint as whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from transformers import TrainerCallback
+from trl.trainer.utils import RepeatSampler
+
+from rlseq.training.checkpoints import FinishedRunMixin
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "exact_state"
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's RepeatSampler with the order of an epoch a function of (seed, epoch), so that any epoch can be resumed."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Name the epoch whose order comes next."""
+        if self.shuffle:
+            self.generator.manual_seed((self.seed or 0) + 1_000_003 * epoch)  # the first is TRL's
+
+
+class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
+    """Saves and restores what TRL's trainer forgets; a subclass extends `exact_state` and `restore_exact_state`."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Restore(self))
+
+    def train(self, resume_from_checkpoint=None, **kwargs: Any):
+        """Train, from the start or from where a checkpoint was written."""
+        given = isinstance(resume_from_checkpoint, str | Path)
+        self.resumed_from = Path(resume_from_checkpoint) if given else None
+        return super().train(resume_from_checkpoint=str(resume_from_checkpoint) if given else None, **kwargs)
+
+    def exact_state(self) -> dict[str, Any]:
+        """This rank's state as tensors and plain values."""
+        in_a_round = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        return {
+            "world_size": self.accelerator.num_processes,
+            "step": self._step,
+            "buffered_inputs": self._buffered_inputs if in_a_round else None,
+            "metrics": dict(self._metrics["train"]),
+            "loss_since_logged": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def restore_exact_state(self, state: dict[str, Any]) -> None:
+        """Take up where `exact_state` was called."""
+        device = self.accelerator.device
+        self._step = state["step"]
+        if state["buffered_inputs"] is not None:
+            self._buffered_inputs = [
+                {name: x.to(device) if torch.is_tensor(x) else x for name, x in part.items()}
+                for part in state["buffered_inputs"]
+            ]
+        self._metrics["train"] = defaultdict(list, state["metrics"])
+        self._tr_loss = state["loss_since_logged"].to(device)
+        self._total_loss_scalar = state["total_loss"]
+        self._globalstep_last_logged = state["last_logged"]
+
+    def _get_train_sampler(self, dataset=None):
+        given = super()._get_train_sampler(dataset)
+        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
+        self._sampler = EpochSampler(**{name: getattr(given, name) for name in names})
+        return self._sampler
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # A data loader that skips what was trained already does not hand the epoch on to its sampler.
+        self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        folder = Path(output_dir) / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.exact_state(), folder / f"rank-{self.accelerator.process_index}.pt")
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "save_into") and self.args.should_save:
+                callback.save_into(Path(output_dir))
+
+
+class _Restore(TrainerCallback):
+    """Restores the state once the trainer has set its own to that of a new run."""
+
+    def __init__(self, trainer: ExactStateMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        trainer._step = state.global_step * args.gradient_accumulation_steps
+        if trainer.resumed_from is None:
+            return
+        file = trainer.resumed_from / FOLDER / f"rank-{trainer.accelerator.process_index}.pt"
+        if not file.is_file():
+            logger.warning("%s is missing: the run goes on, but not bit for bit", file)
+            return
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved["world_size"] != trainer.accelerator.num_processes:
+            logger.warning(
+                "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are drawn anew",
+                saved["world_size"],
+                trainer.accelerator.num_processes,
+            )
+            return
+        trainer.restore_exact_state(saved)
