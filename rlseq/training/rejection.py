@@ -1,0 +1,185 @@
+"""Rejection-sampling fine-tuning: the data of teacher forcing on a model's own samples that scored best.
+
+Also called best-of-n distillation, and expert iteration when repeated (Anthony et al. 2017; Touvron et al. 2023,
+section 3.2.3). The samples come from the start alone, once: what on-policy training gains over it is what sampling
+from the model as it changes is worth. Samples are known here by their texts, as a run logs them, and are tokenised
+anew for training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from rlseq.decoding import Sample
+from rlseq.errors import DataError, RlseqError
+from rlseq.sampler import sample, stop_ids_of
+from rlseq.scoring import RewardSuite
+from rlseq.scoring.rescore import read_rollouts
+from rlseq.training.rollout_log import rollout_records
+from rlseq.types import Prompt
+
+Record = Mapping[str, Any]  # of a rollout, as a run's rollouts/*.jsonl has it
+CHUNK_ROWS = 1024  # completions drawn and scored together
+
+
+def best_completions(records: Iterable[Record], *, keep: int = 1, min_total: float | None = None) -> list[Record]:
+    """Each prompt's distinct completions with the highest totals.
+
+    Completions that every reward abstained from (total None) or that were cut at the limit (finish_reason "length")
+    are never kept; equal texts of a prompt count once, with the highest of their totals.
+
+    Args:
+        records: rollouts in any order; prompts are told apart by `prompt_key` (or `key`), else by themselves.
+        keep: completions kept a prompt, at most. Of equal totals the one that came first is kept.
+        min_total: the lowest total that is kept, itself included; None keeps any.
+
+    Returns:
+        The records kept: prompts as first met, the best completion of each first.
+    """
+    prompts: dict[str, dict[str, Record]] = {}
+    for record in records:
+        total = record["total"]
+        if total is None or record.get("finish_reason") == "length" or (min_total is not None and total < min_total):
+            continue
+        completions = prompts.setdefault(_key(record), {})
+        known = completions.get(record["completion"])
+        if known is None or total > known["total"]:
+            completions[record["completion"]] = record
+    return [
+        record
+        for completions in prompts.values()
+        for record in sorted(completions.values(), key=lambda r: -r["total"])[:keep]
+    ]
+
+
+def require_survivors(kept: Sequence[Record], records: Sequence[Record], min_total: float | None) -> None:
+    """Refuse to train on nothing.
+
+    Raises:
+        DataError: nothing was kept; the message has the best total seen, and why the rest fell out.
+    """
+    if kept:
+        return
+    seen = [r["total"] for r in records if r["total"] is not None]
+    whole = [r["total"] for r in records if r["total"] is not None and r.get("finish_reason") != "length"]
+    cut = sum(r.get("finish_reason") == "length" for r in records)
+    raise DataError(
+        f"none of {len(records):,} completions survives the selection. The best total seen is "
+        f"{f'{max(seen):g}' if seen else 'none'}"
+        + (f", {max(whole):g} of those not cut" if whole else "")
+        + (f"; --min_reward is {min_total:g}" if min_total is not None else "")
+        + f"; {cut:,} were cut at the length limit, {len(records) - len(seen):,} have no total. Lower --min_reward, "
+        "let completions be longer (--rejection_max_new_tokens), or draw more of them."
+    )
+
+
+def read_candidates(paths: Sequence[str]) -> list[Record]:
+    """Read scored rollouts from run directories (their rollouts/*.jsonl) and jsonl files, in the order given.
+
+    Raises:
+        RlseqError: a path has no rollouts, a line is no record of a rollout (the message has its number), has no
+            total, or text prompts and chat prompts are mixed.
+    """
+    records: list[Record] = []
+    for path in map(Path, paths):
+        files = sorted((path / "rollouts").glob("*.jsonl")) if path.is_dir() else []
+        for file in files or [path]:
+            for number, record in enumerate(read_rollouts(file).records, 1):
+                total = record.get("total", "nothing")
+                if total is not None and not (isinstance(total, int | float) and math.isfinite(total)):
+                    raise DataError(
+                        f"{file}, record {number}: total is {total!r}; expected a number, or null where every reward "
+                        "abstained. `rlseq reward score --output` gives rollouts totals."
+                    )
+                records.append(record)
+    if len({isinstance(record["prompt"], str) for record in records}) > 1:
+        raise DataError(f"{', '.join(paths)} mix text prompts and chat prompts; train on one kind")
+    return records
+
+
+def draw_candidates(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    suite: RewardSuite,
+    tokenizer: Any,
+    *,
+    num_samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> list[Record]:
+    """Draw and score samples of each prompt, with a progress bar; every process draws a share and gets all of them.
+
+    Args:
+        model: what is sampled from, on this process's device.
+        prompts: the P prompts.
+        suite: the rewards; what they are worth together is the total that selects.
+        tokenizer: the model's.
+        num_samples: samples a prompt.
+        temperature, max_new_tokens, seed: of the sampling.
+
+    Returns:
+        P · num_samples records in the order of the prompts, as GRPO logs them, of step 0 and without advantages.
+
+    Raises:
+        RewardError: a reward failed; what one process raises, all raise.
+    """
+    state = PartialState()
+    mine = list(range(state.process_index, len(prompts), state.num_processes))
+    stops = stop_ids_of(model, tokenizer)
+    size = max(1, CHUNK_ROWS // num_samples)
+    drawn: list[tuple[int, Record]] = []  # (place of the prompt, record)
+    error: RlseqError | None = None
+    try:
+        with tqdm(
+            total=len(mine) * num_samples, desc="drawing", unit="sample", disable=not state.is_main_process, leave=False
+        ) as bar:
+            for places in (mine[start : start + size] for start in range(0, len(mine), size)):
+                chunk = [prompts[place] for place in places]
+                groups = sample(
+                    model,
+                    chunk,
+                    num_samples=num_samples,
+                    max_new_tokens=max_new_tokens,
+                    strategy=Sample(temperature=temperature),
+                    seed=seed,
+                    stop_ids=stops,
+                    tokenizer=tokenizer,
+                )
+                places_of = [place for place in places for _ in range(num_samples)]
+                drawn += zip(places_of, _scored(chunk, groups, suite), strict=True)
+                bar.update(len(places_of))
+    except RlseqError as raised:
+        error = raised
+    gathered = gather_object([(drawn, error)])
+    errors = [other for _, other in gathered if other is not None]
+    if errors:
+        raise error if error is not None else errors[0]
+    everything = [pair for pairs, _ in gathered for pair in pairs]
+    return [record for _, record in sorted(everything, key=lambda pair: pair[0])]
+
+
+def _scored(prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]], suite: RewardSuite) -> list[Record]:
+    flat = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    columns = {name: [prompt.columns.get(name) for prompt, _ in flat] for name in names}
+    columns["prompt"] = [prompt.messages_or_text for prompt, _ in flat]
+    scored = suite.score([rollout for _, rollout in flat], columns).scored
+    return rollout_records(0, [prompt for prompt, _ in flat], scored, [None] * len(flat))
+
+
+def _key(record: Record) -> str:
+    key = record.get("prompt_key", record.get("key"))
+    return str(key) if key is not None else json.dumps(record["prompt"], sort_keys=True, ensure_ascii=False)
+
+
+__all__ = ["best_completions", "draw_candidates", "read_candidates", "require_survivors"]
