@@ -33,6 +33,7 @@ from rlseq.training.config import (
     RewardArguments,
     RunArguments,
 )
+from rlseq.training.critic import check_critic_path
 from rlseq.training.models import load_model
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.ppo import PPOTrainer
@@ -48,8 +49,9 @@ def main() -> None:
     )
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))
 
-    # Everything that can be wrong is found before anything expensive starts: model path, rewards, data, directory.
+    # Everything that can be wrong is found before anything expensive starts: model paths, rewards, data, directory.
     during = config.eval_strategy != "no"
+    check_critic_path(config.critic, config.critic_name_or_path)
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
     measured, _ = measured_together(task.suite, task.eval_suite)
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))

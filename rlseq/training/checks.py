@@ -127,6 +127,20 @@ def check_ppo(config: Any) -> None:
             raise ConfigError("kl_target adapts beta, the KL penalty in the reward: give --beta, a start above 0")
         if not config.kl_target > 0:
             raise ConfigError(f"kl_target is {config.kl_target}; expected nats above 0")
+    if config.mask_truncated_completions and config.truncated_completions != "reward":
+        raise ConfigError(
+            "mask_truncated_completions leaves truncated completions out of the loss, truncated_completions "
+            f"{config.truncated_completions} judges them: give one of them"
+        )
+    default = type(config).truncation_penalty
+    if config.truncation_penalty != default and config.truncated_completions != "penalty":
+        raise ConfigError("truncation_penalty belongs to --truncated_completions penalty")
+    for name in ("value_clip", "critic_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not value >= 0:
+            raise ConfigError(f"{name} is {value}; expected at least 0, or nothing")
+    if config.target_kl is not None and not config.target_kl > 0:
+        raise ConfigError(f"target_kl is {config.target_kl}; expected nats above 0")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected 0 to 1")

@@ -21,6 +21,8 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rlseq.errors import ModelError
+from rlseq.packing import supports_packing
+from rlseq.training.models import WEIGHT_FILES, check_model_path
 
 NAME = "rlseq_critic"  # of the submodule
 FOLDER = "critic"  # of a checkpoint
@@ -76,13 +78,29 @@ class Critic(nn.Module):
         Raises:
             ModelError: the folder has none, or of another critic.
         """
+        check_kind(folder, "shared" if self.backbone is None else "separate")
         try:
             self.value_head.load_state_dict(load_file(folder / HEAD_FILE))
             if self.backbone is not None:
                 saved = AutoModel.from_pretrained(folder, dtype=self.value_head.weight.dtype, use_safetensors=True)
                 self.backbone.load_state_dict(saved.state_dict())
         except (OSError, RuntimeError) as error:
-            raise ModelError(f"{folder} holds no critic of this kind: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{folder} holds no critic of this kind: {first_line(error)}") from error
+
+    def supports_packing(self, longest: int) -> tuple[bool, str]:
+        """Whether a backbone of its own gives packed rows what it gives each sequence alone, as the policy must too."""
+        return (True, "") if self.backbone is None else supports_packing(_WithLogits(self.backbone), longest)
+
+
+class _WithLogits(nn.Module):
+    """A backbone as the check of packing asks for it: its hidden states stand for logits."""
+
+    def __init__(self, backbone: PreTrainedModel):
+        super().__init__()
+        self.backbone, self.config = backbone, backbone.config
+
+    def forward(self, **inputs) -> types.SimpleNamespace:
+        return types.SimpleNamespace(logits=self.backbone(**inputs).last_hidden_state)
 
 
 def build_critic(
@@ -102,30 +120,69 @@ def build_critic(
         trunk_gradient: of a shared critic.
 
     Raises:
-        ModelError: the path holds no critic, or a separate one's states do not fit its head.
+        ModelError: the path holds no critic of this kind, or one that does not fit the policy.
     """
+    check_critic_path(kind, name_or_path)
     folder = critic_folder(name_or_path)
-    dtype = next(policy.parameters()).dtype
     if kind == "shared":
         critic = Critic(policy.config.get_text_config().hidden_size, trunk_gradient=trunk_gradient)
-        if name_or_path and folder is None:
-            raise ModelError(f"{name_or_path!r} holds no value head ({HEAD_FILE}) for a shared critic")
     else:
-        if name_or_path is None:
-            backbone = copy.deepcopy(policy.get_decoder())
-        else:
-            try:
-                source = str(folder or name_or_path)
-                backbone = AutoModel.from_pretrained(source, dtype=dtype, use_safetensors=True)
-            except (OSError, ValueError) as error:
-                raise ModelError(f"cannot load a critic from {name_or_path!r}: {str(error).splitlines()[0]}") from error
-            if backbone.config.get_text_config().vocab_size != policy.config.get_text_config().vocab_size:
-                raise ModelError(f"the critic {name_or_path!r} has another vocabulary than the policy")
+        backbone = _copy_of_trunk(policy) if name_or_path is None else _load_backbone(folder or name_or_path, policy)
         critic = Critic(backbone.config.get_text_config().hidden_size, backbone.requires_grad_(True))
-    critic.to(next(policy.parameters()).device, dtype)
+    critic.to(next(policy.parameters()).device, policy.dtype)
     if folder is not None:
-        critic.value_head.load_state_dict(load_file(folder / HEAD_FILE))
+        try:
+            critic.value_head.load_state_dict(load_file(folder / HEAD_FILE))
+        except RuntimeError as error:  # of another width
+            raise ModelError(f"the critic of {name_or_path!r} does not fit this model: {first_line(error)}") from error
     return critic
+
+
+def _copy_of_trunk(policy: PreTrainedModel) -> PreTrainedModel:
+    if getattr(policy, "is_quantized", False):
+        raise ModelError(
+            "a quantised policy cannot be copied to a critic that trains; give --critic shared, or "
+            "--critic_name_or_path a model that is loaded whole"
+        )
+    return copy.deepcopy(policy.get_decoder())
+
+
+def _load_backbone(name_or_path: str | Path, policy: PreTrainedModel) -> PreTrainedModel:
+    try:
+        backbone = AutoModel.from_pretrained(str(name_or_path), dtype=policy.dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a critic from {str(name_or_path)!r}: {first_line(error)}") from error
+    sizes = [model.config.get_text_config().vocab_size for model in (backbone, policy)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"the critic {str(name_or_path)!r} has another vocabulary than the policy ({sizes[0]} and {sizes[1]} "
+            "tokens); a critic reads the policy's tokens"
+        )
+    return backbone
+
+
+def check_critic_path(kind: str, name_or_path: str | None) -> None:
+    """Fail early on a path from which no critic of this kind can start; a hub id is left for the hub to answer.
+
+    Raises:
+        ModelError: says what is there, and what was expected.
+    """
+    if name_or_path is None:
+        return
+    folder = critic_folder(name_or_path)
+    if folder is not None:
+        check_kind(folder, kind)
+    elif kind == "shared":
+        raise ModelError(f"{name_or_path!r} holds no value head ({HEAD_FILE}) for a shared critic")
+    else:
+        check_model_path(name_or_path)
+
+
+def check_kind(folder: Path, kind: str) -> None:
+    """Refuse a saved critic of the other kind: its head reads another trunk's states."""
+    found = "separate" if any((folder / name).is_file() for name in WEIGHT_FILES) else "shared"
+    if found != kind:
+        raise ModelError(f"{folder} holds a {found} critic, but --critic is {kind}; give --critic {found}")
 
 
 def critic_folder(name_or_path: str | None) -> Path | None:
@@ -181,3 +238,7 @@ def split_weights(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 def _under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

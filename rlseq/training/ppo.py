@@ -5,25 +5,26 @@ What differs from a step of GRPO:
     _set_advantages      rewards a token (the reward on the last, minus the KL penalty) -> GAE against the critic
     _forward             asks the critic too, in the one wrapped forward of a micro-batch
     _additional_loss     adds the value loss
-    training_step        leaves out the rest of a round once the policy is too far from its rollouts
+    training_step        holds the policy still while the critic warms up, and leaves out the rest of a round once
+                         the policy is too far from its rollouts
 
 The policy's loss is TRL's on advantages (B, T), so its loss types, entropy bonus and clips work as in GRPO.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model
 
-from rlseq.errors import RewardError
+from rlseq.errors import ModelError
 from rlseq.losses import (
     adapt_kl_coefficient,
     error_by_position,
@@ -35,12 +36,11 @@ from rlseq.losses import (
     whiten,
 )
 from rlseq.scoring import RewardSuite
+from rlseq.scoring.outcome import TOKEN_REWARDS
 from rlseq.training.config import PPOConfig
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
-from rlseq.types import Prompt
-
-KL_FILE = "kl_coefficient.json"
+from rlseq.types import Prompt, ScoredRollout
 
 
 class PPOTrainer(GRPOTrainer):
@@ -63,14 +63,17 @@ class PPOTrainer(GRPOTrainer):
         if args.disable_dropout:
             disable_dropout_in_model(critic)
         self._asks_values = False
-        self._approx_kl = torch.zeros(2)  # Σ and tokens of the optimizer step under way
+        self._drift = torch.zeros(2)  # Σ of approx_kl and tokens, of the optimizer step under way
         self._round_is_over = False  # target_kl was passed: the other updates on these rollouts are left out
         super().__init__(model, args, prompts, suite, tokenizer, **kwargs)
         if args.gradient_checkpointing and critic.backbone is not None:
             critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self._next_beta = self.beta  # of the next round, where it adapts
         attach(self._causal_model(), critic)
-        self.add_callback(_CriticWarmup(self))
+        if self.packs:
+            self.packs, reason = critic.supports_packing(self._longest())
+            if not self.packs and self.accelerator.is_main_process:
+                print(f"rlseq: updates are not packed, because of the critic: {reason}", flush=True)
 
     def _causal_model(self) -> PreTrainedModel:
         model = self.accelerator.unwrap_model(self.model)
@@ -92,29 +95,37 @@ class PPOTrainer(GRPOTrainer):
         values, after, logprobs = self._ask_critic(output)
         totals = self._local(self._totals)
         mask = mask & ~totals.isnan()[:, None]  # abstained: no advantage, and nothing for the critic to learn
-        rewards = self._token_rewards(totals, mask)
-        bootstrap = None
         truncated = torch.tensor([s.rollout.finish_reason == "length" for s in self._scored], device=totals.device)
+        per_token, at_end = self._token_rewards(totals, mask)
+        bootstrap = None
         if args.truncated_completions == "penalty":
-            rewards = rewards - last_token_rewards(truncated * args.truncation_penalty, mask)
+            at_end = at_end - truncated * args.truncation_penalty
         elif args.truncated_completions == "bootstrap":
-            rewards = torch.where(truncated[:, None], 0.0, rewards)  # it has earned none: it was not finished
+            at_end = torch.where(truncated, 0.0, at_end)  # it was not finished: what would follow stands for this
             bootstrap = torch.where(truncated, after, 0.0)
+        rewards = per_token + last_token_rewards(at_end, mask)
         if args.kl_in_reward and self.beta:
-            rewards = rewards - self.beta * self._kl_penalty(logprobs, output["ref_per_token_logps"], mask)
+            kl = self._kl_penalty(logprobs, output["ref_per_token_logps"], self._mask(output))
+            rewards = rewards - self.beta * kl
         advantages, returns = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, bootstrap_B=bootstrap)
-        everywhere = [self._gather_tokens(x) for x in (advantages, returns, values, mask)]
-        all_advantages, all_returns, all_values, counted = (*everywhere[:3], everywhere[3].bool())
-        spread = all_advantages[counted] if counted.any() else all_advantages.new_zeros(1)
-        mean, std = spread.mean(), spread.std(correction=0)
-        if args.whiten_advantages:
-            advantages = whiten(advantages, mask, mean=mean, std=std)
+        everywhere = (self._gather_tokens(x) for x in (advantages, returns, values, mask))
+        all_advantages, all_returns, all_values, counted = everywhere
+        if counted.any():
+            spread = all_advantages[counted]
+            mean, std = spread.mean(), spread.std(correction=0)
+            if args.whiten_advantages:
+                advantages = whiten(advantages, mask, mean=mean, std=std)
+            metrics["advantages/std"].append(std.item())
+            self._log_critic(all_values, all_returns, counted)
         output |= {"advantages": advantages, "values": values, "returns": returns, "value_mask": mask}
-        metrics["advantages/std"].append(std.item())
-        metrics["returns/mean"].append(all_returns[counted].mean().item())
-        metrics["returns/std"].append(all_returns[counted].std(correction=0).item())
-        metrics["critic/explained_variance"].append(explained_variance(all_values, all_returns, counted).item())
-        for part, error in enumerate(error_by_position(all_values, all_returns, counted).tolist(), start=1):
+
+    def _log_critic(self, values: Tensor, returns: Tensor, counted: Tensor) -> None:
+        """How well the critic knew the returns of the round, on all ranks, before it learns from them."""
+        metrics = self._metrics[self._mode]
+        metrics["returns/mean"].append(returns[counted].mean().item())
+        metrics["returns/std"].append(returns[counted].std(correction=0).item())
+        metrics["critic/explained_variance"].append(explained_variance(values, returns, counted).item())
+        for part, error in enumerate(error_by_position(values, returns, counted).tolist(), start=1):
             metrics[f"critic/error_quarter_{part}"].append(error)
 
     def _ask_critic(self, output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,40 +146,33 @@ class PPOTrainer(GRPOTrainer):
             torch.cat([part.logprobs for part in parts]),
         )
 
-    def _token_rewards(self, totals: Tensor, mask: Tensor) -> Tensor:
-        """(B, T): a reward that gave one value a token stands where it gave it, the rest on the last token."""
-        weights = dict(zip(self.suite.names, self.suite.weights, strict=True))
-        dense = torch.zeros(mask.shape, device=totals.device)
+    def _token_rewards(self, totals: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T) what rewards gave token by token, where they gave it, and (B,) the rest of the totals, for the end."""
+        per_token = torch.zeros(mask.shape, device=totals.device)
         for row, one in enumerate(self._scored):
-            for name, details in one.details.items():
-                tokens = details.get("token_rewards")
-                if tokens is None or one.values[name] is None:
-                    continue
-                if len(tokens) != len(one.rollout.completion_ids):
-                    raise RewardError(
-                        f"reward {name!r} gave {len(tokens)} token rewards for {len(one.rollout.completion_ids)} "
-                        f"tokens on prompt {one.rollout.prompt_key!r}"
-                    )
-                dense[row, : len(tokens)] += weights[name] * torch.tensor(tokens, device=totals.device)
-        dense = torch.where(mask, dense, 0.0)
-        return dense + last_token_rewards(totals - dense.sum(1), mask)
+            if one.total is not None and one.rollout.completion_ids:
+                values = self.suite.token_rewards(_token_part(one))
+                per_token[row, : len(values)] = torch.tensor(values, device=totals.device)
+        per_token = torch.where(mask, per_token, 0.0)
+        return per_token, totals - per_token.sum(1)
 
-    def _kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def _kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, trained: Tensor) -> Tensor:
         """k1 a token, whose sum over a sequence is its log-ratio to the start; adapts its coefficient afterwards."""
-        kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)
-        per_sequence = self.accelerator.gather(kl.sum(1)).mean().item()
+        kl = torch.where(trained, kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)
+        sums = torch.stack([kl.sum(), trained.sum().to(kl), kl.new_tensor(len(kl))])
+        total, tokens, sequences = self.accelerator.reduce(sums).tolist()
         metrics = self._metrics[self._mode]
-        self._log_masked_mean("kl", kl, mask)
-        metrics["kl_penalty"].append(self.beta * per_sequence)
+        metrics["kl"].append(total / max(tokens, 1.0))
+        metrics["kl_penalty"].append(self.beta * total / sequences)
         metrics["kl_coefficient"].append(self.beta)
-        if self.args.kl_target is not None and self.model.training:
-            self._next_beta = adapt_kl_coefficient(self.beta, per_sequence, target=self.args.kl_target)
+        if self.args.kl_target is not None:
+            self._next_beta = adapt_kl_coefficient(self.beta, total / sequences, target=self.args.kl_target)
         return kl
 
     def _gather_tokens(self, x_BT: Tensor) -> Tensor:
         """The rows of all ranks, padded to the longest."""
-        x = x_BT.to(torch.int8) if x_BT.dtype == torch.bool else x_BT
-        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1))
+        x = x_BT.to(torch.int8) if x_BT.dtype == torch.bool else x_BT  # gloo and NCCL send no booleans
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1)).to(x_BT.dtype)
 
     # -- update --------------------------------------------------------------------------------------------------
 
@@ -203,30 +207,33 @@ class PPOTrainer(GRPOTrainer):
             # k3 of KL(rollout policy ‖ policy), from the rollout policy's samples
             drift = torch.where(trained, kl_estimate(old_logprobs, self._scores.logprobs.detach(), "k3"), 0.0)
             self._log_masked_mean("approx_kl", drift, trained)
-            self._approx_kl = self._approx_kl.to(drift) + torch.stack([drift.sum(), trained.sum()])
+            self._drift = self._drift.to(drift) + torch.stack([drift.sum(), trained.sum()])
         return super()._additional_loss(inputs) + args.vf_coef * self._step_mean(loss, mask, inputs)
 
     def training_step(self, model, inputs, num_items_in_batch):
-        self._begin_micro_batch()
-        if not self._round_is_over:
-            return super().training_step(model, inputs, num_items_in_batch)
-        self._step += 1  # no forward, no gradient: the optimizer finds nothing to do
-        return torch.zeros((), device=self.accelerator.device)
-
-    def _begin_micro_batch(self) -> None:
-        """At the start of a round take the next β; between optimizer steps, see whether the round is over."""
-        round_begins = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-        if round_begins:
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:  # a round begins
             self._round_is_over = False
             self.beta = self._next_beta
-        if self._step % self.current_gradient_accumulation_steps:
-            return
-        if self.args.target_kl is not None and not round_begins and not self._round_is_over:
-            total, count = self.accelerator.reduce(self._approx_kl.to(self.accelerator.device)).tolist()
-            self._round_is_over = total / max(count, 1.0) > self.args.target_kl
+        if self._round_is_over:
+            self._step += 1  # no forward, no gradient: the optimizer finds nothing to do
+            loss = torch.zeros((), device=self.accelerator.device)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._choose_what_moves()
+        return loss
+
+    def _choose_what_moves(self) -> None:
+        """Before the optimizer steps: what has no gradient is left alone by it, and by the clip of the norm."""
         if self.args.target_kl is not None:
+            total, count = self.accelerator.reduce(self._drift.to(self.accelerator.device)).tolist()
+            self._drift = torch.zeros(2)
+            self._round_is_over = self._round_is_over or total / max(count, 1.0) > self.args.target_kl
             self._metrics["train"]["updates_left_out"].append(float(self._round_is_over))
-        self._approx_kl = torch.zeros(2)
+        for name, parameter in self.model.named_parameters():
+            warming_up = self.state.global_step < self.args.critic_warmup_steps and not is_critic(name)
+            if self._round_is_over or warming_up:
+                parameter.grad = None
 
     # -- optimizer, checkpoints ----------------------------------------------------------------------------------
 
@@ -250,42 +257,39 @@ class PPOTrainer(GRPOTrainer):
         if self.args.should_save:
             self.critic.save(Path(output_dir or self.args.output_dir) / FOLDER, critic)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.kl_target is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            state = {"beta": self.beta, "next_beta": self._next_beta}
-            (folder / KL_FILE).write_text(json.dumps(state), encoding="utf-8")
+    def exact_state(self):
+        more = {"beta": self.beta, "next_beta": self._next_beta, "round_is_over": self._round_is_over}
+        return super().exact_state() | more
+
+    def restore_exact_state(self, state):
+        super().restore_exact_state(state)
+        self.beta, self._next_beta, self._round_is_over = (state[k] for k in ("beta", "next_beta", "round_is_over"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_critic(Path(resume_from_checkpoint))
-        if (Path(resume_from_checkpoint) / KL_FILE).is_file():
-            state = json.loads((Path(resume_from_checkpoint) / KL_FILE).read_text(encoding="utf-8"))
-            self.beta, self._next_beta = state["beta"], state["next_beta"]
 
     def _load_best_model(self):
         super()._load_best_model()
         self._load_critic(Path(self.state.best_model_checkpoint))
 
     def _load_critic(self, checkpoint: Path) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # it is part of the one sharded state
         folder = critic_folder(str(checkpoint))
-        if folder is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            self.critic.load(folder)
+        if folder is None:
+            raise ModelError(f"{checkpoint} holds no critic ({FOLDER}/); PPO goes on from checkpoints of PPO")
+        self.critic.load(folder)
 
     def _issue_warnings_after_load(self, load_result):
         kept = [name for name in load_result.missing_keys if not is_critic(name)]  # it is loaded from its own folder
         super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
 
 
-class _CriticWarmup(TrainerCallback):
-    """Holds the policy still for the first steps: a parameter without a gradient is left alone by the optimizer."""
-
-    def __init__(self, trainer: PPOTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if state.global_step < args.critic_warmup_steps:
-            for name, parameter in self.trainer.model.named_parameters():
-                if not is_critic(name):
-                    parameter.grad = None
+def _token_part(one: ScoredRollout) -> ScoredRollout:
+    """A scored rollout in which only the rewards that gave one value a token count."""
+    values = {
+        name: value if value is None or TOKEN_REWARDS in one.details.get(name, {}) else 0.0
+        for name, value in one.values.items()
+    }
+    return dataclasses.replace(one, values=values)
