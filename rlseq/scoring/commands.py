@@ -177,7 +177,8 @@ def _replay(args: argparse.Namespace) -> int:
 def _summary(suite: RewardSuite, table: ScoreTable) -> None:
     rows = []
     for name, weight in zip(suite.names, suite.weights, strict=True):
-        rows.append((name, f"{weight:g}", *_moments(table.values[name]), *table.failure_counts[name].values()))
+        counts = [f"{count:,}" for count in table.failure_counts[name].values()]
+        rows.append((name, f"{weight:g}", *_moments(table.values[name]), *counts))
     rows.append(("total", "", *_moments(table.totals), "", "", "", ""))
     header = ("reward", "weight", "n", "mean", "sd", "min", "max", "abstained", "error", "timeout", "invalid")
     print(_table(header, rows))
