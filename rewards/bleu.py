@@ -30,18 +30,16 @@ def corpus_bleu(sums: dict) -> np.ndarray:
     return np.where((totals.min(axis=0) > 0) & (matches.sum(axis=0) > 0), score, 0.0)
 
 
-def _signature() -> str:
-    metric = BLEU()
+def _description(tokenize: str = "13a", lowercase: bool = False) -> str:
+    metric = BLEU(tokenize=tokenize, lowercase=lowercase)
     metric.num_refs = -1  # "nrefs:var": a row has as many references as it has
-    return str(metric.get_signature())
+    return f"corpus BLEU (sacrebleu {metric.get_signature()})"
 
 
 @reward(
     range=(0, 1),
     extra="text",
-    corpus={
-        "corpus_bleu": CorpusMetric(_STATISTICS, corpus_bleu, description=f"corpus BLEU (sacrebleu {_signature()})")
-    },
+    corpus={"corpus_bleu": CorpusMetric(_STATISTICS, corpus_bleu, description=_description)},
 )
 def bleu(
     completion: str, references: list[str] | str, tokenize: str = "13a", lowercase: bool = False

@@ -27,18 +27,16 @@ def corpus_chrf(sums: dict) -> np.ndarray:
     return 100 * (1 + _BETA**2) * precision * recall / np.where(below > 0, below, 1)
 
 
-def _signature() -> str:
-    metric = CHRF()
+def _description(word_order: int = 0) -> str:
+    metric = CHRF(word_order=word_order, beta=_BETA)
     metric.num_refs = -1  # "nrefs:var": a row has as many references as it has
-    return str(metric.get_signature())
+    return f"corpus chrF{'++' if word_order == 2 else '+' * word_order} (sacrebleu {metric.get_signature()})"
 
 
 @reward(
     range=(0, 1),
     extra="text",
-    corpus={
-        "corpus_chrf": CorpusMetric(_STATISTICS, corpus_chrf, description=f"corpus chrF (sacrebleu {_signature()})")
-    },
+    corpus={"corpus_chrf": CorpusMetric(_STATISTICS, corpus_chrf, description=_description)},
 )
 def chrf(completion: str, references: list[str] | str, word_order: int = 0) -> tuple[float, dict]:
     """Sentence chrF2 over 100 (Popović 2015) by sacrebleu; chrF++ with `word_order` 2.

@@ -8,22 +8,16 @@ from rlseq.scoring import Ratio, reward
 from rlseq.scoring.distance import as_list
 
 
-def _signature() -> str:
-    metric = TER()
+def _description(normalized: bool = False) -> str:
+    metric = TER(normalized=normalized)
     metric.num_refs = -1  # "nrefs:var": a row has as many references as it has
-    return str(metric.get_signature())
+    return f"TER: edits over mean reference lengths (sacrebleu {metric.get_signature()})"
 
 
 @reward(
     range=(0, 1),
     extra="text",
-    corpus={
-        "corpus_ter": Ratio(
-            "edits",
-            "reference_length",
-            description=f"TER: edits over mean reference lengths (sacrebleu {_signature()})",
-        )
-    },
+    corpus={"corpus_ter": Ratio("edits", "reference_length", description=_description)},
 )
 def ter(completion: str, references: list[str] | str, normalized: bool = False) -> tuple[float, dict]:
     """One minus the translation edit rate (Snover et al. 2006) by sacrebleu, at least 0.

@@ -159,6 +159,27 @@ def test_corpus_scores_equal_sacrebleu_on_every_subset(name, metric, oracle):
     assert corpus.higher_is_better is (name != "ter")
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "kwargs"),
+    [
+        ("bleu", "corpus_bleu", {}),
+        ("bleu", "corpus_bleu", {"tokenize": "char", "lowercase": True}),
+        ("chrf", "corpus_chrf", {"word_order": 2}),
+        ("ter", "corpus_ter", {"normalized": True}),
+    ],
+)
+def test_corpus_scores_follow_the_kwargs_and_say_so_in_sacrebleus_signature(name, metric, kwargs):
+    import sacrebleu
+
+    suite = load_rewards([{"func": name, "kwargs": kwargs}])
+    statistics = [bundled(name)(completion, references, **kwargs)[1] for completion, references in SENTENCES]
+    ours = suite.corpus[metric].compute({key: sum(row[key] for row in statistics) for key in statistics[0]})
+    oracle = getattr(sacrebleu, {"bleu": "BLEU", "chrf": "CHRF", "ter": "TER"}[name])(**kwargs)
+    theirs = oracle.corpus_score([c for c, _ in SENTENCES], transposed(SENTENCES))
+    assert (100 if name == "ter" else 1) * ours == pytest.approx(theirs.score, abs=1e-9)
+    assert str(oracle.get_signature()) in suite.corpus[metric].description
+
+
 def test_corpus_compute_keeps_a_leading_axis_of_resamples_and_scalars():
     for name, metric in (("bleu", "corpus_bleu"), ("chrf", "corpus_chrf"), ("ter", "corpus_ter")):
         corpus, sums = load_rewards([name]).corpus[metric], sums_of(name, SENTENCES[:4])

@@ -156,6 +156,44 @@ def test_reward_model_uses_the_chat_template_for_chat_data(model_folder):
     assert totals == pytest.approx([logit(model_folder, "user a b assistant c d")], abs=1e-5)
 
 
+def test_reward_model_keeps_the_end_of_a_text_that_is_too_long(model_folder):
+    spec = {"func": "reward_model", "kwargs": {"model": model_folder, "max_length": 3}}
+    totals = load_rewards([spec]).score([rollout("c d")], {"prompt": ["a a a b "]}).totals
+    assert totals == pytest.approx([logit(model_folder, "b c d")], abs=1e-5)
+
+
+def test_reward_model_computes_in_the_dtype_it_is_told(model_folder):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model_folder)("a b c", return_tensors="pt")["input_ids"]
+    half = AutoModelForSequenceClassification.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+    half.config.pad_token_id = 1
+    with torch.no_grad():
+        expected = half(ids).logits[0, 0].item()
+    assert expected != pytest.approx(logit(model_folder, "a b c"), abs=1e-7)  # bfloat16 shows
+    spec = {"func": "reward_model", "kwargs": {"model": model_folder, "dtype": "bfloat16", "device": "cpu"}}
+    assert load_rewards([spec]).score([rollout("b c")], {"prompt": ["a "]}).totals == [expected]
+
+
+def test_reward_model_gives_the_label_it_is_asked_for_and_names_one_that_is_not_there(tmp_path, model_folder):
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=8, num_labels=2, pad_token_id=1, **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    with torch.no_grad():
+        both = model(torch.tensor([[4, 5]])).logits[0].tolist()
+    for label in (0, 1):
+        suite = load_rewards([{"func": "reward_model", "kwargs": {"model": str(tmp_path), "label": label}}])
+        assert suite.score([rollout("b")], {"prompt": ["a "]}).totals == pytest.approx([both[label]], abs=1e-5)
+    suite = load_rewards([{"func": "reward_model", "kwargs": {"model": str(tmp_path), "label": 2}}])
+    with pytest.raises(RewardError, match=r"label is 2, but .* has 2 labels"):
+        suite.score([rollout("b")], {"prompt": ["a "]})
+
+
 def test_a_model_without_a_trained_head_is_an_error_and_no_random_number(tmp_path, model_folder):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -1,6 +1,6 @@
 """The four forms of a reward, told apart by parameter names, and the arguments each is called with.
 
-    one at a time   f(completion, **fields and columns) -> number | None | (number, dict)
+    one at a time   f(completion, **fields and columns) -> number | None | one number a token | (these, dict)
     TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of those
     verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
     OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict
@@ -23,8 +23,8 @@ from .reward import RewardInfo
 Call = tuple[Sequence[int], dict[str, Any]]
 
 FORMS_HELP = """\
-  one at a time   f(completion, **any dataset column or field) -> number | None | (number, dict)
-  TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of numbers
+  one at a time   f(completion, **any dataset column or field) -> number | None | one number a token | (these, dict)
+  TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of these
   verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
   OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict"""
 
@@ -99,7 +99,7 @@ def tell_form(parameters: Parameters, name: str) -> str:
         return "batch"  # TRL's documented f(completion_ids, **kwargs)
     if names & {"completion", *FIELDS}:
         return "single"
-    given = ", ".join(parameters.named) or "no parameters"
+    given = ", ".join([*parameters.named, *["**any name"] * parameters.takes_any]) or "no parameters"
     near = [did_you_mean(n, ("completion", "completions", "solution_str", "queries")) for n in parameters.named]
     raise RewardError(
         f"reward {name!r} takes ({given}), which fits no form of reward.{next(filter(None, near), '')} "

@@ -24,14 +24,15 @@ class CorpusMetric:
         statistics: names of numbers in the details a reward returns beside its value.
         function: maps {statistic: sums, any array shape (..., )} to scores of that shape.
         higher_is_better: which way is good.
-        description: one line for tables and reports.
+        description: one line for tables and reports, or a function that makes it from the kwargs of the reward's spec
+            (a signature depends on them); text once a suite is loaded.
         reward: the name of the reward whose details hold the statistics; set when a suite is loaded.
     """
 
     statistics: tuple[str, ...]
     function: Callable[[Mapping[str, Any]], Any]
     higher_is_better: bool = True
-    description: str = ""
+    description: str | Callable[..., str] = ""
     reward: str = ""
 
     def compute(self, sums: Mapping[str, Any]) -> Any:
@@ -46,7 +47,7 @@ class Ratio:
     numerator: str
     denominator: str
     higher_is_better: bool = False
-    description: str = ""
+    description: str | Callable[..., str] = ""
     reward: str = ""
 
     @property

@@ -71,7 +71,9 @@ class RewardSuite:
         for reward in rewards:
             for metric, definition in reward.info.corpus.items():
                 key = f"{reward.name}.{metric}" if metric in self.corpus else metric
-                self.corpus[key] = dataclasses.replace(definition, reward=reward.name)
+                said = definition.description
+                description = said(**reward.kwargs) if callable(said) else said
+                self.corpus[key] = dataclasses.replace(definition, reward=reward.name, description=description)
 
     def __enter__(self) -> RewardSuite:
         return self
