@@ -1,4 +1,4 @@
-"""Teacher forcing: make the references likely, for an existing model or a new one.
+"""Teacher forcing: make the references, or a model's own best samples, likely; for an existing model or a new one.
 
     accelerate launch --config_file accelerate_config.yaml recipes/sft.py --config recipes/g2p/sft.yaml
 
