@@ -379,3 +379,25 @@ def test_an_async_reward_that_keeps_failing_is_an_error_after_its_retries():
     table = score({"func": judge, "retries": 1, "on_error": "abstain"}, ["a"])
     assert only(table, "status") == ["error"]
     assert tries == ["a", "a"]
+
+
+def test_a_cancelled_wait_of_an_async_reward_is_an_error_of_that_completion():
+    async def judge(completion):
+        if completion == "cancelled":
+            raise asyncio.CancelledError
+        return 1.0
+
+    table = score({"func": judge, "retries": 0, "on_error": "abstain"}, ["a", "cancelled", "b"])
+    assert only(table, "values") == [1.0, None, 1.0]
+    assert only(table, "messages")[1].startswith("CancelledError")
+
+
+def test_a_coroutine_that_a_plain_function_returns_is_explained():
+    async def judge(completion):
+        return 1.0
+
+    def wrapped(completion):
+        return judge(completion)
+
+    with pytest.raises(RewardError, match=r"a coroutine that nobody awaits; declare the reward itself with async def"):
+        score(wrapped, ["a"])

@@ -71,6 +71,10 @@ async def call_concurrently(function: Callable, calls: Sequence[Arguments], retr
                     result = Failed("timeout", f"no answer within {retry.timeout:g} s") if timed_out else failed(error)
                 except (Exception, SystemExit) as error:
                     result = failed(error)
+                except asyncio.CancelledError as error:  # of something the reward awaits, unless we are meant
+                    if asyncio.current_task().cancelling():
+                        raise
+                    result = failed(error)
                 if trial < retry.retries:
                     await asyncio.sleep(retry.first_wait * 2**trial)
             return result

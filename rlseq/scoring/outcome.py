@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,9 @@ def interpret(raw: Any, length: int) -> Outcome:
             raw = raw[0]
         if isinstance(raw, (list, tuple)):
             return _interpret_tokens(raw, length)
+        if inspect.iscoroutine(raw):
+            raw.close()
+            return _invalid("returned a coroutine that nobody awaits; declare the reward itself with async def")
         if not isinstance(raw, numbers.Real):
             return _invalid(f"returned {type(raw).__name__} {shorten(raw)}; {EXPECTED}")
     value = _float(raw)
