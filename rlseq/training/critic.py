@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
@@ -144,6 +145,8 @@ def _copy_of_trunk(policy: PreTrainedModel) -> PreTrainedModel:
             "a quantised policy cannot be copied to a critic that trains; give --critic shared, or "
             "--critic_name_or_path a model that is loaded whole"
         )
+    if isinstance(policy, PeftModel):  # the critic starts as the adapted policy, but trains whole
+        return copy.deepcopy(policy).merge_and_unload().get_decoder()
     return copy.deepcopy(policy.get_decoder())
 
 
