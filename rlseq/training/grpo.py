@@ -259,8 +259,8 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         return self.args.reference_loss_coef * nll / self._accumulation
 
     def _policy_gradient(self, model, inputs) -> Tensor:
-        """TRL's losses; the KL to the start in another estimator than TRL's k3 is added to them."""
-        if self.args.kl_estimator in (None, "k3") or not self.beta:
+        """TRL's losses; the KL to the start is TRL's, or that of the estimator named, added to them."""
+        if self.args.kl_estimator is None or not self.beta:
             return super()._compute_loss(model, inputs)
         beta, self.beta = self.beta, 0.0
         try:
