@@ -50,6 +50,16 @@ def test_kwargs_come_from_the_spec_and_a_wrong_one_is_named():
         load_rewards([{"func": f, "kwargs": {"bonsu": 2}}])
 
 
+def test_on_the_command_line_a_mapping_is_json():
+    suite = load_rewards(['{"func": "constant", "kwargs": {"value": 3}, "weight": 0.5}', "exact_match"])
+    assert (suite.names, suite.weights) == (["constant", "exact_match"], [0.5, 1.0])
+    assert suite.rewards[0].kwargs == {"value": 3}
+    with pytest.raises(RewardError, match="both in the reward specs and in reward_weights"):
+        load_rewards(['{"func": "constant", "weight": 0.5}'], weights=[1])
+    with pytest.raises(RewardError, match="is no JSON mapping: Expecting"):
+        load_rewards(['{"func": "constant"'])
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, RewardError
+from ..errors import ModelError
 from ..types import Prompt
 from .check import Check, run_checks, spread
 from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
+from .options import parse_spec
 from .outcome import json_ready
 from .rescore import Logged, compare, read_rollouts, score_by_step
 from .rows import add_data_arguments, prompts_of, with_columns
@@ -89,7 +90,8 @@ def _range(limits: Any) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    spec = parse_spec(args.spec)
+    given = parse_spec(args.spec)
+    spec = given if isinstance(given, dict) else {"func": given}
     tokenizer = None
     if args.model_name_or_path:
         from transformers import AutoTokenizer
@@ -146,7 +148,7 @@ def _loaded(kind: Any, name: str, **options: Any) -> Any:
 
 
 def _score(args: argparse.Namespace) -> int:
-    with load_rewards([parse_spec(spec) for spec in args.spec]) as suite:
+    with load_rewards(args.spec) as suite:
         logged = with_columns(suite, read_rollouts(args.rollouts), args.rollouts, args)
         table = score_by_step(suite, logged)
         _summary(suite, table)
@@ -155,8 +157,7 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _replay(args: argparse.Namespace) -> int:
-    specs = [parse_spec(spec) for spec in args.reward_funcs]
-    with load_rewards(specs, weights=args.reward_weights) as suite:
+    with load_rewards(args.reward_funcs, weights=args.reward_weights) as suite:
         logged = with_columns(suite, read_rollouts(args.run_directory), args.run_directory, args)
         table = score_by_step(suite, logged)
         _summary(suite, table)
@@ -211,20 +212,6 @@ def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:
         for record, scored in zip(logged.records, table.scored, strict=True):
             said = {field: getattr(scored, field) for field in ("values", "status", "details", "total")}
             lines.write(json.dumps(json_ready({**record, **said}), ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def parse_spec(text: str) -> dict[str, Any]:
-    """A spec from the command line as a mapping of options.
-
-    Raises:
-        RewardError: it starts like JSON, but is none.
-    """
-    if not text.lstrip().startswith("{"):
-        return {"func": text}
-    try:
-        return dict(json.loads(text))
-    except ValueError as error:
-        raise RewardError(f"the reward spec {text!r} is no JSON mapping: {error}.") from error
 
 
 def _width() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,20 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
         floor=_floor(name, on_error, options.get("floor"), info),
         cache=cache,
     )
+
+
+def parse_spec(spec: Any) -> Any:
+    """A spec as given; a JSON mapping of options, as the command line has it, as that mapping.
+
+    Raises:
+        RewardError: it starts like JSON, but is none.
+    """
+    if not isinstance(spec, str) or not spec.lstrip().startswith("{"):
+        return spec
+    try:
+        return dict(json.loads(spec))
+    except ValueError as error:
+        raise RewardError(f"the reward spec {spec!r} is no JSON mapping: {error}.") from error
 
 
 def _checked_options(spec: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..errors import RewardError, did_you_mean
 from ..types import Rollout, ScoredRollout
 from .forms import Rows
-from .options import reward_from_spec
+from .options import parse_spec, reward_from_spec
 from .outcome import FAILURES, TOKEN_REWARDS, Outcome, shorten
 from .reward import CorpusMetric, Ratio
 from .runner import Reward
@@ -285,7 +285,7 @@ def load_rewards(
     Args:
         specs: strings (a bundled name, `path/to/file.py:function`, `package.module:function`, a model id or
             path), functions, or mappings {func, name, weight, kwargs, columns, scope, timeout, on_error,
-            floor, workers, concurrency, retries, cache}; see docs/rewards.md.
+            floor, workers, concurrency, retries, cache}, also as JSON text; see docs/rewards.md.
         weights: one number a spec; 1 for each by default. Given here or in the specs, not both.
         search_root: where relative paths and `./rewards/` start; the working directory by default.
         max_error_rate: the largest share of a step (one `score` call, over all processes) that may fail before it
@@ -295,6 +295,7 @@ def load_rewards(
         RewardError: a reward cannot be found, fits no form, or its options do not fit together.
     """
     specs = [specs] if isinstance(specs, (str, Mapping)) or callable(specs) else list(specs)
+    specs = [parse_spec(spec) for spec in specs]
     if not specs:
         raise RewardError("no rewards were given; expected at least one. `rlseq reward list` shows the bundled ones.")
     root = Path(search_root) if search_root is not None else Path.cwd()
