@@ -131,6 +131,9 @@ class Scorer:
     def __call__(self, completion):
         return self.points
 
+    def score_it(self, completion):
+        return self.points
+
 
 def scorer(points):
     def score_it(completion):
@@ -139,10 +142,23 @@ def scorer(points):
     return score_it
 
 
+def calling(function):
+    def score_it(completion):
+        return function()
+
+    return score_it
+
+
 @pytest.mark.parametrize(
     "make",
-    [Scorer, scorer, lambda points: functools.partial(judge, level=points - 1)],
-    ids=["object", "closure", "partial"],
+    [
+        Scorer,
+        scorer,
+        lambda points: functools.partial(judge, level=points - 1),
+        lambda points: calling(lambda: points),
+        lambda points: Scorer(points).score_it,
+    ],
+    ids=["object", "closure", "partial", "closure over a closure", "method"],
 )
 def test_the_cache_tells_apart_what_a_function_carries(tmp_path, make):
     for points in (1.0, 2.0, 1.0):

@@ -140,10 +140,17 @@ def test_a_cached_list_is_not_given_to_the_same_text_in_other_tokens(tmp_path):
     path.write_text(FILE)
     spec = {"func": f"{path}:by_text", "cache": str(tmp_path / "c"), "on_error": "abstain"}
     two, three = rollout((1, 2), text="ab"), rollout((1, 2, 3), text="ab", sample=1)
-    for _ in range(2):
-        table = load_rewards([spec], max_error_rate=1).score([two, three], {"prompt": ["q"] * 2})
-        assert table.status["by_text"] == ["ok", "invalid"]
-        assert table.values["by_text"] == [2.0, None]
+
+    def score(*rollouts):
+        table = load_rewards([spec], max_error_rate=1).score(rollouts, {"prompt": ["q"] * len(rollouts)})
+        return table.values["by_text"], table.status["by_text"], len((tmp_path / "calls").read_text())
+
+    assert score(two) == ([2.0], ["ok"], 1)
+    assert score(two) == ([2.0], ["ok"], 1)  # kept
+    assert score(three) == ([None], ["invalid"], 2)  # what is kept does not fit it: asked again
+    assert score(two, three) == ([2.0, None], ["ok", "invalid"], 3)
+    (tmp_path / "c").unlink()
+    assert score(two, three) == ([2.0, None], ["ok", "invalid"], 4)  # one question, read for each
 
 
 # Spread over tokens, for training
