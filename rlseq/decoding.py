@@ -1,8 +1,8 @@
 """Decoding strategies as frozen dataclasses, and the warps of the logits that they sample from.
 
 A strategy that samples has `warp(logits) -> log-probs`: the log-probabilities of the distribution its tokens are
-drawn from, temperature and truncation applied and renormalised. Strategies that search have no such distribution;
-log-probs recorded under them are the model's own.
+drawn from, temperature and truncation applied and renormalised. Strategies that search, or choose among samples,
+have no such distribution; log-probs recorded under them are the model's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 
 from rlseq.errors import ConfigError, did_you_mean
+
+LOGPROB = "logprob"  # what `BestOf.by` is called where no reward but the model chooses
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,94 @@ class Sample(Strategy):
         return logprobs
 
 
+class Rerank(Strategy):
+    """Base of the strategies that draw n samples, as `Sample` with the same settings draws them, and keep one."""
+
+    n: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+
+    def __post_init__(self) -> None:
+        if self.n < 2:
+            raise ConfigError(f"{self.name}: n is {self.n}; expected a whole number from 2, the samples to choose from")
+        try:
+            self.sampler  # noqa: B018 - its settings are checked when it is made
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("sample", self.name, 1)) from error
+
+    @property
+    def sampler(self) -> Sample:
+        """The distribution that the candidates are drawn from."""
+        return Sample(self.temperature, self.top_k, self.top_p, self.min_p)
+
+
+@dataclass(frozen=True)
+class BestOf(Rerank):
+    """The best of n samples, by the model's own log-prob or by a reward.
+
+        y* = argmax_i s(y_i),   y_1 … y_n ~ q(· | x)
+
+    q has the temperature and truncation given. Under `by="logprob"` s is log p(y | x) of the model's own, unwarped
+    distribution, and a sample that was cut at the length limit is chosen only if all were. Otherwise `by` names a
+    reward; one that reads the references makes this an oracle. Of equal samples the first drawn is kept.
+    """
+
+    name: ClassVar[str] = "best_of"
+
+    n: int
+    by: str = LOGPROB
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True)
+class MBR(Rerank):
+    """Minimum Bayes risk: of n samples, the one of highest expected utility against the others.
+
+        y* = argmax_i 1/(n−1) Σ_{j≠i} u(y_i, y_j),   y_1 … y_n ~ q(· | x)
+
+    The other samples stand in as references (Kumar & Byrne 2004; Eikema & Aziz 2020), so no true one is read.
+    `utility` names a reward. Of equal expected utilities the first drawn is kept.
+    """
+
+    name: ClassVar[str] = "mbr"
+
+    n: int
+    utility: str
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.utility:
+            raise ConfigError(f"mbr: no utility is named; give a reward, for example mbr:n={self.n},utility=error_rate")
+
+
+@dataclass(frozen=True)
+class ExactMAP(Strategy):
+    """The most likely completion of all that end within the length limit, by `rlseq.search.exact_map`.
+
+    The search expands at most `max_nodes` prefixes a row; where that is not enough to prove its hypothesis the best,
+    the hypothesis stands unproven. It starts from that of a beam of `width`.
+    """
+
+    name: ClassVar[str] = "exact_map"
+
+    max_nodes: int = 20_000
+    width: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("max_nodes", "width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"exact_map: {name} is {getattr(self, name)}; expected a whole number from 1")
+
+
 @dataclass(frozen=True)
 class Beam(Strategy):
     """Beam search: keeps the `width` likeliest prefixes; hypotheses compete by log-prob / length^length_penalty."""
@@ -105,11 +195,11 @@ class Beam(Strategy):
             raise ConfigError(f"beam: length_penalty is {self.length_penalty}; expected a finite number")
 
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Greedy, Sample, Beam)}
+STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Greedy, Sample, Beam, BestOf, MBR, ExactMAP)}
 
 
 def parse_strategy(text: str) -> Strategy:
-    """Read a strategy as a user writes it: `greedy`, `beam:width=10`, `sample:temperature=0.7,top_p=0.9`.
+    """Read a strategy as a user writes it: `greedy`, `beam:width=10`, `best_of:n=8,by=phoneme_accuracy`.
 
     Raises:
         ConfigError: the name or a setting is unknown (the message names the nearest), or a value is of a wrong type.
@@ -122,7 +212,7 @@ def parse_strategy(text: str) -> Strategy:
         )
     cls = STRATEGIES[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    values: dict[str, int | float] = {}
+    values: dict[str, int | float | str] = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
         key = key.strip()
@@ -133,12 +223,17 @@ def parse_strategy(text: str) -> Strategy:
             )
         if key in values:
             raise ConfigError(f"strategy {text!r} gives {key} twice")
-        kind = int if "int" in str(fields[key].type) else float
+        kind = next(kind for kind in (int, float, str) if kind.__name__ in str(fields[key].type))
         try:
-            values[key] = kind(value)
+            values[key] = kind(value.strip())
         except ValueError as error:
             expected = {int: "whole number", float: "number"}[kind]
             raise ConfigError(f"strategy {text!r}: {key} is {value!r}; expected a {expected}") from error
+    missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        examples = {"n": "n=8", "utility": "utility=error_rate"}
+        example = ",".join(setting for key, setting in examples.items() if key in fields)
+        raise ConfigError(f"strategy {text!r} does not say {' and '.join(missing)}; give {name}:{example}, for example")
     return cls(**values)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlseq.decoding import Beam, Greedy, Sample, parse_strategy
+from rlseq.decoding import MBR, Beam, BestOf, ExactMAP, Greedy, Sample, parse_strategy
 from rlseq.errors import ConfigError
 
 
@@ -87,6 +87,14 @@ WRITTEN = {
     "beam": Beam(),
     "beam:width=10": Beam(width=10),
     "beam:width=10,length_penalty=-0.5": Beam(width=10, length_penalty=-0.5),
+    "best_of:n=8": BestOf(n=8),
+    "best_of:n=16,temperature=0.7,top_k=5,top_p=0.9,min_p=0.05": BestOf(16, "logprob", 0.7, 5, 0.9, 0.05),
+    "best_of:n=8,by=phoneme_accuracy": BestOf(n=8, by="phoneme_accuracy"),
+    "mbr:n=8,utility=error_rate": MBR(n=8, utility="error_rate"),
+    "mbr:n=4,utility=chrf-2,temperature=0.5": MBR(n=4, utility="chrf-2", temperature=0.5),
+    "exact_map": ExactMAP(),
+    "exact_map:max_nodes=10000": ExactMAP(max_nodes=10_000),
+    "exact_map:max_nodes=100,width=2": ExactMAP(max_nodes=100, width=2),
 }
 
 
@@ -99,12 +107,27 @@ def test_a_strategy_is_read_as_written_and_its_signature_is_what_was_written(tex
 def test_settings_equal_to_the_defaults_are_not_in_the_signature():
     assert parse_strategy("sample: temperature=1.0").signature == "sample"
     assert parse_strategy("beam:width=5,length_penalty=0").signature == "beam"
+    assert parse_strategy("best_of:by=logprob, n= 8,temperature=1").signature == "best_of:n=8"
+
+
+def test_candidates_are_drawn_from_the_distribution_of_sample_with_the_same_settings():
+    best_of = parse_strategy("best_of:n=3,temperature=0.7,top_k=5,top_p=0.9,min_p=0.05")
+    assert best_of.sampler == Sample(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05)
+    assert parse_strategy("mbr:n=3,utility=chrf").sampler == Sample()
+
+
+def test_only_sample_gives_several_completions_a_prompt():
+    assert [text for text in WRITTEN if parse_strategy(text).samples] == [t for t in WRITTEN if t.startswith("sample")]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gredy", "no decoding strategy 'gredy'; there are greedy, sample, beam. Did you mean 'greedy'?"),
+        (
+            "gredy",
+            "no decoding strategy 'gredy'; there are greedy, sample, beam, best_of, mbr, exact_map. "
+            "Did you mean 'greedy'?",
+        ),
         ("", "no decoding strategy ''"),
         ("sample:temprature=1", "takes temperature=…, top_k=…, top_p=…, min_p=…. Did you mean 'temperature'?"),
         ("sample:temperature", "'temperature' is not a setting of sample"),
@@ -119,6 +142,21 @@ def test_settings_equal_to_the_defaults_are_not_in_the_signature():
         ("sample:top_p=1.1", "top_p is 1.1"),
         ("sample:min_p=-0.1", "min_p is -0.1; expected a number in [0, 1]"),
         ("beam:width=0", "width is 0; expected a whole number from 1"),
+        ("best_of", "strategy 'best_of' does not say n; give best_of:n=8"),
+        ("best_of:n=1", "best_of: n is 1; expected a whole number from 2"),
+        ("best_of:n=2.5", "n is '2.5'; expected a whole number"),
+        ("best_of:n=8,temperature=0", "best_of: temperature is 0.0; expected a number above 0"),
+        ("best_of:n=8,top_p=2", "best_of: top_p is 2.0"),
+        ("best_of:n=8,utility=chrf", "'utility=chrf' is not a setting of best_of"),
+        ("mbr", "does not say n and utility; give mbr:n=8,utility=error_rate, for example"),
+        ("mbr:n=8", "does not say utility; give mbr:n=8,utility=error_rate"),
+        ("mbr:n=8,utility=", "no utility is named"),
+        ("mbr:n=0,utility=chrf", "mbr: n is 0; expected a whole number from 2"),
+        ("mbr:n=8,utilty=chrf", "Did you mean 'utility'?"),
+        ("exact_map:max_nodes=0", "exact_map: max_nodes is 0; expected a whole number from 1"),
+        ("exact_map:width=0", "exact_map: width is 0"),
+        ("exact_map:max_nodes=1e4", "max_nodes is '1e4'; expected a whole number"),
+        ("exact_mapp", "Did you mean 'exact_map'?"),
         ("beam:length_penalty=inf", "length_penalty is inf; expected a finite number"),
     ],
 )
