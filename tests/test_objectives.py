@@ -132,8 +132,7 @@ def test_the_mean_over_real_draws_is_the_exact_gradient_within_its_standard_erro
 
 @pytest.mark.parametrize("G", [1, 2, 3])
 def test_the_reference_exact_gradient_is_unbiased_for_every_group_size(tmp_path, monkeypatch, G):
-    size = {"per_device_train_batch_size": 2} if G == 1 else {}  # a batch of one is none to TRL
-    trainer = toy_trainer(tmp_path, objective="reference_exact", num_generations=G, **size)
+    trainer = toy_trainer(tmp_path, objective="reference_exact", num_generations=G)
     exact = gradient(expected_reward(trainer.model, PROMPT), trainer.model)
     assert_equal(mean_gradient(trainer, monkeypatch), -exact)
 
@@ -156,9 +155,7 @@ def toy_model_that_gives(completion, chance):
 @pytest.mark.parametrize("G", [1, 2])
 def test_it_stays_unbiased_where_the_reference_is_nearly_certain(tmp_path, monkeypatch, G, chance):
     model = toy_model_that_gives((B, STOP), chance)
-    trainer = toy_trainer(
-        tmp_path, model=model, objective="reference_exact", num_generations=G, per_device_train_batch_size=2
-    )
+    trainer = toy_trainer(tmp_path, model=model, objective="reference_exact", num_generations=G)
     exact = gradient(expected_reward(trainer.model, PROMPT), trainer.model)
     found = mean_gradient(trainer, monkeypatch)
     assert exact.norm() > 1e-3

@@ -142,6 +142,7 @@ def reference_exact_weight(P: Tensor, num_rest: Tensor, num_samples: int) -> Ten
     """
     if P.shape != num_rest.shape or num_samples < 1:
         raise ValueError(f"P is {describe(P)}, num_rest {describe(num_rest)} and num_samples {num_samples}")
-    P = P.detach().clamp(0, 1 - 1e-6)  # at 1 the weight is 0 / 0; its limit, 1 / G, is reached to 1e-6
-    weight = (1 - P) / (num_rest.clamp(min=1) * (1 - P**num_samples))
+    P = P.detach().clamp(0, 1)
+    series = sum(P**power for power in range(num_samples))  # (1 − P^G) / (1 − P), also at P = 1, where it is G
+    weight = 1 / (num_rest.clamp(min=1) * series)
     return torch.where(num_rest > 0, weight, 0.0)

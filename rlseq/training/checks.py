@@ -44,6 +44,11 @@ def check_objective(config: Any) -> None:
             f"num_generations is {config.num_generations}, but {what} compares a prompt's samples with each other. "
             "Give at least 2, or --advantage_baseline greedy or batch, or recipes/ppo.py, whose critic needs one."
         )
+    if config.num_generations < 2 and config.advantage_baseline != "mean" and config.scale_rewards == "group":
+        raise ConfigError(
+            "num_generations is 1, but scale_rewards group divides by the deviation of a prompt's samples, of which "
+            "there is one: every advantage would be 0. Give --scale_rewards batch or none."
+        )
     if config.kl_estimator == "k1" and config.beta and not getattr(config, "kl_in_reward", False):
         raise ConfigError(
             "kl_estimator k1 in the loss has gradient zero on average and regularises nothing. Take k2 or k3, or "
@@ -58,6 +63,10 @@ def check_objective(config: Any) -> None:
             "entropy_coef": bool(config.entropy_coef) or config.use_adaptive_entropy,
             "top_entropy_quantile": config.top_entropy_quantile != 1.0,
             "use_vllm": config.use_vllm,
+            "delta": config.delta is not None,
+            "off_policy_mask_threshold": config.off_policy_mask_threshold is not None,
+            "mask_truncated_completions": config.mask_truncated_completions,
+            "beta": bool(config.beta) and config.objective == "expected_accuracy",  # it draws no tokens to compare
         }
         given = [name for name, is_set in ignored.items() if is_set]
         if given:

@@ -329,6 +329,11 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         return mixed or self.objective in ("expected_accuracy", "reference_exact")
 
     @property
+    def scores_references(self) -> bool:
+        """Whether the loss needs what the references would earn."""
+        return self.objective == "reference_exact" or self.minimum_risk_references
+
+    @property
     def needs_group(self) -> bool:
         """Whether a prompt needs several samples: they are compared with each other."""
         if self.objective == "policy_gradient":

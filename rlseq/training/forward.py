@@ -112,7 +112,7 @@ def forward(
         sequences = unpack(outputs.log_probs, batch)
         found.logprobs = [sequences[i] for i in places]
     if completions is None:
-        empty = outputs.log_probs.new_zeros(len(prompts), 0)
+        empty = outputs.log_probs.flatten()[:0].view(len(prompts), 0)  # of no entries, and yet of the model's graph
         return Scores(empty, empty, references=found)
     select = torch.tensor(place_of, device=device)
     longest = max(width, *batch.lengths) if batch.lengths else width
@@ -137,6 +137,7 @@ def _collate(groups, *, packs: bool, pad_id: int, dtype: torch.dtype, device: to
         longest = max(len(prompt) + sum(len(c) + 1 for c in completions) for prompt, completions in groups)
         return pack(groups, pad_id=pad_id, device=device, dtype=dtype, row_tokens=max(longest, MIN_ROW_TOKENS))
     flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
+    flat = flat or [(prompt, ()) for prompt, _ in groups]  # nothing to score, but a model that every rank calls
     return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
 
 

@@ -110,6 +110,17 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
         self._check_group_rewards()
+        if len(prompts) < (wanted := args.generation_batch_size // args.num_generations):
+            raise ConfigError(
+                f"a batch is of {wanted} prompts (generation_batch_size {args.generation_batch_size} over "
+                f"num_generations {args.num_generations}), but there are {len(prompts)}: nothing would be trained. "
+                "Give more prompts, or a smaller per_device_train_batch_size."
+            )
+        if args.objective == "expected_accuracy" and not any(self._references_of(prompt) for prompt in prompts):
+            raise ConfigError(
+                "objective expected_accuracy sums the chances of references, but no prompt has one of at most "
+                f"max_completion_length ({args.max_completion_length}) tokens. Name their column (--reference_column)."
+            )
 
     def _check_group_rewards(self) -> None:
         args = self.args
@@ -216,7 +227,8 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
             [one.rollout.completion_ids in ids for one, ids in zip(self._scored, known, strict=True)],
             device=self._totals.device,
         )
-        rest = ~self.accelerator.gather(is_reference) & ~self._totals.isnan()  # (B,), all ranks
+        rejected = self.accelerator.gather(is_reference)  # (B,), all ranks
+        rest = ~rejected & ~self._totals.isnan()
         shape = self._groups().shape
         sums = torch.where(rest, self._totals, 0.0).view(shape).sum(1)  # (P,)
         counts = rest.view(shape).sum(1)
@@ -224,7 +236,7 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         output["is_reference"] = is_reference
         output["num_rest"] = self._local(counts.repeat_interleave(shape[1]))
         output["rest_reward"] = self._local(others.repeat_interleave(shape[1]))
-        self._metrics[self._mode]["frac_reference"].append(1 - rest.float().mean().item())
+        self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
 
     def _log_rollouts(self, advantages: Tensor) -> None:
         per_row = advantages if advantages.ndim == 1 else advantages.sum(1) / (advantages != 0).sum(1).clamp(min=1)
@@ -295,16 +307,20 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         prompts = [self.prompts[i].prompt_ids for i in rows]
         if args.objective == "expected_accuracy":
             self._scores = self._forward(model, prompts, None, 0)
-            if not self._scores.references.logprobs:
-                raise ConfigError("objective expected_accuracy needs references, and this batch has none")
-            loss, P = expected_accuracy_loss(self._scores.references)
+            if self._scores.references.logprobs:
+                loss, P = expected_accuracy_loss(self._scores.references)
+            else:
+                loss = self._scores.logprobs.sum()  # 0, and a backward on this rank as on the others
+                P = torch.zeros(1, device=loss.device)
             self._log_mean("exact_accuracy", P.mean())
             return loss / len(rows)
         ids, mask = inputs["completion_ids"], self._mask(inputs)
         lengths = inputs["completion_mask"].sum(1).tolist()
         completions = [tuple(x[:n]) for x, n in zip(ids.tolist(), lengths, strict=True)]
         self._scores = scores = self._forward(model, prompts, completions, ids.shape[1])
-        rewards = {self.prompts[i].prompt_ids: self._rewards_of_references(i) for i in rows if self._asked_references}
+        rewards = {}
+        if args.scores_references:
+            rewards = {self.prompts[i].prompt_ids: self._rewards_of_references(i) for i in dict.fromkeys(rows)}
         if args.objective == "minimum_risk":
             loss = minimum_risk_loss(
                 scores,

@@ -79,10 +79,11 @@ def minimum_risk_loss(
                 logprobs.append(torch.stack(mine))
                 rewards.append(totals.new_tensor(reference_rewards[prompt]))
                 ids += reference_ids[prompt]
-        first = torch.tensor([x not in ids[:i] for i, x in enumerate(ids)], device=totals.device)
-        losses.append(
-            minimum_risk(torch.cat(logprobs)[None], torch.cat(rewards)[None], sharpness=sharpness, mask_PG=first[None])
-        )
+        reward = torch.cat(rewards)
+        abstained = reward.isnan().tolist()
+        known = [None if gone else x for x, gone in zip(ids, abstained, strict=True)]
+        first = torch.tensor([x not in known[:i] for i, x in enumerate(ids)], device=totals.device)
+        losses.append(minimum_risk(torch.cat(logprobs)[None], reward[None], sharpness=sharpness, mask_PG=first[None]))
     return G * torch.cat(losses).sum()
 
 

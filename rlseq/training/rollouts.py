@@ -132,9 +132,11 @@ class RolloutMixin(trl.GRPOTrainer):
         self._reference_rewards = {}
 
         def score():
-            table = self.suite.score(rollouts, columns, context=_RewardContext(self))
+            table = self.suite.score(
+                rollouts, columns, context=_RewardContext(self), gather=lambda mine: gather_object([mine])
+            )
             greedy = self._score_alone(list(self._greedy.items()))
-            if self.args.objective == "reference_exact" or self.args.minimum_risk_references:
+            if self.args.scores_references:
                 for index in dict.fromkeys(indices):
                     self._rewards_of_references(index)
             return table, greedy
