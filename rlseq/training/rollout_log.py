@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.scoring.outcome import json_ready
 from rlseq.types import Prompt, ScoredRollout
 
 
@@ -31,6 +32,7 @@ def rollout_records(
             "completion": one.rollout.text,
             "values": dict(one.values),
             "status": dict(one.status),
+            "details": json_ready({name: dict(details) for name, details in one.details.items()}),
             "total": one.total,
             "advantage": advantage,
             "logprob": one.rollout.logprob if one.rollout.logprobs else None,
