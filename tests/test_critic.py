@@ -53,9 +53,15 @@ def test_one_call_gives_log_probs_and_values(family, kind):
     prompt, completion = IDS[0, :1].tolist(), IDS[0, 1:].tolist()
     with torch.no_grad():
         values = plain_values(trunk, critic.value_head, prompt, completion)
-        torch.testing.assert_close(found.values[0], values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.state_values[0], values, atol=1e-5, rtol=0)
         expected = plain_logprobs(policy, prompt, completion)
     torch.testing.assert_close(found.log_probs[0], expected, atol=1e-5, rtol=0)
+
+
+def test_what_a_call_gives_is_still_a_dict_whose_entries_ddp_can_list():
+    policy, _ = policy_with("separate")
+    found = ask(policy)
+    assert any(x is found.state_values for x in found.values())
 
 
 @pytest.mark.parametrize("kind", ["separate", "shared"])
@@ -68,19 +74,19 @@ def test_a_policy_that_is_asked_for_no_values_answers_as_before(kind):
 @pytest.mark.parametrize("kind", ["separate", "shared"])
 def test_a_critic_that_has_learned_nothing_says_0(kind):
     policy, _ = policy_with(kind, head=0)
-    assert not ask(policy).values.any()
+    assert not ask(policy).state_values.any()
 
 
 def test_a_separate_critic_starts_as_the_policy_and_goes_its_own_way():
     policy, critic = policy_with("separate")
-    before = ask(policy).values
+    before = ask(policy).state_values
     trunk = policy.get_decoder().state_dict()
     assert all(torch.equal(x, trunk[name]) for name, x in critic.backbone.state_dict().items())
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if not is_critic(name):
                 p.zero_()
-    assert torch.equal(ask(policy).values, before)
+    assert torch.equal(ask(policy).state_values, before)
 
 
 def test_a_critic_trains_whole_where_the_policy_is_frozen():
@@ -92,7 +98,7 @@ def test_a_critic_trains_whole_where_the_policy_is_frozen():
 def test_values_are_float32_where_weights_are_bfloat16():
     policy, critic = policy_with("separate", dtype=torch.bfloat16)
     assert critic.value_head.weight.dtype == torch.bfloat16
-    assert ask(policy).values.dtype == torch.float32
+    assert ask(policy).state_values.dtype == torch.float32
 
 
 def test_a_critic_of_another_size_starts_from_any_model_of_the_same_vocabulary(tmp_path):
@@ -101,7 +107,7 @@ def test_a_critic_of_another_size_starts_from_any_model_of_the_same_vocabulary(t
     assert critic.value_head.weight.shape == (1, 24) and not critic.value_head.weight.any()
     expected = tiny_model("gpt2", seed=3, n_embd=24).get_decoder().state_dict()
     assert all(torch.equal(x, expected[name]) for name, x in critic.backbone.state_dict().items())
-    assert ask(policy).values.shape == IDS.shape
+    assert ask(policy).state_values.shape == IDS.shape
 
 
 @pytest.mark.parametrize("kind", ["separate", "shared"])
@@ -111,10 +117,10 @@ def test_a_saved_critic_is_found_in_its_folder_its_checkpoint_and_its_run(tmp_pa
     for path in (tmp_path / "run" / "critic", tmp_path / "run"):
         assert critic_folder(str(path)) == tmp_path / "run" / "critic"
         again, other = policy_with(kind, str(path), head=0)
-        assert torch.equal(ask(again).values, ask(policy).values)
+        assert torch.equal(ask(again).state_values, ask(policy).state_values)
     fresh, other = policy_with(kind, head=0)
     other.load(tmp_path / "run" / "critic")
-    assert torch.equal(ask(fresh).values, ask(policy).values)
+    assert torch.equal(ask(fresh).state_values, ask(policy).state_values)
 
 
 def test_the_folder_of_a_separate_critic_holds_a_model_that_plain_transformers_loads(tmp_path):

@@ -115,15 +115,23 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
         )
 
 
+def refuse_other_objectives(config: Any) -> None:
+    """Refuse in PPO what is of GRPO alone, before anything else is said of it.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if config.objective != "policy_gradient" or config.advantage_baseline != "mean":
+        name = "objective" if config.objective != "policy_gradient" else "advantage_baseline"
+        raise ConfigError(f"{name} is of recipes/grpo.py: PPO's advantages are against its critic. Leave it out.")
+
+
 def check_ppo(config: Any) -> None:
     """Refuse settings of PPO that contradict each other or would be ignored.
 
     Raises:
         ConfigError: says which, and what to do.
     """
-    if config.objective != "policy_gradient" or config.advantage_baseline != "mean":
-        name = "objective" if config.objective != "policy_gradient" else "advantage_baseline"
-        raise ConfigError(f"{name} is of recipes/grpo.py: PPO's advantages are against its critic. Leave it out.")
     if config.multi_objective_aggregation != "sum_then_normalize":
         raise ConfigError("multi_objective_aggregation normalises within groups, which PPO has none of. Leave it out.")
     if config.kl_in_reward and config.kl_estimator not in (None, "k1"):
@@ -150,6 +158,8 @@ def check_ppo(config: Any) -> None:
             raise ConfigError(f"{name} is {value}; expected at least 0, or nothing")
     if config.target_kl is not None and not config.target_kl > 0:
         raise ConfigError(f"target_kl is {config.target_kl}; expected nats above 0")
+    if config.target_kl is not None and config.fp16:
+        raise ConfigError("target_kl leaves updates out, which the loss scaling of fp16 does not allow; take bf16")
     for name in ("gamma", "lam"):
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected 0 to 1")

@@ -13,7 +13,13 @@ import torch
 import trl
 
 from rlseq.errors import ConfigError
-from rlseq.training.checks import check_objective, check_ppo, refuse_warped_training, single_generation
+from rlseq.training.checks import (
+    check_objective,
+    check_ppo,
+    refuse_other_objectives,
+    refuse_warped_training,
+    single_generation,
+)
 
 
 def bf16_supported() -> bool:
@@ -378,6 +384,9 @@ class PPOConfig(GRPOConfig):
     gamma: float = _default(1.0, "Discount γ.")
     lam: float = _default(0.95, "λ of generalised advantage estimation; 1: returns, 0: one-step differences.")
     whiten_advantages: bool = _default(True, "Give advantages mean 0 and deviation 1 over all trained tokens.")
+    kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
+        None, "Estimator of the KL to the start that beta weighs; default: k1 in the reward, k3 in the loss."
+    )
     kl_in_reward: bool = _default(
         True, "Put the KL to the start (k1, weighed by beta) into each token's reward; false: into the loss (k2, k3)."
     )
@@ -400,5 +409,6 @@ class PPOConfig(GRPOConfig):
         return False
 
     def __post_init__(self) -> None:
+        refuse_other_objectives(self)
         super().__post_init__()
         check_ppo(self)

@@ -32,11 +32,14 @@ HEAD_FILE = "value_head.safetensors"
 
 @dataclass
 class PolicyOutput(ModelOutput):
-    """What the policy's forward returns with `return_values`: (R, S-1), (R, S-1) and (R, S)."""
+    """What the policy's forward returns with `return_values`: (R, S-1), (R, S-1) and (R, S).
+
+    It is a dict too, whose method `values` DDP calls: no field may have that name.
+    """
 
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
-    values: Tensor | None = None
+    state_values: Tensor | None = None
 
 
 class Critic(nn.Module):
@@ -222,7 +225,7 @@ def attach(policy: PreTrainedModel, critic: Critic) -> None:
             outputs = inner_forward(*args, **kwargs)
             inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")}
             states = critic.backbone(**inputs, use_cache=False).last_hidden_state
-        return PolicyOutput(log_probs=outputs.log_probs, entropy=outputs.entropy, values=critic(states))
+        return PolicyOutput(log_probs=outputs.log_probs, entropy=outputs.entropy, state_values=critic(states))
 
     policy.forward = types.MethodType(forward, policy)
 

@@ -125,8 +125,8 @@ def forward(
     entropies = logprobs.new_zeros(logprobs.shape) if outputs.entropy is None else rows_by_tokens(outputs.entropy)
     scores = Scores(logprobs, entropies, references=found)
     if values:
-        scores.values = rows_by_tokens(outputs.values[:, :-1])  # column t-1: the state before token t
-        after = [x[-1] if len(x) else x.sum() for x in unpack(outputs.values, batch, shifted=False)]
+        scores.values = rows_by_tokens(outputs.state_values[:, :-1])  # column t-1: the state before token t
+        after = [x[-1] if len(x) else x.sum() for x in unpack(outputs.state_values, batch, shifted=False)]
         scores.last_values = torch.stack(after)[select]
     return scores
 
