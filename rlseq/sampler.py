@@ -103,7 +103,8 @@ def sample(
         For each prompt its G rollouts, in the order of the sample indices.
 
     Raises:
-        ConfigError: the strategy cannot be sampled, or asks for several equal completions.
+        ConfigError: the strategy cannot be sampled, or asks for several equal completions; or the numbers of prefixes
+            and prompts differ.
     """
     if not isinstance(strategy, (Greedy, Sample)):
         raise ConfigError(f"{strategy.signature!r} is a search, not a sampler; use rlseq.search.beam")
@@ -113,6 +114,8 @@ def sample(
     if not strategy.samples and any(len(s) > 1 for s in wanted):
         raise ConfigError(f"{strategy.signature} gives the same completion every time; num_samples must be 1")
 
+    if prefixes is not None and len(prefixes) != len(prompts):
+        raise ConfigError(f"{len(prefixes)} prefixes were given for {len(prompts)} prompts; expected one each")
     forced = [tuple(prefix) for prefix in prefixes] if prefixes is not None else [()] * len(prompts)
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
     with torch.no_grad(), evaluating(model):

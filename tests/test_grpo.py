@@ -53,9 +53,12 @@ def test_log_probs_and_entropies_equal_those_of_each_sequence_alone(tmp_path, fa
         torch.testing.assert_close(entropies[row, : len(completion)], expected_entropy, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo"])
-def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, loss_type):
-    ours = tiny_trainer(tmp_path, loss_type=loss_type)
+@pytest.mark.parametrize(
+    "loss_type, level",
+    [*((loss_type, "token") for loss_type in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo")), ("grpo", "sequence")],
+)
+def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, loss_type, level):
+    ours = tiny_trainer(tmp_path, loss_type=loss_type, importance_sampling_level=level)
     theirs = trl.GRPOTrainer(
         tiny_model("llama", initializer_range=0.1),
         reward_funcs=[lambda **_: 0.0],
@@ -66,6 +69,7 @@ def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, 
             max_completion_length=6,
             use_cpu=True,
             loss_type=loss_type,
+            importance_sampling_level=level,
         ),
         train_dataset=ours.train_dataset,
         processing_class=tiny_tokenizer(),
