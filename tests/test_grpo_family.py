@@ -325,3 +325,36 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path):
         assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], abs=1e-5)
         found, expected = torch.load(two / "weights.pt"), torch.load(one / "weights.pt")
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+TWINS = [
+    {"prompt": "a b = ", "references": ["A B"]},
+    {"prompt": "c = ", "references": ["C", "C C"]},
+    {"prompt": "a b = ", "references": ["B", "A"]},
+    {"prompt": "d = ", "references": []},
+]
+
+
+def of_first_reference(completion, references):
+    return len(completion) + 0.5 * completion.startswith(references[0]) if references else 0.25 * len(completion)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reference_loss_coef": 1.0},
+        {"objective": "minimum_risk", "minimum_risk_sharpness": 0.5, "minimum_risk_references": True},
+        {"objective": "expected_accuracy", "learning_rate": 20.0},
+        {"objective": "reference_exact"},
+    ],
+    ids=lambda settings: settings.get("objective", "reference_loss"),
+)
+def test_rows_of_one_prompt_keep_their_own_references(tmp_path, settings):
+    G = 1 if settings.get("objective") == "expected_accuracy" else 4
+    common = {"rows": TWINS, "rewards": [of_first_reference], **WEIGHTS, **settings}
+    whole = family_trainer(tmp_path / "a", per_device_train_batch_size=4 * G, **common)
+    split = family_trainer(tmp_path / "b", per_device_train_batch_size=G, gradient_accumulation_steps=4, **common)
+    start = weights(whole.model)
+    after = weights_after(whole)
+    assert (after - start).abs().max() > 1e-3
+    torch.testing.assert_close(weights_after(split), after, atol=2e-5, rtol=0)

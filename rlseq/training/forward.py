@@ -6,7 +6,7 @@ that a loss needs (log-probs, entropies, a critic's values, the references' log-
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,17 +21,17 @@ MIN_ROW_TOKENS = 128  # short groups share a row of so many tokens, so that litt
 
 @dataclass
 class References:
-    """The N references of a micro-batch's U distinct prompts.
+    """The N references of a micro-batch's U distinct prompts; equal prompts with unlike references are distinct.
 
     Attributes:
         rows: of each prompt, how many of the micro-batch's rows it stands for.
-        prompts: the U prompts' ids.
+        of_row: of each of the B rows, which prompt it has.
         prompt_of: which prompt each reference belongs to.
         logprobs: of each reference, the log-probs of its tokens, (T_n,) nats.
     """
 
     rows: list[int] = field(default_factory=list)
-    prompts: list[Ids] = field(default_factory=list)
+    of_row: list[int] = field(default_factory=list)
     prompt_of: list[int] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)
 
@@ -66,7 +66,7 @@ def forward(
     completions: Sequence[Ids] | None,
     width: int,
     *,
-    references: Mapping[Ids, Sequence[Ids]] | None = None,
+    references: Sequence[Sequence[Ids]] | None = None,
     packs: bool,
     pad_id: int,
     dtype: torch.dtype,
@@ -80,28 +80,28 @@ def forward(
         prompts: B prompts' ids; equal ones are computed once where `packs`.
         completions: B completions' ids; None: only the references are scored.
         width: T of the result; no completion is longer.
-        references: references by prompt ids; None: none.
+        references: of each row; None: none.
         packs: whether the model can be given packed rows (`rlseq.packing.supports_packing`).
         pad_id, dtype, device: of the batch; the model's own.
         values: whether the critic is asked too.
     """
-    rows_of: dict[Ids, list[int]] = {}
+    rows_of: dict[tuple[Ids, tuple[Ids, ...]], list[int]] = {}  # (prompt, its references) -> rows
     for row, prompt in enumerate(prompts):
-        rows_of.setdefault(prompt, []).append(row)
+        rows_of.setdefault((prompt, tuple(references[row]) if references else ()), []).append(row)
     groups: list[tuple[Ids, list[Ids]]] = []
     place_of = [0] * len(prompts)  # row -> place among the flattened groups' completions
-    found, places = References(), []  # places: of the references
+    found, places = References(of_row=[0] * len(prompts)), []  # places: of the references
     place = 0
-    for number, (prompt, rows) in enumerate(rows_of.items()):
+    for number, ((prompt, extra), rows) in enumerate(rows_of.items()):
         mine = [] if completions is None else [completions[row] for row in rows]
-        extra = list(references.get(prompt, ())) if references else []
-        groups.append((prompt, mine + extra))
+        groups.append((prompt, [*mine, *extra]))
+        for row in rows:
+            found.of_row[row] = number
         if mine:
             for row in rows:
                 place_of[row] = place
                 place += 1
         found.rows.append(len(rows))
-        found.prompts.append(prompt)
         found.prompt_of += [number] * len(extra)
         places += range(place, place + len(extra))
         place += len(extra)

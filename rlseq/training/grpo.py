@@ -86,7 +86,7 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         self._rows, self._scored, self._rollouts = [], [], None
         self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
         self._reference_rewards = {}
-        self._asked_references: dict[Ids, list[Ids]] = {}  # what the next forward scores beside the completions
+        self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions
         self._scores: Scores | None = None  # what the last forward gave
         self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
         args.reward_weights = list(suite.weights)
@@ -250,13 +250,13 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
 
     def _compute_loss(self, model, inputs):
         rows = inputs["prompt_index"].tolist()
-        self._asked_references = self._references_by_ids(rows) if self.args.uses_references else {}
+        self._asked_references = self._references_of_rows(rows) if self.args.uses_references else []
         if self.args.objective == "policy_gradient":
             loss = self._policy_gradient(model, inputs)
         else:
             loss = self._own_objective(model, inputs, rows) / self._accumulation
         loss = loss + self._additional_loss(inputs)
-        self._asked_references, self._scores = {}, None
+        self._asked_references, self._scores = [], None
         return loss
 
     def _additional_loss(self, inputs: Mapping[str, Tensor]) -> Tensor | float:
@@ -318,26 +318,22 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         lengths = inputs["completion_mask"].sum(1).tolist()
         completions = [tuple(x[:n]) for x, n in zip(ids.tolist(), lengths, strict=True)]
         self._scores = scores = self._forward(model, prompts, completions, ids.shape[1])
-        rewards = {}
-        if args.scores_references:
-            rewards = {self.prompts[i].prompt_ids: self._rewards_of_references(i) for i in dict.fromkeys(rows)}
+        rewards = [self._rewards_of_references(i) for i in rows] if args.scores_references else []
         if args.objective == "minimum_risk":
             loss = minimum_risk_loss(
                 scores,
                 inputs["totals"],
-                prompts,
                 completions,
                 mask,
                 num_generations=G,
                 sharpness=args.minimum_risk_sharpness,
-                reference_ids=self._asked_references if args.minimum_risk_references else {},
+                reference_ids=self._asked_references if args.minimum_risk_references else [],
                 reference_rewards=rewards,
             )
         else:
             loss, P = reference_exact_loss(
                 scores,
                 inputs,
-                prompts,
                 mask,
                 num_generations=G,
                 clip_low=self.epsilon_low,
@@ -392,8 +388,9 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
     def _fits(self, completion: Ids) -> bool:
         return len(completion) <= self.max_completion_length
 
-    def _references_by_ids(self, rows: list[int]) -> dict[Ids, list[Ids]]:
-        return {self.prompts[i].prompt_ids: self._references_of(self.prompts[i]) for i in dict.fromkeys(rows)}
+    def _references_of_rows(self, rows: list[int]) -> list[list[Ids]]:
+        known = {i: self._references_of(self.prompts[i]) for i in dict.fromkeys(rows)}
+        return [known[i] for i in rows]
 
     # -- forward -------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from rlseq.training.forward import Ids, References, Scores
 
 def reference_loss(references: References) -> Tensor | None:
     """Mean next-token loss of each prompt's references, summed over the rows they stand for; None without any."""
-    counts = [references.prompt_of.count(prompt) for prompt in range(len(references.prompts))]
+    counts = [references.prompt_of.count(prompt) for prompt in range(len(references.rows))]
     terms = [
         references.rows[prompt] / counts[prompt] * -logprobs.mean()
         for prompt, logprobs in zip(references.prompt_of, references.logprobs, strict=True)
@@ -35,7 +35,7 @@ def expected_accuracy_loss(references: References) -> tuple[Tensor, Tensor]:
     """−P of each row, summed, and P of each distinct prompt (U,): exact, by teacher forcing alone."""
     logprobs = references.sequence_logprobs  # (N,)
     prompt_of = torch.tensor(references.prompt_of, device=logprobs.device)
-    loss = expected_accuracy(logprobs, prompt_of, len(references.prompts))  # (U,)
+    loss = expected_accuracy(logprobs, prompt_of, len(references.rows))  # (U,)
     rows = torch.tensor(references.rows, device=logprobs.device, dtype=loss.dtype)
     return (rows * loss).sum(), -loss.detach()
 
@@ -43,25 +43,24 @@ def expected_accuracy_loss(references: References) -> tuple[Tensor, Tensor]:
 def minimum_risk_loss(
     scores: Scores,
     totals: Tensor,
-    prompt_of_row: Sequence[Ids],
     completions: Sequence[Ids],
     mask: Tensor,
     *,
     num_generations: int,
     sharpness: float,
-    reference_ids: Mapping[Ids, Sequence[Ids]],
-    reference_rewards: Mapping[Ids, Sequence[float]],
+    reference_ids: Sequence[Sequence[Ids]],
+    reference_rewards: Sequence[Sequence[float]],
 ) -> Tensor:
     """Expected risk over each group's distinct samples, its references among them where given; summed over rows.
 
     Args:
         scores: of B rows that are whole groups, one after the other.
         totals: (B,) rewards, NaN where abstained.
-        prompt_of_row, completions: the B rows' ids; duplicates are told by them.
+        completions: the B rows' ids; duplicates are told by them.
         mask: (B, T) bool.
         num_generations: G.
         sharpness: α.
-        reference_ids, reference_rewards: by prompt ids; empty: no references.
+        reference_ids, reference_rewards: of each row; empty: no references.
     """
     G = num_generations
     sequence = torch.where(mask, scores.logprobs, 0.0).sum(1)  # (B,)
@@ -71,14 +70,12 @@ def minimum_risk_loss(
         group = slice(start, start + G)
         logprobs, rewards = [sequence[group]], [totals[group]]
         ids = list(completions[group])
-        if reference_ids:
-            prompt = prompt_of_row[start]
-            number = references.prompts.index(prompt)
+        if reference_ids and reference_ids[start]:
+            number = references.of_row[start]
             mine = [x.sum() for x, of in zip(references.logprobs, references.prompt_of, strict=True) if of == number]
-            if mine:
-                logprobs.append(torch.stack(mine))
-                rewards.append(totals.new_tensor(reference_rewards[prompt]))
-                ids += reference_ids[prompt]
+            logprobs.append(torch.stack(mine))
+            rewards.append(totals.new_tensor(reference_rewards[start]))
+            ids += reference_ids[start]
         reward = torch.cat(rewards)
         abstained = reward.isnan().tolist()
         known = [None if gone else x for x, gone in zip(ids, abstained, strict=True)]
@@ -90,49 +87,44 @@ def minimum_risk_loss(
 def reference_exact_loss(
     scores: Scores,
     inputs: Mapping[str, Tensor],
-    prompt_of_row: Sequence[Ids],
     mask: Tensor,
     *,
     num_generations: int,
     clip_low: float,
     clip_high: float,
-    reference_rewards: Mapping[Ids, Sequence[float]],
+    reference_rewards: Sequence[Sequence[float]],
 ) -> tuple[Tensor, Tensor]:
     """The references' share of the expected reward exactly, the rest by the rollouts that are no reference.
 
     Args:
         scores: of B rows and their prompts' references.
         inputs: `totals`, `is_reference`, `num_rest`, `rest_reward`, (B,) each; `old_per_token_logps` (B, T) or not.
-        prompt_of_row: the B rows' prompt ids.
         mask: (B, T) bool.
         num_generations: G.
         clip_low, clip_high: of the ratio, where rollouts are used more than once.
-        reference_rewards: rewards of the references by prompt ids, NaN where abstained.
+        reference_rewards: of each row, its references' rewards, NaN where abstained.
 
     Returns:
-        The sum over rows, and P of each distinct prompt (U,).
+        The sum over rows, and P of each row (B,).
     """
     references = scores.references
     device, dtype = scores.logprobs.device, scores.logprobs.dtype
-    number_of = {prompt: number for number, prompt in enumerate(references.prompts)}
-    prompt_of_row_ids = torch.tensor([number_of[prompt] for prompt in prompt_of_row], device=device)  # (B,)
-    rest_of_prompt = torch.zeros(len(references.prompts), device=device, dtype=dtype)
-    rest_of_prompt[prompt_of_row_ids] = inputs["rest_reward"].to(dtype)  # equal for all rows of a prompt
-    rewards = [r for prompt in references.prompts for r in reference_rewards.get(prompt, ())]
-    if references.logprobs:
-        exact, P, baseline = reference_exact_references(
-            references.sequence_logprobs,
-            torch.tensor(rewards, device=device, dtype=dtype),
-            torch.tensor(references.prompt_of, device=device),
-            rest_of_prompt,
-        )  # (U,)
-    else:
-        exact, P, baseline = torch.zeros_like(rest_of_prompt), torch.zeros_like(rest_of_prompt), rest_of_prompt
-    rows = torch.tensor(references.rows, device=device, dtype=dtype)
-    weight = num_generations * reference_exact_weight(P[prompt_of_row_ids], inputs["num_rest"], num_generations)
+    number, row = [], []  # of each reference of each row: which of the N it is, and of which row
+    for b, prompt in enumerate(references.of_row):
+        mine = [n for n, of in enumerate(references.prompt_of) if of == prompt]
+        number += mine
+        row += [b] * len(mine)
+    logprobs = references.sequence_logprobs if references.logprobs else scores.logprobs.new_zeros(0)  # (N,)
+    exact, P, baseline = reference_exact_references(
+        logprobs[torch.tensor(number, dtype=torch.long, device=device)],
+        torch.tensor([r for rewards in reference_rewards for r in rewards], device=device, dtype=dtype),
+        torch.tensor(row, dtype=torch.long, device=device),
+        inputs["rest_reward"].to(dtype),
+    )  # (B,)
+    weight = num_generations * reference_exact_weight(P, inputs["num_rest"], num_generations)
     totals = inputs["totals"].to(dtype)
     rest = ~inputs["is_reference"] & ~totals.isnan()
-    advantages = torch.where(rest, weight * (totals - baseline[prompt_of_row_ids]), 0.0)  # (B,)
+    advantages = torch.where(rest, weight * (totals - baseline), 0.0)  # (B,)
     old = inputs.get("old_per_token_logps")
     surrogate = clipped_surrogate(
         scores.logprobs,
@@ -142,4 +134,4 @@ def reference_exact_loss(
         clip_low=clip_low,
         clip_high=clip_high,
     )
-    return (rows * exact).sum() + surrogate.sum(), P
+    return exact.sum() + surrogate.sum(), P
