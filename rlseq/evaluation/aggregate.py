@@ -11,6 +11,7 @@ import numpy as np
 
 from rlseq.decoding import parse_strategy
 from rlseq.evaluation.measure import PASS_AT, ContrastSettings, ModelStatistics, RowStatistics
+from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
 from rlseq.scoring import RewardSuite
 
@@ -138,7 +139,7 @@ def reward_metrics(suite: RewardSuite) -> dict[str, str]:
     return {name: f"reward.{name}" if name in COMPLETION_METRICS else name for name in suite.names}
 
 
-def matrix(rows: Sequence[RowStatistics], metric: Metric) -> np.ndarray:
+def matrix(rows: Sequence[RowStatistics], metric: Any) -> np.ndarray:
     """The statistics of a metric as (R, K); a row that has none of them is zeros."""
     return np.array([[row.get(key, 0.0) for key in metric.statistics] for row in rows])  # (R, K)
 
@@ -165,6 +166,11 @@ def model_results(
             place = place.setdefault(metric_name, {})
             metric_name = key
         place[metric_name] = {"value": interval.value, "ci95": list(interval.ci95)}
+    for name, statistics in found.items():
+        for strategy, rows in statistics.strategies.items():
+            block = mode_results(rows, metrics, seed=settings.seed, resamples=settings.resamples)
+            if block is not None:
+                results[name]["strategies"][strategy]["modes"] = block
     return results
 
 
@@ -174,19 +180,26 @@ def comparisons(
     """Every model against the first: the difference b − a of every metric, and the primary one across strategies.
 
     A difference that is not defined (nothing was measured on one side) is NaN, as are its interval and p-value.
+
+    Exact search is compared on the rows where it proved the mode, on both sides where both are exact searches; such
+    a comparison says on how many `rows`, and the two values there.
     """
     names = list(found)
     pairs: dict[tuple[str, str, str | None, str | None, str], tuple[np.ndarray, np.ndarray, Any]] = {}
+    on_proven: dict[tuple[str, str, str | None, str | None, str], dict[str, Any]] = {}
 
-    def compare(a: str, b: str, strategy_a: str | None, strategy_b: str | None, name: str, metric: Metric) -> None:
+    def compare(a: str, b: str, strategy_a: str | None, strategy_b: str | None, name: str, metric: Any) -> None:
         sides = [
             found[m].likelihood if s is None else found[m].strategies[s] for m, s in ((a, strategy_a), (b, strategy_b))
         ]
-        pairs[a, b, strategy_a, strategy_b, name] = (
-            matrix(sides[0], metric),
-            matrix(sides[1], metric),
-            metric.aggregate,
-        )
+        place, tables = (a, b, strategy_a, strategy_b, name), [matrix(side, metric) for side in sides]
+        proofs = [proof for side in sides if (proof := proven_rows(side)) is not None]
+        if proofs:
+            known = np.prod(proofs, axis=0)  # (R,)
+            tables = [table * known[:, None] for table in tables]
+            values = [float(metric.aggregate(table)) for table in tables]
+            on_proven[place] = {"rows": int(known.sum()), "value_a": values[0], "value_b": values[1]}
+        pairs[place] = (*tables, metric.aggregate)
 
     a = names[0]
     for b in names[1:]:
@@ -196,6 +209,8 @@ def comparisons(
         for strategy in found[a].strategies:
             for name, metric in metrics.items():
                 compare(a, b, strategy, strategy, name, metric)
+            if proven_rows(found[a].strategies[strategy]) is not None:
+                compare(a, b, strategy, strategy, EMPTY, MODE_EMPTY)
         if settings.primary and settings.primary_against:
             name, _, strategy = settings.primary.partition(":")
             against = parse_strategy(settings.primary_against).signature
@@ -211,6 +226,7 @@ def comparisons(
             "difference": result.difference,
             "ci95": list(result.ci95),
             "p_value": math.nan if math.isnan(result.difference) else result.p_value,
+            **on_proven.get((a, b, strategy_a, strategy_b, name), {}),
         }
         for (a, b, strategy_a, strategy_b, name), result in found_pairs.items()
     ]

@@ -10,6 +10,10 @@ from typing import Any
 from rlseq.errors import ConfigError, did_you_mean
 
 DEFAULT_STRATEGIES = ("greedy", "sample", "beam")
+STRATEGIES_HELP = (
+    "Decoding strategies (default: greedy sample beam), with settings: sample:temperature=0.7, beam:width=10, "
+    "best_of:n=8, best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000; see docs/evaluation.md."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt_template", help="Jinja template over a row's columns that makes the prompt.")
     add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
     add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
-    add("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), help="Default: greedy sample beam.")
+    add("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), help=STRATEGIES_HELP)
     add("--samples_per_row", type=int, default=4, help="Completions a row under sampling (default: 4).")
     add("--max_new_tokens", type=int, default=256, help="Longest completion (default: 256).")
     add("--eval_batch_size", type=int, default=256, help="Rows decoded together (default: 256).")
     add("--eval_seed", type=int, default=0, help="Seed of sampling and bootstrap (default: 0).")
     add("--resamples", type=int, default=10_000, help="Bootstrap resamples (default: 10,000).")
+    add("--exact_map_rows", type=int, help="Rows on which exact search runs, the first ones (default: all).")
     add("--primary", help="The one comparison with a claim, metric:strategy.")
     add("--primary_against", help="The baseline's strategy in it, if another.")
 
@@ -67,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             batch_rows=args.eval_batch_size,
             primary=args.primary,
             primary_against=args.primary_against,
+            exact_map_rows=args.exact_map_rows,
         ),
         output_dir=args.output_dir,
     )

@@ -28,6 +28,7 @@ from rlseq.evaluation.aggregate import (
     quality_metrics,
     reward_metrics,
 )
+from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, measure_checkpoint
 from rlseq.evaluation.results import finite_or_null, read_jsonl, write_results
 from rlseq.scoring import RewardSuite
@@ -71,17 +72,20 @@ def contrast(
     if not rows:
         raise DataError("the data set is empty")
     check_settings(settings, suite)
+    prompt_options = prompt_options or {}
+    chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
+    _refuse_oracle_claims(settings, chosen_by)
     state = PartialState()
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
-        found[name], data = measure_checkpoint(name, str(path), rows, suite, settings, prompt_options or {}, quiet)
+        found[name], data = measure_checkpoint(name, str(path), rows, suite, settings, prompt_options, quiet)
     if not state.is_main_process:
         return {}
     with_references = any(any(statistics.likelihood) for statistics in found.values())
     metrics = quality_metrics(suite, with_references=with_references)
     results = {
         "schema": SCHEMA,
-        "signature": _signature(settings, suite, data, prompt_options or {}),
+        "signature": _signature(settings, suite, data, prompt_options),
         "rows": len(rows),
         "models": model_results(found, metrics, settings),
         "comparisons": comparisons(found, metrics, settings),
@@ -99,6 +103,13 @@ def contrast(
     }
     if not with_references:
         results["notes"].append("The data has no references: the likelihood part is skipped.")
+    for strategy, columns in chosen_by.items():
+        for model in results["models"].values():
+            model["strategies"][strategy]["oracle"] = True
+        results["notes"].append(
+            f"{strategy} is an oracle: it chooses among samples by a reward that reads {', '.join(columns)}. Its "
+            "numbers say what a perfect judge could gain from the samples; they are no way to decode."
+        )
     results = finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
     if output_dir is not None:
         write_results(results, found, Path(output_dir), rows_of=data)
@@ -136,12 +147,16 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
     """Check, before anything is loaded, that the strategies can be read and the primary comparison will be measured.
 
     Raises:
-        ConfigError: a strategy that cannot be read or is named twice; a primary comparison of an unknown metric
-            (the message names the nearest) or of a strategy that is not among the strategies.
+        ConfigError: a strategy that cannot be read, is named twice or chooses by what is no reward here; a primary
+            comparison of an unknown metric (the message names the nearest), of a strategy that is not among the
+            strategies, or of an oracle.
     """
     measured = [strategy.signature for strategy in settings.parsed()]
     if len(set(measured)) < len(measured):
         raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
+    check_choosers(settings.parsed(), suite)
+    if settings.exact_map_rows is not None and settings.exact_map_rows < 1:
+        raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
     if settings.primary is None:
         if settings.primary_against is not None:
             raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")
@@ -160,6 +175,20 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
             raise ConfigError(
                 f"--{flag} names the strategy {text!r}, which is not among --strategies {' '.join(measured)}."
                 + did_you_mean(text, measured)
+            )
+    _refuse_oracle_claims(settings, oracles(settings.parsed(), suite, ANSWERS))
+
+
+def _refuse_oracle_claims(settings: ContrastSettings, chosen_by: Mapping[str, Sequence[str]]) -> None:
+    """Raise ConfigError if the primary comparison is of a strategy that knows the answers."""
+    if settings.primary is None:
+        return
+    for flag, text in (("primary", settings.primary.partition(":")[2]), ("primary_against", settings.primary_against)):
+        strategy = parse_strategy(text).signature if text else None
+        if strategy in chosen_by:
+            raise ConfigError(
+                f"--{flag} names {strategy!r}, an oracle: it chooses by a reward that reads "
+                f"{', '.join(chosen_by[strategy])}. No claim can rest on it; name a strategy that decodes."
             )
 
 

@@ -18,12 +18,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.data import build_prompts, reference_ids
-from rlseq.decoding import Beam, Strategy, parse_strategy
+from rlseq.decoding import ExactMAP, Strategy, parse_strategy
 from rlseq.errors import ConfigError, ModelError, RlseqError
+from rlseq.evaluation.decode import columns_of, decode
+from rlseq.evaluation.modes import add_mode_statistics
 from rlseq.likelihood import score
-from rlseq.sampler import sample, stop_ids_of
+from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
-from rlseq.search import beam
 from rlseq.types import Prompt, Rollout
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -44,6 +45,7 @@ class ContrastSettings:
         batch_rows: rows decoded together; changes memory and time only.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
+        exact_map_rows: exact search runs on the first so many rows; None: on all.
     """
 
     strategies: tuple[str, ...] = ("greedy", "sample", "beam")
@@ -54,6 +56,7 @@ class ContrastSettings:
     batch_rows: int = 256
     primary: str | None = None
     primary_against: str | None = None
+    exact_map_rows: int | None = None
 
     def parsed(self) -> list[Strategy]:
         """The strategies as objects."""
@@ -148,7 +151,9 @@ def measure(
     found: _Measured | None = None
     error: RlseqError | None = None
     try:
-        found = _measure_rows(model, [prompts[i] for i in mine], tokenizer, suite, settings, name, progress)
+        exact_rows = sum(i < (settings.exact_map_rows or len(prompts)) for i in mine)
+        rows = [prompts[i] for i in mine]
+        found = _measure_rows(model, rows, tokenizer, suite, settings, name, exact_rows, progress)
     except RlseqError as raised:
         error = raised
     gathered = gather_object([(mine, found, error)])
@@ -182,6 +187,7 @@ def _measure_rows(
     suite: RewardSuite,
     settings: ContrastSettings,
     name: str,
+    exact_rows: int,
     progress: Callable[[int], Any] | None,
 ) -> _Measured:
     """Measure this process's rows: likelihood statistics, statistics by strategy, and a record a completion."""
@@ -192,44 +198,34 @@ def _measure_rows(
         progress(len(prompts))
     by_strategy: dict[str, list[RowStatistics]] = {}
     samples: list[dict[str, Any]] = []
+    completions: dict[str, Sequence[Sequence[Rollout]]] = {}
+    proofs: dict[str, list[bool]] = {}
     for index, strategy in enumerate(settings.parsed()):
-        groups = _generate(model, prompts, tokenizer, stops, strategy, index, settings, progress)
+        groups, proven = decode(
+            model,
+            prompts,
+            strategy=strategy,
+            suite=suite,
+            num_samples=settings.samples_per_row,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            draw=index,
+            stop_ids=stops,
+            tokenizer=tokenizer,
+            batch_rows=settings.batch_rows,
+            exact_rows=exact_rows,
+            progress=progress,
+        )
         statistics, records = _quality_rows(name, strategy, prompts, groups, references, suite)
         by_strategy[strategy.signature] = statistics
         samples += records
+        if isinstance(strategy, ExactMAP):
+            proofs[strategy.signature] = proven
+        if not strategy.samples:
+            completions[strategy.signature] = groups
+    for signature, proven in proofs.items():
+        add_mode_statistics(by_strategy[signature], signature, completions, proven, stops)
     return likelihood, by_strategy, samples
-
-
-def _generate(
-    model: torch.nn.Module,
-    prompts: Sequence[Prompt],
-    tokenizer: Any,
-    stops: Sequence[int],
-    strategy: Strategy,
-    index: int,
-    settings: ContrastSettings,
-    progress: Callable[[int], Any] | None,
-) -> list[list[Rollout]]:
-    """The completions of each row under a strategy; the noise's draw is the strategy's index."""
-    common = {
-        "strategy": strategy,
-        "max_new_tokens": settings.max_new_tokens,
-        "stop_ids": stops,
-        "tokenizer": tokenizer,
-        "progress": progress,
-    }
-    if isinstance(strategy, Beam):
-        return beam(model, prompts, batch_rows=settings.batch_rows, **common)
-    num_samples = settings.samples_per_row if strategy.samples else 1
-    return sample(
-        model,
-        prompts,
-        num_samples=num_samples,
-        seed=settings.seed,
-        draw=index,
-        batch_rows=settings.batch_rows * num_samples,
-        **common,
-    )
 
 
 def _likelihood_rows(
@@ -266,9 +262,7 @@ def _quality_rows(
     suite: RewardSuite,
 ) -> tuple[list[RowStatistics], list[dict[str, Any]]]:
     flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
-    columns = {key: [prompts[row].columns.get(key) for row, _ in flat] for key in prompts[0].columns} if prompts else {}
-    columns["prompt"] = [prompts[row].messages_or_text for row, _ in flat]
-    table = suite.score([rollout for _, rollout in flat], columns)
+    table = suite.score([rollout for _, rollout in flat], columns_of(prompts, [row for row, _ in flat]))
     statistics: list[RowStatistics] = [{} for _ in prompts]
     records = []
 

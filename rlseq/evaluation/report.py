@@ -91,7 +91,7 @@ def print_summary(results: Results) -> None:
             cells = [tables.cell(results, model, strategy, info.name) for info in quality]
             table.add_row(
                 model,
-                strategy,
+                tables.labelled(results, strategy),
                 *(i.value(c["value"]) if c else "n/a" for i, c in zip(quality, cells, strict=True)),
             )
         table.add_section()
@@ -112,8 +112,9 @@ def make_headline(results: Results) -> Headline:
     models = list(results["models"])
     if not found:
         return _headline_without_comparison(results, models)
-    measured = [c for c in found if c.raw["difference"] is not None] or found
-    lead = next((c for c in measured if c.strategy is not None), found[0])
+    fair = [c for c in found if not c.oracle]
+    measured = [c for c in fair if c.raw["difference"] is not None] or fair or found
+    lead = next((c for c in measured if c.strategy is not None), measured[0])
     declared = found[0].primary
     lead = found[0] if declared else lead
     others = [c for c in found if (c.a, c.b) == (lead.a, lead.b)]
@@ -141,7 +142,10 @@ def make_headline(results: Results) -> Headline:
     same_metric = [
         c
         for c in others
-        if c is not lead and c.metric.name == lead.metric.name and c.strategy_a == c.strategy is not None
+        if c is not lead
+        and not c.oracle
+        and c.metric.name == lead.metric.name
+        and c.strategy_a == c.strategy is not None
     ]
     by_name = {c.metric.name: c for c in others if c.strategy is None}
     likelihood = [by_name[n] for n in ("nll_per_token", "exact_accuracy") if n in by_name]
@@ -174,7 +178,7 @@ def _cost(nll: Comparison | None, accuracy: Comparison | None) -> str:
 
 
 def _headline_without_comparison(results: Results, models: Sequence[str]) -> Headline:
-    strategy = next(iter(tables.strategies(results)), None)
+    strategy = next(iter(_fair_strategies(results)), None)
     names = tables.quality_metrics(results)[:3]
     parts = []
     for name in names:
@@ -189,6 +193,12 @@ def _headline_without_comparison(results: Results, models: Sequence[str]) -> Hea
         verdict="unclear",
         tiles=(),
     )
+
+
+def _fair_strategies(results: Results) -> list[str]:
+    """The strategies without the oracles; all, if they are all oracles."""
+    every = tables.strategies(results)
+    return [s for s in every if not tables.is_oracle(results, s)] or every
 
 
 def _context(
@@ -213,6 +223,7 @@ def _context(
         "quality": [tables.metric(results, n) for n in tables.quality_metrics(results)],
         "likelihood": [tables.metric(results, n) for n in tables.likelihood_metrics(results)],
         "comparisons": [c for c in found if not c.metric.name.startswith("exact_pass_at_k")],
+        "modes": tables.modes(results),
         "pass_curves": curves,
         "pass_ks": [k for k in _PASS_KS_IN_TABLE if any(k in curve for curve in curves.values())],
         "pass_metric": tables.metric(results, "exact_pass_at_k.1"),
@@ -228,7 +239,7 @@ def _context(
 def _side(
     results: Results, samples: Sequence[Any], per_example: Sequence[Any], pair: tuple[str | None, str]
 ) -> SideBySide | None:
-    available = tables.strategies(results)
+    available = _fair_strategies(results)
     if not available:
         return None
     strategy = (results.get("primary") or {}).get("strategy")
@@ -271,7 +282,7 @@ def _figures(
         info = tables.metric(results, name)
         points = {
             (model, strategy): (nll, quality)
-            for strategy in tables.strategies(results)
+            for strategy in _fair_strategies(results)
             for model in models
             if (nll := tables.cell(results, model, None, "nll_per_token"))
             and (quality := tables.cell(results, model, strategy, name))

@@ -63,6 +63,7 @@ _KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
     "wer": ("WER", False, True, "Word error rate: share of words with at least one error."),
     "length": ("Length", None, False, "Mean completion length in tokens, stop token included."),
     "logprob": ("Own log-prob", None, False, "Mean log-probability of what was generated, in nats."),
+    "mode_empty": ("Empty modes", None, True, "Share of proven modes that are a stop token alone."),
     "truncated": ("Truncated", False, True, "Share of completions cut at the length limit."),
 }
 
@@ -117,6 +118,7 @@ class Comparison:
     p: str
     verdict: str  # better, worse, higher, lower, equal, unclear
     primary: bool
+    oracle: bool  # one side chose by the answers
     raw: Mapping[str, Any]
 
     @property
@@ -127,7 +129,20 @@ class Comparison:
     def where(self) -> str:
         if self.strategy is None:
             return "teacher forcing"
-        return self.strategy if self.strategy_a == self.strategy else f"{self.strategy_a} → {self.strategy}"
+        where = self.strategy if self.strategy_a == self.strategy else f"{self.strategy_a} → {self.strategy}"
+        if "rows" in self.raw:
+            where += f", {self.raw['rows']:,} rows with proven modes"
+        return f"{where} (oracle)" if self.oracle else where
+
+
+@dataclass(frozen=True)
+class ModeTable:
+    """What one exact search says of modes: by model, a (metric, cell) for each column, and its rows."""
+
+    strategy: str
+    columns: list[str]
+    rows: Mapping[str, list[tuple[Metric, Mapping[str, Any]]]]
+    counts: Mapping[str, tuple[int, int]]  # rows with a proven mode, rows searched
 
 
 def number(x: float | None, decimals: int, *, signed: bool = False) -> str:
@@ -181,9 +196,19 @@ def strategies(results: Results) -> list[str]:
     return list(dict.fromkeys(s for m in results["models"].values() for s in m.get("strategies", {})))
 
 
+def is_oracle(results: Results, strategy: str | None) -> bool:
+    """Whether a strategy chooses by what the prompt does not tell."""
+    return any(m.get("strategies", {}).get(strategy, {}).get("oracle") for m in results["models"].values())
+
+
+def labelled(results: Results, strategy: str) -> str:
+    """A strategy as tables name it: an oracle is called one."""
+    return f"{strategy} (oracle)" if is_oracle(results, strategy) else strategy
+
+
 def quality_metrics(results: Results) -> list[str]:
     blocks = [s for m in results["models"].values() for s in m.get("strategies", {}).values()]
-    return list(dict.fromkeys(name for block in blocks for name in block))
+    return list(dict.fromkeys(name for block in blocks for name, value in block.items() if is_cell(value)))
 
 
 def likelihood_metrics(results: Results) -> list[str]:
@@ -194,6 +219,32 @@ def likelihood_metrics(results: Results) -> list[str]:
 
 def is_cell(value: Any) -> bool:
     return isinstance(value, Mapping) and "value" in value
+
+
+def modes(results: Results) -> list[ModeTable]:
+    """A table for each exact search."""
+    share, nats = Metric("", "", None, True, "", 1), Metric("", "", None, False, "", 3)
+    found = []
+    for strategy in strategies(results):
+        blocks = {m: e["strategies"].get(strategy, {}).get("modes") for m, e in results["models"].items()}
+        blocks = {model: block for model, block in blocks.items() if block}
+        if not blocks:
+            continue
+        first = next(iter(blocks.values()))
+        quality = [info for name in first.get("quality", ()) if (info := metric(results, name)).better is not None]
+        searches = list(first.get("is_mode", ()))
+        rows = {}
+        for model, block in blocks.items():
+            cells = [(share, block["proven"]), (nats, block["logprob"]), (share, block["empty"])]
+            cells += [(share, block["is_mode"][s]) for s in searches]
+            cells += [(share, block["search_errors"][s]) for s in searches]
+            rows[model] = cells + [(info, block["quality"][info.name]) for info in quality]
+        columns = ["Proven", "Log-prob of the mode", "Empty modes"]
+        columns += [f"{s} is the mode" for s in searches] + [f"Search errors of {s}" for s in searches]
+        columns += [f"{info.label} of the mode" for info in quality]
+        counts = {model: (block["proven_rows"], block["rows"]) for model, block in blocks.items()}
+        found.append(ModeTable(strategy, columns, rows, counts))
+    return found
 
 
 def pass_curves(results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
@@ -213,10 +264,10 @@ def comparisons(results: Results) -> list[Comparison]:
     for raw in results.get("comparisons", ()):
         info = metric(results, raw["metric"])
         strategy_a = raw.get("strategy_a", raw["strategy"])
-        values = [
-            cell(results, raw["a"], strategy_a, raw["metric"]),
-            cell(results, raw["b"], raw["strategy"], raw["metric"]),
-        ]
+        values = []
+        for side, strategy in (("a", strategy_a), ("b", raw["strategy"])):
+            found_cell = cell(results, raw[side], strategy, raw["metric"]) or {}
+            values.append(raw.get(f"value_{side}", found_cell.get("value")))
         is_primary = bool(primary) and all(
             raw.get(key) == primary.get(key) for key in ("a", "b", "strategy", "strategy_a", "metric")
         )
@@ -227,13 +278,14 @@ def comparisons(results: Results) -> list[Comparison]:
                 strategy=raw["strategy"],
                 strategy_a=strategy_a,
                 metric=info,
-                value_a=info.value(values[0]["value"]) if values[0] else "n/a",
-                value_b=info.value(values[1]["value"]) if values[1] else "n/a",
+                value_a=info.value(values[0]),
+                value_b=info.value(values[1]),
                 difference=info.difference(raw["difference"]),
                 interval=info.difference_interval(raw["ci95"]),
                 p=p_text(raw.get("p_value")),
                 verdict=_verdict(raw, info.better),
                 primary=is_primary,
+                oracle=any(is_oracle(results, s) for s in (strategy_a, raw["strategy"])),
                 raw=raw,
             )
         )
@@ -245,6 +297,7 @@ def definitions(results: Results) -> list[Metric]:
     names = [*likelihood_metrics(results), *quality_metrics(results)]
     if pass_curves(results):
         names.append("exact_pass_at_k")
+    names += [raw["metric"] for raw in results.get("comparisons", ()) if raw["metric"] == "mode_empty"]
     return [metric(results, name) for name in dict.fromkeys(names)]
 
 

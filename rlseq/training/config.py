@@ -98,7 +98,10 @@ class EvaluationArguments:
     evaluate: bool = _default(True, "Evaluate the start against the result when training ends.")
     strategies: list[str] = field(
         default_factory=lambda: ["greedy", "sample", "beam"],
-        metadata={"help": "Decoding strategies: greedy, sample, sample:temperature=0.7, beam, beam:width=10."},
+        metadata={
+            "help": "Decoding strategies: greedy, sample, sample:temperature=0.7, beam:width=10, best_of:n=8, "
+            "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000 (docs/evaluation.md)."
+        },
     )
     samples_per_row: int = _default(4, "Completions drawn a row under strategies that sample.")
     eval_batch_size: int = _default(256, "Rows decoded together in evaluation (completions do not depend on it).")
@@ -107,6 +110,7 @@ class EvaluationArguments:
     probe_rows: int = _default(
         500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
     )
+    exact_map_rows: int | None = _default(None, "Rows on which exact search runs, the first ones; default: all.")
     primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
     primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
 
@@ -121,6 +125,7 @@ class EvaluationArguments:
             "batch_rows": self.eval_batch_size,
             "primary": self.primary,
             "primary_against": self.primary_against,
+            "exact_map_rows": self.exact_map_rows,
         }
 
 
