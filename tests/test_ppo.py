@@ -100,6 +100,23 @@ def test_the_kl_penalty_is_the_log_ratio_of_each_token_to_the_start(tmp_path, mo
     assert trainer._compute_loss(trainer.model, output).item() == with_beta
 
 
+def test_the_kl_that_is_logged_and_steered_by_is_of_all_completions_abstained_or_not(tmp_path, monkeypatch):
+    def abstains_on_the_second(completion_ids):
+        return None if tuple(completion_ids) == COMPLETIONS[1] else table(completion_ids)
+
+    settings = {**RAW, "beta": 0.3, "kl_target": 1e-3}
+    trainer = tiny_ppo(tmp_path, rewards=(abstains_on_the_second,), model=saved_model(tmp_path / "model"), **settings)
+    start = load(tmp_path / "model")
+    perturb(trainer)
+    draws(monkeypatch, trainer, COMPLETIONS)
+    output = generated(trainer, ROWS)
+    total = sum(sum(log_ratio(trainer, start, row)) for row in ROWS)
+    assert trainer._metrics["train"]["kl"] == [pytest.approx(total / 13, abs=1e-5)]
+    # Clipped at −0.2 or 0.2 by Ziegler's rule, whose K is 0.1.
+    assert trainer._next_beta == pytest.approx(0.3 * (1.02 if total / 4 > 1e-3 else 0.98))
+    assert not output["advantages"][1].any()
+
+
 def perturb(trainer):
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -267,3 +284,31 @@ def test_the_critic_packs_only_if_its_own_backbone_allows_it(tmp_path, monkeypat
     trainer, output = batch(tmp_path, monkeypatch, critic_name_or_path=str(tmp_path / "windowed"))
     assert not trainer.packs and "because of the critic" in capsys.readouterr().out
     assert_targets(trainer, output, [at_the_end(REWARDS[y], len(y)) for y in COMPLETIONS])
+
+
+def test_forced_tokens_are_not_judged_and_no_time_passes_on_them(tmp_path):
+    trainer = tiny_ppo(tmp_path, reference_prefix=1, **RAW)
+    output = generated(trainer, [1, 2, 5, 6])  # their references are longer than a token
+    for row, one in enumerate(trainer._scored):
+        y, total = one.rollout.completion_ids, one.total
+        assert one.rollout.trained_mask == (False,) + (True,) * (len(y) - 1)
+        prompt = trainer.prompts[trainer._rows[row]["index"]].prompt_ids
+        values = values_of(trainer, prompt, y).tolist()[1:-1]
+        advantages = double_sum_gae(at_the_end(total, len(y) - 1), values, 0.0, GAMMA, LAM)
+        assert output["advantages"][row, 1 : len(y)].tolist() == pytest.approx(advantages, abs=2e-5)
+        assert output["value_mask"][row].tolist() == [0 < t < len(y) for t in range(output["value_mask"].shape[1])]
+        assert output["advantages"][row, 0] == 0
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_samples_that_share_their_prompt_in_a_packed_row_have_the_values_of_each_alone(tmp_path, critic):
+    settings = {**RAW, "critic": critic, "num_generations": 4, "per_device_train_batch_size": 8}
+    outputs = []
+    for packs in (True, False):
+        trainer = tiny_ppo(tmp_path / str(packs), pack_updates=packs, **settings)
+        outputs.append(generated(trainer, [1] * 4 + [2] * 4))
+        assert trainer.packs == packs
+    assert torch.equal(outputs[0]["completion_ids"], outputs[1]["completion_ids"])
+    for name in ("values", "returns", "advantages"):
+        torch.testing.assert_close(outputs[0][name], outputs[1][name], atol=2e-5, rtol=0)
+        assert outputs[0][name].std() > 0.05

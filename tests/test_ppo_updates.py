@@ -297,3 +297,20 @@ def test_kl_target_adapts_beta_once_a_round_by_ziegler_s_rule(tmp_path):
         assert (abs(kl) < 1e-5) == (number == 0)
         beta *= 1 + 0.1 * max(-0.2, min(0.2, kl / 0.05 - 1))
     assert trainer.beta != 0.1
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_gradient_checkpointing_changes_no_rollout_no_value_and_no_update(tmp_path, critic):
+    settings = {"critic": critic, "critic_trunk_gradient": critic == "shared", "optim": "sgd", "learning_rate": 0.1}
+    _, plain, plain_log = trained(tmp_path / "a", gradient_checkpointing=False, **settings)
+    trainer, saving, log = trained(tmp_path / "b", gradient_checkpointing=True, **settings)
+    trunks = [trainer.model.get_decoder()] + ([trainer.critic.backbone] if critic == "separate" else [])
+    assert all(trunk.layers[0].gradient_checkpointing for trunk in trunks)
+    files = [(tmp_path / name / "rollouts/000002.jsonl").read_text() for name in ("a", "b")]
+    assert files[0] == files[1]
+    for part in (0, 1):
+        for name, p in saving[2][part].items():
+            torch.testing.assert_close(p, plain[2][part][name], atol=1e-6, rtol=0)
+    assert [x["critic/explained_variance"] for x in log] == pytest.approx(
+        [x["critic/explained_variance"] for x in plain_log], abs=1e-5
+    )
