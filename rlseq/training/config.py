@@ -314,7 +314,9 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         0, "Rollouts continue from the first so many reference tokens, which are not trained; 0: from the prompt."
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
-        None, "Estimator of the KL to the start that beta weighs; default: k3 in the loss, as TRL has it."
+        None,
+        "Estimator of the KL to the start that beta weighs, in the loss; default: TRL's (k3 times the ratio), and k3 "
+        "in the objectives that are rlseq's own.",
     )
     minimum_risk_sharpness: float = _default(
         0.005, "Sharpness α of minimum risk training: samples weigh p^α, renormalised."
@@ -390,7 +392,7 @@ class PPOConfig(GRPOConfig):
     lam: float = _default(0.95, "λ of generalised advantage estimation; 1: returns, 0: one-step differences.")
     whiten_advantages: bool = _default(True, "Give advantages mean 0 and deviation 1 over all trained tokens.")
     kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
-        None, "Estimator of the KL to the start that beta weighs; default: k1 in the reward, k3 in the loss."
+        None, "Estimator of the KL to the start that beta weighs; default: k1 in the reward, TRL's in the loss."
     )
     kl_in_reward: bool = _default(
         True, "Put the KL to the start (k1, weighed by beta) into each token's reward; false: into the loss (k2, k3)."
