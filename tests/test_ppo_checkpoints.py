@@ -99,9 +99,16 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(tmp_path, case):
     final_weights(tmp_path / "cut", step, **settings)
     resumed, found = final_weights(tmp_path / "cut", resume=str(tmp_path / f"cut/checkpoint-{step}"), **settings)
     assert equal(found[0], expected[0]) and equal(found[1], expected[1])
+    logs = [[comparable(line) for line in t.state.log_history if "loss" in line] for t in (whole, resumed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
     rates = [[group["lr"] for group in t.optimizer.param_groups] for t in (whole, resumed)]
     assert rates[0] == rates[1]
     assert len(set(rates[0])) == 1 + ("critic_learning_rate" in settings)
+
+
+def comparable(line):
+    """A logged step without its wall-clock time; a number that is not there is None."""
+    return {name: None if x != x else x for name, x in line.items() if name != "step_time"}
 
 
 def test_a_checkpoint_without_a_critic_is_not_gone_on_from(tmp_path):
