@@ -1,0 +1,194 @@
+"""How the objectives compare on grapheme-to-phoneme: equal rollouts, one table (docs/objectives.md shows it).
+
+    python benchmarks/objectives.py --output_dir runs/objectives [--methods grpo ppo] [--seeds 0 1 2] [--steps 60]
+    python benchmarks/objectives.py --output_dir runs/objectives --table           # of the runs that are there
+
+Every run starts from the bundled base and sees 512 rollouts a step (expected accuracy: 512 words, nothing drawn;
+rejection sampling: the same rollouts, drawn from the base beforehand). Each is evaluated on the validation words; the
+test words are not touched. A run that is there already is not run again. Two minutes a run on one core; give several
+`--seeds` to several processes to use more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+RATE = "1e-4"
+MIX = "--reference_loss_coef 0.1"
+# name -> (recipe, flags, what it is); learning rates were chosen on validation words (docs/objectives.md)
+METHODS = {
+    "grpo": ("grpo", "--loss_type grpo", "GRPO"),
+    "grpo+ce": ("grpo", f"--loss_type grpo {MIX}", "GRPO, with the reference loss"),
+    "drgrpo": ("grpo", "--loss_type dr_grpo --scale_rewards none", "Dr. GRPO"),
+    "dapo": ("grpo", "--loss_type dapo --epsilon_high 0.28", "DAPO"),
+    "gspo": (
+        "grpo",
+        "--loss_type grpo --importance_sampling_level sequence --epsilon 3e-4 --epsilon_high 4e-4 "
+        "--per_device_train_batch_size 128 --steps_per_generation 4",
+        "GSPO, 4 minibatches",
+    ),
+    "rloo": ("grpo", "--advantage_baseline leave_one_out --scale_rewards none", "RLOO"),
+    "rloo+ce": ("grpo", f"--advantage_baseline leave_one_out --scale_rewards none {MIX}", "RLOO, with it"),
+    "scst": ("grpo", "--advantage_baseline greedy --scale_rewards none", "SCST (greedy baseline)"),
+    "mrt": ("grpo", "--objective minimum_risk", "minimum risk"),
+    "mrt+ce": ("grpo", f"--objective minimum_risk {MIX}", "minimum risk, with it"),
+    "ea": ("grpo", "--objective expected_accuracy", "exact expected accuracy"),
+    "ea+ce": ("grpo", f"--objective expected_accuracy {MIX}", "exact expected accuracy, with it"),
+    "re": ("grpo", "--objective reference_exact --num_generations 2", "reference-exact"),
+    "re+ce": ("grpo", f"--objective reference_exact --num_generations 2 {MIX}", "reference-exact, with it"),
+    "ppo": ("ppo", "--num_generations 1 --critic_warmup_steps 8 --critic_learning_rate 3e-4", "PPO, separate critic"),
+    "ppo+ce": (
+        "ppo",
+        f"--num_generations 1 --critic_warmup_steps 8 --critic_learning_rate 3e-4 {MIX}",
+        "PPO, separate critic, with it",
+    ),
+    "ppo-shared": (
+        "ppo",
+        "--critic shared --num_generations 1 --critic_warmup_steps 8 --critic_learning_rate 3e-3",
+        "PPO, shared trunk",
+    ),
+    "rft": ("sft", "", "rejection-sampling fine-tuning"),
+    "ce": ("sft", "", "teacher forcing goes on"),
+}
+BEAM_ROWS = 1500  # beam search costs five times greedy
+LEARNING_RATES: dict[str, str] = {}
+
+
+def command(method: str, seed: int, steps: int, rate: str, out: Path) -> list[str]:
+    """The recipe's command line of a run."""
+    recipe, flags, _ = METHODS[method]
+    common = f"--seed {seed} --learning_rate {rate} --lr_scheduler_type linear --warmup_steps 10 --num_cpu_threads 1"
+    words = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), "--output_dir", str(out), "--save_strategy", "no"]
+    words += ["--overwrite_output_dir", "true", *common.split()]
+    if recipe == "sft":
+        words += ["--config", "recipes/g2p/sft-continued.yaml", "--eval_rows", "100", "--eval_strategy", "no"]
+        words += ["--per_device_train_batch_size", "256", "--max_steps", str(2 * steps)]
+        if method == "rft":
+            # `steps` × 512 rollouts, 8 a word, drawn from the base before training; every word's best is kept.
+            words += ["--train_rows", str(steps * 64), "--rejection_samples", "8", "--reward_funcs", "phoneme_accuracy"]
+            words += ["--rejection_max_new_tokens", "32"]
+        return words
+    more = "--temperature 1.0 --reference_loss_coef 0 --ema_decay 0 --start_weight 0 --evaluate false"
+    words += ["--config", "recipes/g2p/grpo.yaml", "--max_steps", str(steps), *more.split()]
+    return [*words, *flags.split()]
+
+
+def measure_run(path: Path) -> dict[str, float | list[float]]:
+    """Validation figures of a checkpoint: percent, nats; and the greedy errors word by word, for paired differences."""
+    import torch
+
+    from rlseq.data import load_rows
+    from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, matrix, quality_metrics
+    from rlseq.evaluation.measure import ContrastSettings, measure_checkpoint
+    from rlseq.scoring import load_rewards
+
+    torch.set_num_threads(1)
+    rows = load_rows(str(ROOT / "recipes/g2p/data.py"), "validation")
+    with load_rewards(["phoneme_accuracy"]) as suite:
+
+        def measured(rows: list, *strategies: str):
+            settings = ContrastSettings(strategies=strategies, samples_per_row=2, max_new_tokens=32)
+            return measure_checkpoint(path.name, str(path), rows, suite, settings, {}, quiet=True)[0]
+
+        found = measured(rows, "greedy", "sample")
+        found.strategies |= measured(rows[:BEAM_ROWS], "beam").strategies
+        quality = quality_metrics(suite, with_references=True)
+    values: dict[str, float | list[float]] = {
+        name: LIKELIHOOD_METRICS[name].aggregate(matrix(found.likelihood, LIKELIHOOD_METRICS[name]))
+        for name in ("nll_per_token", "exact_accuracy")
+    }
+    for strategy, statistics in found.strategies.items():
+        for name in ("per", "wer", "logprob", "length"):
+            values[f"{strategy}/{name}"] = quality[name].aggregate(matrix(statistics, quality[name]))
+    values["entropy"] = -values["sample/logprob"] / values["sample/length"]
+    greedy = found.strategies["greedy"]
+    values["greedy_errors"] = [1.0 - row["exact_match"] for row in greedy]
+    return values
+
+
+def run(method: str, seed: int, steps: int, rate: str, folder: Path) -> None:
+    out = folder / f"{method}-{rate}-{seed}"
+    done = out / "measured.json"
+    if done.is_file():
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    if method == "base":
+        path = ROOT / "recipes/g2p/base"
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        path = out
+        log = out.with_suffix(".log")
+        with log.open("w") as file:
+            ended = subprocess.run(
+                command(method, seed, steps, rate, out), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False
+            )
+        if ended.returncode:
+            sys.exit(f"{method} failed: {log.read_text(errors='replace')[-2000:]}")
+    seconds = time.monotonic() - started
+    values = measure_run(path)
+    done.write_text(json.dumps({"method": method, "seed": seed, "rate": rate, "seconds": seconds, **values}))
+    print(f"{method} seed {seed} rate {rate}: greedy WER {100 * values['greedy/wer']:.2f}", flush=True)
+
+
+def table(folder: Path) -> str:
+    """A row a method and rate: means over its seeds, and the paired difference of greedy WER to the base."""
+    runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*/measured.json"))]
+    base = next(r for r in runs if r["method"] == "base")
+    lines = [
+        "| method | rate | seeds | greedy WER | to the base | greedy PER | beam WER | beam PER | sampled WER "
+        "| sampled PER | exact accuracy | NLL | entropy | seconds |",
+        "|---" * 14 + "|",
+    ]
+    for method in ["base", *METHODS]:
+        for rate in sorted({r["rate"] for r in runs if r["method"] == method}):
+            mine = [r for r in runs if r["method"] == method and r["rate"] == rate]
+
+            def mean(name: str, scale: float = 100, mine: list = mine) -> str:
+                return f"{scale * np.mean([r[name] for r in mine]):.{2 if scale == 100 else 3}f}"
+
+            # Words differ and so do seeds: the error holds both.
+            delta = 100 * (np.array([r["greedy_errors"] for r in mine]) - np.array(base["greedy_errors"]))  # (S, R)
+            of_words = delta.mean(0).var(ddof=1) / delta.shape[1]
+            of_seeds = delta.mean(1).var(ddof=1) / len(mine) if len(mine) > 1 else 0.0
+            difference = f"{delta.mean():+.2f} ± {np.sqrt(of_words + of_seeds):.2f}" if method != "base" else ""
+            name = "base" if method == "base" else METHODS[method][2]
+            cells = [name, "" if method == "base" else rate, str(len(mine)), mean("greedy/wer"), difference]
+            cells += [mean(f"{s}/{m}") for s, m in (("greedy", "per"), ("beam", "wer"), ("beam", "per"))]
+            cells += [mean("sample/wer"), mean("sample/per"), mean("exact_accuracy"), mean("nll_per_token", 1)]
+            cells += [mean("entropy", 1), "" if method == "base" else f"{np.median([r['seconds'] for r in mine]):.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where the runs go.")
+    parser.add_argument("--methods", nargs="+", default=["base", *METHODS], help="Which; default: all.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of each (default: 0).")
+    parser.add_argument("--rates", nargs="+", help="Learning rates to try; default: the one chosen for the method.")
+    parser.add_argument("--steps", type=int, default=60, help="Updates, of 512 rollouts each (default: 60).")
+    parser.add_argument("--table", action="store_true", help="Only print the table of the runs that are there.")
+    args = parser.parse_args()
+    unknown = [method for method in args.methods if method not in METHODS and method != "base"]
+    if unknown:
+        parser.error(f"no method {unknown[0]!r}; there are base, {', '.join(METHODS)}")
+    folder = args.output_dir.absolute()
+    if not args.table:
+        for seed in args.seeds:
+            for method in args.methods:
+                for rate in args.rates or [LEARNING_RATES.get(method, RATE)]:
+                    run(method, seed, args.steps, rate, folder)
+    print(table(folder))
+
+
+if __name__ == "__main__":
+    main()
