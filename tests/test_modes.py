@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.errors import ConfigError
 from rlseq.evaluation import measure as module
+from rlseq.evaluation import plots
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.modes import add_mode_statistics, mode_results
 from rlseq.evaluation.report import make_headline
@@ -249,7 +251,8 @@ def test_the_report_has_a_section_of_modes_with_definition_and_caveat(judged):
     assert cells[0] == "5 of 5" and cells[1].startswith("100.0%")
     assert cells[2].startswith(f"{block['logprob']['value']:.3f}".replace("-", "−"))
     assert '<section id="modes">' in page and "Search errors of greedy" in page and "Caveat" in page
-    assert "mbr:n=3,utility=phoneme_accuracy is the mode" in page
+    assert "best_of:n=3 is the mode" in page
+    assert "utility=phoneme_accuracy is the mode" not in page  # it does not look for the mode
     assert "exact_map, 5 rows with proven modes" in page  # the comparisons
     for shown in (text, page):
         assert "Share of proven modes that are a stop token alone." in shown
@@ -285,3 +288,15 @@ def test_a_claim_may_rest_on_minimum_bayes_risk(checkpoints):
     results = run(checkpoints, strategies=ORACLES, primary=primary)
     assert results["primary"]["strategy"] == "mbr:n=3,utility=phoneme_accuracy"
     assert make_headline(results).tiles[0].primary
+
+
+def test_long_names_of_strategies_leave_room_for_the_plot():
+    names = ["greedy", *(f"mbr:n={n},utility=phoneme_accuracy" for n in (4, 8, 16)), "sample:temperature=0.5"]
+    cell = {"value": 0.5, "ci95": [0.4, 0.6]}
+    points = {("base", name): (cell, cell) for name in names}
+    labels = {"x_label": "x", "y_label": "y", "y_higher_is_better": True, "y_percent": True}
+    figure = plots.plane(points, ["base"], [], **labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns when it gives up on the layout
+        plots.to_svg(figure)
+    assert figure.axes[0].get_position().width > 0.6

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlseq.decoding import LOGPROB, MBR, Beam, BestOf, ExactMAP, Rerank, Sample, Strategy
+from rlseq.decoding import LOGPROB, MBR, Beam, BestOf, ExactMAP, Greedy, Rerank, Sample, Strategy
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.likelihood import score
 from rlseq.sampler import sample
@@ -151,6 +151,11 @@ def columns_of(prompts: Sequence[Prompt], rows: Sequence[int]) -> dict[str, list
     """The columns that rewards may ask for, `prompt` among them, of completions of these rows."""
     columns = {key: [prompts[row].columns.get(key) for row in rows] for key in (prompts[0].columns if prompts else ())}
     return columns | {"prompt": [prompts[row].messages_or_text for row in rows]}
+
+
+def seeks_the_mode(strategy: Strategy) -> bool:
+    """Whether a strategy looks for the completion that the model finds likeliest."""
+    return isinstance(strategy, Greedy | Beam | ExactMAP) or (isinstance(strategy, BestOf) and strategy.by == LOGPROB)
 
 
 def check_choosers(strategies: Iterable[Strategy], suite: RewardSuite) -> None:

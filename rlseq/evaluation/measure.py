@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlseq.data import build_prompts, reference_ids
 from rlseq.decoding import ExactMAP, Strategy, parse_strategy
 from rlseq.errors import ConfigError, ModelError, RlseqError
-from rlseq.evaluation.decode import columns_of, decode
+from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
 from rlseq.evaluation.modes import add_mode_statistics
 from rlseq.likelihood import score
 from rlseq.sampler import stop_ids_of
@@ -221,7 +221,7 @@ def _measure_rows(
         samples += records
         if isinstance(strategy, ExactMAP):
             proofs[strategy.signature] = proven
-        if not strategy.samples:
+        if seeks_the_mode(strategy):
             completions[strategy.signature] = groups
     for signature, proven in proofs.items():
         add_mode_statistics(by_strategy[signature], signature, completions, proven, stops)

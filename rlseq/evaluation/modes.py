@@ -39,8 +39,8 @@ def add_mode_statistics(
     Args:
         statistics: the rows; those beyond `proven` were not searched and stay as they are.
         signature: of the exact search.
-        completions: one completion a row of every strategy that gives one, the exact search's among them; their
-            log-probs are the model's own.
+        completions: of every strategy that looks for the likeliest completion its one a row, the exact search's among
+            them; their log-probs are the model's own.
     """
     for row, is_proven in enumerate(proven):
         (best,) = completions[signature][row]

@@ -148,7 +148,9 @@ def plane(
             axes.invert_yaxis()
         axes.set_xlabel(x_label + "  →  references more likely")
         axes.set_ylabel(y_label + (" (%)" if y_percent else "") + "  →  better")
-        axes.legend(handles=handles, ncols=min(5, len(handles)), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
+        longest = max(len(handle.get_label()) for handle in handles)
+        columns = max(1, min(5, len(handles), 60 // (longest + 5)))  # a legend that is wider leaves no room to plot
+        axes.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
     return figure
 
 

@@ -231,7 +231,8 @@ def modes(results: Results) -> list[ModeTable]:
         if not blocks:
             continue
         first = next(iter(blocks.values()))
-        quality = [info for name in first.get("quality", ()) if (info := metric(results, name)).better is not None]
+        quality = [metric(results, name) for name in first.get("quality", ()) if name != "truncated"]
+        quality = [info for info in quality if info.better is not None]
         searches = list(first.get("is_mode", ()))
         rows = {}
         for model, block in blocks.items():
