@@ -95,10 +95,20 @@ def test_a_critic_trains_whole_where_the_policy_is_frozen():
     assert all(p.requires_grad for p in critic.parameters())
 
 
-def test_values_are_float32_where_weights_are_bfloat16():
-    policy, critic = policy_with("separate", dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind", ["separate", "shared"])
+def test_values_are_computed_in_float32_where_weights_are_bfloat16_or_autocast(kind):
+    whole, _ = policy_with(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = ask(whole).state_values
+    policy, critic = policy_with(kind, dtype=torch.bfloat16)
     assert critic.value_head.weight.dtype == torch.bfloat16
-    assert ask(policy).state_values.dtype == torch.float32
+    for values in (ask(policy).state_values, under_autocast):
+        assert values.dtype == torch.float32
+        assert not torch.equal(values, values.bfloat16().float())  # not rounded on the way
+    trunk = critic.backbone if kind == "separate" else policy.get_decoder()
+    states = trunk(**INPUTS).last_hidden_state.float()
+    expected = (states * critic.value_head.weight.float()).sum(-1) + critic.value_head.bias.float()
+    torch.testing.assert_close(ask(policy).state_values, expected, atol=1e-5, rtol=0)
 
 
 def test_a_critic_of_another_size_starts_from_any_model_of_the_same_vocabulary(tmp_path):

@@ -312,3 +312,13 @@ def test_samples_that_share_their_prompt_in_a_packed_row_have_the_values_of_each
     for name in ("values", "returns", "advantages"):
         torch.testing.assert_close(outputs[0][name], outputs[1][name], atol=2e-5, rtol=0)
         assert outputs[0][name].std() > 0.05
+
+
+def test_what_trl_s_own_generation_drew_is_judged_alike(tmp_path):
+    trainer = tiny_ppo(tmp_path, rlseq_sampler=False, **RAW)
+    output = generated(trainer, ROWS)
+    for row, one in enumerate(trainer._scored):
+        y = one.rollout.completion_ids
+        values = values_of(trainer, trainer.prompts[row].prompt_ids, y).tolist()
+        expected = double_sum_gae(at_the_end(one.total, len(y)), values[:-1], 0.0, GAMMA, LAM)
+        assert output["advantages"][row, : len(y)].tolist() == pytest.approx(expected, abs=2e-5)

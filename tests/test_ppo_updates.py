@@ -145,6 +145,20 @@ def test_the_policy_s_loss_leaves_the_critic_alone(tmp_path, monkeypatch, critic
     assert gradients(trainer, trainer._compute_loss(trainer.model, output)) == [True, False, False]
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_each_loss_of_trl_takes_advantages_a_token_as_it_takes_them_a_row(tmp_path, monkeypatch, loss_type, level):
+    settings = {"loss_type": loss_type, "importance_sampling_level": level, "vf_coef": 0.0}
+    trainer, output = batch(tmp_path, monkeypatch, **settings)
+    of_rows = torch.tensor([1.0, -0.5, 0.25, -2.0])
+    found = []
+    for advantages in (of_rows, of_rows[:, None].expand(4, 6).contiguous()):
+        loss = trainer._compute_loss(trainer.model, {**output, "advantages": advantages})
+        found.append(torch.autograd.grad(loss, trainer.model.lm_head.weight)[0])
+    assert found[0].abs().max() > 1e-4
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
+
+
 class Recorder(TrainerCallback):
     """Copies (policy, critic) at the start and after each step."""
 

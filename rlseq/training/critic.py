@@ -42,6 +42,16 @@ class PolicyOutput(ModelOutput):
     state_values: Tensor | None = None
 
 
+class ValueHead(nn.Linear):
+    """A linear layer that computes in float32 or wider, under autocast too: bfloat16 tells 0.902 from 0.906 at best."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(R, S, H) -> (R, S, 1)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
 class Critic(nn.Module):
     """Values of the states after each token, (R, S): a linear head on hidden states.
 
@@ -57,16 +67,14 @@ class Critic(nn.Module):
     def __init__(self, hidden_size: int, backbone: PreTrainedModel | None = None, trunk_gradient: bool = False):
         super().__init__()
         self.backbone = backbone
-        self.value_head = nn.Linear(hidden_size, 1)
+        self.value_head = ValueHead(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.trunk_gradient = trunk_gradient
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(R, S, H) -> (R, S), in float32 or wider."""
-        states = hidden_states.to(self.value_head.weight.dtype)
-        values = self.value_head(states).squeeze(-1)
-        return values.to(torch.promote_types(values.dtype, torch.float32))
+        return self.value_head(hidden_states).squeeze(-1)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the weights, as `split_weights` returns them, so that `build_critic` and `load` read them back."""
