@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 RATE = "1e-4"
 MIX = "--reference_loss_coef 0.1"
+# The words of GRPO's batches, two minibatches of them; λ = 1, since a word earns one reward, at its end.
+CRITIC = "--num_generations 8 --lam 1.0 --per_device_train_batch_size 256 --steps_per_generation 2"
 # name -> (recipe, flags, what it is); learning rates were chosen on validation words (docs/objectives.md)
 METHODS = {
     "grpo": ("grpo", "--loss_type grpo", "GRPO"),
@@ -44,15 +47,15 @@ METHODS = {
     "ea+ce": ("grpo", f"--objective expected_accuracy {MIX}", "exact expected accuracy, with it"),
     "re": ("grpo", "--objective reference_exact --num_generations 2", "reference-exact"),
     "re+ce": ("grpo", f"--objective reference_exact --num_generations 2 {MIX}", "reference-exact, with it"),
-    "ppo": ("ppo", "--num_generations 1 --critic_warmup_steps 8 --critic_learning_rate 3e-4", "PPO, separate critic"),
+    "ppo": ("ppo", f"{CRITIC} --critic_learning_rate 3e-4", "PPO, separate critic"),
     "ppo+ce": (
         "ppo",
-        f"--num_generations 1 --critic_warmup_steps 8 --critic_learning_rate 3e-4 {MIX}",
+        f"{CRITIC} --critic_learning_rate 3e-4 {MIX}",
         "PPO, separate critic, with it",
     ),
     "ppo-shared": (
         "ppo",
-        "--critic shared --num_generations 1 --critic_warmup_steps 8 --critic_learning_rate 3e-3",
+        f"{CRITIC} --critic shared --critic_learning_rate 3e-3",
         "PPO, shared trunk",
     ),
     "rft": ("sft", "", "rejection-sampling fine-tuning"),
@@ -77,7 +80,9 @@ def command(method: str, seed: int, steps: int, rate: str, out: Path) -> list[st
             words += ["--rejection_max_new_tokens", "32"]
         return words
     more = "--temperature 1.0 --reference_loss_coef 0 --ema_decay 0 --start_weight 0 --evaluate false"
-    words += ["--config", "recipes/g2p/grpo.yaml", "--max_steps", str(steps), *more.split()]
+    minibatches = re.search(r"--steps_per_generation (\d+)", flags)
+    updates = steps * (int(minibatches.group(1)) if minibatches else 1)
+    words += ["--config", "recipes/g2p/grpo.yaml", "--max_steps", str(updates), *more.split()]
     return [*words, *flags.split()]
 
 
@@ -175,7 +180,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["base", *METHODS], help="Which; default: all.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of each (default: 0).")
     parser.add_argument("--rates", nargs="+", help="Learning rates to try; default: the one chosen for the method.")
-    parser.add_argument("--steps", type=int, default=60, help="Updates, of 512 rollouts each (default: 60).")
+    parser.add_argument("--steps", type=int, default=60, help="Batches of 512 rollouts (default: 60).")
     parser.add_argument("--table", action="store_true", help="Only print the table of the runs that are there.")
     args = parser.parse_args()
     unknown = [method for method in args.methods if method not in METHODS and method != "base"]

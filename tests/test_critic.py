@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny import VOCAB, tiny_model
-from tiny_ppo import plain_logprobs, plain_values
+from tiny_ppo import plain_logprobs, plain_values, tiny_ppo
 from trl.trainer.utils import add_fused_lm_head
 
 from rlseq.errors import ModelError
@@ -202,3 +204,18 @@ def test_a_quantised_policy_is_not_copied():
     policy.is_quantized = True
     with pytest.raises(ModelError, match="--critic shared"):
         build_critic(policy, "separate")
+
+
+def test_a_new_critic_begins_at_the_mean_reward_and_a_trained_one_is_left_alone(tmp_path):
+    trainer = tiny_ppo(tmp_path, head=0.0, max_steps=1, learning_rate=0.0)
+    assert trainer.critic.is_new
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
+    mean = sum(row["total"] for row in rows) / len(rows)
+    assert mean != 0
+    assert trainer.critic.value_head.bias.item() == pytest.approx(mean, abs=1e-6)
+    assert not trainer.critic.is_new
+    drawn = tiny_ppo(tmp_path / "drawn", head=0.3, max_steps=1, learning_rate=0.0)
+    before = drawn.critic.value_head.bias.item()
+    drawn.train()
+    assert drawn.critic.value_head.bias.item() == before

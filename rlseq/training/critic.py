@@ -55,8 +55,9 @@ class ValueHead(nn.Linear):
 class Critic(nn.Module):
     """Values of the states after each token, (R, S): a linear head on hidden states.
 
-    The head starts at 0, so that a critic that has learned nothing says nothing: the first advantages are plain
-    returns.
+    The head starts at 0 and is told the mean reward of the first rollouts (`begin_at`), so a critic that has learned
+    nothing else is the batch baseline. Left to learn that mean by gradient, a backbone that starts as the policy's
+    would first lose what it knows: every state pulls it the same way.
 
     Args:
         hidden_size: of the states.
@@ -75,6 +76,16 @@ class Critic(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(R, S, H) -> (R, S), in float32 or wider."""
         return self.value_head(hidden_states).squeeze(-1)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the head is as it was made: it says 0 of every state."""
+        return not (self.value_head.weight.any() or self.value_head.bias.any())
+
+    @torch.no_grad()
+    def begin_at(self, value: float) -> None:
+        """Let a new critic say the mean reward of every state, rather than have it move its backbone to get there."""
+        self.value_head.bias.fill_(value)
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the weights, as `split_weights` returns them, so that `build_critic` and `load` read them back."""

@@ -92,6 +92,8 @@ class PPOTrainer(GRPOTrainer):
         if self.num_generations == 1:
             metrics.pop("frac_reward_zero_std", None)  # of a group of one it says nothing
         mask = self._mask(output)
+        if self.model.training and self.critic.is_new and not self._totals.isnan().all():
+            self.critic.begin_at(self._totals.nanmean().item())
         values, after, logprobs = self._ask_critic(output)
         totals = self._local(self._totals)
         mask = mask & ~totals.isnan()[:, None]  # abstained: no advantage, and nothing for the critic to learn
