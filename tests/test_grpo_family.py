@@ -358,3 +358,18 @@ def test_rows_of_one_prompt_keep_their_own_references(tmp_path, settings):
     after = weights_after(whole)
     assert (after - start).abs().max() > 1e-3
     torch.testing.assert_close(weights_after(split), after, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings, logged",
+    [
+        ({}, True),
+        ({"advantage_baseline": "greedy", "scale_rewards": "none"}, False),
+        ({"objective": "reference_exact"}, False),
+        ({"objective": "minimum_risk"}, True),
+    ],
+)
+def test_groups_of_equal_rewards_are_counted_only_where_they_teach_nothing(tmp_path, settings, logged):
+    trainer = tiny_trainer(tmp_path, max_steps=1, **settings)
+    trainer.train()
+    assert ("frac_reward_zero_std" in trainer.state.log_history[0]) == logged

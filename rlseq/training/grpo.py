@@ -193,7 +193,10 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         metrics = self._metrics[self._mode]
         metrics["reward"][-1] = present.mean().item() if len(present) else NAN
         metrics["reward_std"][-1] = present.std().item() if len(present) > 1 else 0.0
-        metrics["frac_reward_zero_std"][-1] = (spread <= 0).float().mean().item()
+        if self.args.needs_group:
+            metrics["frac_reward_zero_std"][-1] = (spread <= 0).float().mean().item()
+        else:  # a group of equal rewards teaches too: they are compared with something else than each other
+            metrics.pop("frac_reward_zero_std")
         if self._greedy_totals is not None:
             metrics["greedy_reward"].append(self._greedy_totals.nanmean().item())
 

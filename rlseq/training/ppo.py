@@ -89,8 +89,6 @@ class PPOTrainer(GRPOTrainer):
     def _set_advantages(self, output: dict[str, Tensor]) -> None:
         super()._set_advantages(output)  # logs the reward
         metrics, args = self._metrics[self._mode], self.args
-        if self.num_generations == 1:
-            metrics.pop("frac_reward_zero_std", None)  # of a group of one it says nothing
         mask = self._mask(output)
         if self.model.training and self.critic.is_new and not self._totals.isnan().all():
             self.critic.begin_at(self._totals.nanmean().item())
