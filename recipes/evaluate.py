@@ -30,7 +30,7 @@ def main() -> None:
         limit=data.eval_rows,
         config_name=data.dataset_config,
         prompt_options=data.prompt_options(),
-        reward_funcs=rewards.reward_funcs,
+        reward_funcs=[*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])],  # all are only measured
         settings=ContrastSettings(**evaluation.contrast_values(arguments.max_new_tokens)),
         output_dir=arguments.output_dir,
     )

@@ -29,11 +29,11 @@ from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress, Warnings
 from rlseq.training.config import (
     DataArguments,
-    EvaluationArguments,
     GRPOConfig,
     ModelArguments,
     RewardArguments,
     RunArguments,
+    TrainingEvaluationArguments,
 )
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model
@@ -45,7 +45,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "g2p" / "grpo.yaml"
 
 def main() -> None:
     parser = RecipeParser(
-        [DataArguments, RewardArguments, EvaluationArguments, RunArguments, GRPOConfig, ModelArguments],
+        [DataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, GRPOConfig, ModelArguments],
         description=__doc__.splitlines()[0],
     )
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))

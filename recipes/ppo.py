@@ -27,11 +27,11 @@ from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress, Warnings
 from rlseq.training.config import (
     DataArguments,
-    EvaluationArguments,
     ModelArguments,
     PPOConfig,
     RewardArguments,
     RunArguments,
+    TrainingEvaluationArguments,
 )
 from rlseq.training.critic import check_critic_path
 from rlseq.training.models import load_model
@@ -44,7 +44,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "g2p" / "ppo.yaml"
 
 def main() -> None:
     parser = RecipeParser(
-        [DataArguments, RewardArguments, EvaluationArguments, RunArguments, PPOConfig, ModelArguments],
+        [DataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, PPOConfig, ModelArguments],
         description=__doc__.splitlines()[0],
     )
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 from test_grpo_family import LONG, WEIGHTS, family_trainer, logged, weights, weights_after
-from tiny_task import ROWS
+from tiny_task import ROWS, tiny_tokenizer
 
 import rlseq
+from rlseq.data import build_prompts
 from rlseq.errors import ConfigError
+from rlseq.training.config import GRPOConfig
+from rlseq.training.recipe import check_prompts
 
 REFUSED = {
     "one sample against its group": ({"num_generations": 1}, "baseline 'mean' compares"),
@@ -25,6 +28,7 @@ REFUSED = {
     "two-sided clipping": ({"objective": "minimum_risk", "delta": 2.0}, "delta"),
     "an off-policy mask": ({"objective": "minimum_risk", "off_policy_mask_threshold": 0.5}, "off_policy_mask"),
     "truncation masked": ({"objective": "minimum_risk", "mask_truncated_completions": True}, "mask_truncated"),
+    "references' share off policy": ({"objective": "reference_exact", "num_iterations": 2}, "exact only on policy"),
     "a KL of nothing drawn": ({"objective": "expected_accuracy", "beta": 0.1}, "does not use beta"),
     "no sharpness": ({"minimum_risk_sharpness": 0.0}, "minimum_risk_sharpness is 0.0"),
     "references among no samples": ({"minimum_risk_references": True}, "belongs to --objective minimum_risk"),
@@ -97,3 +101,21 @@ def test_a_batch_of_more_prompts_than_there_are_is_refused(tmp_path):
     # TRL draws whole batches alone, and would end at once without a step.
     with pytest.raises(ConfigError, match=r"a batch is of 4 prompts .*there are 3"):
         family_trainer(tmp_path, rows=ROWS[:3])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"per_device_train_batch_size": 8, "num_generations": 2}, "a batch is of 4 prompts .* but there are 3"),
+        ({"reference_loss_coef": 0.1}, "reference_loss_coef needs references"),
+        ({"reference_prefix": 1}, "reference_prefix needs references"),
+        ({"objective": "reference_exact"}, "objective reference_exact needs references"),
+        ({"objective": "minimum_risk", "minimum_risk_references": True}, "minimum_risk_references needs references"),
+    ],
+)
+def test_what_the_prompts_leave_without_effect_is_refused_before_anything_starts(tmp_path, settings, message):
+    prompts = build_prompts([{"prompt": row["prompt"]} for row in ROWS[:3]], tiny_tokenizer())
+    common = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 4, "num_generations": 4}
+    config = GRPOConfig(**{**common, "max_completion_length": 6, **settings})
+    with pytest.raises(ConfigError, match=message):
+        check_prompts(config, prompts)

@@ -2,7 +2,8 @@
 
 Tensors in, tensors out, in the dtype and on the device given. Terms of a token come back unreduced, of shape
 (B, T), and 0 where the mask is False, whatever the inputs hold there (inf and NaN too); the trainer reduces
-them by `masked_mean` and says over what. Losses are to be minimised; advantages are better when larger.
+them, as `masked_mean` does or over a whole step, and says over what. Losses are to be minimised; advantages are
+better when larger.
 
     P prompts    G samples per prompt    B = P·G    T completion tokens    masks: True = counted
 """
@@ -20,6 +21,7 @@ from rlseq.losses.expected_reward import (
     minimum_risk,
     reference_exact_references,
     reference_exact_weight,
+    rest_reward_elsewhere,
 )
 from rlseq.losses.masking import masked_mean
 from rlseq.losses.policy import adapt_kl_coefficient, clipped_surrogate, kl_estimate
@@ -39,6 +41,7 @@ __all__ = [
     "minimum_risk",
     "reference_exact_references",
     "reference_exact_weight",
+    "rest_reward_elsewhere",
     "value_loss",
     "whiten",
 ]

@@ -120,6 +120,30 @@ def reference_exact_references(
     return loss, P, baseline
 
 
+def rest_reward_elsewhere(rewards_PG: Tensor, rest_PG: Tensor) -> tuple[Tensor, Tensor]:
+    """v of each prompt: the mean reward of *other* prompts' rollouts that are no reference.
+
+        v_i = Σ_{j ≠ i} Σ_{g rest} r_jg / Σ_{j ≠ i} n_j        n_i = how many of row i's rollouts are no reference
+
+    No draw of the prompt's own moves it, so it changes no expectation as a baseline.
+
+    Args:
+        rewards_PG: (P, G), all processes' rows; read where `rest_PG` is True.
+        rest_PG: (P, G) bool, the rollouts that are no reference and did not abstain.
+
+    Returns:
+        v and n, (P,) each; v is 0 where no other prompt has such a rollout.
+
+    Raises:
+        ValueError: wrong shapes.
+    """
+    check_mask(rest_PG, rewards_PG.shape)
+    sums = torch.where(rest_PG, rewards_PG, 0.0).sum(1)  # (P,)
+    counts = rest_PG.sum(1)
+    elsewhere = (sums.sum() - sums) / (counts.sum() - counts).clamp(min=1)
+    return elsewhere, counts
+
+
 def reference_exact_weight(P: Tensor, num_rest: Tensor, num_samples: int) -> Tensor:
     """The weight of each rollout that is no reference, in the mean over a prompt's rollouts.
 

@@ -71,6 +71,13 @@ def check_objective(config: Any) -> None:
         given = [name for name, is_set in ignored.items() if is_set]
         if given:
             raise ConfigError(f"objective {config.objective} does not use {', '.join(given)}; leave it out.")
+    updates = config.steps_per_generation * config.num_iterations
+    if config.objective == "reference_exact" and config.gradient_accumulation_steps % updates:
+        raise ConfigError(
+            "reference_exact weighs rollouts by the chance of a reference under the policy that drew them, and is "
+            f"exact only on policy: each batch of rollouts makes one update, not {updates} (steps_per_generation × "
+            "num_iterations). Leave both at their defaults."
+        )
     if not config.minimum_risk_sharpness > 0:
         raise ConfigError(f"minimum_risk_sharpness is {config.minimum_risk_sharpness}; expected above 0")
     if config.minimum_risk_references and config.objective != "minimum_risk":
@@ -166,6 +173,10 @@ def check_ppo(config: Any) -> None:
     for name in ("vf_coef", "critic_warmup_steps", "truncation_penalty"):
         if not getattr(config, name) >= 0:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected at least 0")
+    if config.use_vllm:
+        raise ConfigError(
+            "use_vllm sends every weight of the policy to vLLM, and PPO's policy holds the critic. Leave it out."
+        )
     if config.critic_trunk_gradient and config.critic != "shared":
         raise ConfigError("critic_trunk_gradient is of --critic shared; a separate critic has no part of the policy")
     if config.target_kl is not None:

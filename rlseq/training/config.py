@@ -95,7 +95,6 @@ class EvaluationArguments:
 
     _argument_group_name = "evaluation (rlseq)"
 
-    evaluate: bool = _default(True, "Evaluate the start against the result when training ends.")
     strategies: list[str] = field(
         default_factory=lambda: ["greedy", "sample", "beam"],
         metadata={
@@ -107,9 +106,6 @@ class EvaluationArguments:
     eval_batch_size: int = _default(256, "Rows decoded together in evaluation (completions do not depend on it).")
     eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
     resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
-    probe_rows: int = _default(
-        500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
-    )
     exact_map_rows: int | None = _default(None, "Rows on which exact search runs, the first ones; default: all.")
     primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
     primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
@@ -127,6 +123,16 @@ class EvaluationArguments:
             "primary_against": self.primary_against,
             "exact_map_rows": self.exact_map_rows,
         }
+
+
+@dataclass
+class TrainingEvaluationArguments(EvaluationArguments):
+    """Evaluation around and during a training run."""
+
+    evaluate: bool = _default(True, "Evaluate the start against the result when training ends.")
+    probe_rows: int = _default(
+        500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
+    )
 
 
 @dataclass
@@ -342,6 +348,12 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         return mixed or self.objective in ("expected_accuracy", "reference_exact")
 
     @property
+    def counts_equal_groups(self) -> bool:
+        """Whether a group whose rewards are all equal teaches nothing."""
+        scaled = self.objective == "policy_gradient" and self.scale_rewards == "group" and self.num_generations > 1
+        return self.needs_group or scaled
+
+    @property
     def scores_references(self) -> bool:
         """Whether the loss needs what the references would earn."""
         return self.objective == "reference_exact" or self.minimum_risk_references
@@ -413,6 +425,11 @@ class PPOConfig(GRPOConfig):
     @property
     def needs_group(self) -> bool:
         """PPO compares with its critic."""
+        return False
+
+    @property
+    def counts_equal_groups(self) -> bool:
+        """A group of equal rewards still differs from the critic's values."""
         return False
 
     def __post_init__(self) -> None:

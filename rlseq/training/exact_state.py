@@ -17,7 +17,7 @@ import trl
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
-from rlseq.training.checkpoints import FinishedRunMixin
+from rlseq.training.checkpoints import FinishedRunMixin, newest_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +42,20 @@ class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
 
     def train(self, resume_from_checkpoint=None, **kwargs: Any):
         """Train, from the start or from where a checkpoint was written."""
-        given = isinstance(resume_from_checkpoint, str | Path)
-        self.resumed_from = Path(resume_from_checkpoint) if given else None
-        return super().train(resume_from_checkpoint=str(resume_from_checkpoint) if given else None, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, _ = newest_whole_checkpoint(Path(self.args.output_dir))
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        given = None if self.resumed_from is None else str(self.resumed_from)
+        return super().train(resume_from_checkpoint=given, **kwargs)
 
     def exact_state(self) -> dict[str, Any]:
         """This rank's state as tensors and plain values."""
         in_a_round = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return {
             "world_size": self.accelerator.num_processes,
+            "shared": self.shared_state(),
             "step": self._step,
+            "reference_rewards": self._reference_rewards if in_a_round else {},
             "buffered_inputs": self._buffered_inputs if in_a_round else None,
             "metrics": dict(self._metrics["train"]),
             "loss_since_logged": self._tr_loss,
@@ -59,10 +63,18 @@ class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
             "last_logged": self._globalstep_last_logged,
         }
 
+    def shared_state(self) -> dict[str, Any]:
+        """The part that every rank has alike, which another number of processes takes up too."""
+        return {}
+
+    def restore_shared_state(self, state: dict[str, Any]) -> None:
+        """Take up what `shared_state` returned."""
+
     def restore_exact_state(self, state: dict[str, Any]) -> None:
         """Take up where `exact_state` was called."""
         device = self.accelerator.device
         self._step = state["step"]
+        self._reference_rewards = state["reference_rewards"]
         if state["buffered_inputs"] is not None:
             self._buffered_inputs = [
                 {name: x.to(device) if torch.is_tensor(x) else x for name, x in part.items()}
@@ -110,6 +122,7 @@ class _Restore(TrainerCallback):
             logger.warning("%s is missing: the run goes on, but not bit for bit", file)
             return
         saved = torch.load(file, map_location="cpu", weights_only=True)
+        trainer.restore_shared_state(saved["shared"])
         if saved["world_size"] != trainer.accelerator.num_processes:
             logger.warning(
                 "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are drawn anew",

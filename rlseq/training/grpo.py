@@ -26,7 +26,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from rlseq.data import reference_ids
 from rlseq.errors import ConfigError
-from rlseq.losses import group_advantages, kl_estimate
+from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
 from rlseq.packing import supports_packing
 from rlseq.scoring import RewardSuite
 from rlseq.training.config import GRPOConfig
@@ -110,6 +110,12 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
         self._check_group_rewards()
+        needs_scores = args.objective != "policy_gradient" or args.reference_loss_coef or args.kl_estimator
+        if self.aux_loss_enabled and (needs_scores or not args.needs_group):
+            raise ConfigError(
+                "this mixture-of-experts model has a router loss, which TRL adds to its own losses only: leave out "
+                "objective, reference_loss_coef, kl_estimator and PPO, or set router_aux_loss_coef to 0."
+            )
         if len(prompts) < (wanted := args.generation_batch_size // args.num_generations):
             raise ConfigError(
                 f"a batch is of {wanted} prompts (generation_batch_size {args.generation_batch_size} over "
@@ -193,7 +199,7 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         metrics = self._metrics[self._mode]
         metrics["reward"][-1] = present.mean().item() if len(present) else NAN
         metrics["reward_std"][-1] = present.std().item() if len(present) > 1 else 0.0
-        if self.args.needs_group:
+        if self.args.counts_equal_groups:
             metrics["frac_reward_zero_std"][-1] = (spread <= 0).float().mean().item()
         else:  # a group of equal rewards teaches too: they are compared with something else than each other
             metrics.pop("frac_reward_zero_std")
@@ -232,27 +238,28 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         )
         rejected = self.accelerator.gather(is_reference)  # (B,), all ranks
         rest = ~rejected & ~self._totals.isnan()
-        shape = self._groups().shape
-        sums = torch.where(rest, self._totals, 0.0).view(shape).sum(1)  # (P,)
-        counts = rest.view(shape).sum(1)
-        others = (sums.sum() - sums) / (counts.sum() - counts).clamp(min=1)  # of the other prompts' rollouts
+        groups = self._groups()
+        elsewhere, counts = rest_reward_elsewhere(groups, rest.view(groups.shape))  # (P,) each
         output["is_reference"] = is_reference
-        output["num_rest"] = self._local(counts.repeat_interleave(shape[1]))
-        output["rest_reward"] = self._local(others.repeat_interleave(shape[1]))
+        output["num_rest"] = self._local(counts.repeat_interleave(groups.shape[1]))
+        output["rest_reward"] = self._local(elsewhere.repeat_interleave(groups.shape[1]))
         self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
 
     def _log_rollouts(self, advantages: Tensor) -> None:
         per_row = advantages if advantages.ndim == 1 else advantages.sum(1) / (advantages != 0).sum(1).clamp(min=1)
         step = self.state.global_step + 1  # the first step they train
+        rounds = self.args.gradient_accumulation_steps // (self.args.steps_per_generation * self.num_iterations)
+        part = self.draw % rounds if rounds > 1 else 0  # several rounds may share an optimizer step
         prompts = [self.prompts[row["index"]] for row in self._rows]
         records = gather_object(rollout_records(step, prompts, self._scored, per_row.tolist()))
         if self.accelerator.is_main_process:
-            write_rollouts(self.rollouts_dir, step, records)
+            write_rollouts(self.rollouts_dir, step, records, part)
 
     # -- update --------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
         rows = inputs["prompt_index"].tolist()
+        self._scores = None
         self._asked_references = self._references_of_rows(rows) if self.args.uses_references else []
         if self.args.objective == "policy_gradient":
             loss = self._policy_gradient(model, inputs)
@@ -267,11 +274,13 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         if not self.args.reference_loss_coef:
             return 0.0
         # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
-        rows = len(inputs["prompt_index"])
-        nll = reference_loss(self._scores.references)
-        nll = torch.zeros((), device=self.accelerator.device) if nll is None else nll / rows
-        self._log_mean("reference_nll", nll)
-        return self.args.reference_loss_coef * nll / self._accumulation
+        rows = inputs["prompt_index"].tolist()
+        total = reference_loss(self._scores.references)
+        if total is None:
+            total = torch.zeros((), device=self.accelerator.device)
+        with_references = [bool(found) for found in self._asked_references]
+        self._log_sums("reference_nll", total, torch.tensor(sum(with_references), device=total.device))
+        return self.args.reference_loss_coef * total / len(rows) / self._accumulation
 
     def _policy_gradient(self, model, inputs) -> Tensor:
         """TRL's losses; the KL to the start is TRL's, or that of the estimator named, added to them."""
@@ -353,7 +362,11 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
 
     def _log_masked_mean(self, name: str, x_BT: Tensor, mask: Tensor) -> None:
         """The mean over the counted tokens of an optimizer step: of all its micro-batches, on all ranks."""
-        sums = torch.stack([torch.where(mask, x_BT.detach(), 0.0).sum(), mask.sum().to(x_BT.dtype)])
+        self._log_sums(name, torch.where(mask, x_BT, 0.0).sum(), mask.sum())
+
+    def _log_sums(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Σ total / Σ count over the micro-batches of an optimizer step and all ranks."""
+        sums = torch.stack([total.detach(), count.to(total.dtype)])
         self._sums[name] = self._sums.get(name, 0.0) + sums
         if self.accelerator.sync_gradients:
             total, count = self.accelerator.reduce(self._sums.pop(name), reduction="sum").tolist()
@@ -385,7 +398,8 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
 
     def _references_of(self, prompt: Prompt) -> list[Ids]:
         found = reference_ids(prompt, self.processing_class, self.eos_token_ids)
-        # One longer than a completion may be cannot be sampled; likelihood alone can still be taught it.
+        # One longer than a completion may be has no chance to be sampled: an exact objective leaves it out, and so does
+        # the reference loss beside one.
         return found if self.args.objective == "policy_gradient" else [x for x in found if self._fits(x)]
 
     def _fits(self, completion: Ids) -> bool:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import disable_dropout_in_model
 
-from rlseq.errors import ModelError
+from rlseq.errors import ConfigError, ModelError
 from rlseq.losses import (
     adapt_kl_coefficient,
     error_by_position,
@@ -68,6 +68,11 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(model, args, prompts, suite, tokenizer, **kwargs)
         if args.gradient_checkpointing and critic.backbone is not None:
             critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        if self.is_deepspeed_enabled and (args.critic_warmup_steps or args.target_kl is not None):
+            raise ConfigError(
+                "critic_warmup_steps and target_kl hold parameters still by dropping their gradients, which "
+                "DeepSpeed's step does not see. Leave them out, or use another accelerate config."
+            )
         self._next_beta = self.beta  # of the next round, where it adapts
         attach(self._causal_model(), critic)
         if self.packs:
@@ -171,7 +176,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _gather_tokens(self, x_BT: Tensor) -> Tensor:
         """The rows of all ranks, padded to the longest."""
-        x = x_BT.to(torch.int8) if x_BT.dtype == torch.bool else x_BT  # gloo and NCCL send no booleans
+        x = x_BT.to(torch.int8) if x_BT.dtype == torch.bool else x_BT  # padding is no boolean operation
         return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1)).to(x_BT.dtype)
 
     # -- update --------------------------------------------------------------------------------------------------
@@ -258,12 +263,18 @@ class PPOTrainer(GRPOTrainer):
             self.critic.save(Path(output_dir or self.args.output_dir) / FOLDER, critic)
 
     def exact_state(self):
-        more = {"beta": self.beta, "next_beta": self._next_beta, "round_is_over": self._round_is_over}
-        return super().exact_state() | more
+        return super().exact_state() | {"round_is_over": self._round_is_over}
 
     def restore_exact_state(self, state):
         super().restore_exact_state(state)
-        self.beta, self._next_beta, self._round_is_over = (state[k] for k in ("beta", "next_beta", "round_is_over"))
+        self._round_is_over = state["round_is_over"]
+
+    def shared_state(self):
+        return super().shared_state() | {"beta": self.beta, "next_beta": self._next_beta}
+
+    def restore_shared_state(self, state):
+        super().restore_shared_state(state)
+        self.beta, self._next_beta = state["beta"], state["next_beta"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

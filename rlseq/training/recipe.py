@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def load_task(
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
     prompts = build_prompts(rows, tokenizer, **data.prompt_options())
+    check_prompts(config, prompts)
     eval_rows = []
     if evaluates:
         eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
@@ -86,6 +87,32 @@ def load_task(
         if each is not None:
             try_rewards(each, prompts[0])
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
+
+
+def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse settings that these prompts leave without effect, before a run directory is claimed.
+
+    Raises:
+        ConfigError: fewer prompts than a batch takes, or none with the references that a setting asks for.
+    """
+    wanted = config.generation_batch_size // config.num_generations
+    if len(prompts) < wanted:
+        raise ConfigError(
+            f"a batch is of {wanted} prompts (generation_batch_size {config.generation_batch_size} over "
+            f"num_generations {config.num_generations}), but there are {len(prompts)}: nothing would be trained. "
+            "Give more prompts, or a smaller per_device_train_batch_size."
+        )
+    asks = {
+        f"objective {config.objective}": config.objective in ("expected_accuracy", "reference_exact"),
+        "reference_loss_coef": bool(config.reference_loss_coef),
+        "reference_prefix": bool(config.reference_prefix),
+        "minimum_risk_references": config.minimum_risk_references,
+    }
+    asking = [name for name, does in asks.items() if does]
+    if asking and not any(prompt.columns.get("references") for prompt in prompts):
+        raise ConfigError(
+            f"{' and '.join(asking)} needs references, but no prompt has one. Name their column (--reference_column)."
+        )
 
 
 def choose_best_by(config: TrainingArguments, known: Mapping[str, bool | None], default: str) -> None:

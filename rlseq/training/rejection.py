@@ -1,8 +1,9 @@
 """Rejection-sampling fine-tuning: the data of teacher forcing on a model's own samples that scored best.
 
 Also called best-of-n distillation, and expert iteration when repeated (Anthony et al. 2017; Touvron et al. 2023,
-section 3.2.3). The samples come from the start alone, once: what on-policy training gains over it is what sampling
-from the model as it changes is worth. Samples are known here by their texts, as a run logs them, and are tokenised
+section 3.2.3). Drawn afresh, the samples come from the start alone, once: what on-policy training gains over that is
+what sampling from the model as it changes is worth. (Those that a run has logged come from the model as it changed.)
+Samples are known here by their texts, as a run logs them, and are tokenised
 anew for training.
 """
 

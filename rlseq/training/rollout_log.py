@@ -43,10 +43,10 @@ def rollout_records(
     ]
 
 
-def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]]) -> None:
-    """Write the records of a generation round to `folder`/STEP.jsonl."""
+def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]], part: int = 0) -> None:
+    """Write the records of a generation round to `folder`/STEP.jsonl, or STEP-PART.jsonl of a step's further rounds."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{step:06d}.jsonl"
+    path = folder / (f"{step:06d}-{part}.jsonl" if part else f"{step:06d}.jsonl")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
     partial.replace(path)

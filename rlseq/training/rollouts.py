@@ -137,8 +137,7 @@ class RolloutMixin(trl.GRPOTrainer):
             )
             greedy = self._score_alone(list(self._greedy.items()))
             if self.args.scores_references:
-                for index in dict.fromkeys(indices):
-                    self._rewards_of_references(index)
+                self._score_references(indices)
             return table, greedy
 
         table, greedy = self._agree(score)
@@ -177,23 +176,32 @@ class RolloutMixin(trl.GRPOTrainer):
 
     def _rewards_of_references(self, index: int) -> list[float]:
         """What a prompt's references would earn as completions, in the order of `_references_of`."""
-        if index not in self._reference_rewards:
-            prompt = self.prompts[index]
-            rollouts = [
-                (index, self._as_rollout(prompt, i, ids, "reference"))
-                for i, ids in enumerate(self._references_of(prompt))
-            ]
-            self._reference_rewards[index] = self._score_alone(rollouts)
+        if index not in self._reference_rewards:  # a run that is resumed by another number of processes
+            self._score_references([index])
         return self._reference_rewards[index]
+
+    def _score_references(self, indices: Sequence[int]) -> None:
+        """Score the references of several prompts in one call, and keep what they earn for the round."""
+        wanted = [index for index in dict.fromkeys(indices) if index not in self._reference_rewards]
+        rollouts = [
+            (index, self._as_rollout(self.prompts[index], i, ids, "reference"))
+            for index in wanted
+            for i, ids in enumerate(self._references_of(self.prompts[index]))
+        ]
+        found: dict[int, list[float]] = {index: [] for index in wanted}
+        for (index, _), total in zip(rollouts, self._score_alone(rollouts), strict=True):
+            found[index].append(total)
+        self._reference_rewards |= found
 
     def _agree(self, act: Callable[[], T]) -> T:
         """Do something that may fail on one rank; if it did on any, every rank raises that error."""
         result, error = None, None
         try:
             result = act()
-        except RlseqError as raised:
+        except Exception as raised:  # raised again below, once every rank knows of it
             error = raised
-        messages = [m for m in gather_object([None if error is None else str(error)]) if m is not None]
+        own = None if error is None else str(error) if isinstance(error, RlseqError) else repr(error)
+        messages = [message for message in gather_object([own]) if message is not None]
         if messages:
             raise error if error is not None else RewardError(messages[0])
         return result
