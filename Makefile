@@ -1,5 +1,6 @@
 # make install   .venv with everything pinned (constraints.txt)
-# make demo      install, GRPO on the bundled base, evaluation on validation words; report in runs/g2p-grpo/
+# make demo      install, recipes/grpo.py on the bundled base (recipes/g2p/demo.yaml), evaluation on validation words;
+#                report in runs/g2p-grpo/
 # make test      install, the whole suite
 # make soak      the long checks
 PYTHON ?= python3
@@ -18,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Evaluates on validation words; the test words are left for `--eval_split test`. An earlier run is moved aside, not lost.
 demo: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_config.yaml recipes/grpo.py --overwrite_output_dir
+	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_config.yaml recipes/grpo.py --config recipes/g2p/demo.yaml --overwrite_output_dir
 	@echo "open runs/g2p-grpo/evaluation/report.html"
 
 test: install

@@ -220,3 +220,14 @@ def test_progress_on_a_terminal_is_a_bar_with_the_last_values(tmp_path, capsys, 
     trainer.train()
     out, err = capsys.readouterr()
     assert out == "" and "5/5" in err and "loss=" in err and "{" not in err
+
+
+def test_an_evaluation_of_validation_rows_has_a_line_with_what_the_best_is_chosen_by(capsys):
+    progress = Progress()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=50, max_steps=100)
+    args = SimpleNamespace(metric_for_best_model="eval_greedy/wer")
+    logs = {"eval_nll_per_token": 0.25, "eval_greedy/reward": 0.5, "eval_greedy/wer": 0.125, "eval_sample/length": 7.0}
+    progress.on_log(args, state, None, logs=logs)
+    header, row = capsys.readouterr().err.splitlines()
+    assert header.split() == ["step", "eval_nll_per_token", "eval_greedy", "reward", "eval_greedy", "wer"]
+    assert row.split() == ["50", "0.25", "0.5", "0.125"]

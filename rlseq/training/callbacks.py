@@ -167,8 +167,11 @@ class Progress(TrainerCallback):
         "kl",
         "entropy",
         "mean_token_accuracy",
+        "exact_accuracy",
+        "reference_nll",
         "completions/mean_length",
     )
+    evaluated = ("nll_per_token", "exact_accuracy", "greedy/reward", "sample/reward")
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
@@ -202,8 +205,9 @@ class Progress(TrainerCallback):
             return
         evaluation = {name: value for name, value in logs.items() if name.startswith("eval_")}
         if evaluation:
-            names = [f"eval_{name}" for name in self.columns if f"eval_{name}" in evaluation]
-            self._write_row(state.global_step, {name: evaluation[name] for name in names})
+            chosen = [f"eval_{name}" for name in (*self.columns, *self.evaluated)] + [args.metric_for_best_model]
+            names = [name for name in dict.fromkeys(chosen) if name in evaluation]
+            self._write_row(state.global_step, {name.replace("/", " "): evaluation[name] for name in names})
             return
         shown = {name: logs[name] for name in self.columns if name in logs}
         if self._bar is not None:
