@@ -178,9 +178,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the runs go.")
     parser.add_argument("--methods", nargs="+", default=["base", *METHODS], help="Which; default: all.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of each (default: 0).")
-    parser.add_argument(
-        "--rates", nargs="+", help="Learning rates to try (default: 1e-4, the best on validation words)."
-    )
+    parser.add_argument("--rates", nargs="+", help="Learning rates to try (default: 1e-4, best on validation).")
     parser.add_argument("--steps", type=int, default=60, help="Batches of 512 rollouts (default: 60).")
     parser.add_argument("--table", action="store_true", help="Only print the table of the runs that are there.")
     args = parser.parse_args()

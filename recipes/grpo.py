@@ -38,7 +38,15 @@ from rlseq.training.config import (
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model
 from rlseq.training.parser import RecipeParser, run_recipe
-from rlseq.training.recipe import announce, choose_best_by, default_config, finish, load_task, open_run
+from rlseq.training.recipe import (
+    announce,
+    choose_best_by,
+    default_config,
+    describe_round,
+    finish,
+    load_task,
+    open_run,
+)
 
 DEFAULT_CONFIG = Path(__file__).parent / "g2p" / "grpo.yaml"
 
@@ -68,12 +76,7 @@ def main() -> None:
         )
         choose_best_by(config, probe.metrics, probe.best)
     directory = open_run(config, run, data, rewards, evaluation, model_args)
-    announce(
-        config,
-        run,
-        f"{len(task.prompts):,} prompts, {config.generation_batch_size // config.num_generations} prompts × "
-        f"{config.num_generations} samples a generation round",
-    )
+    announce(config, run, f"{len(task.prompts):,} prompts, {describe_round(config)}")
 
     trainer = GRPOTrainer(
         load_model(model_args),

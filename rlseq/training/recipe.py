@@ -187,6 +187,15 @@ def announce(config: TrainingArguments, run: RunArguments, what: str) -> None:
     say(f"rlseq: {world()}, {what}, into {config.output_dir}")
 
 
+def describe_round(config: Any) -> str:
+    """How much is drawn at a time, in words."""
+    prompts = config.generation_batch_size // config.num_generations
+    if config.objective == "expected_accuracy":
+        return f"the references of {prompts} prompts a step, nothing drawn"
+    samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
+    return f"{prompts} prompts × {samples} a generation round"
+
+
 def try_rewards(suite: RewardSuite, prompt: Prompt) -> None:
     """Score one row before any model loads: its first reference, or an empty completion where it has none.
 
