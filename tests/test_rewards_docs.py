@@ -51,7 +51,7 @@ def test_the_sessions_of_the_page_give_what_it_shows(page_folder):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     test = doctest.DocTestParser().get_doctest(session, {}, "docs/rewards.md", str(PAGE), 0)
     said = []
-    doctest.DocTestRunner(optionflags=flags).run(test, out=said.append)
+    doctest.DocTestRunner(verbose=False, optionflags=flags).run(test, out=said.append)
     assert not said, "".join(said)
 
 
