@@ -24,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 RATE = "1e-4"
 MIX = "--reference_loss_coef 0.1"
+MINIBATCHES = "--per_device_train_batch_size 128 --steps_per_generation 4"
 # The words of GRPO's batches, two minibatches of them; λ = 1, since a word earns one reward, at its end.
 CRITIC = "--num_generations 8 --lam 1.0 --per_device_train_batch_size 256 --steps_per_generation 2"
 # name -> (recipe, flags, what it is)
@@ -31,11 +32,11 @@ METHODS = {
     "grpo": ("grpo", "--loss_type grpo", "GRPO"),
     "grpo+ce": ("grpo", f"--loss_type grpo {MIX}", "GRPO, with the reference loss"),
     "drgrpo": ("grpo", "--loss_type dr_grpo --scale_rewards none", "Dr. GRPO"),
-    "dapo": ("grpo", "--loss_type dapo --epsilon_high 0.28", "DAPO"),
+    # Clips bind only where a batch makes several updates.
+    "dapo": ("grpo", f"--loss_type dapo --epsilon_high 0.28 {MINIBATCHES}", "DAPO, 4 minibatches"),
     "gspo": (
         "grpo",
-        "--loss_type grpo --importance_sampling_level sequence --epsilon 3e-4 --epsilon_high 4e-4 "
-        "--per_device_train_batch_size 128 --steps_per_generation 4",
+        f"--loss_type grpo --importance_sampling_level sequence --epsilon 3e-4 --epsilon_high 4e-4 {MINIBATCHES}",
         "GSPO, 4 minibatches",
     ),
     "rloo": ("grpo", "--advantage_baseline leave_one_out --scale_rewards none", "RLOO"),
@@ -45,6 +46,11 @@ METHODS = {
     "mrt+ce": ("grpo", f"--objective minimum_risk {MIX}", "minimum risk, with it"),
     "ea": ("grpo", "--objective expected_accuracy", "exact expected accuracy"),
     "ea+ce": ("grpo", f"--objective expected_accuracy {MIX}", "exact expected accuracy, with it"),
+    "ea+ce1": (
+        "grpo",
+        "--objective expected_accuracy --reference_loss_coef 1.0",
+        "exact expected accuracy, with it at full weight",
+    ),
     "re": ("grpo", "--objective reference_exact --num_generations 2", "reference-exact"),
     "re+ce": ("grpo", f"--objective reference_exact --num_generations 2 {MIX}", "reference-exact, with it"),
     "ppo": ("ppo", f"{CRITIC} --critic_learning_rate 3e-4", "PPO, separate critic"),

@@ -14,6 +14,8 @@ STRATEGIES_HELP = (
     "Decoding strategies (default: greedy sample beam), with settings: sample:temperature=0.7, beam:width=10, "
     "best_of:n=8, best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000; see docs/evaluation.md."
 )
+DEFAULT_STUDIES = ("ranking",)
+STUDIES_HELP = "What else is measured (default: ranking), or none; see docs/evaluation.md."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval_seed", type=int, default=0, help="Seed of sampling and bootstrap (default: 0).")
     add("--resamples", type=int, default=10_000, help="Bootstrap resamples (default: 10,000).")
     add("--exact_map_rows", type=int, help="Rows on which exact search runs, the first ones (default: all).")
+    add("--studies", nargs="+", default=list(DEFAULT_STUDIES), help=STUDIES_HELP)
+    add("--study_rows", type=int, default=500, help="Rows that costly studies run on, the first ones (default: 500).")
+    add("--coverage_samples", type=int, default=32, help="Completions a row that coverage draws (default: 32).")
+    add("--temperatures", nargs="+", type=float, default=[0.3, 0.5, 0.7, 0.85, 1.0, 1.2], help="Those of sharpening.")
+    add("--prefix_lengths", nargs="+", type=int, default=[1, 2, 4, 8], help="Tokens that prefixes continues from.")
     add("--primary", help="The one comparison with a claim, metric:strategy.")
     add("--primary_against", help="The baseline's strategy in it, if another.")
 
@@ -73,6 +80,11 @@ def run(args: argparse.Namespace) -> int:
             primary=args.primary,
             primary_against=args.primary_against,
             exact_map_rows=args.exact_map_rows,
+            studies=tuple(name for name in args.studies if name != "none"),
+            study_rows=args.study_rows,
+            coverage_samples=args.coverage_samples,
+            temperatures=tuple(args.temperatures),
+            prefix_lengths=tuple(args.prefix_lengths),
         ),
         output_dir=args.output_dir,
     )

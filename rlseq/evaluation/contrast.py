@@ -31,6 +31,7 @@ from rlseq.evaluation.aggregate import (
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, measure_checkpoint
 from rlseq.evaluation.results import finite_or_null, read_jsonl, write_results
+from rlseq.evaluation.studies import check_studies, study_results
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
@@ -78,7 +79,9 @@ def contrast(
     state = PartialState()
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
-        found[name], data = measure_checkpoint(name, str(path), rows, suite, settings, prompt_options, quiet)
+        found[name], data = measure_checkpoint(
+            name, str(path), rows, suite, settings, prompt_options, quiet, baseline=str(next(iter(models.values())))
+        )
     if not state.is_main_process:
         return {}
     with_references = any(any(statistics.likelihood) for statistics in found.values())
@@ -98,6 +101,7 @@ def contrast(
             }
             for name, m in {**metrics, **LIKELIHOOD_METRICS}.items()
         },
+        "studies": study_results({name: statistics.studies for name, statistics in found.items()}, settings),
         "primary": primary_comparison(settings, list(models)),
         "notes": [],
     }
@@ -157,6 +161,7 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
     check_choosers(settings.parsed(), suite)
     if settings.exact_map_rows is not None and settings.exact_map_rows < 1:
         raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
+    check_studies(settings, suite)
     if settings.primary is None:
         if settings.primary_against is not None:
             raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")
@@ -203,7 +208,7 @@ def _signature(
 
     import rlseq
 
-    shown = dataclasses.asdict(settings)
+    shown = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
     shown.pop("batch_rows")
     return {
         "versions": {
@@ -212,7 +217,10 @@ def _signature(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "settings": {**shown, "strategies": list(settings.strategies), "prompt": dict(prompt_options)},
+        "settings": {
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()},
+            "prompt": dict(prompt_options),
+        },
         "seed": settings.seed,
         "rewards": suite.signature(),
         "data": {"rows": len(prompts), "fingerprint": fingerprint(prompts)},

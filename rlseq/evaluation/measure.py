@@ -22,6 +22,8 @@ from rlseq.decoding import ExactMAP, Strategy, parse_strategy
 from rlseq.errors import ConfigError, ModelError, RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
 from rlseq.evaluation.modes import add_mode_statistics
+from rlseq.evaluation.studies import run_studies, studied_rows
+from rlseq.evaluation.study import Context
 from rlseq.likelihood import score
 from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
@@ -29,7 +31,6 @@ from rlseq.types import Prompt, Rollout
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RowStatistics = dict[str, float]  # name of a statistic -> its sum over the row's references or samples
-_Measured = tuple[list[RowStatistics], dict[str, list[RowStatistics]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class ContrastSettings:
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
         exact_map_rows: exact search runs on the first so many rows; None: on all.
+        studies: what else is measured, by the names of `rlseq.evaluation.studies.STUDIES`.
+        study_rows: studies that decode or score anew run on the first so many rows; None: on all.
+        coverage_samples: completions a row that the study of coverage draws.
+        temperatures: those of the study of sharpening.
+        prefix_lengths: tokens of the prefixes that the study of prefixes continues.
     """
 
     strategies: tuple[str, ...] = ("greedy", "sample", "beam")
@@ -57,10 +63,25 @@ class ContrastSettings:
     primary: str | None = None
     primary_against: str | None = None
     exact_map_rows: int | None = None
+    studies: tuple[str, ...] = ()
+    study_rows: int | None = 500
+    coverage_samples: int = 32
+    temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
+    prefix_lengths: tuple[int, ...] = (1, 2, 4, 8)
 
     def parsed(self) -> list[Strategy]:
         """The strategies as objects."""
         return [parse_strategy(text) for text in self.strategies]
+
+
+@dataclass
+class _Measured:
+    """What one process measured, a place for each of its rows."""
+
+    likelihood: list[RowStatistics] = field(default_factory=list)
+    strategies: dict[str, list[RowStatistics]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -71,6 +92,7 @@ class ModelStatistics:
     likelihood: list[RowStatistics]  # empty dicts where a row has no references
     strategies: dict[str, list[RowStatistics]]
     samples: list[dict[str, Any]] = field(default_factory=list)
+    studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # empty dicts where a study did not run
 
 
 def measure_checkpoint(
@@ -81,8 +103,12 @@ def measure_checkpoint(
     settings: ContrastSettings,
     prompt_options: Mapping[str, Any],
     quiet: bool = False,
+    baseline: str | None = None,
 ) -> tuple[ModelStatistics, list[Prompt]]:
     """Load a checkpoint and its tokenizer in float32 and `measure` it, with a progress bar unless `quiet`.
+
+    Args:
+        baseline: path of the model that studies compare with; None: this one.
 
     Returns:
         The statistics and the rows as prompts, on every process.
@@ -97,17 +123,33 @@ def measure_checkpoint(
     suite.check_columns(["prompt", *prompts[0].columns])
     if (settings.primary or "").startswith("exact_match:") and not any(p.columns["references"] for p in prompts):
         raise ConfigError(f"--primary is {settings.primary!r}, but the data has no references to match")
-    model = _load(AutoModelForCausalLM, name, path, dtype=torch.float32, use_safetensors=True)
-    model.to(state.device).eval()
+    model = load_checkpoint(name, path)
+
+    def first() -> torch.nn.Module:
+        return model if baseline in (None, path) else load_checkpoint("the first model", baseline)
+
+    studied = sum(studied_rows(name, _mine(prompts), settings) for name in settings.studies)
     with tqdm(
-        total=len(_mine(prompts)) * (len(settings.strategies) + 1),
+        total=len(_mine(prompts)) * (len(settings.strategies) + 1) + studied,
         desc=f"evaluating {name}",
         unit="row",
         disable=quiet or not state.is_main_process,
         leave=False,
     ) as bar:
-        statistics = measure(model, prompts, tokenizer, suite, settings, name=name, path=path, progress=bar.update)
+        statistics = measure(
+            model, prompts, tokenizer, suite, settings, name=name, path=path, progress=bar.update, baseline=first
+        )
     return statistics, prompts
+
+
+def load_checkpoint(name: str, path: str) -> torch.nn.Module:
+    """A causal model in float32 and eval mode on this process's device, from safetensors alone.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    model = _load(AutoModelForCausalLM, name, path, dtype=torch.float32, use_safetensors=True)
+    return model.to(PartialState().device).eval()
 
 
 def _load(kind: Any, name: str, path: str, **options: Any) -> Any:
@@ -128,6 +170,7 @@ def measure(
     name: str = "model",
     path: str = "",
     progress: Callable[[int], Any] | None = None,
+    baseline: Callable[[], torch.nn.Module] | None = None,
 ) -> ModelStatistics:
     """Measure a model on R rows: likelihood of the references, and each strategy's completions under the rewards.
 
@@ -142,7 +185,8 @@ def measure(
         settings: strategies, samples a row, length, seed.
         name, path: what the records of the samples and the result call the model.
         progress: called with the number of rows done: all of this process's once for the likelihood, and once a
-            strategy.
+            strategy and study.
+        baseline: loads the model that studies compare with; None: this one.
 
     Raises:
         RlseqError: a reward failed; what one process raises, all raise.
@@ -153,7 +197,7 @@ def measure(
     try:
         exact_rows = sum(i < (settings.exact_map_rows or len(prompts)) for i in mine)
         rows = [prompts[i] for i in mine]
-        found = _measure_rows(model, rows, tokenizer, suite, settings, name, exact_rows, progress)
+        found = _measure_rows(model, rows, mine, tokenizer, suite, settings, name, exact_rows, progress, baseline)
     except RlseqError as raised:
         error = raised
     gathered = gather_object([(mine, found, error)])
@@ -162,12 +206,14 @@ def measure(
         raise error if error is not None else errors[0]
     strategies = [strategy.signature for strategy in settings.parsed()]
     whole = ModelStatistics(path, [{}] * len(prompts), {s: [{}] * len(prompts) for s in strategies})
-    for places, (likelihood, by_strategy, samples), _ in gathered:
+    whole.studies = {name: [{}] * len(prompts) for name in settings.studies}
+    for places, part, _ in gathered:
         for local_row, i in enumerate(places):
-            whole.likelihood[i] = likelihood[local_row]
-            for signature, statistics in by_strategy.items():
-                whole.strategies[signature][i] = statistics[local_row]
-        whole.samples += samples
+            whole.likelihood[i] = part.likelihood[local_row]
+            for by_name, parts in ((whole.strategies, part.strategies), (whole.studies, part.studies)):
+                for key, statistics in parts.items():
+                    by_name[key][i] = statistics[local_row] if local_row < len(statistics) else {}
+        whole.samples += part.samples
     order = {prompt.key: i for i, prompt in enumerate(prompts)}
     places_of = {signature: i for i, signature in enumerate(strategies)}
     whole.samples.sort(key=lambda r: (places_of[r["strategy"]], order[r["key"]], r["sample"]))
@@ -183,22 +229,23 @@ def _mine(prompts: Sequence[Prompt]) -> list[int]:
 def _measure_rows(
     model: torch.nn.Module,
     prompts: Sequence[Prompt],
+    places: Sequence[int],
     tokenizer: Any,
     suite: RewardSuite,
     settings: ContrastSettings,
     name: str,
     exact_rows: int,
     progress: Callable[[int], Any] | None,
+    baseline: Callable[[], torch.nn.Module] | None,
 ) -> _Measured:
-    """Measure this process's rows: likelihood statistics, statistics by strategy, and a record a completion."""
+    """Measure this process's rows, which have these places in the data, and record every completion."""
     stops = stop_ids_of(model, tokenizer)
     references = [reference_ids(prompt, tokenizer, stops) for prompt in prompts]
-    likelihood = _likelihood_rows(model, prompts, references)
+    measured = _Measured(_likelihood_rows(model, prompts, references))
     if progress is not None:
         progress(len(prompts))
-    by_strategy: dict[str, list[RowStatistics]] = {}
-    samples: list[dict[str, Any]] = []
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
+    values: dict[str, Mapping[str, Sequence[float | None]]] = {}
     proofs: dict[str, list[bool]] = {}
     for index, strategy in enumerate(settings.parsed()):
         groups, proven = decode(
@@ -216,16 +263,33 @@ def _measure_rows(
             exact_rows=exact_rows,
             progress=progress,
         )
-        statistics, records = _quality_rows(name, strategy, prompts, groups, references, suite)
-        by_strategy[strategy.signature] = statistics
-        samples += records
+        signature = strategy.signature
+        measured.strategies[signature], records, values[signature] = _quality_rows(
+            name, strategy, prompts, groups, references, suite
+        )
+        measured.samples += records
+        completions[signature] = groups
         if isinstance(strategy, ExactMAP):
-            proofs[strategy.signature] = proven
-        if seeks_the_mode(strategy):
-            completions[strategy.signature] = groups
+            proofs[signature] = proven
+    searches = [strategy.signature for strategy in settings.parsed() if seeks_the_mode(strategy)]
     for signature, proven in proofs.items():
-        add_mode_statistics(by_strategy[signature], signature, completions, proven, stops)
-    return likelihood, by_strategy, samples
+        found = {search: completions[search] for search in searches}
+        add_mode_statistics(measured.strategies[signature], signature, found, proven, stops)
+    context = Context(
+        model=model,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        references=references,
+        suite=suite,
+        completions=completions,
+        values=values,
+        settings=settings,
+        stop_ids=stops,
+        baseline=baseline or (lambda: model),
+        progress=progress or (lambda rows: None),
+    )
+    measured.studies = run_studies(context, places)
+    return measured
 
 
 def _likelihood_rows(
@@ -260,7 +324,8 @@ def _quality_rows(
     groups: Sequence[Sequence[Rollout]],
     references: Sequence[Sequence[tuple[int, ...]]],
     suite: RewardSuite,
-) -> tuple[list[RowStatistics], list[dict[str, Any]]]:
+) -> tuple[list[RowStatistics], list[dict[str, Any]], Mapping[str, Sequence[float | None]]]:
+    """The rows' statistics, a record a completion, and each reward's value a completion."""
     flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
     table = suite.score([rollout for _, rollout in flat], columns_of(prompts, [row for row, _ in flat]))
     statistics: list[RowStatistics] = [{} for _ in prompts]
@@ -304,4 +369,4 @@ def _quality_rows(
                 "finish_reason": rollout.finish_reason,
             }
         )
-    return statistics, records
+    return statistics, records, table.values

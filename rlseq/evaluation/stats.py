@@ -119,7 +119,7 @@ def bootstrap_many(
             else:
                 draws[key].append(np.array([_call(aggregate, metrics[key][0], i) for i in index]))
     return {
-        key: Interval(float(aggregates[key](np.asarray(stats, dtype=float))), _percentiles(np.concatenate(draws[key])))
+        key: Interval(float(aggregates[key](np.asarray(stats, dtype=float))), percentiles(np.concatenate(draws[key])))
         for key, (stats, _) in metrics.items()
     }
 
@@ -192,7 +192,7 @@ def paired_bootstrap_many(
     return {
         key: PairedResult(
             observed[key],
-            _percentiles(np.concatenate(draws[key])),
+            percentiles(np.concatenate(draws[key])),
             (hits[key] + 1) / (resamples + 1),
             resamples,
         )
@@ -244,6 +244,13 @@ def best_of_k(rewards_n: Any, k: int) -> Any:
     weights = np.array([math.comb(i, k - 1) / math.comb(n, k) for i in range(n)])
     best = rewards @ weights
     return float(best) if best.ndim == 0 else best
+
+
+def resampled_counts(rows: int, *, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each row is in each resample, (n, R) at a time: the rows that `bootstrap` of this seed draws."""
+    for index, _ in _resampled({}, {}, rows, seed, resamples):
+        flat = (index + rows * np.arange(len(index))[:, None]).ravel()
+        yield np.bincount(flat, minlength=len(index) * rows).reshape(len(index), rows).astype(float)
 
 
 def _table(stats: Any, key: Hashable) -> np.ndarray:
@@ -349,8 +356,8 @@ def _flipped(
         yield flips, _products(flips, tables, aggregates)
 
 
-def _percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """The 2.5% and 97.5% quantiles; resamples where the metric is undefined (0 / 0) are left out."""
+def percentiles(draws: np.ndarray) -> tuple[float, float]:
+    """The 2.5% and 97.5% quantiles of n draws; resamples where the metric is undefined (0 / 0) are left out."""
     defined = draws[~np.isnan(draws)]
     if defined.size == 0:
         return math.nan, math.nan

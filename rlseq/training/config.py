@@ -107,6 +107,19 @@ class EvaluationArguments:
     eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
     resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
     exact_map_rows: int | None = _default(None, "Rows on which exact search runs, the first ones; default: all.")
+    studies: list[str] = field(
+        default_factory=lambda: ["ranking"], metadata={"help": "What else is measured, or none (docs/evaluation.md)."}
+    )
+    study_rows: int = _default(500, "Rows that costly studies run on, the first ones.")
+    coverage_samples: int = _default(32, "Completions a row that the study of coverage draws.")
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 1.0, 1.2],
+        metadata={"help": "Temperatures of the study of sharpening."},
+    )
+    prefix_lengths: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8],
+        metadata={"help": "Tokens of the prefixes that the study of prefixes continues."},
+    )
     primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
     primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
 
@@ -122,6 +135,11 @@ class EvaluationArguments:
             "primary": self.primary,
             "primary_against": self.primary_against,
             "exact_map_rows": self.exact_map_rows,
+            "studies": tuple(name for name in self.studies if name != "none"),
+            "study_rows": self.study_rows,
+            "coverage_samples": self.coverage_samples,
+            "temperatures": tuple(self.temperatures),
+            "prefix_lengths": tuple(self.prefix_lengths),
         }
 
 

@@ -1,0 +1,75 @@
+"""Every study of a contrast by name, and running those that were asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlseq.errors import ConfigError, did_you_mean
+from rlseq.evaluation.ranking import Ranking
+from rlseq.evaluation.study import Context, RowStatistics, Section, Study
+from rlseq.packing import evaluating
+from rlseq.scoring import RewardSuite
+
+STUDIES: dict[str, Study] = {study.name: study for study in (Ranking(),)}
+
+
+def check_studies(settings: Any, suite: RewardSuite) -> None:
+    """Check, before anything is loaded, that every study is known and can work.
+
+    Raises:
+        ConfigError: an unknown study (the message names the nearest) or one named twice, no rows, or a setting of a
+            study that cannot work.
+    """
+    for name in settings.studies:
+        if name not in STUDIES:
+            raise ConfigError(
+                f"--studies names no study: {name!r}; there are {', '.join(STUDIES)}, and none for no study."
+                + did_you_mean(name, STUDIES)
+            )
+    if len(set(settings.studies)) < len(settings.studies):
+        raise ConfigError(f"a study is named twice in {', '.join(settings.studies)}")
+    if settings.study_rows is not None and settings.study_rows < 1:
+        raise ConfigError(f"--study_rows is {settings.study_rows}; expected at least 1")
+    for name in settings.studies:
+        STUDIES[name].check(settings, suite)
+
+
+def studied_rows(name: str, places: Sequence[int], settings: Any) -> int:
+    """How many of the rows with these places in the data, in rising order, a study runs on: so many first ones."""
+    if not STUDIES[name].costly or settings.study_rows is None:
+        return len(places)
+    return sum(place < settings.study_rows for place in places)
+
+
+def run_studies(context: Context, places: Sequence[int]) -> dict[str, list[RowStatistics]]:
+    """Each study's statistics of the rows with these places in the data; of a costly one, of the first ones."""
+    found: dict[str, list[RowStatistics]] = {}
+    with evaluating(context.model):
+        for name in context.settings.studies:
+            rows = studied_rows(name, places, context.settings)
+            part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
+            found[name] = STUDIES[name].measure(part) if rows else []
+    return found
+
+
+def study_results(
+    found: Mapping[str, Mapping[str, Sequence[RowStatistics]]], settings: Any
+) -> dict[str, dict[str, Any]]:
+    """The blocks of the studies that have something to say, from model -> study -> rows."""
+    blocks = {}
+    for name in settings.studies:
+        rows = {model: studies[name] for model, studies in found.items()}
+        if not any(any(r) for r in rows.values()):
+            continue
+        block = STUDIES[name].results(rows, settings)
+        if block is not None:
+            blocks[name] = block
+    return blocks
+
+
+def sections(results: Mapping[str, Any]) -> list[Section]:
+    """The report's sections of the studies in results.json, in the order of `STUDIES`."""
+    blocks = results.get("studies", {})
+    return [study.section(blocks[name], results) for name, study in STUDIES.items() if name in blocks]
