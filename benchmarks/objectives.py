@@ -67,11 +67,41 @@ METHODS = {
     "rft": ("sft", "", "rejection-sampling fine-tuning"),
     "ce": ("sft", "", "teacher forcing goes on"),
 }
+# What five minutes of two cores buy: the demonstration, and finalists of the above with its averaging of the weights, at
+# a rate of their own. (recipe, configuration, flags, what it is)
+AVERAGED = "--lr_scheduler_type constant_with_warmup --ema_decay 0.99 --start_weight 0.25 --temperature 1.0"
+FINALISTS = {
+    "demo": ("grpo", "demo", "--learning_rate 1e-3", "expected accuracy, reference loss 1.0 (`demo.yaml`)"),
+    "rloo+ce-averaged": (
+        "grpo",
+        "grpo",
+        f"{AVERAGED} --advantage_baseline leave_one_out --scale_rewards none {MIX} --max_steps 170",
+        "RLOO, reference loss 0.1",
+    ),
+    "ppo+ce-averaged": (
+        "ppo",
+        "grpo",
+        f"{AVERAGED} {CRITIC} --critic_learning_rate 3e-4 {MIX} --max_steps 200",
+        "PPO, separate critic, reference loss 0.1",
+    ),
+    "re-averaged": (
+        "grpo",
+        "grpo",
+        f"{AVERAGED} --objective reference_exact --num_generations 2 --reference_loss_coef 0 --max_steps 150",
+        "reference-exact",
+    ),
+}
 BEAM_ROWS = 1500  # beam search costs five times greedy
 
 
 def command(method: str, seed: int, steps: int, rate: str, out: Path) -> list[str]:
     """The recipe's command line of a run."""
+    if method in FINALISTS:
+        recipe, config, flags, _ = FINALISTS[method]
+        words = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), "--config", f"recipes/g2p/{config}.yaml"]
+        words += ["--output_dir", str(out), "--save_strategy", "no", "--overwrite_output_dir", "true"]
+        words += ["--seed", str(seed), "--num_cpu_threads", "1", "--evaluate", "false", *flags.split()]
+        return words if method == "demo" else [*words, "--learning_rate", rate]
     recipe, flags, _ = METHODS[method]
     common = f"--seed {seed} --learning_rate {rate} --lr_scheduler_type linear --warmup_steps 10 --num_cpu_threads 1"
     words = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), "--output_dir", str(out), "--save_strategy", "no"]
@@ -158,7 +188,7 @@ def table(folder: Path) -> str:
         "| sampled PER | exact accuracy | NLL | entropy | seconds |",
         "|---" * 14 + "|",
     ]
-    for method in ["base", *METHODS]:
+    for method in ["base", *METHODS, *FINALISTS]:
         for rate in sorted({r["rate"] for r in runs if r["method"] == method}):
             mine = [r for r in runs if r["method"] == method and r["rate"] == rate]
 
@@ -170,7 +200,7 @@ def table(folder: Path) -> str:
             of_words = delta.mean(0).var(ddof=1) / delta.shape[1]
             of_seeds = delta.mean(1).var(ddof=1) / len(mine) if len(mine) > 1 else 0.0
             difference = f"{delta.mean():+.2f} ± {np.sqrt(of_words + of_seeds):.2f}" if method != "base" else ""
-            name = "base" if method == "base" else METHODS[method][2]
+            name = "base" if method == "base" else {**METHODS, **FINALISTS}[method][-1]
             cells = [name, "" if method == "base" else rate, str(len(mine)), mean("greedy/wer"), difference]
             cells += [mean(f"{s}/{m}") for s, m in (("greedy", "per"), ("beam", "wer"), ("beam", "per"))]
             cells += [mean("sample/wer"), mean("sample/per"), mean("exact_accuracy"), mean("nll_per_token", 1)]
@@ -182,15 +212,20 @@ def table(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the runs go.")
-    parser.add_argument("--methods", nargs="+", default=["base", *METHODS], help="Which; default: all.")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["base", *METHODS],
+        help=f"Which; default: base and {', '.join(METHODS)}; also {', '.join(FINALISTS)}.",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of each (default: 0).")
     parser.add_argument("--rates", nargs="+", help="Learning rates to try (default: 1e-4, best on validation).")
     parser.add_argument("--steps", type=int, default=60, help="Batches of 512 rollouts (default: 60).")
     parser.add_argument("--table", action="store_true", help="Only print the table of the runs that are there.")
     args = parser.parse_args()
-    unknown = [method for method in args.methods if method not in METHODS and method != "base"]
+    unknown = [method for method in args.methods if method not in {"base", *METHODS, *FINALISTS}]
     if unknown:
-        parser.error(f"no method {unknown[0]!r}; there are base, {', '.join(METHODS)}")
+        parser.error(f"no method {unknown[0]!r}; there are base, {', '.join([*METHODS, *FINALISTS])}")
     folder = args.output_dir.absolute()
     if not args.table:
         for seed in args.seeds:
