@@ -67,8 +67,8 @@ METHODS = {
     "rft": ("sft", "", "rejection-sampling fine-tuning"),
     "ce": ("sft", "", "teacher forcing goes on"),
 }
-# What five minutes of two cores buy: the demonstration, and finalists of the above with its averaging of the weights, at
-# a rate of their own. (recipe, configuration, flags, what it is)
+# What five minutes of two cores buy: the demonstration, and finalists of the above with its averaging of the weights,
+# at a rate of their own. (recipe, configuration, flags, what it is)
 AVERAGED = "--lr_scheduler_type constant_with_warmup --ema_decay 0.99 --start_weight 0.25 --temperature 1.0"
 FINALISTS = {
     "demo": ("grpo", "demo", "--learning_rate 1e-3", "expected accuracy, reference loss 1.0 (`demo.yaml`)"),
