@@ -338,7 +338,8 @@ def test_gains_and_losses_are_ranked_and_counted(samples):
         ("r1", pytest.approx(0.5)),
     ]
     assert [row.key for row in side.worse] == ["r2"]
-    assert side.counts == {"better": 2, "same": 1, "worse": 1}
+    assert side.counts == {"better": 2, "same": 1, "worse": 1, "changed": 3}
+    assert side.changed == ()  # what stayed at its score stayed as it was
     assert {row.key for row in side.unchosen} == {"r1", "r2", "r3", "r4"}
     assert side.score_name == "accuracy_x"
     assert side_by_side(samples, "base", "rl", "beam") is None
@@ -355,6 +356,14 @@ def test_rows_score_the_mean_over_their_samples_and_repeats_are_counted():
     row = side_by_side(drawn, "base", "rl", "greedy").better[0]
     assert row.a.score == pytest.approx(2 / 3) and row.b.score == 1.0  # what abstained is not a zero
     assert [count for count, _ in row.a.completions] == [2, 1]
+
+
+def test_rows_that_changed_at_an_equal_score_are_shown():
+    drawn = [sample("base", "r", "K", 0.0), sample("rl", "r", "K T", 0.0)]
+    drawn += [sample("base", "s", "AE", 1.0), sample("rl", "s", "AE", 1.0)]
+    side = side_by_side(drawn, "base", "rl", "greedy")
+    assert [row.key for row in side.changed] == ["r"]
+    assert side.counts == {"better": 0, "same": 2, "worse": 0, "changed": 1}
 
 
 def test_pieces_mark_what_differs_from_the_closest_reference():

@@ -43,19 +43,20 @@ class Row:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Rows by how they were chosen, and over all rows how many got better, worse, or stayed."""
+    """Rows by how they were chosen, and over all rows how many got better, worse or stayed, and how many changed."""
 
     strategy: str
     score_name: str
     better: tuple[Row, ...]
     worse: tuple[Row, ...]
+    changed: tuple[Row, ...]
     unchosen: tuple[Row, ...]
     counts: Mapping[str, int]
 
     @property
     def has_p(self) -> bool:
         """Whether any row shown knows its chance to be right."""
-        rows = (*self.better, *self.worse, *self.unchosen)
+        rows = (*self.better, *self.worse, *self.changed, *self.unchosen)
         return any(row.b.p_correct is not None for row in rows)
 
 
@@ -71,8 +72,8 @@ def side_by_side(
     """Pair the completions of a and b under a strategy, row by row.
 
     A row's score is the mean of `total` over its samples (of the first reward where totals are absent); its
-    gain is b − a. The `limit` largest gains and losses are shown, and as many rows chosen by a hash of their
-    key, which knows no score. With a None, b is shown alone and its lowest scores count as `worse`.
+    gain is b − a. The `limit` largest gains and losses are shown, as many rows whose completions changed at an equal
+    score, and as many of all rows; these two are chosen by a hash of their key, which knows no score. With a None, b is shown alone and its lowest scores count as `worse`.
 
     Returns:
         None when neither model has samples under this strategy.
@@ -105,13 +106,16 @@ def side_by_side(
     else:
         better = [key for key in ranked if gains[key] > 0][:limit]
         worse = [key for key in reversed(ranked) if gains[key] < 0][:limit]
-    unchosen = sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[:limit]
+    texts = {place: Counter(sample["completion"] for sample in group) for place, group in groups.items()}
+    differing = {key for key in keys if a is not None and texts[a, key] != texts[b, key]}
+    hashed = sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())
+    changed = [key for key in hashed if key in differing and not gains[key]][:limit]
     signs = Counter("better" if g > 0 else "worse" if g < 0 else "same" for g in gains.values())
     return SideBySide(
         strategy,
         _score_name(groups),
-        *(tuple(map(row, chosen)) for chosen in (better, worse, unchosen)),
-        counts={name: signs.get(name, 0) for name in ("better", "same", "worse")},
+        *(tuple(map(row, chosen)) for chosen in (better, worse, changed, hashed[:limit])),
+        counts={**{name: signs.get(name, 0) for name in ("better", "same", "worse")}, "changed": len(differing)},
     )
 
 
