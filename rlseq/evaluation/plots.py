@@ -191,6 +191,38 @@ def pass_at_k_curves(
     return figure
 
 
+def curves(
+    lines: Sequence[tuple[str, str, str, Mapping[float, Mapping[str, Any]]]],
+    *,
+    x_label: str,
+    y_label: str,
+    percent: bool = False,
+) -> Figure:
+    """Values with 95% bands over a whole number.
+
+    Args:
+        lines: (label, colour, line style, x -> `{"value", "ci95"}`) each; undefined values leave a gap.
+    """
+    scale = 100.0 if percent else 1.0
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.6, 3.6))
+        axes = figure.subplots()
+        for label, color, style, cells in lines:
+            xs = sorted(cells)
+            values, low, high = (
+                np.array([math.nan if v is None else v * scale for v in side], dtype=float)
+                for side in zip(*((cells[x]["value"], *cells[x]["ci95"]) for x in xs), strict=True)
+            )
+            axes.fill_between(xs, low, high, color=color, alpha=0.12, lw=0)
+            axes.plot(xs, values, style, color=color, lw=1.7, marker="o", ms=3.5, label=label)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label + (" (%)" if percent else ""))
+        columns = 1 if max(len(label) for label, *_ in lines) > 26 else 2
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, fontsize=9)
+    return figure
+
+
 def training_series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
     """Title -> (steps, values) of every known series that was logged with finite numbers at least twice."""
     keys = {key for row in metrics for key in row}

@@ -87,6 +87,23 @@ class ExpRatioOfSums(RatioOfSums):
         return np.exp(super().from_sums(sums))
 
 
+@dataclass(frozen=True)
+class SumOfRatios:
+    """Σ_j sign_j · (Σ numerator_j / Σ denominator_j) over the same rows: a difference of means, of differences, ...
+
+    Columns come in pairs, numerator and denominator, one pair a sign: (−1, 1) is second minus first.
+    """
+
+    signs: tuple[float, ...]
+
+    def __call__(self, stats: np.ndarray) -> float:
+        return float(self.from_sums(stats.sum(axis=0)))
+
+    def from_sums(self, sums: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return (sums[..., ::2] / sums[..., 1::2]) @ np.array(self.signs)
+
+
 def bootstrap(stats: np.ndarray, aggregate: Aggregate, *, seed: int, resamples: int = 10_000) -> Interval:
     """The aggregate and its 95% percentile interval over resampled rows (Efron & Tibshirani 1993, ch. 13).
 
