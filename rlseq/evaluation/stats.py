@@ -122,6 +122,17 @@ def bootstrap_many(
     metrics: Mapping[Key, tuple[np.ndarray, Aggregate]], *, seed: int, resamples: int = 10_000
 ) -> dict[Key, Interval]:
     """`bootstrap` for many metrics of the same R rows in one pass: every metric sees the same resamples."""
+    draws = resampled_values(metrics, seed=seed, resamples=resamples)
+    return {
+        key: Interval(float(_fast(aggregate)(np.asarray(stats, dtype=float))), percentiles(draws[key]))
+        for key, (stats, aggregate) in metrics.items()
+    }
+
+
+def resampled_values(
+    metrics: Mapping[Key, tuple[np.ndarray, Aggregate]], *, seed: int, resamples: int = 10_000
+) -> dict[Key, np.ndarray]:
+    """The aggregate of every resample of the R rows, (resamples,) by metric: what `bootstrap` has its interval from."""
     tables = {key: _table(stats, key) for key, (stats, _) in metrics.items()}
     aggregates = {key: _fast(aggregate) for key, (_, aggregate) in metrics.items()}
     rows = _common_rows(tables)
@@ -135,10 +146,7 @@ def bootstrap_many(
                 draws[key].append(aggregate.from_sums(sums[key]))
             else:
                 draws[key].append(np.array([_call(aggregate, metrics[key][0], i) for i in index]))
-    return {
-        key: Interval(float(aggregates[key](np.asarray(stats, dtype=float))), percentiles(np.concatenate(draws[key])))
-        for key, (stats, _) in metrics.items()
-    }
+    return {key: np.concatenate(found) for key, found in draws.items()}
 
 
 def paired_bootstrap(
