@@ -21,6 +21,7 @@ import trl
 
 from rlseq.data import build_prompts
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast_and_report, read_jsonl
+from rlseq.evaluation.documents import check_windows
 from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
 from rlseq.evaluation.plots import write_curves
 from rlseq.training.averaging import WeightAverage
@@ -64,6 +65,7 @@ def main() -> None:
     measured, _ = measured_together(task.suite, task.eval_suite)
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
     check_settings(settings, measured)
+    check_windows(settings, {"base": model_args.model_name_or_path})
     probe = None
     if during:
         probe = ValidationProbe(

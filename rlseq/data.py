@@ -31,18 +31,18 @@ READ_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
 
 
-def load_rows(dataset_name: str, split: str, *, config_name: str | None = None) -> list[dict[str, Any]]:
-    """Return the rows of one split as dicts.
+def load_rows(dataset_name: str, split: str | None, *, config_name: str | None = None) -> list[dict[str, Any]]:
+    """Return the rows of one split as dicts; None: validation, but all rows where there is the split train alone.
 
     Raises:
         DataError: the file, split or data set is missing, of an unknown format, malformed or empty.
     """
     if dataset_name.endswith(".py"):
-        rows = _load_task_module(Path(dataset_name))(split)
+        rows = _load_task_module(Path(dataset_name))(split or "validation")
     else:
         rows = _load_with_datasets(dataset_name, split, config_name)
     if not rows:
-        raise DataError(f"the data set {dataset_name!r} has no rows in split {split!r}")
+        raise DataError(f"the data set {dataset_name!r} has no rows in split {split or 'validation'!r}")
     rows = list(rows)
     wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
     if wrong is not None:
@@ -90,7 +90,7 @@ def _data_files(dataset_name: str) -> list[Path] | None:
     return files
 
 
-def _load_with_datasets(dataset_name: str, split: str, config_name: str | None) -> list[dict[str, Any]]:
+def _load_with_datasets(dataset_name: str, split: str | None, config_name: str | None) -> list[dict[str, Any]]:
     import datasets
 
     files = _data_files(dataset_name)
@@ -108,6 +108,10 @@ def _load_with_datasets(dataset_name: str, split: str, config_name: str | None) 
         cause = error.__cause__ or error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(f"cannot load the data set {dataset_name!r}: {reason}") from error
+    if split is None:
+        if list(splits) == ["train"]:
+            return splits["train"].to_list()
+        split = "validation"
     if list(splits) == ["train"] and split in SPLIT_ALIASES:
         rows = [row for row in splits["train"].to_list() if _hash_split(row) == split]
         if not rows and len(splits["train"]):

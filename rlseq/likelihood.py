@@ -40,6 +40,7 @@ def score(
     *,
     strategy: Warp | None = None,
     batch_tokens: int = 16_384,
+    share_prompts: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """Log-prob of each token of each completion, given its prompt and the tokens before it.
@@ -58,6 +59,7 @@ def score(
         strategy: log-probs are those of the distribution that this strategy samples from (−inf for a token it
             cannot produce); None: of the model's own.
         batch_tokens: tokens in a forward pass, padding included; a longer single row runs alone.
+        share_prompts: False: no row is packed; for long rows, since a packed row's mask takes the square of its length.
         progress: called with (completions done, B) after each batch.
 
     Returns:
@@ -77,7 +79,7 @@ def score(
         return []
     parameter = next(model.parameters())
     longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
-    shared = len({tuple(p) for p in prompt_ids}) < len(prompt_ids)
+    shared = share_prompts and len({tuple(p) for p in prompt_ids}) < len(prompt_ids)
     packs = shared and supports_packing(model, longest)[0]
     whole = not _head_is_separate(model)
     if whole:

@@ -45,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--coverage_samples", type=int, default=32, help="Completions a row that coverage draws (default: 32).")
     add("--temperatures", nargs="+", type=float, default=[0.3, 0.5, 0.7, 0.85, 1.0, 1.2], help="Those of sharpening.")
     add("--prefix_lengths", nargs="+", type=int, default=[1, 2, 4, 8], help="Tokens that prefixes continues from.")
+    add("--likelihood_dataset", help="Text without prompts, for bits per byte: txt or data files, module, or hub id.")
+    add("--likelihood_config", help="Its configuration name, of a hub data set.")
+    add("--likelihood_split", help="Its split (default: validation; all of it where there is the split train alone).")
+    add("--likelihood_column", default="text", help="Its column (default: text).")
+    add("--likelihood_rows", type=int, help="Only the first so many of its documents.")
+    add("--likelihood_stride", type=int, help="Tokens that windows over it slide by (default: half the context).")
+    add("--likelihood_context", type=int, help="Longest window over it, in tokens (default: the model's).")
     add("--primary", help="The one comparison with a claim, metric:strategy.")
     add("--primary_against", help="The baseline's strategy in it, if another.")
 
@@ -85,6 +92,13 @@ def run(args: argparse.Namespace) -> int:
             coverage_samples=args.coverage_samples,
             temperatures=tuple(args.temperatures),
             prefix_lengths=tuple(args.prefix_lengths),
+            likelihood_dataset=args.likelihood_dataset,
+            likelihood_config=args.likelihood_config,
+            likelihood_split=args.likelihood_split,
+            likelihood_column=args.likelihood_column,
+            likelihood_rows=args.likelihood_rows,
+            likelihood_stride=args.likelihood_stride,
+            likelihood_context=args.likelihood_context,
         ),
         output_dir=args.output_dir,
     )

@@ -28,7 +28,9 @@ from rlseq.evaluation.aggregate import (
     quality_metrics,
     reward_metrics,
 )
+from rlseq.evaluation.compression import document_results, lossy_notes, write_documents
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
+from rlseq.evaluation.documents import check_documents, check_windows, load_documents
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, measure_checkpoint
 from rlseq.evaluation.results import finite_or_null, read_jsonl, write_results
 from rlseq.evaluation.studies import check_studies, study_results
@@ -76,11 +78,21 @@ def contrast(
     prompt_options = prompt_options or {}
     chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
     _refuse_oracle_claims(settings, chosen_by)
+    check_windows(settings, models)
+    documents = load_documents(settings)
     state = PartialState()
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
         found[name], data = measure_checkpoint(
-            name, str(path), rows, suite, settings, prompt_options, quiet, baseline=str(next(iter(models.values())))
+            name,
+            str(path),
+            rows,
+            suite,
+            settings,
+            prompt_options,
+            quiet,
+            baseline=str(next(iter(models.values()))),
+            documents=documents,
         )
     if not state.is_main_process:
         return {}
@@ -114,9 +126,15 @@ def contrast(
             f"{strategy} is an oracle: it chooses among samples by a reward that reads {', '.join(columns)}. Its "
             "numbers say what a perfect judge could gain from the samples; they are no way to decode."
         )
+    coded = {name: statistics.documents for name, statistics in found.items() if statistics.documents is not None}
+    if coded:
+        results["documents"] = document_results(coded, documents, settings)
+        results["notes"] += lossy_notes(results["documents"])
     results = finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
     if output_dir is not None:
         write_results(results, found, Path(output_dir), rows_of=data)
+        if coded:
+            write_documents(coded, Path(output_dir) / "documents.jsonl")
     return results
 
 
@@ -162,6 +180,7 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
     if settings.exact_map_rows is not None and settings.exact_map_rows < 1:
         raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
     check_studies(settings, suite)
+    check_documents(settings)
     if settings.primary is None:
         if settings.primary_against is not None:
             raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")
@@ -210,6 +229,8 @@ def _signature(
 
     shown = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
     shown.pop("batch_rows")
+    if settings.likelihood_dataset is None:
+        shown = {name: value for name, value in shown.items() if not name.startswith("likelihood_")}
     return {
         "versions": {
             "rlseq": rlseq.__version__,

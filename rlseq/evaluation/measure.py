@@ -21,6 +21,7 @@ from rlseq.data import build_prompts, reference_ids
 from rlseq.decoding import ExactMAP, Strategy, parse_strategy
 from rlseq.errors import ConfigError, ModelError, RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
+from rlseq.evaluation.documents import DocumentStatistics, measure_documents
 from rlseq.evaluation.modes import add_mode_statistics
 from rlseq.evaluation.studies import run_studies, studied_rows
 from rlseq.evaluation.study import Context
@@ -52,6 +53,10 @@ class ContrastSettings:
         coverage_samples: completions a row that the study of coverage draws.
         temperatures: those of the study of sharpening.
         prefix_lengths: tokens of the prefixes that the study of prefixes continues.
+        likelihood_dataset: text without prompts whose bits per byte are measured (rlseq.evaluation.documents); its
+            configuration, split, column and number of rows (None: all).
+        likelihood_stride: tokens by which windows over it slide; None: half the context.
+        likelihood_context: longest window, in tokens; None: the model's.
     """
 
     strategies: tuple[str, ...] = ("greedy", "sample", "beam")
@@ -68,6 +73,13 @@ class ContrastSettings:
     coverage_samples: int = 32
     temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
     prefix_lengths: tuple[int, ...] = (1, 2, 4, 8)
+    likelihood_dataset: str | None = None
+    likelihood_config: str | None = None
+    likelihood_split: str | None = None
+    likelihood_column: str = "text"
+    likelihood_rows: int | None = None
+    likelihood_stride: int | None = None
+    likelihood_context: int | None = None
 
     def parsed(self) -> list[Strategy]:
         """The strategies as objects."""
@@ -93,6 +105,7 @@ class ModelStatistics:
     strategies: dict[str, list[RowStatistics]]
     samples: list[dict[str, Any]] = field(default_factory=list)
     studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # empty dicts where a study did not run
+    documents: DocumentStatistics | None = None  # of text without prompts
 
 
 def measure_checkpoint(
@@ -104,11 +117,13 @@ def measure_checkpoint(
     prompt_options: Mapping[str, Any],
     quiet: bool = False,
     baseline: str | None = None,
+    documents: Sequence[str] = (),
 ) -> tuple[ModelStatistics, list[Prompt]]:
     """Load a checkpoint and its tokenizer in float32 and `measure` it, with a progress bar unless `quiet`.
 
     Args:
         baseline: path of the model that studies compare with; None: this one.
+        documents: text without prompts.
 
     Returns:
         The statistics and the rows as prompts, on every process.
@@ -139,6 +154,8 @@ def measure_checkpoint(
         statistics = measure(
             model, prompts, tokenizer, suite, settings, name=name, path=path, progress=bar.update, baseline=first
         )
+    if documents:
+        statistics.documents = measure_documents(model, tokenizer, documents, settings, name=name, quiet=quiet)
     return statistics, prompts
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from rlseq.evaluation import plots, tables
+from rlseq.evaluation import compression, plots, tables
 from rlseq.evaluation.sidebyside import SideBySide, monte_carlo_pass_at_k, side_by_side
 from rlseq.evaluation.studies import sections
 from rlseq.evaluation.tables import Comparison, Results
@@ -60,7 +60,7 @@ def write_report(
     output_dir = Path(output_dir)
     samples = list(samples)
     figures = _figures(results, samples, metrics or ())
-    for section in sections(results):
+    for section in [*sections(results), *compression.sections(results)]:
         figures |= section.figures
     (output_dir / "plots").mkdir(parents=True, exist_ok=True)
     for name, (_, svg) in figures.items():
@@ -227,7 +227,7 @@ def _context(
         "likelihood": [tables.metric(results, n) for n in tables.likelihood_metrics(results)],
         "comparisons": [c for c in found if not c.metric.name.startswith("exact_pass_at_k")],
         "modes": tables.modes(results),
-        "sections": sections(results),
+        "sections": [*sections(results), *compression.sections(results)],
         "pass_curves": curves,
         "pass_ks": [k for k in _PASS_KS_IN_TABLE if any(k in curve for curve in curves.values())],
         "pass_metric": tables.metric(results, "exact_pass_at_k.1"),

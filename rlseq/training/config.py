@@ -120,6 +120,17 @@ class EvaluationArguments:
         default_factory=lambda: [1, 2, 4, 8],
         metadata={"help": "Tokens of the prefixes that the study of prefixes continues."},
     )
+    likelihood_dataset: str | None = _default(
+        None, "Text without prompts, for bits per byte: txt, json, jsonl, csv or parquet, a task module, or hub id."
+    )
+    likelihood_config: str | None = _default(None, "Its configuration name, of a hub data set.")
+    likelihood_split: str | None = _default(
+        None, "Its split; default: validation, or all of it where there is the split train alone."
+    )
+    likelihood_column: str = _default("text", "Its column.")
+    likelihood_rows: int | None = _default(None, "Only the first so many of its documents.")
+    likelihood_stride: int | None = _default(None, "Tokens that windows over it slide by; default: half the context.")
+    likelihood_context: int | None = _default(None, "Longest window over it, in tokens; default: the model's.")
     primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
     primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
 
@@ -140,6 +151,13 @@ class EvaluationArguments:
             "coverage_samples": self.coverage_samples,
             "temperatures": tuple(self.temperatures),
             "prefix_lengths": tuple(self.prefix_lengths),
+            "likelihood_dataset": self.likelihood_dataset,
+            "likelihood_config": self.likelihood_config,
+            "likelihood_split": self.likelihood_split,
+            "likelihood_column": self.likelihood_column,
+            "likelihood_rows": self.likelihood_rows,
+            "likelihood_stride": self.likelihood_stride,
+            "likelihood_context": self.likelihood_context,
         }
 
 
