@@ -91,6 +91,21 @@ FINALISTS = {
         "reference-exact",
     ),
 }
+# GRPO with rewards that hold no word of the right answer, and at other temperatures: docs/contrast-g2p.md.
+GRPO = "--loss_type grpo"
+CONTROLS = {
+    "own-logprob": ("grpo", f"{GRPO} --reward_funcs own_log_prob", "GRPO on the model's own log-prob"),
+    "majority": ("grpo", f"{GRPO} --reward_funcs majority_vote", "GRPO on the majority's vote"),
+    "bernoulli": ("grpo", f"{GRPO} --reward_funcs bernoulli", "GRPO on a coin"),
+    "shuffled": (
+        "grpo",
+        f"{GRPO} --reward_funcs benchmarks/control_rewards.py:shuffled_accuracy",
+        "GRPO on another word's reward",
+    ),
+    "grpo-T0.7": ("grpo", f"{GRPO} --temperature 0.7", "GRPO, trained at temperature 0.7"),
+    "grpo-T1.3": ("grpo", f"{GRPO} --temperature 1.3", "GRPO, trained at temperature 1.3"),
+}
+METHODS_ALL = {**METHODS, **CONTROLS}
 BEAM_ROWS = 1500  # beam search costs five times greedy
 
 
@@ -102,7 +117,7 @@ def command(method: str, seed: int, steps: int, rate: str, out: Path) -> list[st
         words += ["--output_dir", str(out), "--save_strategy", "no", "--overwrite_output_dir", "true"]
         words += ["--seed", str(seed), "--num_cpu_threads", "1", "--evaluate", "false", *flags.split()]
         return words if method == "demo" else [*words, "--learning_rate", rate]
-    recipe, flags, _ = METHODS[method]
+    recipe, flags, _ = METHODS_ALL[method]
     common = f"--seed {seed} --learning_rate {rate} --lr_scheduler_type linear --warmup_steps 10 --num_cpu_threads 1"
     words = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), "--output_dir", str(out), "--save_strategy", "no"]
     words += ["--overwrite_output_dir", "true", *common.split()]
@@ -188,7 +203,7 @@ def table(folder: Path) -> str:
         "| sampled PER | exact accuracy | NLL | entropy | seconds |",
         "|---" * 14 + "|",
     ]
-    for method in ["base", *METHODS, *FINALISTS]:
+    for method in ["base", *METHODS_ALL, *FINALISTS]:
         for rate in sorted({r["rate"] for r in runs if r["method"] == method}):
             mine = [r for r in runs if r["method"] == method and r["rate"] == rate]
 
@@ -200,7 +215,7 @@ def table(folder: Path) -> str:
             of_words = delta.mean(0).var(ddof=1) / delta.shape[1]
             of_seeds = delta.mean(1).var(ddof=1) / len(mine) if len(mine) > 1 else 0.0
             difference = f"{delta.mean():+.2f} ± {np.sqrt(of_words + of_seeds):.2f}" if method != "base" else ""
-            name = "base" if method == "base" else {**METHODS, **FINALISTS}[method][-1]
+            name = "base" if method == "base" else {**METHODS_ALL, **FINALISTS}[method][-1]
             cells = [name, "" if method == "base" else rate, str(len(mine)), mean("greedy/wer"), difference]
             cells += [mean(f"{s}/{m}") for s, m in (("greedy", "per"), ("beam", "wer"), ("beam", "per"))]
             cells += [mean("sample/wer"), mean("sample/per"), mean("exact_accuracy"), mean("nll_per_token", 1)]
@@ -216,16 +231,16 @@ def main() -> None:
         "--methods",
         nargs="+",
         default=["base", *METHODS],
-        help=f"Which; default: base and {', '.join(METHODS)}; also {', '.join(FINALISTS)}.",
+        help=f"Which; default: base and {', '.join(METHODS)}; also {', '.join([*CONTROLS, *FINALISTS])}.",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Seeds of each (default: 0).")
     parser.add_argument("--rates", nargs="+", help="Learning rates to try (default: 1e-4, best on validation).")
     parser.add_argument("--steps", type=int, default=60, help="Batches of 512 rollouts (default: 60).")
     parser.add_argument("--table", action="store_true", help="Only print the table of the runs that are there.")
     args = parser.parse_args()
-    unknown = [method for method in args.methods if method not in {"base", *METHODS, *FINALISTS}]
+    unknown = [method for method in args.methods if method not in {"base", *METHODS_ALL, *FINALISTS}]
     if unknown:
-        parser.error(f"no method {unknown[0]!r}; there are base, {', '.join([*METHODS, *FINALISTS])}")
+        parser.error(f"no method {unknown[0]!r}; there are base, {', '.join([*METHODS_ALL, *FINALISTS])}")
     folder = args.output_dir.absolute()
     if not args.table:
         for seed in args.seeds:
