@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -80,6 +81,7 @@ def sample(
     samples: Sequence[Sequence[int]] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     batch_rows: int = 1024,
+    max_kv_gb: float | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> list[list[Rollout]]:
     """Continue each of P prompts G times.
@@ -96,15 +98,16 @@ def sample(
         samples: sample indices a prompt instead of 0..G-1, where a group is spread over processes.
         prefixes: token ids that each completion of a prompt begins with, one list a prompt. They are part of the
             completion, with log-prob 0 and `trained_mask` False; noise positions count from the first sampled token.
-        batch_rows: rows decoded together; bounds memory, changes no completion.
+        batch_rows: rows decoded together at most; bounds memory, changes no completion.
+        max_kv_gb: a budget for the KV cache in gigabytes (`rows_within`), for fewer rows together; None: none.
         progress: called with the number of prompts finished, a batch at a time.
 
     Returns:
         For each prompt its G rollouts, in the order of the sample indices.
 
     Raises:
-        ConfigError: the strategy cannot be sampled, or asks for several equal completions; or the numbers of prefixes
-            and prompts differ.
+        ConfigError: the strategy cannot be sampled, or asks for several equal completions; the numbers of prefixes
+            and prompts differ; or the budget does not hold a row.
     """
     if not isinstance(strategy, (Greedy, Sample)):
         raise ConfigError(f"{strategy.signature!r} is a search, not a sampler; use rlseq.search.beam")
@@ -117,10 +120,13 @@ def sample(
     if prefixes is not None and len(prefixes) != len(prompts):
         raise ConfigError(f"{len(prefixes)} prefixes were given for {len(prompts)} prompts; expected one each")
     forced = [tuple(prefix) for prefix in prefixes] if prefixes is not None else [()] * len(prompts)
+    if max_kv_gb is not None and prompts:
+        longest = max(len(p.prompt_ids) + len(f) for p, f in zip(prompts, forced, strict=True)) + max_new_tokens
+        batch_rows = min(batch_rows, rows_within(model, max_kv_gb, longest))
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
     with torch.no_grad(), evaluating(model):
         for batch in _batches(prompts, wanted, batch_rows):
-            rows = [(index, s) for index in batch for s in wanted[index]]
+            rows = [(index, s) for index, some in batch for s in some]
             ids, logprobs = _decode(
                 model,
                 [(*prompts[index].prompt_ids, *forced[index]) for index, _ in rows],
@@ -151,21 +157,58 @@ def sample(
                     )
                 )
             if progress is not None:
-                progress(len(batch))
+                progress(sum(len(rollouts[index]) == len(wanted[index]) for index, _ in batch))
     return rollouts
 
 
-def _batches(prompts: Sequence[Prompt], wanted: list[list[int]], batch_rows: int) -> Iterator[list[int]]:
-    """Yield lists of prompt indices: by length, so that little is padding, and of at most `batch_rows` rows."""
-    order = sorted((i for i in range(len(prompts)) if wanted[i]), key=lambda i: len(prompts[i].prompt_ids))
-    batch: list[int] = []
+def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1) -> int:
+    """How many rows of so many tokens a budget for the KV cache holds, at the model's width and precision.
+
+        bytes a token = layers · 2 · key-value heads · head dimension · bytes a number
+
+    An estimate from above where layers attend within a window or hold no cache.
+
+    Args:
+        model: a causal transformers model.
+        max_kv_gb: gigabytes (10⁹ bytes).
+        tokens: of the longest row, prompt and completion.
+        together: rows that must be held at once, as a beam's.
+
+    Raises:
+        ConfigError: the budget does not hold so many; the message says the least that does.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    row_bytes = tokens * config.num_hidden_layers * 2 * heads * width * next(model.parameters()).element_size()
+    rows = int(max_kv_gb * 1e9) // row_bytes
+    if rows < together:
+        least = math.ceil(together * row_bytes / 1e3) / 1e6
+        held = "one row" if together == 1 else f"{together} rows, which are decoded together,"
+        raise ConfigError(
+            f"--max_kv_gb is {max_kv_gb:g}, which does not hold {held} of {tokens} tokens; give at least {least:g}"
+        )
+    return rows
+
+
+def _batches(
+    prompts: Sequence[Prompt], wanted: list[list[int]], batch_rows: int
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Yield lists of (prompt index, samples of it): by length, so that little is padding, of at most `batch_rows` rows.
+
+    A prompt with more samples than that goes on in the next batch.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids))
+    batch: list[tuple[int, list[int]]] = []
     rows = 0
     for index in order:
-        if batch and rows + len(wanted[index]) > batch_rows:
-            yield batch
-            batch, rows = [], 0
-        batch.append(index)
-        rows += len(wanted[index])
+        for start in range(0, len(wanted[index]), batch_rows):
+            some = wanted[index][start : start + batch_rows]
+            if batch and rows + len(some) > batch_rows:
+                yield batch
+                batch, rows = [], 0
+            batch.append((index, some))
+            rows += len(some)
     if batch:
         yield batch
 

@@ -19,6 +19,7 @@ from rlseq.likelihood import evaluating, score
 from rlseq.types import Prompt, Rollout
 
 ROUNDING = 1e-6  # nats: exact search takes completions whose log-probs are this close for equally likely
+TOGETHER = 32  # prefixes that exact search expands in one pass; what an unproven search has found depends on it
 
 
 @contextmanager
@@ -134,7 +135,7 @@ def exact_map(
     max_nodes: int = 20_000,
     width: int = 5,
     start: Sequence[int] | None = None,
-    batch_rows: int = 32,
+    batch_rows: int = TOGETHER,
 ) -> Exact:
     """Find the most likely completion of a prompt, over all that end with a stop id within max_new_tokens.
 

@@ -17,9 +17,9 @@ import torch
 from rlseq.decoding import LOGPROB, MBR, Beam, BestOf, ExactMAP, Greedy, Rerank, Sample, Strategy
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.likelihood import score
-from rlseq.sampler import sample
+from rlseq.sampler import rows_within, sample
 from rlseq.scoring import RewardSuite
-from rlseq.search import beam, modes
+from rlseq.search import TOGETHER, beam, modes
 from rlseq.types import Prompt, Rollout
 
 Groups = list[list[Rollout]]
@@ -40,6 +40,7 @@ def decode(
     stop_ids: Collection[int],
     tokenizer: Any,
     batch_rows: int = 256,
+    max_kv_gb: float | None = None,
     exact_rows: int | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Groups, list[bool]]:
@@ -50,6 +51,7 @@ def decode(
         num_samples: completions a prompt under strategies that sample; the others give one.
         seed, draw: name the noise of sampling, as in `rlseq.sampler.sample`.
         batch_rows: prompts decoded together.
+        max_kv_gb: a budget for the KV cache (`rlseq.sampler.rows_within`); fewer are decoded together where it says so.
         exact_rows: exact search runs on the first so many prompts; the others get no completion. None: on all.
         progress: called with the number of prompts finished.
 
@@ -58,8 +60,14 @@ def decode(
 
     Raises:
         RewardError: the reward that is to choose failed.
+        ConfigError: the budget does not hold what must be decoded together.
     """
     common = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "tokenizer": tokenizer, "progress": progress}
+    if isinstance(strategy, Beam | ExactMAP) and max_kv_gb is not None and prompts:
+        together = max(strategy.width, TOGETHER) if isinstance(strategy, ExactMAP) else strategy.width
+        tokens = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
+        rows = rows_within(model, max_kv_gb, tokens, together=together)
+        batch_rows = min(batch_rows, rows // strategy.width)
     if isinstance(strategy, ExactMAP):
         searched = prompts if exact_rows is None else prompts[:exact_rows]
         found, proven = modes(model, searched, strategy=strategy, batch_rows=batch_rows, **common)
@@ -78,6 +86,7 @@ def decode(
         seed=seed,
         draw=draw,
         batch_rows=batch_rows * num_samples,
+        max_kv_gb=max_kv_gb,
         **common,
     )
     if reranks:
