@@ -10,7 +10,6 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation.seeds import crossed_bootstrap_many, difference, methods, numbered, seed_notes
 from rlseq.evaluation.stats import MeanOf, RatioOfSums, bootstrap
 
-
 ERROR_RATE = RatioOfSums()
 
 

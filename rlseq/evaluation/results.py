@@ -1,13 +1,14 @@
-"""A contrast on disk: results.json, per_example.jsonl and samples.jsonl."""
+"""A contrast on disk: results.json, and the rows of statistics and completions that it comes from."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.evaluation.compression import write_documents
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.types import Prompt
 
@@ -28,6 +29,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def spec_on_file(spec: Any) -> Any:
+    """A reward's spec as JSON has it; None for a function, or a spec with one, which no file can hold."""
+    try:
+        return json.loads(json.dumps(spec))
+    except TypeError:
+        return None
+
+
 def write_results(
     results: Mapping[str, Any],
     found: Mapping[str, ModelStatistics],
@@ -35,28 +44,50 @@ def write_results(
     *,
     rows_of: Sequence[Prompt],
 ) -> None:
-    """Write results.json, per_example.jsonl (a line a model and row) and samples.jsonl (a line a completion)."""
+    """Write per_example.jsonl, samples.jsonl, studies.jsonl, documents.jsonl, then results.json.
+
+    A line of per_example.jsonl and of studies.jsonl is of a model and row, of samples.jsonl of a completion, and of
+    documents.jsonl of a model and document; studies and documents are there if any were measured. All statistics are on
+    file, so that evaluations can be joined (rlseq.evaluation.join); results.json comes last: with it the rest is whole.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "results.json").unlink(missing_ok=True)
+    places = [(name, statistics, i) for name, statistics in found.items() for i in range(len(rows_of))]
+    _write_jsonl(
+        output_dir / "per_example.jsonl",
+        (
+            {
+                "model": name,
+                "key": rows_of[i].key,
+                "prompt": rows_of[i].messages_or_text,
+                "references": list(rows_of[i].columns.get("references", ())),
+                "likelihood": statistics.likelihood[i],
+                "strategies": {s: rows[i] for s, rows in statistics.strategies.items()},
+            }
+            for name, statistics, i in places
+        ),
+    )
+    _write_jsonl(output_dir / "samples.jsonl", (record for s in found.values() for record in s.samples))
+    if results["studies"]:
+        studies = (
+            {
+                "model": name,
+                "key": rows_of[i].key,
+                "studies": {study: rows[i] for study, rows in statistics.studies.items()},
+            }
+            for name, statistics, i in places
+        )
+        _write_jsonl(output_dir / "studies.jsonl", studies)
+    coded = {name: statistics.documents for name, statistics in found.items() if statistics.documents is not None}
+    if coded:
+        write_documents(coded, output_dir / "documents.jsonl")
     (output_dir / "results.json").write_text(_json(results, indent=1), encoding="utf-8")
-    with (output_dir / "per_example.jsonl").open("w", encoding="utf-8") as file:
-        for name, statistics in found.items():
-            for i, prompt in enumerate(rows_of):
-                likelihood = statistics.likelihood[i]
-                record = {
-                    "model": name,
-                    "key": prompt.key,
-                    "prompt": prompt.messages_or_text,
-                    "references": list(prompt.columns.get("references", ())),
-                    **{
-                        key: likelihood[key] for key in ("nll", "tokens", "sequence_logprob", "p_correct") if likelihood
-                    },
-                    "strategies": {s: rows[i] for s, rows in statistics.strategies.items()},
-                }
-                file.write(_json(record) + "\n")
-    with (output_dir / "samples.jsonl").open("w", encoding="utf-8") as file:
-        for statistics in found.values():
-            for record in statistics.samples:
-                file.write(_json(record) + "\n")
+
+
+def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(_json(record) + "\n")
 
 
 def _json(value: Any, **options: Any) -> str:

@@ -104,6 +104,8 @@ def crossed_bootstrap_many(
     Raises:
         RlseqError: as `bootstrap`.
     """
+    if not metrics:
+        return {}
     tables = {
         (key, s): (table, aggregate) for key, (_, seeds, aggregate) in metrics.items() for s, table in enumerate(seeds)
     }

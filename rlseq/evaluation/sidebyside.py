@@ -87,7 +87,7 @@ def side_by_side(
         return None
     scores = {place: _score(group) for place, group in groups.items()}
     gains = {key: _gain(scores.get((a, key)) if a else 0.0, scores[b, key]) for key in keys}
-    p_correct = {(row["model"], row["key"]): row.get("p_correct") for row in per_example}
+    p_correct = {(row["model"], row["key"]): row["likelihood"].get("p_correct") for row in per_example}
 
     def row(key: str) -> Row:
         first = groups[b, key][0]

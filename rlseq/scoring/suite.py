@@ -56,6 +56,7 @@ class RewardSuite:
         rewards: the loaded rewards.
         names: a unique series name for each.
         weights: a weight for each.
+        specs: what each was loaded from; None where it was not loaded.
         corpus: corpus metrics by name, each knowing its reward's series name. A metric name met twice becomes
             `<reward>.<metric>`.
         max_error_rate: the largest share of a step (one `score` call, over all processes) that may fail, for each
@@ -66,6 +67,7 @@ class RewardSuite:
         self.rewards = list(rewards)
         self.names = [reward.name for reward in rewards]
         self.weights = list(weights)
+        self.specs: list[Any] = [None] * len(self.rewards)
         self.max_error_rate = max_error_rate
         self.corpus: dict[str, CorpusMetric | Ratio] = {}
         for reward in rewards:
@@ -311,7 +313,9 @@ def load_rewards(
     for spec in specs:
         reward = reward_from_spec(spec, root)
         rewards.append(reward.renamed(_unique(reward.name, [other.name for other in rewards])))
-    return RewardSuite(rewards, resolved, max_error_rate)
+    suite = RewardSuite(rewards, resolved, max_error_rate)
+    suite.specs = specs
+    return suite
 
 
 def _number(weight: Any, spec: Any) -> float:
