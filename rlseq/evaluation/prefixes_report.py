@@ -19,7 +19,7 @@ def prefixes_section(block: Mapping[str, Any], results: Mapping[str, Any]) -> Se
     if not block["rows"]:
         return Section("prefixes", title, "Skipped: the data has no references, and so no gold prefixes.", "")
     without = block["rows_without_references"]
-    shown = [_entropy_table(block)]
+    shown = [_entropy_table(block), _pairs_table(block)]
     drawn = {"prefixes-entropy": _entropy_figure(block, list(results["models"]))}
     metrics = dict.fromkeys(
         name for m in block["models"].values() for entry in m["continued"].values() for name in entry["metrics"]
@@ -35,7 +35,7 @@ def prefixes_section(block: Mapping[str, Any], results: Mapping[str, Any]) -> Se
         "Entropy (nats) of the next-token distribution after t tokens of a reference (gold), and of what the model "
         "itself sampled (own): mean over rows, at each position over the sequences that reach it. Quality: the first "
         "k tokens of a reference or of an own sample are forced, the model samples the rest, and the whole completion "
-        "is scored; own − gold is what own prefixes cost. Right prefixes: share of own ones that begin a reference. "
+        "is scored; own − gold is what own prefixes cost. A right own prefix begins a reference. "
         "Prefix alone: the own prefix followed by the rest of a reference, less the reference itself. Beyond: "
         "own − gold less that; below 0 the continuation suffers too, above 0 it recovers."
         + (f" {without:,} rows without references are left out." if without else ""),
@@ -61,6 +61,16 @@ def _entropy_table(block: Mapping[str, Any]) -> Table:
     return Table(head, rows, "Entropy of the next token (nats) by tokens read")
 
 
+def _pairs_table(block: Mapping[str, Any]) -> Table:
+    share = tables.Metric("", "", None, True, "", 1)
+    rows = [
+        [model, length, f"{found['rows']:,}", f"{found['pairs']:,}", _value(share, found.get("right"))]
+        for model, entry in block["models"].items()
+        for length, found in entry["continued"].items()
+    ]
+    return Table(["Model", "k", "Rows", "Pairs", "Right own prefixes"], rows, "What is continued")
+
+
 def _quality_table(block: Mapping[str, Any], results: Mapping[str, Any], name: str) -> Table:
     info, rows = _info(results, name), []
     parts = [] if name == EXACT else [ALONE, BEYOND]
@@ -69,9 +79,8 @@ def _quality_table(block: Mapping[str, Any], results: Mapping[str, Any], name: s
             cells = found["metrics"].get(name, {})
             shown = [_value(info, cells.get(side)) for side in (GOLD, OWN)]
             shown += [_difference(info, cells.get(side)) for side in (GAP, *parts)]
-            right = _value(tables.Metric("", "", None, True, "", 1), found.get("right"))
-            rows.append([model, length, f"{found['rows']:,}", f"{found['pairs']:,}", right, *shown])
-    head = ["Model", "k", "Rows", "Pairs", "Right prefixes", "Gold prefix", "Own prefix", "Own − gold"]
+            rows.append([model, length, *shown])
+    head = ["Model", "k", "Gold prefix", "Own prefix", "Own − gold"]
     head += ["Prefix alone", "Beyond"] if parts else []
     return Table(head, rows, f"{info.label} of completions begun by k forced tokens")
 
