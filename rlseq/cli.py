@@ -27,6 +27,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "evaluate": Command("rlseq.evaluation.command", "Contrast likelihood and generation of named checkpoints."),
     "reward": Command("rlseq.scoring.commands", "List, check and try rewards; score rollouts again."),
+    "doctor": Command("rlseq.doctor.command", "Check a model and its tokenizer for reinforcement learning."),
     "show": Command("rlseq.show", "Show a run's rollouts: prompt, completions, rewards, advantages."),
 }
 

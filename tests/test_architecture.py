@@ -33,11 +33,12 @@ MAY_IMPORT = {
     **{room: LEAVES for room in TOOLS},
     "likelihood": LEAVES | {"packing"},
     **{room: LEAVES | {"decoding", "likelihood"} for room in DRAWING},
-    "training": LOWER,
+    "doctor": LOWER,
+    "training": LOWER | {"doctor"},
     "evaluation": LOWER,
 }
 # On top: commands use whatever they show, by its public names.
-TOP = {"cli", "show", "doctor", "__init__"}
+TOP = {"cli", "show", "doctor.command", "__init__"}
 
 
 def sources(folder):

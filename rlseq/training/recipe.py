@@ -14,7 +14,9 @@ from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
 from rlseq.data import build_prompts, load_rows
-from rlseq.errors import ConfigError, did_you_mean
+from rlseq.doctor.finding import FAILED, WARNING
+from rlseq.doctor.preflight import load_configs, preflight
+from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, RunArguments
@@ -80,6 +82,7 @@ def load_task(
     rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
     prompts = build_prompts(rows, tokenizer, **data.prompt_options())
     check_prompts(config, prompts)
+    check_fit(config, model_args, tokenizer, prompts)
     eval_rows = []
     if evaluates:
         eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
@@ -113,6 +116,33 @@ def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
         raise ConfigError(
             f"{' and '.join(asking)} needs references, but no prompt has one. Name their column (--reference_column)."
         )
+
+
+def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """Make the doctor's checks that run no model; warnings are printed.
+
+    Raises:
+        ModelError: a check failed; the message says what to do.
+    """
+    model_config, generation_config = load_configs(model_args.model_name_or_path, model_args.model_revision)
+    findings = preflight(
+        model_config,
+        tokenizer,
+        prompts,
+        generation_config=generation_config,
+        max_completion_length=config.max_completion_length,
+        disable_dropout=config.disable_dropout,
+        own_sampler=config.rlseq_sampler and not config.use_vllm and not config.use_transformers_continuous_batching,
+        needs_references=config.uses_references,
+    )
+    lines = {
+        status: [f"{f.check}: {f.found}. To do: {f.todo}." for f in findings if f.status == status]
+        for status in (FAILED, WARNING)
+    }
+    if lines[FAILED]:
+        raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
+    for line in lines[WARNING]:
+        say(f"rlseq: warning: {line}")
 
 
 def choose_best_by(config: TrainingArguments, known: Mapping[str, bool | None], default: str) -> None:
