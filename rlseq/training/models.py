@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import trl
+from peft import PeftModel
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -63,11 +66,24 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
 def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
     """Load the causal language model that `model_args` names, in float32 unless a dtype is given.
 
+    An adapter's folder gives its base with the adapter in place, trainable: TRL takes its reference from a `PeftModel`
+    as a copy of the adapter, and from a model with an adapter loaded inside it (frozen, too) as the base without it.
+
     Raises:
         ModelError: the path is missing or holds no weights.
     """
     check_model_path(model_args.model_name_or_path)
     dtype = getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
+    adapter = Path(model_args.model_name_or_path) / "adapter_config.json"
+    if adapter.is_file():
+        if model_args.use_peft:
+            raise ModelError(
+                f"{model_args.model_name_or_path!r} is an adapter, which trains on; leave out --use_peft (or merge it "
+                "into its base first, and put a new one on that)"
+            )
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = load_model(dataclasses.replace(model_args, model_name_or_path=base, model_revision="main"))
+        return PeftModel.from_pretrained(model, model_args.model_name_or_path, is_trainable=True)
     try:
         return AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path,
