@@ -30,6 +30,10 @@ class ModelError(RlseqError):
     """A model or tokenizer path that cannot be loaded or does not fit the task."""
 
 
+class ConsistencyError(RlseqError):
+    """Two measurements that must agree do not, so that neither can be trusted."""
+
+
 class RunDirectoryError(RlseqError):
     """A run directory that is in use, already holds a run, or cannot be resumed."""
 

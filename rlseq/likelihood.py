@@ -15,6 +15,8 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -69,26 +71,144 @@ def score(
         ValueError: unequal numbers of prompts and completions, an empty prompt, batch_tokens below 1, or a
             strategy that draws from no distribution (greedy, beam).
     """
+    _check_draws(strategy)
+
+    def measure(logits: Tensor, labels: Tensor) -> Tensor:
+        return token_logprobs(logits, labels, strategy)
+
+    return _score(model, prompt_ids, completion_ids, measure, batch_tokens, progress, share_prompts)
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """What one forward pass says of a completion of T tokens, each given the true tokens before it.
+
+    Attributes:
+        logprobs: (T,) nats, the model's own: those of `score`.
+        right: (T,) bool, whether the token is the argmax, found as greedy decoding finds it (ties: the lowest id).
+        margins: (T,) the token's logit above the highest other one: at least 0 where it is the argmax, at most 0
+            where it is not.
+        warped: for each strategy asked for, (T,) nats under the distribution that it samples from (−inf for a token
+            that it cannot produce).
+    """
+
+    logprobs: Tensor
+    right: Tensor
+    margins: Tensor
+    warped: tuple[Tensor, ...] = ()
+
+
+def teacher_force(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    strategies: Sequence[Warp] = (),
+    batch_tokens: int = 16_384,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TeacherForced]:
+    """`score` under the model's own distribution and under those of strategies, and argmaxes: in one forward pass.
+
+    Arguments and errors are those of `score`.
+    """
+    for strategy in strategies:
+        _check_draws(strategy)
+
+    def measure(logits: Tensor, labels: Tensor) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        best = logits.argmax(-1)
+        first, second = wide.topk(2).values.unbind(-1)
+        right = best == labels
+        margins = wide.gather(-1, labels[:, None])[:, 0] - torch.where(right, second, first)
+        warped = [token_logprobs(logits, labels, strategy) for strategy in strategies]
+        return torch.stack([token_logprobs(logits, labels), right.to(wide.dtype), margins, *warped], -1)  # (n, 3 + S)
+
+    found = (values.T for values in _score(model, prompt_ids, completion_ids, measure, batch_tokens, progress))
+    return [TeacherForced(values[0], values[1] > 0, values[2], tuple(values[3:])) for values in found]
+
+
+def divergence(
+    model: nn.Module,
+    other: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int = 16_384,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """How far another model b is from a model p at each token of given completions.
+
+        kl_t = Σ_v p(v | x, y_<t) · (log p(v | x, y_<t) − log b(v | x, y_<t))
+        ratio_t = log p(y_t | x, y_<t) − log b(y_t | x, y_<t)
+
+    Over completions y ~ p the sum over t of either has the KL of the sequences, KL(p ‖ b), as its mean. Both models run
+    on the same batches, and no tensor over the vocabulary is larger than in `score`.
+
+    Args:
+        model: p.
+        other: b, on the same device and with the same vocabulary.
+        prompt_ids, completion_ids, batch_tokens, progress: as for `score`.
+
+    Returns:
+        B tensors (T_b, 2) of kl and ratio, nats; inf where b rules out what p does not.
+
+    Raises:
+        ValueError: as `score`, or vocabularies of different sizes.
+    """
+    sizes = [m.config.get_text_config().vocab_size for m in (model, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; expected the same size")
+
+    def measure(logits: Tensor, labels: Tensor, other_logits: Tensor) -> Tensor:
+        wide = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, other_logits))
+        p, b = (torch.log_softmax(x, -1) for x in wide)  # (n, V)
+        ratios = p - b
+        kl = torch.where(p.isneginf(), 0, p.exp() * ratios).sum(-1)  # 0 · log 0 = 0
+        return torch.stack([kl, ratios.gather(-1, labels[:, None])[:, 0]], -1)
+
+    return _score(model, prompt_ids, completion_ids, measure, batch_tokens, progress, others=[other])
+
+
+def _check_draws(strategy: Warp | None) -> None:
+    if strategy is not None and not hasattr(strategy, "warp"):
+        raise ValueError(f"{strategy} draws from no distribution; pass None for the model's own log-probs")
+
+
+def _score(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    measure: _Measure,
+    batch_tokens: int,
+    progress: Callable[[int, int], None] | None,
+    share_prompts: bool = True,
+    others: Sequence[nn.Module] = (),
+) -> list[Tensor]:
+    """Measure every completion token from the logits before it: B tensors (T_b,) or (T_b, K), as `measure` gives.
+
+    Of `others`, models with the same vocabulary, `measure` gets the logits too.
+    """
     if len(prompt_ids) != len(completion_ids):
         raise ValueError(f"score was given {len(prompt_ids)} prompts and {len(completion_ids)} completions")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; expected at least 1")
-    if strategy is not None and not hasattr(strategy, "warp"):
-        raise ValueError(f"{strategy} draws from no distribution; pass None for the model's own log-probs")
     if not prompt_ids:
         return []
     parameter = next(model.parameters())
     longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
     shared = share_prompts and len({tuple(p) for p in prompt_ids}) < len(prompt_ids)
-    packs = shared and supports_packing(model, longest)[0]
-    whole = not _head_is_separate(model)
-    if whole:
+    models = [model, *others]
+    packs = shared and all(supports_packing(m, longest)[0] for m in models)
+    whole = [not _head_is_separate(m) for m in models]
+    if any(whole):
         batch_tokens = min(batch_tokens, max(1, _CHUNK_LOGITS // model.config.get_text_config().vocab_size))
 
     scores: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
     done = 0
     units = _units(prompt_ids, completion_ids, min(_ROW_TOKENS, batch_tokens) if packs else None)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), ExitStack() as modes:
+        for m in models:
+            modes.enter_context(evaluating(m))
         for group in _batches(units, batch_tokens):
             members = [index for _, indices in group for index in indices]
             prompts = [prompt_ids[indices[0]] for _, indices in group]
@@ -98,7 +218,7 @@ def score(
                 batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype)
             else:
                 batch = pad(prompts, [c for (c,) in completions], pad_id=0, device=parameter.device)
-            tokens = _score_batch(model, batch, strategy, whole)
+            tokens = _score_batch(models, batch, measure, whole)
             for index, values in zip(members, tokens.split(batch.lengths), strict=True):
                 scores[index] = values.clone()  # a view would keep the whole batch alive
             done += len(members)
@@ -223,6 +343,7 @@ def exact_pass_at_k(p: Tensor, k: int) -> Tensor:
 
 
 _Unit = tuple[int, list[int]]  # tokens of a row, indices of the completions it holds
+_Measure = Callable[..., Tensor]  # logits (n, V), labels (n,), logits of others (n, V) each -> (n,) or (n, K)
 
 _separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -258,21 +379,28 @@ def _batches(units: list[_Unit], batch_tokens: int) -> Iterator[list[_Unit]]:
         start += rows
 
 
-def _score_batch(model: nn.Module, batch: PackedBatch, strategy: Warp | None, whole: bool) -> Tensor:
-    """(N,) log-probs of the batch's completion tokens."""
+def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Measure, whole: Sequence[bool]) -> Tensor:
+    """What is measured of the batch's N completion tokens, (N,) or (N, K)."""
+    labels = batch.input_ids[batch.token_rows, batch.token_columns]
+    step = max(1, _CHUNK_LOGITS // models[0].config.get_text_config().vocab_size)
+    logits = [_logits(model, batch, alone, step) for model, alone in zip(models, whole, strict=True)]
+    parts = zip(labels.split(step), *logits, strict=True)
+    return torch.cat([measure(first, targets, *others) for targets, first, *others in parts])
+
+
+def _logits(model: nn.Module, batch: PackedBatch, whole: bool, step: int) -> Iterator[Tensor]:
+    """The logits (n, V) before each of the batch's N completion tokens, `step` tokens at a time."""
     rows, columns = batch.token_rows, batch.token_columns
-    labels = batch.input_ids[rows, columns]
     base = _base(model)
     inputs = batch.model_inputs | {"use_cache": False}
     if "position_ids" not in inspect.signature(base.forward).parameters:
         del inputs["position_ids"]  # padded on the right, where a model's own positions are these
     if whole:
-        return token_logprobs(model(**inputs).logits[rows, columns - 1], labels, strategy)
+        yield from model(**inputs).logits[rows, columns - 1].split(step)
+        return
     hidden = base.get_decoder()(**inputs).last_hidden_state[rows, columns - 1]  # (N, H)
     head = base.get_output_embeddings()
-    step = max(1, _CHUNK_LOGITS // head.weight.shape[0])
-    parts = zip(hidden.split(step), labels.split(step), strict=True)
-    return torch.cat([token_logprobs(head(part), targets, strategy) for part, targets in parts])
+    yield from (head(part) for part in hidden.split(step))
 
 
 def _base(model: nn.Module) -> nn.Module:

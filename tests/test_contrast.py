@@ -31,6 +31,7 @@ ROWS = [
 SETTINGS = ContrastSettings(samples_per_row=3, max_new_tokens=5, resamples=200, strategies=("greedy", "sample", "beam"))
 
 
+
 def letters(completion: str) -> float | None:
     """Words in the completion; abstains on an empty one."""
     return float(len(completion.split())) or None
@@ -82,6 +83,21 @@ def teacher_forced(path):
     ]
 
 
+def argmaxes(path):
+    """The shares of reference tokens that are the argmax, and of rows with a reference that is so throughout."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    hits = []
+    for row in ROWS:
+        prompt, found = ids_of(row["prompt"]), []
+        for ids in [[*ids_of(text), EOS] for text in row["references"]]:
+            with torch.no_grad():
+                best = model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0].argmax(-1)
+            found.append([int(best[len(prompt) + t - 1]) == token for t, token in enumerate(ids)])
+        hits.append(found)
+    tokens = [hit for found in hits for reference in found for hit in reference]
+    return {"argmax_accuracy": np.mean(tokens), "argmax_match": np.mean([any(map(all, found)) for found in hits])}
+
+
 def distance(a, b):
     """Levenshtein's, by its recursion."""
     if not a or not b:
@@ -107,12 +123,15 @@ def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
             assert low <= high and all(map(math.isfinite, (cell["value"], low, high)))
     for comparison in results["comparisons"]:
         assert set(comparison) == {"a", "b", "strategy", "metric", "difference", "ci95", "p_value"}
-    metrics = list(results["models"]["one"]["strategies"]["greedy"])
+    metrics = {name: list(cells) for name, cells in results["models"]["one"]["strategies"].items()}
+    assert metrics["sample"] == [*metrics["greedy"], "p_reference", "unreachable", "unreachable_references"]
+    assert metrics["beam"] == metrics["greedy"]
     likelihood = ["nll_per_token", "perplexity", "bits_per_byte", "sequence_logprob", "exact_accuracy"]
+    likelihood += ["argmax_accuracy", "argmax_match"]
     likelihood += [f"exact_pass_at_k.{2**i}" for i in range(9)]
     assert [(c["strategy"], c["metric"]) for c in results["comparisons"]] == [
         *((None, name) for name in likelihood),
-        *itertools.product(("greedy", "sample", "beam"), metrics),
+        *((strategy, name) for strategy, names in metrics.items() for name in names),
     ]
 
 
@@ -132,6 +151,7 @@ def test_likelihoods_are_those_of_plain_forwards(measured, checkpoints, name):
         "bits_per_byte": nats / math.log(2) / size,
         "sequence_logprob": -nats / len(every),
         "exact_accuracy": sum(p) / len(p),
+        **argmaxes(checkpoints[name]),
     }
     assert {key: found[key]["value"] for key in expected} == pytest.approx(expected, rel=1e-5)
     assert set(found) == {*expected, "exact_pass_at_k"}
@@ -147,7 +167,7 @@ def test_qualities_are_counted_from_the_completions(measured, checkpoints, name,
     samples = [s for s in lines(out / "samples.jsonl") if (s["model"], s["strategy"]) == (name, strategy)]
     assert len(samples) == 5 * (3 if strategy == "sample" else 1)
     model = AutoModelForCausalLM.from_pretrained(checkpoints[name])
-    edits = words = wrong = exact = length = cut = 0
+    edits = words = wrong = exact = length = cut = closest = ngrams = repeated = 0
     accuracies, counts, with_a, own = [], [], [], []
     for s in samples:
         row = next(row for row in ROWS if row["prompt"] == s["prompt"])
@@ -160,6 +180,9 @@ def test_qualities_are_counted_from_the_completions(measured, checkpoints, name,
         counts += [len(said)] if said else []
         with_a.append("A" in said)
         length, cut = length + s["length"], cut + (s["finish_reason"] == "length")
+        closest += sorted((abs(len(text) + 1 - s["length"]), len(text) + 1) for text in texts)[0][1]
+        ngrams += max(0, s["length"] - 3)  # of at most 5 tokens, two 4-grams: equal only if all five tokens are
+        repeated += s["length"] == 5 and len(set(said)) == 1 and len(said) == 5
         assert s["finish_reason"] == "stop" or s["length"] == 5
         own.append(s["logprob"])
         if "<" not in s["completion"] and "=" not in said and s["length"] == len(said) + (s["finish_reason"] == "stop"):
@@ -177,7 +200,13 @@ def test_qualities_are_counted_from_the_completions(measured, checkpoints, name,
         "length": length / n,
         "truncated": cut / n,
         "logprob": np.mean(own),
+        "length_ratio": length / closest,
+        "repetition": repeated / ngrams,
     }
+    if strategy == "sample":  # the model's own distribution; every reference fits into 5 tokens
+        likelihood = results["models"][name]["likelihood"]
+        expected |= {"p_reference": likelihood["exact_accuracy"]["value"], "unreachable": 0}
+        expected |= {"unreachable_references": 0}
     found = results["models"][name]["strategies"][strategy]
     assert {key: cell["value"] for key, cell in found.items()} == pytest.approx(expected, abs=1e-12)
 
@@ -287,7 +316,7 @@ def test_two_rewards_of_one_name_stay_two_series(checkpoints):
     specs = [{"func": letters, "name": "first"}, {"func": says_a, "name": "second"}]
     both = quick({"one": checkpoints["one"]}, specs)["models"]["one"]["strategies"]["greedy"]
     twice = quick({"one": checkpoints["one"]}, [letters, letters])["models"]["one"]["strategies"]["greedy"]
-    own = {"exact_match", "length", "truncated", "logprob"}
+    own = {"exact_match", "length", "truncated", "logprob", "length_ratio", "repetition"}
     assert set(both) - own == {"first", "second"} and both["first"]["value"] != both["second"]["value"]
     assert len(set(twice) - own) == 2 and {twice[name]["value"] for name in set(twice) - own} == {
         both["first"]["value"]
@@ -386,6 +415,11 @@ BAD_SETTINGS = {
     "an unknown metric": ({"primary": "wre:greedy"}, ConfigError, "'wre'.*Did you mean 'wer'?"),
     "an unknown strategy": ({"primary": "wer:gredy"}, ConfigError, "Did you mean 'greedy'?"),
     "a strategy not measured": ({"primary": "wer:beam:width=9"}, ConfigError, "'beam:width=9', which is not among"),
+    "a chance of what is not drawn": (
+        {"primary": "p_reference:greedy"},
+        ConfigError,
+        "draws from no distribution; name a strategy that samples",
+    ),
     "a metric alone": ({"primary": "wer"}, ConfigError, "expected METRIC:STRATEGY"),
     "an unknown start": ({"primary": "wer:greedy", "primary_against": "bem"}, ConfigError, "Did you mean 'beam'?"),
     "a start not measured": (

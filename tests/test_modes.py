@@ -105,7 +105,9 @@ def test_modes_are_those_of_the_enumeration(measured, listed, name):
     counts = [len(s["completion"].split()) for s in found.values()]
     assert block["quality"]["letters"]["value"] == pytest.approx(np.mean([n for n in counts if n]))
     assert block["quality"]["length"]["value"] == np.mean([s["length"] for s in found.values()])
-    for cell in (block["proven"], block["logprob"], block["empty"], *block["quality"].values()):
+    assert block["quality"]["repetition"]["value"] is None  # three tokens at most, and no 4-gram
+    defined = [cell for metric, cell in block["quality"].items() if metric != "repetition"]
+    for cell in (block["proven"], block["logprob"], block["empty"], *defined):
         low, high = cell["ci95"]
         assert low <= cell["value"] <= high
 

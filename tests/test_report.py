@@ -39,6 +39,10 @@ def quality(wer, length):
     }
 
 
+def chance(p):
+    return {"p_reference": value(p), "unreachable": value(0.1), "unreachable_references": value(0.2)}
+
+
 @pytest.fixture
 def results():
     return {
@@ -53,7 +57,7 @@ def results():
                     "exact_accuracy": value(0.50),
                     "exact_pass_at_k": {"1": value(0.50), "2": value(0.7), "4": value(0.8)},
                 },
-                "strategies": {"greedy": quality(0.32, 7), "sample": quality(0.40, 7)},
+                "strategies": {"greedy": quality(0.32, 7), "sample": quality(0.40, 7) | chance(0.50)},
             },
             "rl": {
                 "path": "runs/rl",
@@ -62,7 +66,7 @@ def results():
                     "exact_accuracy": value(0.64),
                     "exact_pass_at_k": {"1": value(0.64), "2": value(0.75), "4": value(0.81)},
                 },
-                "strategies": {"greedy": quality(0.30, 7), "sample": quality(0.36, 7.2)},
+                "strategies": {"greedy": quality(0.30, 7), "sample": quality(0.36, 7.2) | chance(0.64)},
             },
         },
         "comparisons": [
@@ -256,12 +260,21 @@ def test_tables_hold_every_value_with_its_interval(results, samples, tmp_path):
         assert shown in page.text
 
 
-def test_exact_accuracy_is_checked_against_the_samples_drawn(results, samples, tmp_path):
-    _, _, markdown = report(results, samples, tmp_path)
+def test_the_exact_chance_is_checked_against_the_samples_drawn_under_every_strategy_that_samples(
+    results, samples, tmp_path
+):
+    for model, p in (("base", 0.595), ("rl", 0.63)):
+        results["models"][model]["strategies"]["sample:top_k=3"] = quality(0.40, 7) | chance(p)
+    page, _, markdown = report(results, samples, tmp_path)
     # base: exact 0.50 lies outside 0.59..0.61; rl: exact 0.64 lies inside 0.63..0.65.
-    ending = "; the interval holds the exact value: "
-    assert f"base: exact accuracy 50.0%; drawn samples 60.0% (59.0 to 61.0){ending}no." in markdown
-    assert f"rl: exact accuracy 64.0%; drawn samples 64.0% (63.0 to 65.0){ending}yes." in markdown
+    never = "10.0% (9.0 to 11.0) | 20.0% (19.0 to 21.0) |"
+    assert f"| sample | base | 50.0% (49.0 to 51.0) | 60.0% (59.0 to 61.0) | no | {never}" in markdown
+    assert f"| sample | rl | 64.0% (63.0 to 65.0) | 64.0% (63.0 to 65.0) | yes | {never}" in markdown
+    # truncated to three tokens: 0.595 lies within 0.59..0.61, 0.63 outside
+    cut = markdown.replace("\\", "")
+    assert f"| sample:top_k=3 | base | 59.5% (58.5 to 60.5) | 60.0% (59.0 to 61.0) | yes | {never}" in cut
+    assert f"| sample:top_k=3 | rl | 63.0% (62.0 to 64.0) | 60.0% (59.0 to 61.0) | no | {never}" in cut
+    assert "base 59.5% 58.5 to 60.5 60.0% 59.0 to 61.0 yes 10.0% 9.0 to 11.0 20.0% 19.0 to 21.0" in page.text
 
 
 def test_missing_likelihood_is_said_visibly(results, samples, tmp_path):

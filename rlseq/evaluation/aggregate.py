@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlseq.decoding import parse_strategy
-from rlseq.evaluation.measure import PASS_AT, ContrastSettings, ModelStatistics, RowStatistics
+from rlseq.decoding import Greedy, parse_strategy
+from rlseq.evaluation.measure import ContrastSettings, ModelStatistics
 from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
+from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
 from rlseq.scoring import RewardSuite
 
@@ -26,6 +27,7 @@ class Metric:
     description: str
     percent: bool = False
     kind: str = "mean"
+    sampled: bool = False  # of a distribution that is sampled from: strategies that search or choose have none
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ LIKELIHOOD_METRICS = {
         "chance that one ancestral sample is one of the references: mean Σ exp(log-prob), no sampling noise",
         percent=True,
     ),
+    "argmax_accuracy": Metric(
+        ("argmax_tokens", "tokens"),
+        RatioOfSums(),
+        True,
+        "share of reference tokens that are the argmax given the true tokens before them; ties go to the lowest id",
+        percent=True,
+    ),
+    "argmax_match": Metric(
+        ("argmax_rows", "rows"),
+        RatioOfSums(),
+        True,
+        "share of rows with a reference whose every token is the argmax: what greedy decoding reproduces, if not cut",
+        percent=True,
+    ),
     **{
         f"exact_pass_at_k.{k}": Metric(
             (f"pass_at_{k}", "rows"),
@@ -102,13 +118,55 @@ COMPLETION_METRICS = {
     "logprob": Metric(
         ("logprob", "samples"), RatioOfSums(), None, "mean log-prob of a completion under its own strategy (nats)"
     ),
+    "length_ratio": Metric(
+        ("compared_length", "closest_length"),
+        RatioOfSums(),
+        None,
+        "tokens of the completions over those of the references closest to them in length, stop included",
+    ),
+    "repetition": Metric(
+        ("repeated_ngrams", "ngrams"),
+        RatioOfSums(),
+        None,
+        "share of the 4-grams of tokens that stood in the same completion before: Σ (all − distinct) / Σ all",
+        percent=True,
+    ),
+}
+
+# Exact chances, from teacher forcing under the distribution that a strategy samples from.
+GENERATION_METRICS = {
+    "p_reference": Metric(
+        ("p_reference", "reference_rows"),
+        RatioOfSums(),
+        True,
+        "exact chance that the strategy generates one of the references: mean Σ exp(log-prob) under its distribution",
+        percent=True,
+        kind="accuracy",
+        sampled=True,
+    ),
+    "unreachable": Metric(
+        ("unreachable", "reference_rows"),
+        RatioOfSums(),
+        False,
+        "share of rows none of whose references the strategy can ever generate (truncated away, or over the limit)",
+        percent=True,
+        sampled=True,
+    ),
+    "unreachable_references": Metric(
+        ("unreachable_references", "references"),
+        RatioOfSums(),
+        False,
+        "share of references that the strategy can never generate (truncated away, or over the limit)",
+        percent=True,
+        sampled=True,
+    ),
 }
 
 
 def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, Metric]:
     """The quality metrics: each reward's mean, the corpus aggregates, then what is measured of any completion.
 
-    Without references there is no `exact_match`.
+    Without references there is none of `OF_ANSWERS`; `metrics_under` says which of them a strategy has.
     """
     metrics: dict[str, Metric] = {}
     for reward, name in reward_metrics(suite).items():
@@ -128,15 +186,20 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
             percent=True,
             kind="corpus",
         )
-    measured = dict(COMPLETION_METRICS)
-    if not with_references:
-        del measured["exact_match"]
-    return metrics | measured
+    measured = COMPLETION_METRICS | GENERATION_METRICS
+    return metrics | {name: m for name, m in measured.items() if with_references or name not in OF_ANSWERS}
+
+
+def metrics_under(metrics: Mapping[str, Metric], strategy: str) -> dict[str, Metric]:
+    """Those of the metrics that a strategy, named by its signature, has."""
+    draws = parse_strategy(strategy).samples
+    return {name: metric for name, metric in metrics.items() if draws or not metric.sampled}
 
 
 def reward_metrics(suite: RewardSuite) -> dict[str, str]:
     """The metric of each reward: its own name, unless a metric that is always there has it."""
-    return {name: f"reward.{name}" if name in COMPLETION_METRICS else name for name in suite.names}
+    taken = {*COMPLETION_METRICS, *GENERATION_METRICS}
+    return {name: f"reward.{name}" if name in taken else name for name in suite.names}
 
 
 def matrix(rows: Sequence[RowStatistics], metric: Any) -> np.ndarray:
@@ -154,7 +217,7 @@ def model_results(
             for metric_name, metric in LIKELIHOOD_METRICS.items():
                 tables[name, None, metric_name] = (matrix(statistics.likelihood, metric), metric.aggregate)
         for strategy, rows in statistics.strategies.items():
-            for metric_name, metric in metrics.items():
+            for metric_name, metric in metrics_under(metrics, strategy).items():
                 tables[name, strategy, metric_name] = (matrix(rows, metric), metric.aggregate)
     intervals = bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
     results: dict[str, Any] = {}
@@ -167,11 +230,33 @@ def model_results(
             metric_name = key
         place[metric_name] = {"value": interval.value, "ci95": list(interval.ci95)}
     for name, statistics in found.items():
+        counts = agreement(statistics.strategies.get(Greedy().signature, []))
+        if counts is not None:
+            results[name]["greedy_and_teacher_forcing"] = counts
         for strategy, rows in statistics.strategies.items():
-            block = mode_results(rows, metrics, seed=settings.seed, resamples=settings.resamples)
+            quality = metrics_under(metrics, strategy)
+            block = mode_results(rows, quality, seed=settings.seed, resamples=settings.resamples)
             if block is not None:
                 results[name]["strategies"][strategy]["modes"] = block
     return results
+
+
+def measured_places(
+    first: ModelStatistics, metrics: Mapping[str, Metric], settings: ContrastSettings
+) -> Iterator[tuple[str | None, str | None, str, Any]]:
+    """What models are compared by: (strategy of a, that of b, metric's name, metric); None is teacher forcing."""
+    if any(first.likelihood):
+        for name, metric in LIKELIHOOD_METRICS.items():
+            yield None, None, name, metric
+    for strategy, rows in first.strategies.items():
+        for name, metric in metrics_under(metrics, strategy).items():
+            yield strategy, strategy, name, metric
+        if proven_rows(rows) is not None:
+            yield strategy, strategy, EMPTY, MODE_EMPTY
+    if settings.primary and settings.primary_against:
+        name, _, strategy = settings.primary.partition(":")
+        against = parse_strategy(settings.primary_against).signature
+        yield against, parse_strategy(strategy).signature, name, metrics[name]
 
 
 def comparisons(
@@ -203,18 +288,8 @@ def comparisons(
 
     a = names[0]
     for b in names[1:]:
-        if any(found[a].likelihood):
-            for name, metric in LIKELIHOOD_METRICS.items():
-                compare(a, b, None, None, name, metric)
-        for strategy in found[a].strategies:
-            for name, metric in metrics.items():
-                compare(a, b, strategy, strategy, name, metric)
-            if proven_rows(found[a].strategies[strategy]) is not None:
-                compare(a, b, strategy, strategy, EMPTY, MODE_EMPTY)
-        if settings.primary and settings.primary_against:
-            name, _, strategy = settings.primary.partition(":")
-            against = parse_strategy(settings.primary_against).signature
-            compare(a, b, against, parse_strategy(strategy).signature, name, metrics[name])
+        for place in measured_places(found[a], metrics, settings):
+            compare(a, b, *place)
     found_pairs = paired_bootstrap_many(pairs, seed=settings.seed, resamples=settings.resamples) if pairs else {}
     return [
         {

@@ -20,6 +20,7 @@ from rlseq.decoding import parse_strategy
 from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.aggregate import (
     COMPLETION_METRICS,
+    GENERATION_METRICS,
     LIKELIHOOD_METRICS,
     Metric,
     comparisons,
@@ -32,6 +33,7 @@ from rlseq.evaluation.compression import document_results, lossy_notes, write_do
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.documents import check_documents, check_windows, load_documents
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, measure_checkpoint
+from rlseq.evaluation.references import solution_note
 from rlseq.evaluation.results import finite_or_null, read_jsonl, write_results
 from rlseq.evaluation.studies import check_studies, study_results
 from rlseq.scoring import RewardSuite
@@ -119,6 +121,11 @@ def contrast(
     }
     if not with_references:
         results["notes"].append("The data has no references: the likelihood part is skipped.")
+    else:
+        scored = next(iter(found.values())).likelihood
+        tokens, references = (sum(row.get(key, 0.0) for row in scored) for key in ("tokens", "references"))
+        texts = [text for prompt in data for text in prompt.columns.get("references", ())]
+        results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
     for strategy, columns in chosen_by.items():
         for model in results["models"].values():
             model["strategies"][strategy]["oracle"] = True
@@ -188,7 +195,7 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
     metric, colon, strategy = settings.primary.partition(":")
     if not colon:
         raise ConfigError(f"--primary is {settings.primary!r}; expected METRIC:STRATEGY, for example wer:greedy")
-    known = [*reward_metrics(suite).values(), *suite.corpus, *COMPLETION_METRICS]
+    known = [*reward_metrics(suite).values(), *suite.corpus, *COMPLETION_METRICS, *GENERATION_METRICS]
     if metric not in known:
         raise ConfigError(
             f"--primary names no metric of this evaluation: {metric!r}; there are {', '.join(known)}."
@@ -199,6 +206,11 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
             raise ConfigError(
                 f"--{flag} names the strategy {text!r}, which is not among --strategies {' '.join(measured)}."
                 + did_you_mean(text, measured)
+            )
+        if text is not None and metric in GENERATION_METRICS and not parse_strategy(text).samples:
+            raise ConfigError(
+                f"--{flag} asks for {metric} under {text!r}, which draws from no distribution; name a strategy that "
+                "samples, or the metric exact_match"
             )
     _refuse_oracle_claims(settings, oracles(settings.parsed(), suite, ANSWERS))
 

@@ -40,8 +40,9 @@ class ValidationProbe:
       of the summed probability of the distinct references);
     * under each strategy S of `greedy` and `sample` (ancestral): `S/reward`, the mean total of the optimised rewards;
       `S/NAME`, each reward's mean, optimised or only measured; `S/METRIC`, each corpus metric, such as `per` and
-      `wer`; `S/length` (tokens), `S/truncated` (share cut at the limit), `S/logprob` (nats, of a completion), and with
-      references `S/exact_match`. As in a contrast, a reward with the name of one of these is `S/reward.NAME`;
+      `wer`; `S/length` (tokens), `S/truncated` (share cut at the limit), `S/logprob` (nats, of a completion),
+      `S/repetition` (share of repeated 4-grams), and with references `S/exact_match` and `S/length_ratio`. As in a
+      contrast, a reward with the name of one of these is `S/reward.NAME`;
     * `S/NAME/failed`, the share of completions a reward failed on, only where it did.
 
     Twice on the same weights gives the same numbers. The state of torch's, NumPy's and Python's random generators
@@ -98,7 +99,8 @@ class ValidationProbe:
         self.best = f"greedy/{_key(series[[*names, *suite.names][0]])}"
         references = any(prompt.columns.get("references") for prompt in self.prompts)
         self._likelihood = {name: LIKELIHOOD_METRICS[name] for name in LIKELIHOOD} if references else {}
-        self._quality = quality_metrics(self.suite, with_references=references)
+        quality = quality_metrics(self.suite, with_references=references)
+        self._quality = {name: m for name, m in quality.items() if not m.sampled}  # exact_accuracy says it already
         self.metrics: dict[str, bool | None] = {name: m.higher_is_better for name, m in self._likelihood.items()}
         for strategy in STRATEGIES:
             self.metrics[f"{strategy}/{TOTAL}"] = True

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -18,20 +17,26 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.data import build_prompts, reference_ids
-from rlseq.decoding import ExactMAP, Strategy, parse_strategy
+from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy, parse_strategy
 from rlseq.errors import ConfigError, ModelError, RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
 from rlseq.evaluation.documents import DocumentStatistics, measure_documents
 from rlseq.evaluation.modes import add_mode_statistics
+from rlseq.evaluation.references import (
+    OF_ANSWERS,
+    RowStatistics,
+    agreement_rows,
+    check_agreement,
+    completion_statistics,
+    force_references,
+    generation_rows,
+    likelihood_rows,
+)
 from rlseq.evaluation.studies import run_studies, studied_rows
 from rlseq.evaluation.study import Context
-from rlseq.likelihood import score
 from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
-
-PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-RowStatistics = dict[str, float]  # name of a statistic -> its sum over the row's references or samples
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,14 @@ def measure_checkpoint(
     Raises:
         RlseqError: the checkpoint cannot be loaded, or a column or reward does not work; columns and rewards'
             arguments are checked before the model is loaded.
+        ConsistencyError: greedy decoding and teacher forcing disagree, in every process.
     """
     state = PartialState()
     tokenizer = _load(AutoTokenizer, name, path, padding_side="left")
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(["prompt", *prompts[0].columns])
-    if (settings.primary or "").startswith("exact_match:") and not any(p.columns["references"] for p in prompts):
+    claims_answers = (settings.primary or "").partition(":")[0] in OF_ANSWERS
+    if claims_answers and not any(p.columns["references"] for p in prompts):
         raise ConfigError(f"--primary is {settings.primary!r}, but the data has no references to match")
     model = load_checkpoint(name, path)
 
@@ -154,6 +161,7 @@ def measure_checkpoint(
         statistics = measure(
             model, prompts, tokenizer, suite, settings, name=name, path=path, progress=bar.update, baseline=first
         )
+    check_agreement(name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts])
     if documents:
         statistics.documents = measure_documents(model, tokenizer, documents, settings, name=name, quiet=quiet)
     return statistics, prompts
@@ -258,7 +266,8 @@ def _measure_rows(
     """Measure this process's rows, which have these places in the data, and record every completion."""
     stops = stop_ids_of(model, tokenizer)
     references = [reference_ids(prompt, tokenizer, stops) for prompt in prompts]
-    measured = _Measured(_likelihood_rows(model, prompts, references))
+    forced = force_references(model, prompts, references, settings.parsed())
+    measured = _Measured(likelihood_rows(prompts, forced))
     if progress is not None:
         progress(len(prompts))
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
@@ -286,6 +295,13 @@ def _measure_rows(
         )
         measured.samples += records
         completions[signature] = groups
+        more: Sequence[RowStatistics] = []
+        if isinstance(strategy, Sample):
+            more = generation_rows(strategy, forced, settings.parsed(), settings.max_new_tokens)
+        elif isinstance(strategy, Greedy):
+            more = agreement_rows(groups, references, forced)
+        for row, found in enumerate(more):
+            measured.strategies[signature][row] |= found
         if isinstance(strategy, ExactMAP):
             proofs[signature] = proven
     searches = [strategy.signature for strategy in settings.parsed() if seeks_the_mode(strategy)]
@@ -307,31 +323,6 @@ def _measure_rows(
     )
     measured.studies = run_studies(context, places)
     return measured
-
-
-def _likelihood_rows(
-    model: Any, prompts: Sequence[Prompt], references: Sequence[Sequence[tuple[int, ...]]]
-) -> list[RowStatistics]:
-    pairs = [(row, ids) for row, found in enumerate(references) for ids in found]
-    logprobs = score(model, [prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs]) if pairs else []
-    statistics: list[RowStatistics] = [{} for _ in prompts]
-    for (row, ids), token_logprobs in zip(pairs, logprobs, strict=True):
-        logprob = token_logprobs.double().sum().item()
-        mine = statistics[row]
-        mine["nll"] = mine.get("nll", 0.0) - logprob
-        mine["tokens"] = mine.get("tokens", 0.0) + len(ids)
-        mine["sequence_logprob"] = mine.get("sequence_logprob", 0.0) + logprob
-        mine["references"] = mine.get("references", 0.0) + 1
-        mine["p_correct"] = mine.get("p_correct", 0.0) + float(np.exp(logprob))
-    for prompt, mine in zip(prompts, statistics, strict=True):
-        if mine:
-            texts = set(prompt.columns["references"])
-            mine["bytes"] = float(sum(len(text.encode()) for text in texts))
-            mine["rows"] = 1.0
-            p = min(mine["p_correct"], 1.0)
-            for k in PASS_AT:
-                mine[f"pass_at_{k}"] = float(-np.expm1(k * np.log1p(-p))) if p < 1 else 1.0
-    return statistics
 
 
 def _quality_rows(
@@ -359,6 +350,8 @@ def _quality_rows(
         if references[row]:
             add(row, "exact_match", float(rollout.completion_ids in references[row]))
             add(row, "with_references", 1)
+        for key, value in completion_statistics(rollout.completion_ids, references[row]).items():
+            add(row, key, value)
         for reward in suite.names:
             value = scored.values[reward]
             add(row, f"{reward}:sum", value or 0.0)

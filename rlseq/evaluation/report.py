@@ -136,6 +136,7 @@ def make_headline(results: Results) -> Headline:
     p = f", p {lead.p if lead.p.startswith('<') else '= ' + lead.p}" if declared else ""
     certainty = (
         f"Difference {lead.difference}, 95% interval {lead.interval}{p}, on the same {results['rows']:,} rows"
+        + (f" and {lead.seeds}" if lead.of_methods else "")
         + (": the interval holds zero." if lead.verdict == "unclear" else ".")
     )
     if undefined:
@@ -211,7 +212,7 @@ def _context(
     title: str | None,
 ) -> dict[str, Any]:
     headline = make_headline(results)
-    found = tables.comparisons(results)
+    found = tables.shown_comparisons(results)
     curves = tables.pass_curves(results)
     models = list(results["models"])
     pair = (found[0].a, found[0].b) if found else (None, models[-1])
@@ -220,7 +221,10 @@ def _context(
         "headline": headline,
         "results": results,
         "models": models,
-        "colors": {model: f"var(--series-{i % len(plots.SERIES)})" for i, model in enumerate(models)},
+        "rows": tables.rows(results),
+        "colors": {
+            name: f"var(--series-{plots.SERIES.index(plots.color_of(models, name))})" for name in tables.rows(results)
+        },
         "tables": tables,
         "strategies": tables.strategies(results),
         "quality": [tables.metric(results, n) for n in tables.quality_metrics(results)],
@@ -234,10 +238,16 @@ def _context(
         "check": _accuracy_check(results),
         "pair": pair,
         "several_pairs": len({(c.a, c.b) for c in found}) > 1,
-        "side": _side(results, samples, per_example, pair),
+        "side_pair": (side_pair := tuple(_checkpoint(results, name) for name in pair)),
+        "side": _side(results, samples, per_example, side_pair),
         "definitions": tables.definitions(results),
         "signature": list(tables.flatten(results.get("signature", {}))),
     }
+
+
+def _checkpoint(results: Results, name: str | None) -> str | None:
+    """A checkpoint, or the first seed of a method."""
+    return results.get("methods", {}).get(name, {}).get("checkpoints", [name])[0]
 
 
 def _side(
@@ -252,24 +262,31 @@ def _side(
     return side_by_side(samples, *pair, strategy, per_example=per_example)
 
 
-def _accuracy_check(results: Results) -> list[dict[str, str]]:
-    """Exact accuracy beside the share of drawn samples that were right: two roads to one number."""
+def _accuracy_check(results: Results) -> list[dict[str, Any]]:
+    """The exact chance of a reference beside the share of drawn samples that were one: two roads to one number."""
     rows = []
-    for model in results["models"]:
-        exact = tables.cell(results, model, None, "exact_accuracy")
-        drawn = tables.cell(results, model, "sample", "exact_match")
-        if exact and drawn:
-            info = tables.metric(results, "exact_accuracy")
-            low, high = drawn["ci95"]
-            rows.append(
-                {
-                    "model": model,
-                    "exact": info.value(exact["value"]),
-                    "drawn": info.value(drawn["value"]),
-                    "interval": info.interval(drawn["ci95"]),
-                    "agrees": "yes" if low <= exact["value"] <= high else "no",
-                }
-            )
+    for strategy in tables.strategies(results):
+        for model in results["models"]:
+            exact, *never = (tables.cell(results, model, strategy, name) for name in tables.GENERATION)
+            drawn = tables.cell(results, model, strategy, "exact_match")
+            if exact and drawn:
+                infos = [tables.metric(results, name) for name in tables.GENERATION]
+                low, high = drawn["ci95"]
+                rows.append(
+                    {
+                        "model": model,
+                        "strategy": strategy,
+                        "exact": infos[0].value(exact["value"]),
+                        "exact_interval": infos[0].interval(exact["ci95"]),
+                        "drawn": infos[0].value(drawn["value"]),
+                        "interval": infos[0].interval(drawn["ci95"]),
+                        "agrees": "yes" if low <= exact["value"] <= high else "no",
+                        "never": [
+                            (info.label, info.value(found["value"]), info.interval(found["ci95"]))
+                            for info, found in zip(infos[1:], never, strict=True)
+                        ],
+                    }
+                )
     return rows
 
 

@@ -65,7 +65,35 @@ _KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
     "logprob": ("Own log-prob", None, False, "Mean log-probability of what was generated, in nats."),
     "mode_empty": ("Empty modes", None, True, "Share of proven modes that are a stop token alone."),
     "truncated": ("Truncated", False, True, "Share of completions cut at the length limit."),
+    "argmax_accuracy": (
+        "Argmax accuracy",
+        True,
+        True,
+        "Share of reference tokens that are the model's first choice given the true tokens before them.",
+    ),
+    "argmax_match": (
+        "Argmax match",
+        True,
+        True,
+        "Share of rows with a reference whose every token is the model's first choice: what greedy reproduces.",
+    ),
+    "length_ratio": (
+        "Length ratio",
+        None,
+        False,
+        "Tokens of the completions over those of the references closest to them in length.",
+    ),
+    "repetition": ("Repetition", None, True, "Share of 4-grams of tokens that stood in the same completion before."),
+    "p_reference": ("p(reference)", True, True, "Exact chance that the strategy generates one of the references."),
+    "unreachable": ("Unreachable rows", False, True, "Rows none of whose references the strategy can ever generate."),
+    "unreachable_references": (
+        "Unreachable references",
+        False,
+        True,
+        "References that the strategy can never generate.",
+    ),
 }
+GENERATION = ("p_reference", "unreachable", "unreachable_references")  # exact chances, in a table of their own
 
 
 @dataclass(frozen=True)
@@ -126,6 +154,16 @@ class Comparison:
         return {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "equal": "="}.get(self.verdict, "·")
 
     @property
+    def of_methods(self) -> bool:
+        """Whether it speaks of a method, by several training seeds, rather than of these checkpoints."""
+        return self.raw.get("claim") == "method"
+
+    @property
+    def seeds(self) -> str:
+        """The training seeds behind it: `5 seeds against 1`."""
+        return f"{self.raw.get('seeds_b', 1)} seeds against {self.raw.get('seeds_a', 1)}"
+
+    @property
     def where(self) -> str:
         if self.strategy is None:
             return "teacher forcing"
@@ -184,12 +222,30 @@ def cell(results: Results, model: str, strategy: str | None, name: str) -> Mappi
 
     A dotted name (`exact_pass_at_k.4`) reaches into a nested block.
     """
-    entry = results["models"].get(model, {})
+    entry = results["models"].get(model) or results.get("methods", {}).get(model, {})
     if strategy is None:
         block = entry.get("likelihood") or {}
         outer, _, inner = name.partition(".")
         return (block.get(outer) or {}).get(inner) if inner else block.get(name)
     return entry.get("strategies", {}).get(strategy, {}).get(name)
+
+
+def rows(results: Results) -> list[str]:
+    """The rows of tables of values: the checkpoints, and after its last seed each method that has several."""
+    last = {entry["checkpoints"][-1]: method for method, entry in results.get("methods", {}).items()}
+    return [name for model in results["models"] for name in (model, last.get(model)) if name is not None]
+
+
+def row_name(results: Results, name: str) -> str:
+    """A checkpoint or method as tables of values name it."""
+    method = results.get("methods", {}).get(name)
+    return name if method is None else f"{name}: mean of {method['seeds']} seeds"
+
+
+def shown_comparisons(results: Results) -> list[Comparison]:
+    """The comparisons that a report has room for: where a method has several seeds, not those of its single seeds."""
+    seeds = {name for entry in results.get("methods", {}).values() for name in entry["checkpoints"]}
+    return [c for c in comparisons(results) if not {c.a, c.b} & seeds]
 
 
 def strategies(results: Results) -> list[str]:
@@ -207,6 +263,11 @@ def labelled(results: Results, strategy: str) -> str:
 
 
 def quality_metrics(results: Results) -> list[str]:
+    """Names of what is measured of completions."""
+    return [name for name in _strategy_metrics(results) if name not in GENERATION]
+
+
+def _strategy_metrics(results: Results) -> list[str]:
     blocks = [s for m in results["models"].values() for s in m.get("strategies", {}).values()]
     return list(dict.fromkeys(name for block in blocks for name, value in block.items() if is_cell(value)))
 
@@ -245,6 +306,20 @@ def modes(results: Results) -> list[ModeTable]:
         columns += [f"{info.label} of the mode" for info in quality]
         counts = {model: (block["proven_rows"], block["rows"]) for model, block in blocks.items()}
         found.append(ModeTable(strategy, columns, rows, counts))
+    return found
+
+
+def agreements(results: Results) -> list[str]:
+    """A sentence a model: on how many rows greedy decoding and teacher forcing agree."""
+    found = []
+    for model, entry in results["models"].items():
+        counts = entry.get("greedy_and_teacher_forcing")
+        if not counts:
+            continue
+        text = f"{model}: greedy and teacher forcing agree on {counts['agree']:,} of {counts['rows']:,} rows"
+        aside = [(counts["near_ties"], "part at a near tie"), (counts["disagree"], "disagree, as many as is tolerated")]
+        text += "".join(f", {n:,} {what}" for n, what in aside if n)
+        found.append(f"{text}; greedy reproduces a reference on {counts['reproduced']:,}.")
     return found
 
 
@@ -295,7 +370,7 @@ def comparisons(results: Results) -> list[Comparison]:
 
 def definitions(results: Results) -> list[Metric]:
     """Every metric that the report shows, each once."""
-    names = [*likelihood_metrics(results), *quality_metrics(results)]
+    names = [*likelihood_metrics(results), *_strategy_metrics(results)]
     if pass_curves(results):
         names.append("exact_pass_at_k")
     names += [raw["metric"] for raw in results.get("comparisons", ()) if raw["metric"] == "mode_empty"]

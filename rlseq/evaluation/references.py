@@ -1,0 +1,235 @@
+"""References by teacher forcing: how likely they are, whether strategies can generate them, and a check of generation.
+
+Greedy decoding and teacher forcing compute one thing on two roads. Greedy takes the argmax given its own tokens, and
+as long as those are the reference's, teacher forcing has asked for the same argmax. So greedy follows a reference
+exactly as far as the teacher-forced argmaxes are right, and reproduces it if and only if all of them are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from rlseq.decoding import Sample, Strategy
+from rlseq.errors import ConsistencyError
+from rlseq.likelihood import TeacherForced, teacher_force
+from rlseq.types import Prompt, Rollout
+
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+# The metrics of completions that only rows with references have.
+OF_ANSWERS = ("exact_match", "length_ratio", "p_reference", "unreachable", "unreachable_references")
+NGRAM = 4  # tokens of the n-grams whose repetition is counted
+# A margin (logits) below which rounding may choose another argmax: the sampler's cached steps and one packed pass add
+# up in other orders. In float32 that moves logits by some 1e-5; wrong positions or masks move them by tenths and more.
+NEAR_TIE = 1e-3
+# What may disagree beyond near ties, the larger of the two: matrix products in TF32, say, round more coarsely than
+# NEAR_TIE allows for. A fault of padding, positions or cache reaches many rows.
+TOLERATED_ROWS, TOLERATED_SHARE = 1, 0.001
+LONG_REFERENCE = 64  # mean tokens a reference from which it is a text rather than an answer
+_ANSWER_MARKS = ("####", "\\boxed")
+_AGREEMENT = "agreement:"  # prefix of the statistics of a row under greedy decoding
+RowStatistics = dict[str, float]  # name of a statistic -> its sum over the row's references or samples
+
+
+def force_references(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    references: Sequence[Sequence[tuple[int, ...]]],
+    strategies: Iterable[Strategy],
+) -> list[list[TeacherForced]]:
+    """Teacher-force every reference of N rows, once.
+
+    Args:
+        references: by row the distinct references as token ids, stop included.
+        strategies: those of the evaluation; `warped_by` says which of them get log-probs of their own.
+
+    Returns:
+        For each row what was found of its references, in their order.
+    """
+    pairs = [(row, ids) for row, found in enumerate(references) for ids in found]
+    prompt_ids, ids = [prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs]
+    forced: list[list[TeacherForced]] = [[] for _ in prompts]
+    for (row, _), found in zip(
+        pairs, teacher_force(model, prompt_ids, ids, strategies=warped_by(strategies)), strict=True
+    ):
+        forced[row].append(found)
+    return forced
+
+
+def warped_by(strategies: Iterable[Strategy]) -> list[Sample]:
+    """The sampling strategies whose distribution is not the model's own."""
+    return [strategy for strategy in strategies if isinstance(strategy, Sample) and strategy != Sample()]
+
+
+def likelihood_rows(prompts: Sequence[Prompt], forced: Sequence[Sequence[TeacherForced]]) -> list[RowStatistics]:
+    """Statistics of how likely each row's references are; empty where it has none."""
+    statistics: list[RowStatistics] = [{} for _ in prompts]
+    for prompt, found, mine in zip(prompts, forced, statistics, strict=True):
+        if not found:
+            continue
+        logprobs = [reference.logprobs.double().sum().item() for reference in found]
+        right = [int(reference.right.sum()) for reference in found]
+        lengths = [len(reference.logprobs) for reference in found]
+        p = sum(math.exp(logprob) for logprob in logprobs)
+        mine |= {
+            "nll": -sum(logprobs),
+            "tokens": float(sum(lengths)),
+            "sequence_logprob": sum(logprobs),
+            "references": float(len(found)),
+            "p_correct": p,
+            "argmax_tokens": float(sum(right)),
+            "argmax_rows": float(any(n == length for n, length in zip(right, lengths, strict=True))),
+            "bytes": float(sum(len(text.encode()) for text in set(prompt.columns["references"]))),
+            "rows": 1.0,
+        }
+        for k in PASS_AT:
+            mine[f"pass_at_{k}"] = float(-np.expm1(k * np.log1p(-p))) if p < 1 else 1.0
+    return statistics
+
+
+def generation_rows(
+    strategy: Sample, forced: Sequence[Sequence[TeacherForced]], strategies: Iterable[Strategy], max_new_tokens: int
+) -> list[RowStatistics]:
+    """Statistics of each row's exact chance that a strategy generates one of its references.
+
+        p_i = Σ_r q(r | x_i)   over the distinct references r
+
+    q is the distribution that the strategy samples from: temperature and truncation, each renormalised, along r. A
+    reference that q gives no mass, or that is longer than `max_new_tokens`, is never generated and adds 0.
+
+    Args:
+        strategy: one of `strategies`, those that `force_references` was given.
+    """
+    warped = warped_by(strategies)
+    place = warped.index(strategy) if strategy in warped else None
+    statistics: list[RowStatistics] = [{} for _ in forced]
+    for found, mine in zip(forced, statistics, strict=True):
+        if not found:
+            continue
+        tokens = [reference.logprobs if place is None else reference.warped[place] for reference in found]
+        logprobs = [t.double().sum().item() if len(t) <= max_new_tokens else -math.inf for t in tokens]
+        never = sum(logprob == -math.inf for logprob in logprobs)
+        mine |= {
+            "p_reference": sum(math.exp(logprob) for logprob in logprobs),
+            "unreachable": float(never == len(found)),
+            "unreachable_references": float(never),
+            "reference_rows": 1.0,
+            "references": float(len(found)),
+        }
+    return statistics
+
+
+def completion_statistics(ids: Sequence[int], references: Sequence[Sequence[int]]) -> RowStatistics:
+    """Statistics of one completion's tokens, stop included: repeated n-grams, and its length beside a reference's.
+
+    Of references the closest in length counts, of two equally close ones the shorter (BLEU, Papineni et al. 2002).
+    """
+    ngrams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
+    found = {"ngrams": float(len(ngrams)), "repeated_ngrams": float(len(ngrams) - len(set(ngrams)))}
+    if references:
+        closest = min((len(reference) for reference in references), key=lambda n: (abs(n - len(ids)), n))
+        found |= {"compared_length": float(len(ids)), "closest_length": float(closest)}
+    return found
+
+
+def agreement_rows(
+    groups: Sequence[Sequence[Rollout]],
+    references: Sequence[Sequence[tuple[int, ...]]],
+    forced: Sequence[Sequence[TeacherForced]],
+) -> list[RowStatistics]:
+    """Whether each row's greedy completion follows its references exactly as far as teacher-forced argmaxes are right.
+
+    Where they part over a margin of at most `NEAR_TIE`, rounding may be the reason, and the row is counted apart. A
+    completion that was cut has followed a reference as far as it goes.
+    """
+    statistics: list[RowStatistics] = [{} for _ in groups]
+    for (greedy,), ids, found, mine in zip(groups, references, forced, statistics, strict=True):
+        if not ids:
+            continue
+        cut = len(greedy.completion_ids) if greedy.finish_reason == "length" else None
+        margins = [
+            _parting_margin(_common(greedy.completion_ids, reference), one, cut)
+            for reference, one in zip(ids, found, strict=True)
+        ]
+        worst = max(margins)
+        mine |= {
+            f"{_AGREEMENT}rows": 1.0,
+            f"{_AGREEMENT}agree": float(worst < 0),
+            f"{_AGREEMENT}near_ties": float(0 <= worst <= NEAR_TIE),
+            f"{_AGREEMENT}disagree": float(worst > NEAR_TIE),
+            f"{_AGREEMENT}reproduced": float(greedy.completion_ids in ids),
+        }
+    return statistics
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens that two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _parting_margin(followed: int, reference: TeacherForced, cut: int | None) -> float:
+    """|Margin| of the token where generation and teacher forcing part; −1 if they do not."""
+    wrong = (~reference.right).nonzero()
+    right = int(wrong[0]) if len(wrong) else len(reference.right)
+    if cut is not None:
+        right = min(right, cut)
+    return -1.0 if followed == right else abs(reference.margins[min(followed, right)].item())
+
+
+def agreement(rows: Sequence[Mapping[str, float]]) -> dict[str, int] | None:
+    """Counts of rows: checked, where greedy and teacher forcing agree, part at a near tie, or disagree; None if none.
+
+    `reproduced` are those of them whose greedy completion is one of the references.
+    """
+    names = ("rows", "agree", "near_ties", "disagree", "reproduced")
+    counts = {name: int(sum(row.get(_AGREEMENT + name, 0.0) for row in rows)) for name in names}
+    return counts if counts["rows"] else None
+
+
+def check_agreement(name: str, rows: Sequence[Mapping[str, float]], keys: Sequence[str]) -> None:
+    """Raise ConsistencyError if greedy decoding and teacher forcing disagree on more rows than rounding explains.
+
+    Args:
+        name: of the model.
+        rows: the statistics of *all* rows under greedy decoding, so that every process comes to the same end.
+        keys: of the rows.
+    """
+    counts = agreement(rows)
+    if counts is None or counts["disagree"] <= max(TOLERATED_ROWS, TOLERATED_SHARE * counts["rows"]):
+        return
+    parted = [key for key, row in zip(keys, rows, strict=True) if row.get(f"{_AGREEMENT}disagree")]
+    raise ConsistencyError(
+        f"model {name!r}: greedy decoding and teacher forcing disagree on {counts['disagree']:,} of "
+        f"{counts['rows']:,} rows (for example {', '.join(parted[:3])}). Greedy decoding must follow a reference "
+        f"exactly as far as the teacher-forced argmaxes are right; near ties (margins within {NEAR_TIE:g}) aside, "
+        f"at most {TOLERATED_ROWS} row or {TOLERATED_SHARE:.1%} of the rows may differ. The model gives other logits "
+        "when it generates than when it is scored, so that no number of this evaluation can be trusted: look for a "
+        "fault in how it takes padding, position ids or its KV cache."
+    )
+
+
+def solution_note(texts: Iterable[str], mean_tokens: float, rewards: Collection[str]) -> str | None:
+    """A warning where references are solutions or long texts and the rewards judge something else than equality.
+
+    That is the case where they have more than `LONG_REFERENCE` tokens in the mean, or most have several lines or mark
+    an answer at their end (`####`, `\\boxed`).
+
+    Args:
+        texts: all references.
+        mean_tokens: their mean length in tokens.
+        rewards: names of the rewards.
+    """
+    shapes = [("\n" in text.strip()) or any(mark in text for mark in _ANSWER_MARKS) for text in texts]
+    if not set(rewards) - {"exact_match"} or not shapes:
+        return None
+    if mean_tokens <= LONG_REFERENCE and sum(shapes) <= len(shapes) / 2:
+        return None
+    return (
+        f"The references are long or worked solutions ({mean_tokens:,.0f} tokens in the mean), and rewards judge what "
+        "is generated by more than equality with them. Their NLL then says how likely the wording of these solutions "
+        "is (style), not how probable a right answer is: a right answer in other words is in none of the likelihoods, "
+        "and exact accuracy and pass@k count the references' own words alone."
+    )
