@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlseq.errors import ConfigError, did_you_mean
+from rlseq.evaluation.distance import Distance
 from rlseq.evaluation.lookahead import Lookahead
 from rlseq.evaluation.prefixes import Prefixes
 from rlseq.evaluation.ranking import Ranking
+from rlseq.evaluation.sharpening import Sharpening
 from rlseq.evaluation.study import Context, RowStatistics, Section, Study
 from rlseq.packing import evaluating
 from rlseq.scoring import RewardSuite
 
-STUDIES: dict[str, Study] = {study.name: study for study in (Ranking(), Prefixes(), Lookahead())}
+STUDIES: dict[str, Study] = {
+    study.name: study for study in (Ranking(), Prefixes(), Lookahead(), Sharpening(), Distance())
+}
 
 
 def check_studies(settings: Any, suite: RewardSuite) -> None:

@@ -1,0 +1,233 @@
+"""How much of a gain is sharpening: quality over sequence entropy as the temperature varies (Caccia et al. 2020)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlseq.decoding import Sample
+from rlseq.errors import ConfigError
+from rlseq.evaluation.decode import columns_of
+from rlseq.evaluation.equal_entropy import Curve, mean_gap
+from rlseq.evaluation.sharpening_report import section_of
+from rlseq.evaluation.stats import RatioOfSums, percentiles, resampled_counts
+from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, rows_matrix, summarise
+from rlseq.sampler import sample
+from rlseq.scoring import RewardSuite
+from rlseq.types import Rollout
+
+DRAW = 1100  # with a temperature's place added, names its noise
+EXACT = "exact_match"
+ONE = "1.0"  # how results call the temperature at which gains are stated
+SHAPE = ("entropy", "unique", "top", "truncated")  # beside qualities, per sample
+
+
+class Sharpening:
+    """The quality of samples over their entropy, by temperature, and gaps between models at equal entropy.
+
+    At temperature T a model samples q_T(y | x) = Π_t softmax(logits_t / T), each token renormalised:
+
+        H(T) = −E_{y ~ q_T} log q_T(y | x)        Q(T) = E_{y ~ q_T} reward(y)
+
+    both estimated on the same samples. H is in nats a completion, and of what is drawn: completions cut at the length
+    limit count with the log-prob of the prefix.
+
+    The first model's points (H, Q), joined by lines, are what its temperature alone can reach. The gap of another model
+    is its Q less the first model's at the same H; outside the first model's entropies there is none.
+    """
+
+    name = "sharpening"
+    costly = True
+
+    def check(self, settings: Any, suite: RewardSuite) -> None:
+        """Raise ConfigError unless there are two temperatures or more, positive, distinct and 1 among them."""
+        given = " ".join(f"{t:g}" for t in settings.temperatures)
+        bad = [t for t in settings.temperatures if not (math.isfinite(t) and t > 0)]
+        if bad:
+            raise ConfigError(f"--temperatures holds {bad[0]:g}; expected numbers above 0 (for the limit 0 use greedy)")
+        if len(set(settings.temperatures)) < len(settings.temperatures):
+            raise ConfigError(f"--temperatures names one twice: {given}")
+        if len(settings.temperatures) < 2 or 1 not in settings.temperatures:
+            raise ConfigError(
+                f"--temperatures is {given or 'empty'}; expected two or more with 1 among them: a curve needs two "
+                "points, and gains are stated at temperature 1"
+            )
+
+    def measure(self, context: Context) -> list[RowStatistics]:
+        """Per temperature T, sums over the row's samples: `T|samples`, `T|entropy`, ..., `T|Q:sum`, `T|Q:count`."""
+        settings, rows = context.settings, len(context.prompts)
+        statistics: list[RowStatistics] = [{} for _ in context.prompts]
+        for place, temperature in enumerate(settings.temperatures):
+            groups = sample(
+                context.model,
+                context.prompts,
+                num_samples=settings.samples_per_row,
+                max_new_tokens=settings.max_new_tokens,
+                strategy=Sample(temperature=temperature),
+                seed=settings.seed,
+                draw=DRAW + place,
+                stop_ids=context.stop_ids,
+                tokenizer=context.tokenizer,
+                batch_rows=settings.batch_rows * settings.samples_per_row,
+            )
+            _add(statistics, key_of(temperature), groups, context)
+            done = [rows * n // len(settings.temperatures) for n in (place, place + 1)]
+            context.progress(done[1] - done[0])
+        return statistics
+
+    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+        """Values by model and temperature, differences at temperature 1, and gaps at equal entropy.
+
+        {"rows", "samples_per_row", "temperatures", "rising": whether the first model's entropy rises with temperature,
+        "models": {model: {T: {"entropy", "unique", "top", "truncated": cell, "quality": {Q: cell}}}},
+        "comparisons": as `summarise` gives, of entropy and diversity at temperature 1,
+        "gaps": [{"a", "b", "metric", "by_temperature": {T: cell}, "mean": cell, "range": [low, high], "total": cell,
+        "sharpening": cell, "rest": cell}]}
+
+        A cell of `gaps` also has `defined`, the share of resamples with a gap. The last two are there where b has the
+        lower entropy at temperature 1: of the total gain there, the first model cooled to b's entropy gains
+        `sharpening`.
+        """
+        studied = [i for i, rows in enumerate(zip(*found.values(), strict=True)) if all(rows)]
+        if not studied:
+            return None
+        found = {model: [rows[i] for i in studied] for model, rows in found.items()}
+        temperatures = [key_of(t) for t in sorted(settings.temperatures)]
+        keys = dict.fromkeys(key for rows in found.values() for row in rows for key in row)
+        names = dict.fromkeys(key.partition("|")[2] for key in keys)
+        qualities = [name.removesuffix(":sum") for name in names if name.endswith(":sum")]
+        shape = [name for name in SHAPE if name in names]
+        metrics = {(t, name): _metric(t, name) for t in temperatures for name in (*shape, *qualities)}
+        at_one = {name: _metric(ONE, name) for name in shape}
+        models: dict[str, Any] = {}
+        for model, cells in summarise(found, metrics, settings, compare=False)["models"].items():
+            models[model] = {
+                t: {
+                    **{name: cells[t, name] for name in shape},
+                    "quality": {name: cells[t, name] for name in qualities},
+                }
+                for t in temperatures
+            }
+        first, *others = found
+        entropies = [models[first][t]["entropy"]["value"] for t in temperatures]
+        return {
+            "rows": len(studied),
+            "samples_per_row": settings.samples_per_row,
+            "temperatures": temperatures,
+            "rising": bool(np.all(np.diff(entropies) > 0)),
+            "models": models,
+            "comparisons": summarise(found, at_one, settings)["comparisons"],
+            "gaps": _gaps(found, qualities, temperatures, settings) if others else [],
+        }
+
+    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+        """A figure a quality, tables of gaps and of diversity, and one by temperature."""
+        return section_of(block, results)
+
+
+def key_of(temperature: float) -> str:
+    """A temperature as results.json calls it: 0.3, 1.0."""
+    return str(float(temperature))
+
+
+def _add(statistics: Sequence[RowStatistics], key: str, groups: Sequence[Sequence[Rollout]], context: Context) -> None:
+    from rlseq.evaluation.aggregate import reward_metrics  # here: it imports `measure`, which runs studies
+
+    flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
+    columns = columns_of(context.prompts, [row for row, _ in flat])
+    values = context.suite.score([rollout for _, rollout in flat], columns).values
+    names = reward_metrics(context.suite)
+    for row, group in enumerate(groups):
+        counts = Counter(rollout.completion_ids for rollout in group)
+        mine = {
+            "samples": len(group),
+            "entropy": -sum(rollout.logprob for rollout in group),
+            "truncated": sum(rollout.finish_reason == "length" for rollout in group),
+        }
+        if len(group) > 1:  # of one sample both are 1, whatever the model
+            mine |= {"unique": len(counts), "top": max(counts.values())}
+        if context.references[row]:
+            right = sum(rollout.completion_ids in context.references[row] for rollout in group)
+            mine |= {f"{EXACT}:sum": right, f"{EXACT}:count": len(group)}
+        start = row * context.settings.samples_per_row
+        for reward, found in values.items():
+            present = [v for v in found[start : start + len(group)] if v is not None]
+            mine |= {f"{names[reward]}:sum": sum(present), f"{names[reward]}:count": len(present)}
+        statistics[row].update({f"{key}|{name}": float(value) for name, value in mine.items()})
+
+
+def _metric(temperature: str, name: str) -> StudyMetric:
+    parts = (name, "samples") if name in SHAPE else (f"{name}:sum", f"{name}:count")
+    return StudyMetric(tuple(f"{temperature}|{part}" for part in parts), RatioOfSums())
+
+
+def _gaps(
+    found: Mapping[str, Sequence[RowStatistics]], qualities: Sequence[str], temperatures: Sequence[str], settings: Any
+) -> list[dict[str, Any]]:
+    """Every model against the first: both curves are drawn anew of each resample's rows, the same for both."""
+    first, *others = found
+    rows = len(found[first])
+    values = {model: _values(found[model], np.ones((1, rows)), qualities, temperatures) for model in found}
+    parts = [
+        {model: _values(found[model], counts, qualities, temperatures) for model in found}
+        for counts in resampled_counts(rows, seed=settings.seed, resamples=settings.resamples)
+    ]
+    draws = {m: {name: np.concatenate([part[m][name] for part in parts]) for name in values[m]} for m in found}
+    gaps = []
+    for other in others:
+        for quality in qualities:
+            point, drawn = (_compare(v[first], v[other], quality, temperatures) for v in (values, draws))
+            cells = {name: _cell(point[name][0], drawn[name]) for name in point}
+            gap = {
+                "a": first,
+                "b": other,
+                "metric": quality,
+                "by_temperature": {t: cells[t] for t in temperatures},
+                "mean": cells["mean"],
+                "range": [float(point["low"][0]), float(point["high"][0])],
+                "total": cells["total"],
+            }
+            one = temperatures.index(ONE)
+            if values[other]["entropy"][0, one] < values[first]["entropy"][0, one]:
+                gap |= {"sharpening": cells["sharpening"], "rest": cells[ONE]}
+            gaps.append(gap)
+    return gaps
+
+
+def _values(
+    rows: Sequence[RowStatistics], counts: np.ndarray, qualities: Iterable[str], temperatures: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Entropy and each quality at each temperature, (n, K), of n resamples given as counts (n, R)."""
+    found = {}
+    for name in ("entropy", *qualities):
+        metrics = [_metric(t, name) for t in temperatures]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found[name] = np.stack(
+                [m.aggregate.from_sums(counts @ rows_matrix(rows, m.statistics)) for m in metrics], 1
+            )
+    return found
+
+
+def _compare(
+    base: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], quality: str, temperatures: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """By name, (n,) numbers that say how far `other` is above the base: see `Sharpening.results`."""
+    below = Curve.through(base["entropy"], base[quality])
+    reached = {t: below.at(other["entropy"][:, i]) for i, t in enumerate(temperatures)}
+    found = {t: other[quality][:, i] - reached[t] for i, t in enumerate(temperatures)}
+    one = temperatures.index(ONE)
+    found["total"] = other[quality][:, one] - base[quality][:, one]
+    found["sharpening"] = reached[ONE] - base[quality][:, one]
+    found["mean"], found["low"], found["high"] = mean_gap(below, Curve.through(other["entropy"], other[quality]))
+    return found
+
+
+def _cell(value: float, draws: np.ndarray) -> dict[str, Any]:
+    """A value and its interval over the resamples where it is defined, whose share is given."""
+    defined = float(np.isfinite(draws).mean())
+    ci95 = percentiles(draws) if np.isfinite(value) else (math.nan, math.nan)
+    return {"value": float(value), "ci95": list(ci95), "defined": defined}
