@@ -50,7 +50,7 @@ def settings(**changes):
 
 
 def ids_of(text):
-    return byte_tokenizer()(text)["input_ids"]
+    return byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 def given(sequence, place, coding):

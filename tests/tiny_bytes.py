@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from tiny import tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -14,11 +14,12 @@ CONTEXT = 16
 
 
 def byte_tokenizer(**special) -> PreTrainedTokenizerFast:
-    """A token a byte; which of BOS and EOS the tokenizer knows is told."""
+    """A token a byte; which of BOS and EOS the tokenizer knows is told. Unless told not to, it ends a text in <eos>."""
     vocabulary = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, **{c: FIRST + i for i, c in enumerate(BYTES)}}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left", **special)
 
 
