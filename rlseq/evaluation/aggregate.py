@@ -13,6 +13,7 @@ from rlseq.decoding import Greedy, parse_strategy
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics
 from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
 from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement
+from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
 from rlseq.scoring import RewardSuite
 
@@ -302,6 +303,7 @@ def comparisons(
             "ci95": list(result.ci95),
             "p_value": math.nan if math.isnan(result.difference) else result.p_value,
             **on_proven.get((a, b, strategy_a, strategy_b, name), {}),
+            **claim_of(1, 1),
         }
         for (a, b, strategy_a, strategy_b, name), result in found_pairs.items()
     ]

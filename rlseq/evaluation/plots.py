@@ -17,6 +17,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from rlseq.evaluation.seeds import methods
+
 INK, MUTED, GRID, PAPER = "#1c1d21", "#6b6e76", "#dedfe3", "#fefefe"
 SERIES = ("#7d828c", "#1f5fbf", "#b8561a", "#27805c", "#8a4a9e", "#a3862b")  # the base is grey on purpose
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -88,8 +90,11 @@ def inline_svg(svg: str, name: str, label: str) -> str:
 
 
 def color_of(models: Sequence[str], model: str) -> str:
-    """The series colour of a model: its place in the list, so that every figure and table agrees."""
-    return SERIES[list(models).index(model) % len(SERIES)]
+    """The series colour of a model: its method's place in the list, so that every figure and table agrees."""
+    for i, (method, checkpoints) in enumerate(methods(models).items()):
+        if model in (method, *checkpoints):
+            return SERIES[i % len(SERIES)]
+    raise ValueError(f"{model!r} is none of {', '.join(models)}")
 
 
 def plane(
@@ -141,7 +146,7 @@ def plane(
         handles = [
             axes.plot([], [], MARKERS[i % len(MARKERS)], color=MUTED, ms=6, label=strategy)[0]
             for i, strategy in enumerate(strategies)
-        ] + [axes.plot([], [], "-", color=color_of(models, m), lw=3, label=m)[0] for m in models]
+        ] + [axes.plot([], [], "-", color=color_of(models, m), lw=3, label=m)[0] for m in methods(models)]
         axes.margins(0.12)
         axes.invert_xaxis()
         if not y_higher_is_better:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlseq.errors import DataError
 from rlseq.evaluation.compression import write_documents
+from rlseq.evaluation.documents import Coding, DocumentStatistics
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.types import Prompt
+
+SCHEMA = 1  # of results.json
 
 
 def finite_or_null(value: Any) -> Any:
@@ -27,6 +33,16 @@ def finite_or_null(value: Any) -> Any:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation as its files have it."""
+
+    path: Path  # of results.json
+    results: Mapping[str, Any]
+    prompts: Sequence[Prompt]  # keys, prompts and references of the R rows
+    found: Mapping[str, ModelStatistics]
 
 
 def spec_on_file(spec: Any) -> Any:
@@ -82,6 +98,102 @@ def write_results(
     if coded:
         write_documents(coded, output_dir / "documents.jsonl")
     (output_dir / "results.json").write_text(_json(results, indent=1), encoding="utf-8")
+
+
+def read_evaluation(path: str | Path) -> Evaluation:
+    """Read a finished evaluation from its results.json, or the folder of that, and the files beside it.
+
+    Raises:
+        DataError: a file is missing, torn or of another evaluation or version.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    if not path.is_file():
+        raise DataError(
+            f"there is no evaluation at {str(path)!r}. Expected the results.json of a finished one, or its folder; one "
+            "that was cut short has none."
+        )
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} is no JSON ({error}); evaluate again") from error
+    missing = [key for key in ("signature", "models", "reward_funcs", "oracles", "data_name") if key not in results]
+    if results.get("schema") != SCHEMA or missing:
+        raise DataError(
+            f"{str(path)!r} is of another version: schema {results.get('schema')!r}, expected {SCHEMA}"
+            + (f"; without {', '.join(missing)}" if missing else "")
+            + ". Evaluate again."
+        )
+    rows = results["rows"]
+    found = {
+        name: ModelStatistics(entry["path"], [{}] * rows, {strategy: [{}] * rows for strategy in entry["strategies"]})
+        for name, entry in results["models"].items()
+    }
+    prompts: list[Prompt] = []
+    for (name, row), record in _each_row(path.parent / "per_example.jsonl", found, rows):
+        if len(prompts) == row:
+            prompts.append(Prompt(record["key"], record["prompt"], (), {"references": tuple(record["references"])}))
+        elif prompts[row].key != record["key"]:
+            raise DataError(f"{path.parent / 'per_example.jsonl'}: row {row} of {name} is not that of the first model")
+        found[name].likelihood[row] = record["likelihood"]
+        for strategy, statistics in found[name].strategies.items():
+            statistics[row] = record["strategies"][strategy]
+    studies = results["signature"]["settings"]["studies"]
+    for statistics in found.values():
+        statistics.studies = {study: [{}] * rows for study in studies}
+    if studies:
+        for (name, row), record in _each_row(path.parent / "studies.jsonl", found, rows):
+            for study, statistics in found[name].studies.items():
+                statistics[row] = record["studies"][study]
+    for record in _read_lines(path.parent / "samples.jsonl"):
+        found[record["model"]].samples.append(record)
+    _check_samples(path.parent / "samples.jsonl", found)
+    for name, entry in results.get("documents", {}).get("models", {}).items():
+        coding = Coding(entry["context"], entry["stride"], None, entry["vocabulary"])
+        found[name].documents = DocumentStatistics(coding, entry["start"], [])
+    if "documents" in results:
+        file = path.parent / "documents.jsonl"
+        coded = {name: found[name] for name in results["documents"]["models"]}
+        for (name, _), record in _each_row(file, coded, results["documents"]["documents"]):
+            found[name].documents.rows.append({k: v for k, v in record.items() if k not in ("model", "document")})
+    return Evaluation(path, results, prompts, found)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"there is no {str(path)!r}, which belongs to the results.json beside it; evaluate again")
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line:
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}, line {number} is torn: {error}. Evaluate again.") from error
+
+
+def _each_row(
+    path: Path, found: Mapping[str, ModelStatistics], rows: int
+) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    """(model, row) and the record of each, which stand in that order."""
+    expected = [(name, row) for name in found for row in range(rows)]
+    records = list(_read_lines(path))
+    if [record.get("model") for record in records] != [name for name, _ in expected]:
+        raise DataError(
+            f"{path} has {len(records)} lines of {', '.join(dict.fromkeys(str(r.get('model')) for r in records))}; "
+            f"expected {rows} of each of {', '.join(found)}, as the results.json beside it says. Evaluate again."
+        )
+    return zip(expected, records, strict=True)
+
+
+def _check_samples(path: Path, found: Mapping[str, ModelStatistics]) -> None:
+    for name, statistics in found.items():
+        on_file = Counter(record["strategy"] for record in statistics.samples)
+        for strategy, rows in statistics.strategies.items():
+            counted = int(sum(row.get("samples", 0) for row in rows))
+            if on_file[strategy] != counted:
+                raise DataError(
+                    f"{path} has {on_file[strategy]} completions of {name} under {strategy}; expected {counted}. It is "
+                    "torn, or of another evaluation: evaluate again."
+                )
 
 
 def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -1,0 +1,102 @@
+"""Methods in results.json: values and comparisons of methods that several training seeds stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, Metric, matrix, measured_places, metrics_under
+from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, RowStatistics
+from rlseq.evaluation.modes import proven_rows
+from rlseq.evaluation.seeds import claim_of, crossed_bootstrap_many, difference, methods
+
+
+def method_results(
+    found: Mapping[str, ModelStatistics], metrics: Mapping[str, Metric], settings: ContrastSettings
+) -> dict[str, Any]:
+    """The block `methods` of results.json: of each method with several seeds what `models` has of a checkpoint.
+
+    A cell is {"value", "ci95", "per_seed"}: the mean over seeds, its interval over seeds and rows, and every seed, in
+    the order of `checkpoints`. Modes are told of checkpoints alone.
+    """
+    tables: dict[tuple[str, str | None, str], tuple[str, list[np.ndarray], Any]] = {}
+    repeated = {method: names for method, names in methods(found).items() if len(names) > 1}
+    for method, names in repeated.items():
+        seeds = [found[name] for name in names]
+        if any(any(s.likelihood) for s in seeds):
+            for name, metric in LIKELIHOOD_METRICS.items():
+                tables[method, None, name] = (method, [matrix(s.likelihood, metric) for s in seeds], metric.aggregate)
+        for strategy in seeds[0].strategies:
+            for name, metric in metrics_under(metrics, strategy).items():
+                rows = [matrix(s.strategies[strategy], metric) for s in seeds]
+                tables[method, strategy, name] = (method, rows, metric.aggregate)
+    draws = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
+    results: dict[str, Any] = {
+        method: {"checkpoints": names, "seeds": len(names), "likelihood": {}, "strategies": {}}
+        for method, names in repeated.items()
+    }
+    for (method, strategy, name), drawn in draws.items():
+        place = results[method]["likelihood"]
+        if strategy is not None:
+            place = results[method]["strategies"].setdefault(strategy, {})
+        elif "." in name:
+            outer, _, name = name.partition(".")
+            place = place.setdefault(outer, {})
+        place[name] = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
+    return results
+
+
+def method_comparisons(
+    found: Mapping[str, ModelStatistics], metrics: Mapping[str, Metric], settings: ContrastSettings
+) -> list[dict[str, Any]]:
+    """Every method against the first, b − a of every metric, where either has several seeds.
+
+    Of an exact search on the rows that every seed of both proved.
+    """
+    (a, seeds_a), *others = methods(found).items()
+    tables: dict[tuple[Any, ...], tuple[str, list[np.ndarray], Any]] = {}
+    about: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for b, seeds_b in others:
+        if len(seeds_a) == len(seeds_b) == 1:
+            continue
+        for strategy_a, strategy_b, name, metric in measured_places(found[seeds_a[0]], metrics, settings):
+            place = (b, strategy_a, strategy_b, name)
+            sides = {
+                side: [_rows(found[checkpoint], strategy) for checkpoint in checkpoints]
+                for side, checkpoints, strategy in (("a", seeds_a, strategy_a), ("b", seeds_b, strategy_b))
+            }
+            proofs = [proof for rows in (*sides["a"], *sides["b"]) if (proof := proven_rows(rows)) is not None]
+            known = np.prod(proofs, axis=0) if proofs else np.ones(len(sides["a"][0]))  # (R,)
+            for side, method in (("a", a), ("b", b)):
+                seeds = [matrix(rows, metric) * known[:, None] for rows in sides[side]]
+                tables[*place, side] = (method, seeds, metric.aggregate)
+            about[place] = claim_of(len(seeds_a), len(seeds_b)) | ({"rows": int(known.sum())} if proofs else {})
+    draws = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
+    compared = []
+    for place, said in about.items():
+        b, strategy_a, strategy_b, name = place
+        side_a, side_b = draws[*place, "a"], draws[*place, "b"]
+        result = difference(side_a, side_b)
+        compared.append(
+            {
+                "a": a,
+                "b": b,
+                "strategy": strategy_b,
+                **({"strategy_a": strategy_a} if strategy_a != strategy_b else {}),
+                "metric": name,
+                "difference": result.difference,
+                "ci95": list(result.ci95),
+                "p_value": math.nan if math.isnan(result.difference) else result.p_value,
+                "value_a": side_a.value,
+                "value_b": side_b.value,
+                **said,
+            }
+        )
+    return compared
+
+
+def _rows(statistics: ModelStatistics, strategy: str | None) -> Sequence[RowStatistics]:
+    return statistics.likelihood if strategy is None else statistics.strategies[strategy]
