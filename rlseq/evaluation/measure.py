@@ -6,8 +6,11 @@ rows of statistics gathered here.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from rlseq.data import build_prompts, reference_ids
 from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy, parse_strategy
 from rlseq.errors import ConfigError, ModelError, RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
-from rlseq.evaluation.documents import DocumentStatistics, measure_documents
+from rlseq.evaluation.documents import Coding, DocumentStatistics, measure_documents
 from rlseq.evaluation.modes import add_mode_statistics
 from rlseq.evaluation.references import (
     OF_ANSWERS,
@@ -34,6 +37,8 @@ from rlseq.evaluation.references import (
 )
 from rlseq.evaluation.studies import run_studies, studied_rows
 from rlseq.evaluation.study import Context
+from rlseq.evaluation.unfinished import DOCUMENTS, LIKELIHOOD, Parts, parts_of, rollouts_as_json, rollouts_from_json
+from rlseq.likelihood import TeacherForced
 from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
@@ -50,6 +55,7 @@ class ContrastSettings:
         seed: of the sampling and of the bootstrap.
         resamples: bootstrap resamples, and sign flips of the permutation test.
         batch_rows: rows decoded together; changes memory and time only.
+        max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
         exact_map_rows: exact search runs on the first so many rows; None: on all.
@@ -70,6 +76,7 @@ class ContrastSettings:
     seed: int = 0
     resamples: int = 10_000
     batch_rows: int = 256
+    max_kv_gb: float | None = None
     primary: str | None = None
     primary_against: str | None = None
     exact_map_rows: int | None = None
@@ -89,6 +96,11 @@ class ContrastSettings:
     def parsed(self) -> list[Strategy]:
         """The strategies as objects."""
         return [parse_strategy(text) for text in self.strategies]
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide numbers, by name, in JSON's types: those of memory and time alone are left out."""
+        shown = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {name: value for name, value in shown.items() if name not in ("batch_rows", "max_kv_gb")}
 
 
 @dataclass
@@ -123,12 +135,14 @@ def measure_checkpoint(
     quiet: bool = False,
     baseline: str | None = None,
     documents: Sequence[str] = (),
+    output_dir: Path | None = None,
 ) -> tuple[ModelStatistics, list[Prompt]]:
     """Load a checkpoint and its tokenizer in float32 and `measure` it, with a progress bar unless `quiet`.
 
     Args:
         baseline: path of the model that studies compare with; None: this one.
         documents: text without prompts.
+        output_dir: where the parts that are finished are kept, and taken up again (rlseq.evaluation.unfinished).
 
     Returns:
         The statistics and the rows as prompts, on every process.
@@ -150,6 +164,10 @@ def measure_checkpoint(
     def first() -> torch.nn.Module:
         return model if baseline in (None, path) else load_checkpoint("the first model", baseline)
 
+    parts = Parts()
+    if output_dir is not None:
+        checkpoints = [path, baseline or path]
+        parts = parts_of(name, checkpoints, prompts, documents, suite, settings, output_dir, quiet=quiet)
     studied = sum(studied_rows(name, _mine(prompts), settings) for name in settings.studies)
     with tqdm(
         total=len(_mine(prompts)) * (len(settings.strategies) + 1) + studied,
@@ -158,12 +176,17 @@ def measure_checkpoint(
         disable=quiet or not state.is_main_process,
         leave=False,
     ) as bar:
-        statistics = measure(
-            model, prompts, tokenizer, suite, settings, name=name, path=path, progress=bar.update, baseline=first
-        )
+        options = {"name": name, "path": path, "progress": bar.update, "baseline": first, "parts": parts}
+        statistics = measure(model, prompts, tokenizer, suite, settings, **options)
     check_agreement(name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts])
     if documents:
-        statistics.documents = measure_documents(model, tokenizer, documents, settings, name=name, quiet=quiet)
+
+        def coded() -> dict[str, Any]:
+            found = measure_documents(model, tokenizer, documents, settings, name=name, quiet=quiet)
+            return dataclasses.asdict(found)
+
+        found = parts.once(DOCUMENTS, coded)
+        statistics.documents = DocumentStatistics(Coding(**found["coding"]), found["start"], found["rows"])
     return statistics, prompts
 
 
@@ -196,6 +219,7 @@ def measure(
     path: str = "",
     progress: Callable[[int], Any] | None = None,
     baseline: Callable[[], torch.nn.Module] | None = None,
+    parts: Parts | None = None,
 ) -> ModelStatistics:
     """Measure a model on R rows: likelihood of the references, and each strategy's completions under the rewards.
 
@@ -212,6 +236,7 @@ def measure(
         progress: called with the number of rows done: all of this process's once for the likelihood, and once a
             strategy and study.
         baseline: loads the model that studies compare with; None: this one.
+        parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
 
     Raises:
         RlseqError: a reward failed; what one process raises, all raise.
@@ -222,7 +247,9 @@ def measure(
     try:
         exact_rows = sum(i < (settings.exact_map_rows or len(prompts)) for i in mine)
         rows = [prompts[i] for i in mine]
-        found = _measure_rows(model, rows, mine, tokenizer, suite, settings, name, exact_rows, progress, baseline)
+        baseline, progress = baseline or (lambda: model), progress or (lambda rows: None)
+        options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts or Parts()}
+        found = _measure_rows(model, rows, mine, tokenizer, suite, settings, exact_rows=exact_rows, **options)
     except RlseqError as raised:
         error = raised
     gathered = gather_object([(mine, found, error)])
@@ -258,22 +285,22 @@ def _measure_rows(
     tokenizer: Any,
     suite: RewardSuite,
     settings: ContrastSettings,
+    *,
     name: str,
     exact_rows: int,
-    progress: Callable[[int], Any] | None,
-    baseline: Callable[[], torch.nn.Module] | None,
+    progress: Callable[[int], Any],
+    baseline: Callable[[], torch.nn.Module],
+    parts: Parts,
 ) -> _Measured:
     """Measure this process's rows, which have these places in the data, and record every completion."""
     stops = stop_ids_of(model, tokenizer)
     references = [reference_ids(prompt, tokenizer, stops) for prompt in prompts]
-    forced = force_references(model, prompts, references, settings.parsed())
-    measured = _Measured(likelihood_rows(prompts, forced))
-    if progress is not None:
-        progress(len(prompts))
-    completions: dict[str, Sequence[Sequence[Rollout]]] = {}
-    values: dict[str, Mapping[str, Sequence[float | None]]] = {}
-    proofs: dict[str, list[bool]] = {}
-    for index, strategy in enumerate(settings.parsed()):
+
+    @functools.cache  # a part that was found asks for none
+    def forced() -> list[list[TeacherForced]]:
+        return force_references(model, prompts, references, settings.parsed())
+
+    def generated(index: int, strategy: Strategy) -> dict[str, Any]:
         groups, proven = decode(
             model,
             prompts,
@@ -286,24 +313,42 @@ def _measure_rows(
             stop_ids=stops,
             tokenizer=tokenizer,
             batch_rows=settings.batch_rows,
+            max_kv_gb=settings.max_kv_gb,
             exact_rows=exact_rows,
             progress=progress,
         )
-        signature = strategy.signature
-        measured.strategies[signature], records, values[signature] = _quality_rows(
-            name, strategy, prompts, groups, references, suite
-        )
-        measured.samples += records
-        completions[signature] = groups
+        statistics, records, values = _quality_rows(name, strategy, prompts, groups, references, suite)
         more: Sequence[RowStatistics] = []
         if isinstance(strategy, Sample):
-            more = generation_rows(strategy, forced, settings.parsed(), settings.max_new_tokens)
+            more = generation_rows(strategy, forced(), settings.parsed(), settings.max_new_tokens)
         elif isinstance(strategy, Greedy):
-            more = agreement_rows(groups, references, forced)
-        for row, found in enumerate(more):
-            measured.strategies[signature][row] |= found
+            more = agreement_rows(groups, references, forced())
+        for mine, found in zip(statistics, more, strict=False):
+            mine |= found
+        completions = rollouts_as_json(groups)
+        return {
+            "completions": completions,
+            "proven": proven,
+            "statistics": statistics,
+            "records": records,
+            "values": values,
+        }
+
+    measured = _Measured(parts.once(LIKELIHOOD, lambda: likelihood_rows(prompts, forced())))
+    progress(len(prompts))
+    completions: dict[str, Sequence[Sequence[Rollout]]] = {}
+    values: dict[str, Mapping[str, Sequence[float | None]]] = {}
+    proofs: dict[str, list[bool]] = {}
+    for index, strategy in enumerate(settings.parsed()):
+        signature = strategy.signature
+        if signature in parts.found:
+            progress(len(prompts))
+        part = parts.once(signature, functools.partial(generated, index, strategy))
+        completions[signature], values[signature] = rollouts_from_json(part["completions"]), part["values"]
+        measured.strategies[signature] = part["statistics"]
+        measured.samples += part["records"]
         if isinstance(strategy, ExactMAP):
-            proofs[signature] = proven
+            proofs[signature] = part["proven"]
     searches = [strategy.signature for strategy in settings.parsed() if seeks_the_mode(strategy)]
     for signature, proven in proofs.items():
         found = {search: completions[search] for search in searches}
@@ -318,10 +363,10 @@ def _measure_rows(
         values=values,
         settings=settings,
         stop_ids=stops,
-        baseline=baseline or (lambda: model),
-        progress=progress or (lambda rows: None),
+        baseline=baseline,
+        progress=progress,
     )
-    measured.studies = run_studies(context, places)
+    measured.studies = run_studies(context, places, parts)
     return measured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from rlseq.evaluation.prefixes import Prefixes
 from rlseq.evaluation.ranking import Ranking
 from rlseq.evaluation.sharpening import Sharpening
 from rlseq.evaluation.study import Context, RowStatistics, Section, Study
+from rlseq.evaluation.unfinished import STUDY, Parts
 from rlseq.packing import evaluating
 from rlseq.scoring import RewardSuite
 
@@ -49,14 +51,21 @@ def studied_rows(name: str, places: Sequence[int], settings: Any) -> int:
     return sum(place < settings.study_rows for place in places)
 
 
-def run_studies(context: Context, places: Sequence[int]) -> dict[str, list[RowStatistics]]:
-    """Each study's statistics of the rows with these places in the data; of a costly one, of the first ones."""
+def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[str, list[RowStatistics]]:
+    """Each study's statistics of the rows with these places in the data; of a costly one, of the first ones.
+
+    Args:
+        parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
+    """
     found: dict[str, list[RowStatistics]] = {}
     with evaluating(context.model):
         for name in context.settings.studies:
             rows = studied_rows(name, places, context.settings)
             part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
-            found[name] = STUDIES[name].measure(part) if rows else []
+            key = STUDY.format(name)
+            if key in parts.found:
+                context.progress(rows)
+            found[name] = parts.once(key, functools.partial(STUDIES[name].measure, part) if rows else list)
     return found
 
 

@@ -104,6 +104,9 @@ class EvaluationArguments:
     )
     samples_per_row: int = _default(4, "Completions drawn a row under strategies that sample.")
     eval_batch_size: int = _default(256, "Rows decoded together in evaluation (completions do not depend on it).")
+    max_kv_gb: float | None = _default(
+        None, "Budget for the KV cache of its decoding, in gigabytes: fewer rows together; default: none."
+    )
     eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
     resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
     exact_map_rows: int | None = _default(None, "Rows on which exact search runs, the first ones; default: all.")
@@ -143,6 +146,7 @@ class EvaluationArguments:
             "seed": self.eval_seed,
             "resamples": self.resamples,
             "batch_rows": self.eval_batch_size,
+            "max_kv_gb": self.max_kv_gb,
             "primary": self.primary,
             "primary_against": self.primary_against,
             "exact_map_rows": self.exact_map_rows,

@@ -185,7 +185,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def run_recipe(main: Callable[[], int | None]) -> NoReturn:
-    """Run a recipe and exit: with 0 or the code `main` returns, or with 2 and the message of an `RlseqError`.
+    """Run a recipe and exit: with 0 or the code `main` returns, with 2 and the message of an `RlseqError`, or with 130
+    after Ctrl-C.
 
     Any other exception is a bug and keeps its traceback. Under a launcher (which sets RANK) only the first
     process prints the message: settings and data are wrong in all of them alike.
@@ -196,4 +197,6 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
         if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code)

@@ -1,0 +1,214 @@
+"""What an evaluation has finished, kept on disk part by part, so that one that was killed can go on.
+
+A part is the likelihood of the references, one strategy, or one study, of one model and of this process's rows. It is
+kept with a hash of all that decides it, and is taken up only under an equal one; what does not fit or cannot be read
+is measured anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from transformers.utils import cached_file
+
+from rlseq.scoring import RewardSuite
+from rlseq.scoring.cache import key_of
+from rlseq.types import Prompt, Rollout
+
+_HEAD_BYTES = 2**20  # of a file that are hashed: all of a configuration, the tensors' names and places of the weights
+_FOLDER = ".unfinished"
+# Names of parts; a strategy's is its signature.
+LIKELIHOOD, DOCUMENTS, STUDY = "likelihood", "documents", "study {}"
+
+
+class Parts:
+    """The parts of one model's evaluation: those found on disk, and a place for those to come.
+
+    Under several processes a part counts as found only where every one of them has it, so that all do the same.
+
+    Args:
+        output_dir: of the evaluation, in whose folder `.unfinished` parts are kept; None: nothing is kept.
+        key: all that decides the parts.
+        parts: the names of all parts.
+
+    Attributes:
+        found: the parts that are not measured again, by name.
+    """
+
+    def __init__(self, output_dir: Path | None = None, key: Mapping[str, Any] | None = None, parts: Sequence[str] = ()):
+        self.folder = None if output_dir is None else output_dir / _FOLDER
+        self.found: dict[str, Any] = {}
+        if self.folder is None:
+            return
+        state = PartialState()
+        self._key = key_of(f"{state.process_index} of {state.num_processes}", key or {})
+        mine = {part: value for part in parts if (value := self._read(part)) is not None}
+        everywhere = set(mine).intersection(*gather_object([set(mine)]))
+        self.found = {part: value for part, value in mine.items() if part in everywhere}
+
+    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+        """A part as it was found, or measured and kept.
+
+        What is kept comes back as JSON gives it (tuples as lists), whether it was found or measured, so that an
+        evaluation that went on has what an undisturbed one has.
+        """
+        if part in self.found:
+            return self.found[part]
+        value = measure()
+        return value if self.folder is None else self._keep(part, value)
+
+    def _path(self, part: str) -> Path:
+        return self.folder / f"{_hash(f'{self._key} {part}')}.json"
+
+    def _keep(self, part: str, value: Any) -> Any:
+        text = json.dumps(value)
+        path = self._path(part)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(f"{_hash(text)}\n{text}")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:  # a full disk must not end what can still be measured
+            warnings.warn(f"{part} is not kept for an evaluation that goes on from here: {error}", stacklevel=2)
+        return json.loads(text)
+
+    def _read(self, part: str) -> Any:
+        path = self._path(part)
+        try:
+            checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError):
+            checksum, text = "", ""
+        if checksum != _hash(text):
+            warnings.warn(f"{path} is torn; {part} is measured anew", stacklevel=2)
+            return None
+        return json.loads(text)
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def forget_unfinished(output_dir: Path) -> None:
+    """Remove what is kept of unfinished evaluations: one has finished."""
+    shutil.rmtree(output_dir / _FOLDER, ignore_errors=True)
+
+
+def how_to_go_on(output_dir: Path) -> str:
+    """What to say of an evaluation that was interrupted."""
+    folder = output_dir / _FOLDER
+    if not any(folder.glob("*.json")):
+        return "interrupted before any part was finished"
+    return f"interrupted: the same command goes on from the parts that are finished ({folder})"
+
+
+def rollouts_as_json(groups: Sequence[Sequence[Rollout]]) -> list[list[dict[str, Any]]]:
+    """Completions as JSON holds them; `rollouts_from_json` gives them back."""
+    return [[vars(rollout) for rollout in group] for group in groups]
+
+
+def rollouts_from_json(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Rollout]]:
+    """The completions that `rollouts_as_json` was given."""
+    return [
+        [Rollout(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}) for fields in group]
+        for group in groups
+    ]
+
+
+def parts_of(
+    name: str,
+    checkpoints: Sequence[str],
+    prompts: Sequence[Prompt],
+    documents: Sequence[str],
+    suite: RewardSuite,
+    settings: Any,
+    output_dir: Path,
+    *,
+    quiet: bool,
+) -> Parts:
+    """The parts of one model of a contrast, found and to come; says how many are found, unless `quiet`.
+
+    Args:
+        name: of the model.
+        checkpoints: the paths of the model and of the one that studies compare it with.
+        prompts: all rows, with all columns that rewards may read.
+        documents: text without prompts.
+        settings: of the contrast (`rlseq.evaluation.measure.ContrastSettings`).
+    """
+    fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]
+    if None in fingerprints:
+        return Parts()
+    state = PartialState()
+    key = {
+        "model": [name, *checkpoints, *fingerprints],
+        "rows": [vars(prompt) for prompt in prompts],
+        "documents": documents,
+        "rewards": suite.signature(),
+        "settings": settings.decisive(),
+        "versions": versions(),
+        "device": state.device.type,
+    }
+    strategies = [strategy.signature for strategy in settings.parsed()]
+    names = [LIKELIHOOD, *strategies, *map(STUDY.format, settings.studies), *([DOCUMENTS] if documents else [])]
+    parts = Parts(output_dir, key, names)
+    if parts.found and state.is_main_process and not quiet:
+        print(f"evaluating {name}: {len(parts.found)} of {len(names)} parts found in {parts.folder}", flush=True)
+    return parts
+
+
+def versions() -> dict[str, str]:
+    """The versions that a number may depend on."""
+    import transformers
+
+    import rlseq
+
+    return {
+        "rlseq": rlseq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def checkpoint_fingerprint(path: str) -> str | None:
+    """A hash of a checkpoint's files: names, sizes, times of change and what each begins with; an adapter's base too.
+
+    Args:
+        path: a folder, or a hub id whose files are in the local cache.
+
+    Returns:
+        The hash, or None where the files cannot be found.
+    """
+    folder = Path(path)
+    try:
+        if not folder.is_dir():
+            folder = Path(cached_file(path, "config.json", local_files_only=True)).parent
+        digest = hashlib.blake2b(digest_size=16)
+        for file in sorted(file for file in folder.iterdir() if file.is_file()):
+            status = file.stat()
+            with file.open("rb") as opened:
+                digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns} ".encode() + opened.read(_HEAD_BYTES))
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            base = checkpoint_fingerprint(json.loads(adapter.read_bytes())["base_model_name_or_path"])
+            if base is None:
+                return None
+            digest.update(base.encode())
+    except (OSError, ValueError, KeyError):
+        return None
+    return digest.hexdigest()
