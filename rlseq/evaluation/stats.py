@@ -10,6 +10,7 @@ Differences are b − a everywhere.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ Aggregate = Callable[[np.ndarray], Any]
 Key = TypeVar("Key", bound=Hashable)
 
 _CHUNK_ENTRIES = 2**21  # entries of a resampling matrix held at once: 16 MB as float64
+_KEPT_ENTRIES = 2**26  # of all chunks, where they are kept: 64 MB as bytes
 
 
 @dataclass(frozen=True)
@@ -273,9 +275,7 @@ def best_of_k(rewards_n: Any, k: int) -> Any:
 
 def resampled_counts(rows: int, *, seed: int, resamples: int) -> Iterator[np.ndarray]:
     """How often each row is in each resample, (n, R) at a time: the rows that `bootstrap` of this seed draws."""
-    for index, _ in _resampled({}, {}, rows, seed, resamples):
-        flat = (index + rows * np.arange(len(index))[:, None]).ravel()
-        yield np.bincount(flat, minlength=len(index) * rows).reshape(len(index), rows).astype(float)
+    return _weights(_counts, rows, seed, resamples)
 
 
 def _table(stats: Any, key: Hashable) -> np.ndarray:
@@ -358,13 +358,13 @@ def _resampled(
     seed: int,
     resamples: int,
 ) -> Iterator[tuple[np.ndarray, dict[Key, np.ndarray]]]:
-    """Rows drawn with replacement: (n, R) indices and, by key, the (n, K) sums of the drawn rows."""
-    rng = np.random.default_rng([seed, 0])
-    for n in _chunks(rows, resamples):
-        index = rng.integers(rows, size=(n, rows))
-        flat = (index + rows * np.arange(n)[:, None]).ravel()
-        counts = np.bincount(flat, minlength=n * rows).reshape(n, rows).astype(float)
-        yield index, _products(counts, tables, aggregates)
+    """Rows drawn with replacement: by key, the (n, K) sums of the drawn rows, with (n, R) indices if one needs them."""
+    if all(hasattr(aggregate, "from_sums") for aggregate in aggregates.values()):
+        for counts in _weights(_counts, rows, seed, resamples):
+            yield np.empty(0), _products(counts, tables, aggregates)
+        return
+    for index in _indices(rows, seed, resamples):
+        yield index, _products(_counted(index).astype(float), tables, aggregates)
 
 
 def _flipped(
@@ -375,10 +375,47 @@ def _flipped(
     resamples: int,
 ) -> Iterator[tuple[np.ndarray, dict[Key, np.ndarray]]]:
     """Which rows swap sides: (n, R) zeros and ones and, by key, the (n, K) sums of the swapped rows."""
+    for flips in _weights(_flips, rows, seed, resamples):
+        yield flips, _products(flips, tables, aggregates)
+
+
+_Draw = Callable[[int, int, int], Iterator[np.ndarray]]  # (rows, seed, resamples) -> arrays (n, R) of small integers
+
+
+def _weights(draw: _Draw, rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """What `draw` gives, as floats, a chunk at a time; drawn once for all calls with the same arguments."""
+    small = rows * resamples <= _KEPT_ENTRIES
+    chunks = _kept(draw, rows, seed, resamples) if small else draw(rows, seed, resamples)
+    return (chunk.astype(float) for chunk in chunks)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept(draw: _Draw, rows: int, seed: int, resamples: int) -> list[np.ndarray]:
+    return [chunk.astype(np.min_scalar_type(chunk.max())) for chunk in draw(rows, seed, resamples)]
+
+
+def _indices(rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Rows drawn with replacement, (n, R)."""
+    rng = np.random.default_rng([seed, 0])
+    for n in _chunks(rows, resamples):
+        yield rng.integers(rows, size=(n, rows))
+
+
+def _counts(rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each row is drawn, (n, R)."""
+    return map(_counted, _indices(rows, seed, resamples))
+
+
+def _counted(index: np.ndarray) -> np.ndarray:
+    n, rows = index.shape
+    return np.bincount((index + rows * np.arange(n)[:, None]).ravel(), minlength=n * rows).reshape(n, rows)
+
+
+def _flips(rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Which rows swap sides, (n, R) zeros and ones."""
     rng = np.random.default_rng([seed, 1])
     for n in _chunks(rows, resamples):
-        flips = rng.integers(2, size=(n, rows)).astype(float)
-        yield flips, _products(flips, tables, aggregates)
+        yield rng.integers(2, size=(n, rows))
 
 
 def percentiles(draws: np.ndarray) -> tuple[float, float]:
