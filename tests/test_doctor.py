@@ -1,5 +1,6 @@
 """The doctor's checks of tokenizer, configuration and data: every trouble they name is caused here."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -23,8 +24,8 @@ from rlseq.doctor.preflight import (
 )
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
 from rlseq.errors import ModelError
-from rlseq.training.config import ModelArguments
-from rlseq.training.recipe import check_fit
+from rlseq.training.config import DataArguments, GRPOConfig, ModelArguments, RewardArguments
+from rlseq.training.recipe import check_fit, load_task
 from rlseq.types import Prompt
 
 CHAT = (
@@ -57,7 +58,7 @@ def generation(**fields):
 def told(finding, status, *words):
     assert finding.status == status, finding
     for word in words:
-        assert word in f"{finding.found} -> {finding.todo}"
+        assert word in f"{finding.found}\n{finding.todo}"
     assert bool(finding.todo) == (status in ("warning", "failed"))
 
 
@@ -267,3 +268,16 @@ def test_a_sampler_that_reads_the_generation_config_is_warned_of_it(tmp_path, ca
 def test_a_path_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot read the configuration"):
         load_configs(str(tmp_path))
+
+
+def test_recipes_make_these_checks_before_they_start(tmp_path):
+    tiny_model("gpt2", n_positions=20).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "reward.py").write_text("def length(completion): return len(completion)\n")
+    data = DataArguments(dataset_name=str(tmp_path / "train.jsonl"), train_split="train")
+    rewards = RewardArguments(reward_funcs=[f"{tmp_path / 'reward.py'}:length"])
+    model = ModelArguments(model_name_or_path=str(tmp_path))
+    config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=32, use_cpu=True)
+    with pytest.raises(ModelError, match=r"context: \d of \d rows may exceed 20 tokens"):
+        load_task(data, rewards, model, config, evaluates=False)

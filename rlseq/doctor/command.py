@@ -210,14 +210,15 @@ class _Lines:
         line.add_column(overflow="fold")
         found = Text(finding.found, style="dim" if finding.status == SKIPPED else "")
         line.add_row(Text(mark, style), Text(finding.status, style), finding.check, found)
-        if finding.todo:
-            line.add_row("", "", "", Text(f"→ {finding.todo}", style=style))
+        for todo in finding.todo.splitlines():
+            line.add_row("", "", "", Text(f"→ {todo}", style=style))
         self.console.print(line)
 
     def end(self, findings: list[Finding]) -> None:
         """Print how many checks ended how."""
         counts = {status: sum(f.status == status for f in findings) for status in MARKS}
-        said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        plural = {WARNING: "s" if counts[WARNING] > 1 else ""}
+        said = ", ".join(f"{count} {status}{plural.get(status, '')}" for status, count in counts.items() if count)
         self.console.print(f"\n{said}", style="bold red" if counts[FAILED] else "bold")
 
 

@@ -19,7 +19,7 @@ class Finding:
         check: its name.
         status: "ok", "warning" (works in rlseq, or costs something), "failed" or "skipped".
         found: what was found, or why the check was skipped.
-        todo: what to do about it; empty where there is nothing to do.
+        todo: what to do about it, a line a problem; empty where there is nothing to do.
     """
 
     check: str
@@ -34,7 +34,7 @@ def judge(check: str, problems: Sequence[Problem], fine: Callable[[], str]) -> F
         return Finding(check, OK, fine())
     status = FAILED if any(status == FAILED for status, _, _ in problems) else WARNING
     todos = dict.fromkeys(todo for _, _, todo in problems)
-    return Finding(check, status, "; ".join(found for _, found, _ in problems), "; ".join(todos))
+    return Finding(check, status, "; ".join(found for _, found, _ in problems), "\n".join(todos))
 
 
 def named(tokenizer: Any, token: int | None) -> str:

@@ -41,7 +41,7 @@ def check_bos(tokenizer: Any, prompts: Sequence[Prompt] = ()) -> Finding:
 def check_context(config: Any, prompts: Sequence[Prompt], completion_tokens: int) -> Finding:
     """Prompt and completion fit the positions that the model has."""
     values = config.get_text_config().to_dict()
-    known = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    known = ("max_position_embeddings", "n_positions", "max_seq_len")
     context = next((values[name] for name in known if values.get(name)), None)
     if context is None:
         return Finding("context", OK, "the configuration states no limit")
@@ -53,12 +53,12 @@ def check_context(config: Any, prompts: Sequence[Prompt], completion_tokens: int
     said = f"the longest prompt {longest:,} + completion {completion_tokens:,}"
     if not over:
         return Finding("context", OK, f"{said} of {context:,} tokens")
-    rotary = any(name.startswith("rope") for name in values)
+    relative = values.get("alibi") or any(name.startswith("rope") for name in values)
     found = f"{over:,} of {len(prompts):,} rows may exceed {context:,} tokens ({said})"
     if longest >= context:
         return Finding("context", FAILED, found, "shorten those prompts or leave them out: some have no room to answer")
     todo = f"lower max_completion_length to {context - longest:,}, or shorten the prompts"
-    if rotary:
+    if relative:
         return Finding("context", WARNING, found, f"{todo}: beyond it the model was not trained")
     return Finding("context", FAILED, found, f"{todo}: positions beyond it do not exist, a run would crash")
 

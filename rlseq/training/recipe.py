@@ -136,7 +136,9 @@ def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: 
         needs_references=config.uses_references,
     )
     lines = {
-        status: [f"{f.check}: {f.found}. To do: {f.todo}." for f in findings if f.status == status]
+        status: [
+            f"{f.check}: {f.found}. To do: {'; '.join(f.todo.splitlines())}." for f in findings if f.status == status
+        ]
         for status in (FAILED, WARNING)
     }
     if lines[FAILED]:
