@@ -1,8 +1,10 @@
 """A budget for the KV cache of decoding: what it holds is never exceeded, and the completions stay what they are."""
 
+import ast
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_data import word_tokenizer
 from tiny import EOS, FAMILIES, tiny_model
 from transformers import DynamicCache
 
+from rlseq import evaluation
 from rlseq.decoding import parse_strategy
 from rlseq.errors import ConfigError
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast
@@ -103,6 +106,13 @@ def test_rows_in_flight_stay_within_the_budget_and_completions_the_same(strategy
     assert unbounded.rows > rows or strategy.startswith("exact_map")
     if strategy in ("greedy", "sample"):
         assert watch.rows == (8 if rows == 10 else rows)  # all that fits is used; 4 samples stay together if they can
+
+
+@pytest.mark.parametrize("path", sorted(Path(evaluation.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_all_that_an_evaluation_decodes_is_told_of_the_budget(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("sample", "decode"):
+            assert "max_kv_gb" in {keyword.arg for keyword in node.keywords}, f"{path.name}:{node.lineno}"
 
 
 def test_samples_beyond_a_batch_go_on_in_the_next_and_a_prompt_is_done_once():

@@ -175,6 +175,7 @@ def _add(
         draw=draw,
         stop_ids=context.stop_ids,
         batch_rows=settings.batch_rows * size,
+        max_kv_gb=settings.max_kv_gb,
     )
     flat = [
         (prompt, rollout.completion_ids)

@@ -68,6 +68,7 @@ class Prefixes:
                 stop_ids=context.stop_ids,
                 tokenizer=context.tokenizer,
                 batch_rows=settings.batch_rows * settings.samples_per_row,
+                max_kv_gb=settings.max_kv_gb,
             )
             own = dict(zip(rows, ([r.completion_ids for r in group] for group in groups), strict=True))
             _add_entropies(statistics, context, own)
@@ -150,6 +151,7 @@ def _add_continuations(
             stop_ids=context.stop_ids,
             tokenizer=context.tokenizer,
             batch_rows=settings.batch_rows * settings.samples_per_row,
+            max_kv_gb=settings.max_kv_gb,
         )
         sides[side] = [rollout for (rollout,) in groups]
     begun = [

@@ -73,6 +73,7 @@ class Sharpening:
                 stop_ids=context.stop_ids,
                 tokenizer=context.tokenizer,
                 batch_rows=settings.batch_rows * settings.samples_per_row,
+                max_kv_gb=settings.max_kv_gb,
             )
             _add(statistics, key_of(temperature), groups, context)
             done = [rows * n // len(settings.temperatures) for n in (place, place + 1)]
