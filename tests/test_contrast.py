@@ -30,6 +30,7 @@ ROWS = [
 ]
 SETTINGS = ContrastSettings(samples_per_row=3, max_new_tokens=5, resamples=200, strategies=("greedy", "sample", "beam"))
 
+CLAIM = {"claim": "checkpoints", "seeds_a": 1, "seeds_b": 1}
 
 
 def letters(completion: str) -> float | None:
@@ -122,7 +123,8 @@ def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
             low, high = cell["ci95"]
             assert low <= high and all(map(math.isfinite, (cell["value"], low, high)))
     for comparison in results["comparisons"]:
-        assert set(comparison) == {"a", "b", "strategy", "metric", "difference", "ci95", "p_value"}
+        assert set(comparison) == {"a", "b", "strategy", "metric", "difference", "ci95", "p_value", *CLAIM}
+        assert {key: comparison[key] for key in CLAIM} == CLAIM
     metrics = {name: list(cells) for name, cells in results["models"]["one"]["strategies"].items()}
     assert metrics["sample"] == [*metrics["greedy"], "p_reference", "unreachable", "unreachable_references"]
     assert metrics["beam"] == metrics["greedy"]
@@ -465,7 +467,8 @@ def test_models_are_named_or_called_after_their_folder(checkpoints):
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        (["x={one}", "x={two}"], "the name 'x' is given twice"),
+        (["x={one}", "x={one}"], "is given twice; seeds of a method are different checkpoints"),
+        (["one={two}", "{one}"], "are both called 'one'; give NAME=PATH"),
         (["x="], "is not NAME=PATH"),
         (["={one}"], "is not NAME=PATH"),
         (["x={one}e"], "there is no model at .*Did you mean '{one}'?"),

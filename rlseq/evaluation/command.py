@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.errors import ConfigError, did_you_mean
+from rlseq.evaluation.seeds import methods, numbered
 
 DEFAULT_STRATEGIES = ("greedy", "sample", "beam")
 STRATEGIES_HELP = (
     "Decoding strategies (default: greedy sample beam), with settings: sample:temperature=0.7, beam:width=10, "
     "best_of:n=8, best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000; see docs/evaluation.md."
 )
+MODELS_HELP = "Checkpoints; the first is the baseline, and a name repeated is one method with several training seeds."
+COMPARE_HELP = "Join finished evaluations (results.json or its folder) instead; NAME names the checkpoint in one."
 DEFAULT_STUDIES = ("ranking",)
 STUDIES_HELP = "What else is measured (default: ranking), or none; see docs/evaluation.md."
 
@@ -21,10 +24,11 @@ STUDIES_HELP = "What else is measured (default: ranking), or none; see docs/eval
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `rlseq evaluate`; names are those of recipes/evaluate.py."""
     add = parser.add_argument
-    add("--models", nargs="+", required=True, metavar="NAME=PATH", help="Checkpoints; the first is the baseline.")
-    add("--dataset_name", required=True, help="Task module, local json/jsonl/csv/parquet file or folder, or hub id.")
+    add("--models", nargs="+", metavar="NAME=PATH", help=MODELS_HELP)
+    add("--compare", nargs="+", metavar="[NAME=]RESULTS", help=COMPARE_HELP)
+    add("--dataset_name", help="Task module, local json/jsonl/csv/parquet file or folder, or hub id.")
     add("--dataset_config", help="Configuration name of a hub data set.")
-    add("--reward_funcs", nargs="+", required=True, help="Rewards that measure quality.")
+    add("--reward_funcs", nargs="+", help="Rewards that measure quality.")
     add("--output_dir", required=True, help="Where results.json and report.html go.")
     add("--eval_split", default="validation", help="Split to evaluate on (default: validation).")
     add("--eval_rows", type=int, help="Only the first so many rows.")
@@ -37,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples_per_row", type=int, default=4, help="Completions a row under sampling (default: 4).")
     add("--max_new_tokens", type=int, default=256, help="Longest completion (default: 256).")
     add("--eval_batch_size", type=int, default=256, help="Rows decoded together (default: 256).")
+    add("--max_kv_gb", type=float, help="Budget for the KV cache, in gigabytes: fewer rows together (default: none).")
     add("--eval_seed", type=int, default=0, help="Seed of sampling and bootstrap (default: 0).")
     add("--resamples", type=int, default=10_000, help="Bootstrap resamples (default: 10,000).")
     add("--exact_map_rows", type=int, help="Rows on which exact search runs, the first ones (default: all).")
@@ -60,8 +65,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 0 on success."""
     from rlseq.evaluation.contrast import ContrastSettings
 
+    if args.compare:
+        _refuse_settings_of_a_join(args)
+        join_finished(args.compare, output_dir=args.output_dir, reward_funcs=args.reward_funcs)
+        return 0
     evaluate(
-        args.models,
+        args.models or [],
         dataset_name=args.dataset_name,
         split=args.eval_split,
         limit=args.eval_rows,
@@ -84,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.eval_seed,
             resamples=args.resamples,
             batch_rows=args.eval_batch_size,
+            max_kv_gb=args.max_kv_gb,
             primary=args.primary,
             primary_against=args.primary_against,
             exact_map_rows=args.exact_map_rows,
@@ -105,29 +115,60 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_settings_of_a_join(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a flag beside --compare that would change nothing."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    kept = ("compare", "output_dir", "reward_funcs")
+    given = [name for name, value in vars(args).items() if name not in kept and value != parser.get_default(name)]
+    if given:
+        raise ConfigError(
+            f"--compare joins what was evaluated before, and --{', --'.join(given)} cannot change it; leave out one or "
+            "the other"
+        )
+
+
+def join_finished(evaluations: Sequence[str], *, output_dir: str, reward_funcs: Sequence[Any] | None) -> None:
+    """Join finished evaluations, write the report and print its summary; in the first process alone."""
+    from accelerate import PartialState
+
+    from rlseq.evaluation.join import join_and_report
+
+    if PartialState().is_main_process:
+        join_and_report(evaluations, output_dir, reward_funcs=reward_funcs)
+
+
 def parse_models(specs: Sequence[str]) -> dict[str, str]:
-    """Read NAME=PATH pairs; a bare path is named after its last part.
+    """Read NAME=PATH pairs; a bare path is named after its last part, and a NAME repeated gets numbers: NAME#1, NAME#2.
 
     Raises:
-        ConfigError: a name is given twice, or a local path holds no weights.
+        ConfigError: a path is given twice for a name, two bare paths have one last part, or a local path holds no
+            weights.
     """
-    models: dict[str, str] = {}
+    pairs: list[tuple[str, str]] = []
+    bare: list[str] = []
     for spec in specs:
         name, equals, path = spec.partition("=")
         if not equals:
             name, path = Path(spec).name, spec
+            bare.append(name)
         if not name or not path:
             raise ConfigError(f"--models: {spec!r} is not NAME=PATH")
-        if name in models:
-            raise ConfigError(f"--models: the name {name!r} is given twice")
+        if (name, path) in pairs:
+            raise ConfigError(f"--models: {spec!r} is given twice; seeds of a method are different checkpoints")
         local = Path(path)
         if local.is_dir() and not any(local.glob("*.safetensors")):
             raise ConfigError(f"--models: {path!r} holds no weights (*.safetensors)")
         if not local.is_dir() and (local.is_absolute() or path.count("/") != 1 or local.parent.is_dir()):
             siblings = [str(p) for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
             raise ConfigError(f"--models: there is no model at {path!r}.{did_you_mean(path, siblings)}")
-        models[name] = path
-    return models
+        pairs.append((name, path))
+    for name in bare:
+        if len(alike := [path for other, path in pairs if other == name]) > 1:
+            raise ConfigError(f"--models: {' and '.join(map(repr, alike))} are both called {name!r}; give NAME=PATH")
+    names = numbered([name for name, _ in pairs])
+    methods(names)
+    return dict(zip(names, (path for _, path in pairs), strict=True))
 
 
 def evaluate(
@@ -148,6 +189,8 @@ def evaluate(
     from rlseq.scoring import load_rewards
 
     named = parse_models(models)
+    if not named:
+        raise ConfigError("no model is named; give --models NAME=PATH ..., or --compare to join finished evaluations")
     if not dataset_name:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if not reward_funcs:
@@ -164,5 +207,5 @@ def evaluate(
             settings=settings,
             prompt_options=prompt_options,
             output_dir=Path(output_dir),
-            title=f"{' against '.join(named)} on {dataset_name} ({split})",
+            data_name=f"{dataset_name} ({split})",
         )

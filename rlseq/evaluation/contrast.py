@@ -6,13 +6,11 @@ per-row statistics gathered here, so that a bootstrap only resamples rows (a row
 
 from __future__ import annotations
 
-import dataclasses
-import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 
 from rlseq.data import fingerprint
@@ -29,17 +27,18 @@ from rlseq.evaluation.aggregate import (
     quality_metrics,
     reward_metrics,
 )
-from rlseq.evaluation.compression import document_results, lossy_notes, write_documents
+from rlseq.evaluation.compression import document_results, lossy_notes
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.documents import check_documents, check_windows, load_documents
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, measure_checkpoint
+from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.references import solution_note
-from rlseq.evaluation.results import finite_or_null, read_jsonl, write_results
+from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, spec_on_file, write_results
+from rlseq.evaluation.seeds import methods, seed_notes
 from rlseq.evaluation.studies import check_studies, study_results
+from rlseq.evaluation.unfinished import forget_unfinished, how_to_go_on, versions
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
-
-SCHEMA = 1
 
 
 def contrast(
@@ -51,17 +50,21 @@ def contrast(
     prompt_options: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     quiet: bool = False,
+    data_name: str = "",
 ) -> dict[str, Any]:
     """Evaluate named checkpoints on the same rows and compare each with the first.
 
     Args:
-        models: name -> path or hub id. The first is `a` in every comparison.
+        models: name -> path or hub id. The first is `a` in every comparison. `rl#1`, `rl#2` are two training seeds of
+            the method `rl` (rlseq.evaluation.seeds).
         rows: the data set's rows, as `rlseq.data.load_rows` gives them.
         suite: the rewards that measure quality.
         settings: strategies, samples, seed.
         prompt_options: how rows become prompts, as `rlseq.data.build_prompts` takes them.
-        output_dir: results.json, per_example.jsonl and samples.jsonl are written there.
+        output_dir: results.json, per_example.jsonl and samples.jsonl are written there. What is finished of an
+            evaluation that gets killed is kept there, and taken up by the next with equal weights, data and settings.
         quiet: no progress bars.
+        data_name: what the results call the data.
 
     Returns:
         The results, in the shape of results.json. Under several processes each row is computed once and the
@@ -71,13 +74,30 @@ def contrast(
         RlseqError: a setting, model, column or reward that does not work; strategies, the primary comparison
             and columns are checked before any model is loaded.
     """
-    settings = settings or ContrastSettings()
+    settings, prompt_options = settings or ContrastSettings(), prompt_options or {}
+    results = _contrast(models, rows, suite, settings, prompt_options, output_dir, quiet, data_name)
+    if results and output_dir is not None:
+        forget_unfinished(Path(output_dir))
+    return results
+
+
+def _contrast(
+    models: Mapping[str, str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    prompt_options: Mapping[str, Any],
+    output_dir: str | Path | None,
+    quiet: bool = False,
+    data_name: str = "",
+) -> dict[str, Any]:
+    """`contrast`, after which what it finished is still kept."""
     if not models:
         raise ConfigError("no models were named; give at least one as NAME=PATH")
     if not rows:
         raise DataError("the data set is empty")
+    methods(models)
     check_settings(settings, suite)
-    prompt_options = prompt_options or {}
     chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
     _refuse_oracle_claims(settings, chosen_by)
     check_windows(settings, models)
@@ -95,17 +115,59 @@ def contrast(
             quiet,
             baseline=str(next(iter(models.values()))),
             documents=documents,
+            output_dir=None if output_dir is None else Path(output_dir),
         )
     if not state.is_main_process:
         return {}
+    results = assemble(
+        found,
+        data,
+        suite,
+        settings,
+        signature=_signature(settings, suite, data, prompt_options),
+        chosen_by=chosen_by,
+        documents=documents,
+        data_name=data_name,
+    )
+    if output_dir is not None:
+        write_results(results, found, Path(output_dir), rows_of=data)
+    return results
+
+
+def assemble(
+    found: Mapping[str, ModelStatistics],
+    prompts: Sequence[Prompt],
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    *,
+    signature: Mapping[str, Any],
+    chosen_by: Mapping[str, Sequence[str]],
+    documents: Sequence[str],
+    data_name: str,
+) -> dict[str, Any]:
+    """The results, in the shape of results.json, from the row statistics of named checkpoints on the same R rows.
+
+    Args:
+        found: by checkpoint its statistics; `rl#1`, `rl#2` are seeds of one method.
+        prompts: the R rows.
+        chosen_by: of each strategy that is an oracle the columns that it reads.
+        documents: text without prompts, as `rlseq.evaluation.documents.load_documents` gives it.
+        data_name: what the results call the data.
+    """
     with_references = any(any(statistics.likelihood) for statistics in found.values())
     metrics = quality_metrics(suite, with_references=with_references)
     results = {
         "schema": SCHEMA,
-        "signature": _signature(settings, suite, data, prompt_options),
-        "rows": len(rows),
+        "signature": signature,
+        "reward_funcs": [spec_on_file(spec) for spec in suite.specs],
+        "data_name": data_name,
+        "rows": len(prompts),
         "models": model_results(found, metrics, settings),
-        "comparisons": comparisons(found, metrics, settings),
+        "methods": method_results(found, metrics, settings),
+        "comparisons": [
+            *method_comparisons(found, metrics, settings),
+            *comparisons(found, metrics, settings),
+        ],
         "metrics": {
             name: {
                 "higher_is_better": m.higher_is_better,
@@ -116,15 +178,16 @@ def contrast(
             for name, m in {**metrics, **LIKELIHOOD_METRICS}.items()
         },
         "studies": study_results({name: statistics.studies for name, statistics in found.items()}, settings),
-        "primary": primary_comparison(settings, list(models)),
-        "notes": [],
+        "primary": primary_comparison(settings, list(methods(found))),
+        "oracles": chosen_by,
+        "notes": seed_notes(found),
     }
     if not with_references:
         results["notes"].append("The data has no references: the likelihood part is skipped.")
     else:
         scored = next(iter(found.values())).likelihood
         tokens, references = (sum(row.get(key, 0.0) for row in scored) for key in ("tokens", "references"))
-        texts = [text for prompt in data for text in prompt.columns.get("references", ())]
+        texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
     for strategy, columns in chosen_by.items():
         for model in results["models"].values():
@@ -137,12 +200,7 @@ def contrast(
     if coded:
         results["documents"] = document_results(coded, documents, settings)
         results["notes"] += lossy_notes(results["documents"])
-    results = finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
-    if output_dir is not None:
-        write_results(results, found, Path(output_dir), rows_of=data)
-        if coded:
-            write_documents(coded, Path(output_dir) / "documents.jsonl")
-    return results
+    return finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
 
 
 def contrast_and_report(
@@ -153,23 +211,46 @@ def contrast_and_report(
     settings: ContrastSettings,
     prompt_options: Mapping[str, Any],
     output_dir: Path,
-    title: str,
+    title: str = "",
     metrics_file: Path | None = None,
+    data_name: str = "",
 ) -> dict[str, Any]:
     """`contrast`, then report.html, report.md and plots/ beside its results, and a short table on the terminal.
 
-    `metrics_file` is a training run's metrics.jsonl, whose curves the report shows.
+    `metrics_file` is a training run's metrics.jsonl, whose curves the report shows. The title is by default the names
+    of the methods and of the data.
     """
+    try:
+        results = _contrast(models, rows, suite, settings, prompt_options, output_dir, data_name=data_name)
+        if results:
+            curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
+            report_on(results, output_dir, title=title, metrics=curves)
+    except KeyboardInterrupt:
+        if PartialState().is_main_process:
+            print(how_to_go_on(output_dir), file=sys.stderr, flush=True)
+        raise
+    if results:
+        forget_unfinished(output_dir)
+    return results
+
+
+def report_on(
+    results: Mapping[str, Any],
+    output_dir: Path,
+    *,
+    title: str = "",
+    metrics: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the report of what is in a folder, and print its summary."""
     from rlseq.evaluation.report import print_summary, write_report
 
-    results = contrast(models, rows, suite, settings=settings, prompt_options=prompt_options, output_dir=output_dir)
-    if results:
-        samples, per_example = (read_jsonl(output_dir / name) for name in ("samples.jsonl", "per_example.jsonl"))
-        curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
-        report = write_report(results, samples, output_dir, per_example=per_example, metrics=curves, title=title)
-        print_summary(results)
-        print(f"report: {report}", flush=True)
-    return results
+    samples, per_example = (read_jsonl(output_dir / name) for name in ("samples.jsonl", "per_example.jsonl"))
+    if not title:
+        title = " against ".join(methods(results["models"]))
+        title += f" on {results['data_name']}" if results["data_name"] else ""
+    report = write_report(results, samples, output_dir, per_example=per_example, metrics=metrics, title=title)
+    print_summary(results)
+    print(f"report: {report}", flush=True)
 
 
 def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
@@ -184,6 +265,10 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
     if len(set(measured)) < len(measured):
         raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
     check_choosers(settings.parsed(), suite)
+    if settings.batch_rows < 1:
+        raise ConfigError(f"--eval_batch_size is {settings.batch_rows}; expected at least 1")
+    if settings.max_kv_gb is not None and not settings.max_kv_gb > 0:
+        raise ConfigError(f"--max_kv_gb is {settings.max_kv_gb:g}; expected a number above 0")
     if settings.exact_map_rows is not None and settings.exact_map_rows < 1:
         raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
     check_studies(settings, suite)
@@ -235,23 +320,13 @@ def _signature(
     prompt_options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a number depends on: equal signatures and equal weights give equal results."""
-    import transformers
-
-    import rlseq
-
-    shown = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(settings).items()}
-    shown.pop("batch_rows")
+    shown = settings.decisive()
     if settings.likelihood_dataset is None:
         shown = {name: value for name, value in shown.items() if not name.startswith("likelihood_")}
     return {
-        "versions": {
-            "rlseq": rlseq.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "settings": {
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()},
+            **shown,
             "prompt": dict(prompt_options),
         },
         "seed": settings.seed,
