@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlseq.errors import ConfigError, did_you_mean
+from rlseq.evaluation.coverage import Coverage
 from rlseq.evaluation.distance import Distance
 from rlseq.evaluation.lookahead import Lookahead
 from rlseq.evaluation.prefixes import Prefixes
@@ -19,7 +20,7 @@ from rlseq.packing import evaluating
 from rlseq.scoring import RewardSuite
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (Ranking(), Prefixes(), Lookahead(), Sharpening(), Distance())
+    study.name: study for study in (Ranking(), Prefixes(), Lookahead(), Sharpening(), Distance(), Coverage())
 }
 
 
