@@ -178,11 +178,24 @@ def exact_map(
         alone, of_width = [Prompt("", "", prompt)], Beam(width=width)
         [[found]] = beam(model, alone, max_new_tokens=max_new_tokens, strategy=of_width, stop_ids=stops)
         start = found.completion_ids
-    best: tuple[int, ...] = ()
-    bound = -math.inf
-    if start and start[-1] in stops and len(start) <= max_new_tokens:
-        best = tuple(start)
-        bound = score(model, [prompt], [best])[0].double().sum().item()
+    ends = bool(start) and start[-1] in stops and len(start) <= max_new_tokens
+    best = tuple(start) if ends else ()
+    bound = score(model, [prompt], [best])[0].double().sum().item() if ends else -math.inf
+    return _search(model, prompt, stops, max_new_tokens, best, bound, max_nodes=max_nodes, batch_rows=batch_rows)
+
+
+def _search(
+    model: Any,
+    prompt: tuple[int, ...],
+    stops: frozenset[int],
+    max_new_tokens: int,
+    best: tuple[int, ...],
+    bound: float,
+    *,
+    max_nodes: int,
+    batch_rows: int = TOGETHER,
+) -> Exact:
+    """`exact_map` from a completion that ends and its log-prob, or from none and −inf."""
     with torch.no_grad(), evaluating(model):
         search = _BranchAndBound(model, prompt, stops, max_new_tokens, best, bound)
         proven = search.run(max_nodes, batch_rows)
@@ -212,10 +225,12 @@ def modes(
     """
     common = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     starts = beam(model, prompts, strategy=Beam(width=strategy.width), batch_rows=batch_rows, **common)
-    found, proofs = [], []
+    stops, found, proofs = frozenset(stop_ids), [], []
     for prompt, (start,) in zip(prompts, starts, strict=True):
-        ids, _, proven = exact_map(
-            model, prompt.prompt_ids, max_nodes=strategy.max_nodes, start=start.completion_ids, **common
+        ends = start.finish_reason == "stop"
+        best, bound = (start.completion_ids, start.logprob) if ends else ((), -math.inf)
+        ids, _, proven = _search(
+            model, prompt.prompt_ids, stops, max_new_tokens, best, bound, max_nodes=strategy.max_nodes
         )
         found.append(ids)
         proofs.append(proven)
