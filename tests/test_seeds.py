@@ -5,10 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import scipy.stats
+from tiny import tiny_model
 
+from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.seeds import crossed_bootstrap_many, difference, methods, numbered, seed_notes
-from rlseq.evaluation.stats import MeanOf, RatioOfSums, bootstrap
+from rlseq.evaluation.stats import MeanOf, RatioOfSums, bootstrap, paired_bootstrap
+from rlseq.sampler import sample
+from rlseq.types import Prompt
 
 ERROR_RATE = RatioOfSums()
 
@@ -149,6 +153,27 @@ def test_a_seed_that_measured_nothing_leaves_the_method_without_a_number():
     found = crossed([np.array([[1.0, 1], [0, 1]]), np.zeros((2, 2))])
     assert np.isnan(found.value) and np.isnan(found.ci95).all()
     assert np.isnan(difference(found, found).p_value)
+
+
+def test_a_checkpoint_sampled_under_two_seeds_differs_by_chance_alone():
+    fields = {"vocab_size": 3, "pad_token_id": 2, "bos_token_id": None, "eos_token_id": 2, "num_hidden_layers": 1}
+    model = tiny_model("llama", initializer_range=0.5, **fields)
+    prompts = [Prompt(str(i), "", tuple(int(bit) for bit in f"{i + 2:b}"[1:]), {}) for i in range(62)]  # 0, 1, 00, ...
+
+    def drawn(seed):
+        options = {"num_samples": 2, "max_new_tokens": 2, "strategy": Sample(), "seed": seed, "stop_ids": {2}}
+        groups = sample(model, prompts, **options)
+        ones = [sum(r.completion_ids.count(1) for r in group) for group in groups]
+        return np.array([[n, len(group)] for n, group in zip(ones, groups, strict=True)], dtype=float)
+
+    tables = [drawn(seed) for seed in range(400)]
+    found = [
+        paired_bootstrap(a, b, ERROR_RATE, seed=i, resamples=400)
+        for i, (a, b) in enumerate(zip(tables[::2], tables[1::2], strict=True))
+    ]
+    assert np.std([f.difference for f in found]) > 0.02  # or there would be nothing to cover
+    assert 0.92 <= np.mean([f.ci95[0] <= 0 <= f.ci95[1] for f in found]) <= 0.98
+    assert 0.02 <= np.mean([f.p_value <= 0.05 for f in found]) <= 0.08
 
 
 def test_numbered_names_are_seeds_of_one_method():
