@@ -35,6 +35,7 @@ from rlseq.training.config import (
     TrainingEvaluationArguments,
 )
 from rlseq.training.critic import check_critic_path
+from rlseq.training.dry_run import describe_rollouts
 from rlseq.training.models import load_model
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.ppo import PPOTrainer
@@ -46,6 +47,7 @@ from rlseq.training.recipe import (
     finish,
     load_task,
     open_run,
+    say,
 )
 
 DEFAULT_CONFIG = Path(__file__).parent / "g2p" / "ppo.yaml"
@@ -77,6 +79,11 @@ def main() -> None:
             seed=evaluation.eval_seed,
         )
         choose_best_by(config, probe.metrics, probe.best)
+    if run.dry_run:
+        say(describe_rollouts(config, run, model_args, task.prompts))
+        measured.close()
+        task.close()
+        return
     directory = open_run(config, run, data, rewards, evaluation, model_args)
     announce(config, run, f"{len(task.prompts):,} prompts, {describe_round(config)}")
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import trl
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, set_seed
@@ -41,6 +42,8 @@ from rlseq.training.config import (
     RunArguments,
     SFTConfig,
 )
+from rlseq.training.dry_run import describe_examples, example_lengths
+from rlseq.training.memory import weightless_model
 from rlseq.training.models import build_model, build_tokenizer, check_model_path, load_model, load_tokenizer
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.recipe import announce, default_config, finish, open_run, say, try_rewards
@@ -99,6 +102,17 @@ def main() -> None:
     else:
         train = references_of(prompts_of(data.train_split, data.train_rows))
         what = f"{len(train):,} training examples"
+    if run.dry_run:
+        drawn = len(prompts) * rejection.rejection_samples if rejection.rejection_samples else 0
+        if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
+            longest = max(len(p.prompt_ids) for p in prompts) + rejection.rejection_max_new_tokens
+            lengths = [longest] * len(prompts) * min(rejection.rejection_keep, rejection.rejection_samples)
+        else:
+            lengths = example_lengths(train, tokenizer)
+        with torch.device("meta"):
+            model = build_model(new.new_model, tokenizer) if new.new_model else weightless_model(model_args)
+        say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn))
+        return
     directory = open_run(config, run, data, new, rejection, model_args)
     announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples")
 

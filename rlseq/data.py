@@ -16,13 +16,16 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.errors import DataError, did_you_mean
+from rlseq.data_files import check_csv, find_fault, place_of, rows_of
+from rlseq.errors import DataError, RlseqError, did_you_mean
 from rlseq.types import Prompt
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -34,20 +37,35 @@ SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "t
 def load_rows(dataset_name: str, split: str | None, *, config_name: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of one split as dicts; None: validation, but all rows where there is the split train alone.
 
+    Rows of local files know their file and line, which errors then name (`rlseq.data_files.Row`).
+
     Raises:
         DataError: the file, split or data set is missing, of an unknown format, malformed or empty.
     """
     if dataset_name.endswith(".py"):
-        rows = _load_task_module(Path(dataset_name))(split or "validation")
+        rows = _ask_task_module(Path(dataset_name), split or "validation")
     else:
         rows = _load_with_datasets(dataset_name, split, config_name)
     if not rows:
         raise DataError(f"the data set {dataset_name!r} has no rows in split {split or 'validation'!r}")
-    rows = list(rows)
     wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
     if wrong is not None:
         raise DataError(f"a row of {dataset_name!r} is {wrong!r}; expected a dict of columns")
     return rows
+
+
+def _ask_task_module(path: Path, split: str) -> list[Any]:
+    try:
+        return list(_load_task_module(path)(split))
+    except RlseqError:
+        raise
+    except Exception as error:  # whatever the module's own code raises
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        raise DataError(
+            f"the task module {str(path)!r}{where}: {type(error).__name__}: {error}; "
+            "expected `load(split) -> list of rows` to return"
+        ) from error
 
 
 def _load_task_module(path: Path) -> Callable[[str], Sequence[dict[str, Any]]]:
@@ -91,29 +109,48 @@ def _data_files(dataset_name: str) -> list[Path] | None:
 
 
 def _load_with_datasets(dataset_name: str, split: str | None, config_name: str | None) -> list[dict[str, Any]]:
-    import datasets
-
     files = _data_files(dataset_name)
+    by_split: dict[str, list[Path]] = {}
+    for file in files or ():
+        by_split.setdefault(_split_of_file(file), []).append(file)
+        if file.suffix == ".csv":
+            check_csv(file)
     try:
-        if files is None:
-            loaded = datasets.load_dataset(dataset_name, config_name)
-            splits = dict(loaded)
-        else:
-            by_split: dict[str, list[str]] = {}
-            for file in files:
-                by_split.setdefault(_split_of_file(file), []).append(str(file))
-            kind = FILE_FORMATS[files[0].suffix]
-            splits = dict(datasets.load_dataset(kind, data_files=by_split, **READ_OPTIONS.get(kind, {})))
+        splits = _read(dataset_name, config_name, files, by_split)
+        return _rows_of_split(dataset_name, splits, split, by_split)
+    except RlseqError:
+        raise
     except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
         cause = error.__cause__ or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        fault = find_fault(files) if files else None
+        reason = fault or (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(f"cannot load the data set {dataset_name!r}: {reason}") from error
+
+
+def _read(
+    dataset_name: str, config_name: str | None, files: list[Path] | None, by_split: Mapping[str, list[Path]]
+) -> dict[str, Any]:
+    import datasets
+
+    if files is None:
+        return dict(datasets.load_dataset(dataset_name, config_name))
+    kind = FILE_FORMATS[files[0].suffix]
+    named = {split: [str(file) for file in of_split] for split, of_split in by_split.items()}
+    return dict(datasets.load_dataset(kind, data_files=named, **READ_OPTIONS.get(kind, {})))
+
+
+def _rows_of_split(
+    dataset_name: str, splits: Mapping[str, Any], split: str | None, files: Mapping[str, list[Path]]
+) -> list[dict[str, Any]]:
+    def rows_in(name: str) -> list[dict[str, Any]]:
+        return rows_of(splits[name].to_list(), files[name]) if files else splits[name].to_list()
+
     if split is None:
         if list(splits) == ["train"]:
-            return splits["train"].to_list()
+            return rows_in("train")
         split = "validation"
     if list(splits) == ["train"] and split in SPLIT_ALIASES:
-        rows = [row for row in splits["train"].to_list() if _hash_split(row) == split]
+        rows = [row for row in rows_in("train") if _hash_split(row) == split]
         if not rows and len(splits["train"]):
             raise DataError(
                 f"the data set {dataset_name!r} has the split train alone, of {len(splits['train'])} rows; divided by "
@@ -122,10 +159,10 @@ def _load_with_datasets(dataset_name: str, split: str | None, config_name: str |
             )
         return rows
     if split in splits:
-        return splits[split].to_list()
+        return rows_in(split)
     alias = next((s for s in splits if s in SPLIT_ALIASES.get(split, ())), None)
     if alias:
-        return splits[alias].to_list()
+        return rows_in(alias)
     raise DataError(
         f"the data set {dataset_name!r} has no split {split!r}; it has {', '.join(splits)}."
         + did_you_mean(split, splits)
@@ -178,7 +215,7 @@ def build_prompts(
         DataError: a column is missing (the message names the nearest), a prompt is empty, without tokens or of a
             wrong type.
     """
-    rows = [dict(row) for row in rows]
+    rows = list(rows)
     if not rows:
         raise DataError("the data set is empty")
     columns = list(rows[0])
@@ -194,16 +231,15 @@ def build_prompts(
     merged: dict[str, dict[str, Any]] = {}
     records: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
-        prompt = render_prompt(row) if render_prompt else row[prompt_column]
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise DataError(f"row {number}: the prompt is {prompt!r}; expected text or a list of chat messages")
-        if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
-            raise DataError(f"row {number}: the prompt is {prompt!r}; text and chat messages cannot be mixed")
-        if render_reference:
-            references = render_reference(row)
-        else:
+        try:
+            prompt = _as_prompt(render_prompt(row) if render_prompt else row.get(prompt_column))
+            if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
+                raise DataError(f"the prompt is {_shown(prompt)}; text and chat messages cannot be mixed")
             references = row.get(reference_column) if reference_column else []
-        record = {**row, "prompt": prompt, "references": _as_texts(references, number)}
+            references = _as_texts(render_reference(row) if render_reference else references)
+        except DataError as error:
+            raise DataError(f"{place_of(row, number)}: {error}") from error.__cause__
+        record = {**row, "prompt": prompt, "references": references}
         if merge_references:
             same = merged.setdefault(_digest(prompt).hex(), record)
             if same is not record:
@@ -216,7 +252,7 @@ def build_prompts(
     prompts = []
     for record, ids in zip(records, all_ids, strict=True):
         if not ids:
-            raise DataError(f"the prompt {record['prompt']!r} has no tokens; a completion needs one to follow")
+            raise DataError(f"the prompt {_shown(record['prompt'])} has no tokens; a completion needs one to follow")
         key = _digest([record["prompt"], record["references"]]).hex()
         seen[key] += 1
         if seen[key] > 1:
@@ -277,14 +313,41 @@ def _require_column(name: str, columns: Sequence[str], flag: str) -> None:
         )
 
 
-def _as_texts(references: Any, number: int) -> list[str]:
+def _as_prompt(prompt: Any) -> Any:
+    if not prompt or not isinstance(prompt, (str, list)):
+        raise DataError(f"the prompt is {_shown(prompt)}; expected text or a list of chat messages")
+    for message in () if isinstance(prompt, str) else prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise DataError(f"the prompt has the message {_shown(message)}; expected a mapping of role and content")
+    return _in_unicode(prompt, "prompt")
+
+
+def _as_texts(references: Any) -> list[str]:
     if references is None:
         return []
+    if isinstance(references, float) and not math.isfinite(references):
+        raise DataError(f"the reference is {references}; expected a text or a list of texts")
     if isinstance(references, (str, int, float)):
-        return [str(references)]
+        return [_in_unicode(str(references), "reference")]
     if isinstance(references, Sequence) and all(isinstance(r, str) for r in references):
-        return list(dict.fromkeys(references))
-    raise DataError(f"row {number}: the reference is {references!r}; expected a text or a list of texts")
+        return [_in_unicode(r, "reference") for r in dict.fromkeys(references)]
+    raise DataError(f"the reference is {_shown(references)}; expected a text or a list of texts")
+
+
+def _in_unicode(value: Any, what: str) -> Any:
+    """Refuse half of a surrogate pair, which Python's strings hold and no tokenizer reads."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"the {what} is {_shown(value)}, with half of a surrogate pair; expected Unicode text"
+        ) from None
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _template(source: str | None, flag: str) -> Callable[[Mapping[str, Any]], str] | None:
@@ -301,7 +364,7 @@ def _template(source: str | None, flag: str) -> Callable[[Mapping[str, Any]], st
     def render(row: Mapping[str, Any]) -> str:
         try:
             return template.render(**row)
-        except TemplateError as error:
+        except Exception as error:  # jinja's own, and whatever an operation on a value raises
             raise DataError(f"--{flag} {source!r}: {error}; the columns are {', '.join(row)}") from error
 
     return render
@@ -312,7 +375,19 @@ def _tokenize(prompts: list[Any], tokenizer: Any, chat_template_kwargs: dict[str
         return tokenizer(text=prompts)["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("the prompts are chat messages, but the tokenizer has no chat template")
-    rendered = tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **chat_template_kwargs
-    )
-    return rendered["input_ids"]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **chat_template_kwargs}
+    try:
+        return tokenizer.apply_chat_template(prompts, **options)["input_ids"]
+    except Exception as error:  # a template refuses conversations by any error
+        raise DataError(
+            f"the tokenizer's chat template refuses {_refused(prompts, tokenizer, options)}: {error}"
+        ) from error
+
+
+def _refused(prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]) -> str:
+    for prompt in prompts:
+        try:
+            tokenizer.apply_chat_template([prompt], **options)
+        except Exception:
+            return f"the prompt {_shown(prompt)}"
+    return "the prompts"

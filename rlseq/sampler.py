@@ -177,10 +177,7 @@ def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1)
     Raises:
         ConfigError: the budget does not hold so many; the message says the least that does.
     """
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row_bytes = tokens * config.num_hidden_layers * 2 * heads * width * next(model.parameters()).element_size()
+    row_bytes = tokens * cached_numbers(model.config) * next(model.parameters()).element_size()
     rows = int(max_kv_gb * 1e9) // row_bytes
     if rows < together:
         least = math.ceil(together * row_bytes / 1e3) / 1e6
@@ -189,6 +186,14 @@ def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1)
             f"--max_kv_gb is {max_kv_gb:g}, which does not hold {held} of {tokens} tokens; give at least {least:g}"
         )
     return rows
+
+
+def cached_numbers(config: Any) -> int:
+    """Numbers that the KV cache holds of a token: layers · 2 · key-value heads · head dimension."""
+    config = config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers * 2 * heads * width
 
 
 def _batches(

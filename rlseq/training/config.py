@@ -197,6 +197,9 @@ class RunArguments:
     overwrite_output_dir: bool = _default(
         False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start anew."
     )
+    dry_run: bool = _default(
+        False, "Check everything that needs no model, print what the run would do and need, and stop."
+    )
     num_cpu_threads: int | None = _default(
         None, "Threads of a process that trains on the CPU; default: the cores over the processes on this machine."
     )
@@ -228,8 +231,13 @@ class DefaultsMixin:
     report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to, or none."})
     logging_steps: float = _default(1, "Log every so many steps.")
     output_dir: str | None = _default("runs/run", "The run directory.")
+    max_refused_steps: int = _default(
+        3, "End the run after so many optimizer steps in a row whose loss or gradient was not finite: none was made."
+    )
 
     def __post_init__(self) -> None:
+        if self.max_refused_steps < 1:
+            raise ConfigError(f"max_refused_steps is {self.max_refused_steps}; expected 1 (end at the first) or more")
         if self.use_cpu is None:
             self.use_cpu = not torch.accelerator.is_available()
         if self.bf16 is None:

@@ -16,7 +16,7 @@ from rlseq.training.batch_sizes import batch_advice
 from rlseq.training.values import plain
 
 # Orders to one process, and secrets: a file that repeats the run must hold neither.
-_NOT_WRITTEN = ("resume_from_checkpoint", "overwrite_output_dir", "hub_token")
+_NOT_WRITTEN = ("resume_from_checkpoint", "overwrite_output_dir", "dry_run", "hub_token")
 
 
 def read_yaml_mapping(path: Path) -> tuple[dict[str, int], dict[str, Any]]:

@@ -5,6 +5,7 @@ config.yaml  metrics.jsonl  rollouts/*.jsonl  checkpoint-N/  evaluation/  curves
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -105,8 +106,7 @@ def prepare(
             _check_belongs(path, resume_from)
             _drop_after(path, checkpoint_step(resume_from))
         elif holds_run(path):
-            if not overwrite:
-                raise RunDirectoryError(f"{path} already holds a run. {_CONTINUE_OR_REPLACE}.")
+            _check_replaceable(path, overwrite)
             moved_to = _move_aside(path)
             lock.release()
             lock = _claim(path)
@@ -114,6 +114,42 @@ def prepare(
         lock.release()
         raise
     return RunDirectory(path, resume_from, moved_to, lock)
+
+
+def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None, overwrite: bool) -> None:
+    """Refuse what `prepare` would refuse, as far as that shows without claiming, moving or writing anything.
+
+    Raises:
+        RunDirectoryError: as `prepare`.
+    """
+    path = Path(os.path.expanduser(output_dir)).absolute()
+    resume_from = prepare(path, resume=resume, overwrite=overwrite, main_process=False).resume_from
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        raise RunDirectoryError(f"{nearest} is a file; --output_dir names a directory.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"Cannot write into {nearest}. Make it writable, or change --output_dir.")
+    if (path / ".lock").exists():
+        with (path / ".lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                raise RunDirectoryError(_in_use(path)) from None
+    if resume_from is not None:
+        _check_belongs(path, resume_from)
+    elif holds_run(path):
+        _check_replaceable(path, overwrite)
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    if not overwrite:
+        raise RunDirectoryError(f"{path} already holds a run. {_CONTINUE_OR_REPLACE}.")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise RunDirectoryError(f"{path} holds the working directory, and will not be moved. Run from outside it.")
+
+
+def _in_use(path: Path) -> str:
+    return f"{path} is in use by another run. Wait for it to end, or give another --output_dir."
 
 
 def holds_run(path: Path) -> bool:
@@ -130,9 +166,7 @@ def _claim(path: Path) -> FileLock:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise RunDirectoryError(
-            f"{path} is in use by another run. Wait for it to end, or give another --output_dir."
-        ) from None
+        raise RunDirectoryError(_in_use(path)) from None
     except FileExistsError:
         raise RunDirectoryError(f"{path} is a file; --output_dir names a directory.") from None
     except OSError as error:
@@ -143,8 +177,6 @@ def _claim(path: Path) -> FileLock:
 
 
 def _move_aside(path: Path) -> Path:
-    if Path.cwd().is_relative_to(path.resolve()):
-        raise RunDirectoryError(f"{path} holds the working directory, and will not be moved. Run from outside it.")
     stem = f"{path.name}.previous-{datetime.now():%Y%m%d-%H%M%S}"
     target = path.with_name(stem)
     number = 1

@@ -1,0 +1,243 @@
+"""Data files as they lie on disk: where in them a row is, and what is wrong with one that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.errors import DataError
+
+KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
+
+
+class Row(dict):
+    """A row that knows where it came from: the files of its split, and its number in them together, from 0."""
+
+    __slots__ = ("files", "number")
+
+    def __init__(self, columns: dict[str, Any], files: Sequence[Path], number: int):
+        super().__init__(columns)
+        self.files = files
+        self.number = number
+
+
+def rows_of(columns: Iterable[dict[str, Any]], files: Sequence[Path]) -> list[Row]:
+    """Give each row its place in the files that were read, in their order, to the end."""
+    return [Row(row, files, number) for number, row in enumerate(columns)]
+
+
+def place_of(row: Any, number: int) -> str:
+    """Say where a row is: `"FILE, line 3"`, or `"row 2"` (from 0) of the rows at hand where no file is known."""
+    if isinstance(row, Row):
+        before = 0
+        for file in row.files:
+            places = _places(file)
+            if places is None:
+                break
+            if row.number - before < len(places):
+                return f"{file}, {places[row.number - before]}"
+            before += len(places)
+    return f"row {number}"
+
+
+def _places(file: Path) -> list[str] | None:
+    """Where each row of a file stands, in words; None where that cannot be told."""
+    try:
+        if file.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return [f"row {n + 1}" for n in range(pyarrow.parquet.read_metadata(file).num_rows)]
+        if file.suffix == ".csv":
+            return [f"line {line}" for line, _ in _csv_records(file, strict=False)][1:]
+        text = file.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            return [f"row {n + 1}" for n in range(len(json.loads(text)))]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        return [f"line {number}" for number, line in lines if isinstance(json.loads(line), dict)]
+    except (OSError, ValueError, RecursionError, csv.Error):
+        return None  # of a form that is read, but not a line a row
+
+
+def find_fault(files: Iterable[Path]) -> str | None:
+    """Return what is wrong with the first file that is not whole, with its line or row; None where nothing is found.
+
+    Read strictly, and slowly: for what `datasets` could not read, and says no line of.
+    """
+    for file in files:
+        found = _fault(file)
+        if found:
+            return found
+    return None
+
+
+def check_csv(file: Path) -> None:
+    """Refuse a csv file with a row that has fewer or more fields than there are columns, as a file cut short has.
+
+    pandas fills the missing ones in silence.
+
+    Raises:
+        DataError: names the file and the line.
+    """
+    found = _csv_fault(file, strict=False)
+    if found:
+        raise DataError(found)
+
+
+def _fault(file: Path) -> str | None:
+    if file.stat().st_size == 0:
+        return f"{str(file)!r} is empty; expected rows"
+    if file.suffix == ".parquet":
+        return _parquet_fault(file)
+    if file.suffix == ".csv":
+        return _csv_fault(file, strict=True)
+    return _encoding_fault(file) or _json_fault(file)
+
+
+def _encoding_fault(file: Path) -> str | None:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                return f"{file}, line {number}: byte 0x{byte:02x} is not UTF-8; expected text in UTF-8"
+    return None
+
+
+def _json_fault(file: Path) -> str | None:
+    text = file.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return f"{str(file)!r} is empty; expected rows"
+    if file.suffix == ".json" and not text.lstrip().startswith("{"):
+        try:
+            whole = _parse(text)
+        except json.JSONDecodeError as error:
+            return f"{file}, line {error.lineno}: {_not_json(error)}; expected a list of mappings of column to value"
+        rows = whole if isinstance(whole, list) else [whole]
+        if not rows:
+            return f"{str(file)!r} is an empty list; expected rows"
+        return _types_fault(file, ((f"row {number}", row) for number, row in enumerate(rows, start=1)))
+    parsed: list[tuple[str, Any]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            parsed.append((f"line {number}", _parse(line)))
+        except json.JSONDecodeError as error:
+            return f"{file}, line {number}: {_not_json(error)}; expected one mapping of column to value a line"
+    return _types_fault(file, parsed)
+
+
+def _parse(text: str) -> Any:
+    """Read JSON as strictly as `datasets` does: no key twice in a mapping, no half of a surrogate pair in a text."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            name = next(name for name in names if names.count(name) > 1)
+            raise json.JSONDecodeError(f"{name!r} is given twice", text, 0)
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=distinct)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+    except UnicodeEncodeError:
+        raise json.JSONDecodeError("half of a surrogate pair", text, 0) from None
+    return value
+
+
+def _not_json(error: json.JSONDecodeError) -> str:
+    return f"not valid JSON ({error.msg}{f', at character {error.colno}' if error.pos else ''})"
+
+
+def _types_fault(file: Path, rows: Iterable[tuple[str, Any]]) -> str | None:
+    first: dict[str, tuple[str, str]] = {}  # column -> its kind, and where it was first
+    for place, row in rows:
+        if not isinstance(row, dict):
+            return f"{file}, {place}: {_shown(row)} is no row; expected a mapping of column to value"
+        if not row:
+            return f"{file}, {place}: the row has no columns; expected a mapping of column to value"
+        for column, value in row.items():
+            kind = KINDS.get(type(value))
+            if kind is None:  # null fits every kind
+                continue
+            before, where = first.setdefault(column, (kind, place))
+            if kind != before:
+                found = f"the column {column!r} is {kind}, {_shown(value)}"
+                return f"{file}, {place}: {found}; expected {before}, as in {where}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _csv_records(file: Path, *, strict: bool) -> Iterator[tuple[int, list[str]]]:
+    """The line on which each record of a csv file begins (from 1) and its fields; blank lines are left out."""
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, strict=strict)
+        begins = 1
+        for fields in reader:
+            if fields:
+                yield begins, fields
+            begins = reader.line_num + 1
+
+
+def _csv_fault(file: Path, *, strict: bool) -> str | None:
+    header: list[str] | None = None
+    last = 1
+    try:
+        for line, fields in _csv_records(file, strict=strict):
+            last = line
+            if header is None:
+                header = fields
+            elif len(fields) != len(header):
+                columns = ", ".join(header)
+                return (
+                    f"{file}, line {line}: {len(fields)} field{'s' * (len(fields) != 1)}; expected {len(header)} "
+                    f"({columns if len(columns) <= 200 else columns[:200] + '...'})"
+                )
+    except UnicodeDecodeError:
+        return _encoding_fault(file)
+    except csv.Error as error:
+        return f"{file}, after line {last}: not valid csv ({error}); expected quotes that are closed"
+    if header is None:
+        return f"{str(file)!r} is empty; expected a line of column names, and rows"
+    if last == 1:
+        return f"{str(file)!r} has a line of column names and no rows"
+    return None
+
+
+def _parquet_fault(file: Path) -> str | None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        opened = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        return f"{str(file)!r} is no whole parquet file ({_first_line(error)}); it may have been cut short"
+    with opened:
+        begins = 1
+        for group in range(opened.num_row_groups):
+            ends = begins + opened.metadata.row_group(group).num_rows - 1
+            for column in opened.schema_arrow.names:
+                try:
+                    opened.read_row_group(group, columns=[column]).to_pylist()
+                except (pyarrow.ArrowException, OSError, ValueError) as error:
+                    return (
+                        f"{file}, rows {begins} to {ends}: the column {column!r} cannot be read ({_first_line(error)})"
+                    )
+            begins = ends + 1
+    return None if begins > 1 else f"{str(file)!r} has no rows"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

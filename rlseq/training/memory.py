@@ -1,0 +1,197 @@
+"""What a run will hold in memory and on disk, reckoned from configurations: no weights are loaded.
+
+An estimate. Parameters, and so weights, gradients, optimizer state and checkpoints, are exact for the optimizers named
+below; the KV cache is exact at its longest; activations are rough. Left out: what the framework itself takes (a GPU's
+context, fragmentation, buffers of communication) and sharding (FSDP, DeepSpeed), which divides the first five.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import trl
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from rlseq.doctor.preflight import load_configs
+from rlseq.errors import ConfigError, ModelError
+from rlseq.sampler import cached_numbers
+from rlseq.training.critic import critic_folder, first_line
+
+# Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 1 without the
+# attention scores, which SDPA does not keep: 34 bytes a token, layer and hidden unit at 16 bits are 17 numbers.
+ACTIVATIONS = 17
+ADAM_STATE = 2  # numbers a trained parameter: its two moments
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model of a run: parameters by number, and what they weigh in bytes in the precision they have there.
+
+    Attributes:
+        parameters, trained: of the policy, tied ones once; with an adapter only that is trained.
+        weight_bytes, trained_bytes: their bytes.
+        critic, critic_bytes: of PPO's critic, which is trained whole; 0 without one.
+        adapter: whether the trained parameters are an adapter's.
+        layers, hidden, vocabulary: of the policy.
+        cached: numbers that its KV cache holds of a token.
+    """
+
+    parameters: int
+    trained: int
+    weight_bytes: int
+    trained_bytes: int
+    critic: int
+    critic_bytes: int
+    adapter: bool
+    layers: int
+    hidden: int
+    vocabulary: int
+    cached: int
+
+
+def weightless_model(model_args: trl.ModelConfig) -> nn.Module:
+    """The model that `load_model` loads, with the adapter that training puts on it, on the meta device.
+
+    Raises:
+        ModelError: its configuration makes no causal language model.
+        ConfigError: the adapter that the settings ask for does not fit it.
+    """
+    path = model_args.model_name_or_path
+    config, _ = load_configs(path, model_args.model_revision)
+    dtype = model_args.dtype
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{path!r} makes no causal language model: {first_line(error)}") from error
+        if (Path(path) / "adapter_config.json").is_file():
+            settings = PeftConfig.from_pretrained(path)
+            settings.inference_mode = False
+        else:
+            settings = trl.get_peft_config(model_args)
+        if settings is None:
+            return model
+        try:
+            return get_peft_model(model, settings)
+        except ValueError as error:
+            raise ConfigError(f"the adapter does not fit {path!r}: {first_line(error)}") from error
+
+
+def size_of(model: nn.Module, critic: int = 0) -> ModelSize:
+    """Count a model's parameters; those of its critic are counted by `critic_parameters`."""
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    text = model.config.get_text_config()
+    width = max(p.element_size() for p in parameters if p.is_floating_point())
+    return ModelSize(
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in trained),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+        critic=critic,
+        critic_bytes=critic * width,
+        adapter=isinstance(model, PeftModel),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        cached=cached_numbers(model.config),
+    )
+
+
+def critic_parameters(model: nn.Module, kind: str, name_or_path: str | None) -> int:
+    """Parameters of the critic that `rlseq.training.critic.build_critic` builds for a policy: backbone and head."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if kind == "shared":
+        return base.config.get_text_config().hidden_size + 1
+    if name_or_path is None:
+        backbone: nn.Module = base.get_decoder()
+        # A copy of an adapted policy is merged: no parameter of an adapter is in it.
+        count = sum(p.numel() for name, p in backbone.named_parameters() if "lora_" not in name)
+    else:
+        config, _ = load_configs(str(critic_folder(name_or_path) or name_or_path))
+        with torch.device("meta"):
+            backbone = AutoModel.from_config(config)
+        count = sum(p.numel() for p in backbone.parameters())
+    return count + backbone.config.get_text_config().hidden_size + 1
+
+
+def optimizer_bytes(optim: str, size: ModelSize) -> int:
+    """Bytes of the optimizer's state: AdamW's two moments in the precision of the parameters, unless it is another."""
+    trained = size.trained_bytes + size.critic_bytes
+    if optim in ("sgd", "adafactor"):  # no momentum; rows and columns of the second moment alone
+        return 0
+    if "8bit" in optim:
+        return ADAM_STATE * (size.trained + size.critic)
+    return ADAM_STATE * trained
+
+
+def memory(
+    size: ModelSize,
+    *,
+    optim: str,
+    reference: bool,
+    averages: int,
+    quantized_bits: int | None,
+    compute_bytes: int,
+    update_tokens: int,
+    cached_tokens: int,
+    checkpointing: bool,
+    logits: bool,
+) -> dict[str, tuple[int, str]]:
+    """Bytes of a process by what they hold, with the formula in words; the last entry is their peak together.
+
+    Args:
+        size: of the model.
+        optim: the optimizer's name.
+        reference: whether a reference model is held beside the policy.
+        averages: copies of the trained weights that are held (a running average, the start).
+        quantized_bits: of the weights that are not trained, where they are quantised.
+        compute_bytes: of a number in the forward: 2 under mixed or half precision, else 4.
+        update_tokens: of a micro-batch, padded to its longest row.
+        cached_tokens: rows drawn together times the longest row; 0 where nothing is drawn.
+        checkpointing: whether activations are recomputed.
+        logits: whether the loss holds those of all its tokens (rollouts' losses go through them in chunks).
+    """
+    trained = size.trained_bytes + size.critic_bytes
+    weights = size.weight_bytes + size.critic_bytes
+    if quantized_bits:
+        weights = trained + (size.parameters - size.trained) * quantized_bits // 8
+    layer = ACTIVATIONS * size.hidden * compute_bytes
+    kept = size.layers * size.hidden * compute_bytes + layer if checkpointing else size.layers * layer
+    if size.critic > size.hidden + 1:  # a backbone of its own passes the same tokens
+        kept *= 2
+    activations = update_tokens * (kept + (8 * size.vocabulary if logits else 0))
+    held = {
+        "weights": (weights, f"{size.parameters + size.critic:,} parameters"),
+        "gradients": (trained, f"{size.trained + size.critic:,} trained parameters"),
+        "optimizer state": (optimizer_bytes(optim, size), f"{optim}"),
+        "reference model": (size.weight_bytes if reference else 0, "as the policy's weights"),
+        "averaged weights": (averages * trained, f"{averages} × the trained parameters"),
+        "KV cache": (
+            cached_tokens * size.cached * compute_bytes,
+            f"{cached_tokens:,} tokens × {size.cached:,} numbers × {compute_bytes} bytes",
+        ),
+        "activations, roughly": (
+            activations,
+            f"{update_tokens:,} tokens × {size.layers} layers × {size.hidden} × "
+            f"{'1 (+ 17 in one layer)' if checkpointing else '17'} numbers × {compute_bytes} bytes"
+            + (f", logits × {size.vocabulary:,} × 8 bytes" if logits else ""),
+        ),
+    }
+    together = sum(held[name][0] for name in list(held)[:5]) + max(held["KV cache"][0], activations)
+    shown = {name: entry for name, entry in held.items() if entry[0]}
+    return {**shown, "peak of a process": (together, "the sum, of cache and activations the larger")}
+
+
+def checkpoint_bytes(size: ModelSize, *, optim: str, average: bool, save_only_model: bool) -> int:
+    """Bytes of a checkpoint: weights (an adapter's alone), the critic's, the optimizer's state, the average."""
+    trained = size.trained_bytes + size.critic_bytes
+    weights = (size.trained_bytes if size.adapter else size.weight_bytes) + size.critic_bytes
+    return weights + (0 if save_only_model else optimizer_bytes(optim, size)) + (trained if average else 0)
