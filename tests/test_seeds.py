@@ -9,8 +9,10 @@ from tiny import tiny_model
 
 from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
+from rlseq.evaluation.measure import ContrastSettings
 from rlseq.evaluation.seeds import crossed_bootstrap_many, difference, methods, numbered, seed_notes
 from rlseq.evaluation.stats import MeanOf, RatioOfSums, bootstrap, paired_bootstrap
+from rlseq.evaluation.study import StudyMetric, summarise
 from rlseq.sampler import sample
 from rlseq.types import Prompt
 
@@ -174,6 +176,28 @@ def test_a_checkpoint_sampled_under_two_seeds_differs_by_chance_alone():
     assert np.std([f.difference for f in found]) > 0.02  # or there would be nothing to cover
     assert 0.92 <= np.mean([f.ci95[0] <= 0 <= f.ci95[1] for f in found]) <= 0.98
     assert 0.02 <= np.mean([f.p_value <= 0.05 for f in found]) <= 0.08
+
+
+def test_studies_compare_methods_by_their_seeds():
+    names = ("base", "rl#1", "rl#2", "x")
+    found = {
+        name: [{"n": float(n), "of": float(of)} for n, of in table]
+        for name, table in zip(names, counts(30, [0.3, 0.2, 0.25, 0.4], seed=3), strict=True)
+    }
+    rates = {name: sum(r["n"] for r in rows) / sum(r["of"] for r in rows) for name, rows in found.items()}
+    settings = ContrastSettings(resamples=300, seed=4)
+    metrics = {"rate": StudyMetric(("n", "of"), ERROR_RATE)}
+    *alone, of_method = summarise(found, metrics, settings)["comparisons"]
+    assert [(c["a"], c["b"]) for c in alone] == [("base", "rl#1"), ("base", "rl#2"), ("base", "x")]
+    assert (of_method["a"], of_method["b"], of_method["claim"]) == ("base", "rl", "method")
+    assert (of_method["seeds_a"], of_method["seeds_b"]) == (1, 2)
+    assert of_method["difference"] == pytest.approx((rates["rl#1"] + rates["rl#2"]) / 2 - rates["base"])
+    low, high = of_method["ci95"]
+    assert high - low > max(np.ptp(c["ci95"]) for c in alone)
+    # Where the first method has seeds, all is compared with their mean, and nothing with one of them.
+    turned = summarise({name: found[name] for name in names[1:]}, metrics, settings)["comparisons"]
+    assert [(c["a"], c["b"], c["seeds_a"], c["seeds_b"]) for c in turned] == [("rl", "x", 2, 1)]
+    assert turned[0]["difference"] == pytest.approx(rates["x"] - (rates["rl#1"] + rates["rl#2"]) / 2)
 
 
 def test_numbered_names_are_seeds_of_one_method():

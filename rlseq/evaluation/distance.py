@@ -61,6 +61,7 @@ class Distance:
 
     name = "distance"
     costly = True
+    against_first = True
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Nothing can be wrong before models are loaded."""

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rlseq.evaluation.seeds import claim_of, crossed_bootstrap_many, difference, methods
 from rlseq.evaluation.stats import bootstrap_many, paired_bootstrap_many
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
@@ -82,6 +83,8 @@ class Study(Protocol):
     """The parts of a study. Its module is named after it, and has one instance in `rlseq.evaluation.studies`."""
 
     name: str
+    # A study that measures against the first model of a contrast also has `against_first = True`: evaluations that had
+    # different first models are joined without it.
     costly: bool  # decodes or scores anew, and so runs on the first `study_rows` rows only
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
@@ -114,6 +117,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Values with intervals of every model, and differences to the first on the same rows.
 
+    Where a method has several training seeds (rlseq.evaluation.seeds) it is compared with the first method too, by its
+    mean over seeds; if that has several, the single seeds are not compared.
+
     Args:
         found: by model, R rows.
         metrics: by name; a row that lacks a statistic has 0 of it.
@@ -121,7 +127,7 @@ def summarise(
 
     Returns:
         {"models": {model: {name: {"value", "ci95"}}}, "comparisons": [{"a", "b", "metric", "difference", "ci95"}]};
-        what is not defined is NaN.
+        what is not defined is NaN. A comparison of methods also has what `seeds.claim_of` gives.
     """
     tables = {
         (model, name): (rows_matrix(rows, metric.statistics), metric.aggregate)
@@ -132,7 +138,10 @@ def summarise(
     models: dict[str, dict[str, Any]] = {model: {} for model in found}
     for (model, name), interval in bootstrap_many(tables, **options).items():
         models[model][name] = {"value": interval.value, "ci95": list(interval.ci95)}
+    by_method = methods(found)
     first, *others = found
+    if first not in by_method:
+        others = []
     pairs = {
         (other, name): (tables[first, name][0], tables[other, name][0], metric.aggregate)
         for other in others
@@ -144,8 +153,37 @@ def summarise(
         "comparisons": [
             {"a": first, "b": other, "metric": name, "difference": r.difference, "ci95": list(r.ci95)}
             for (other, name), r in differences.items()
-        ],
+        ]
+        + (_method_comparisons(by_method, tables, metrics, options) if compare else []),
     }
+
+
+def _method_comparisons(
+    by_method: Mapping[str, Sequence[str]],
+    tables: Mapping[tuple[str, str], tuple[np.ndarray, Any]],
+    metrics: Mapping[str, StudyMetric],
+    options: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    (a, seeds_a), *others = by_method.items()
+    compared = [(b, seeds_b) for b, seeds_b in others if max(len(seeds_a), len(seeds_b)) > 1]
+    if not compared:
+        return []
+    draws = crossed_bootstrap_many(
+        {
+            (method, name): (method, [tables[seed, name][0] for seed in seeds], metric.aggregate)
+            for method, seeds in [(a, seeds_a), *compared]
+            for name, metric in metrics.items()
+        },
+        **options,
+    )
+    found = []
+    for b, seeds_b in compared:
+        for name in metrics:
+            result = difference(draws[a, name], draws[b, name])
+            claim = claim_of(len(seeds_a), len(seeds_b))
+            values = {"difference": result.difference, "ci95": list(result.ci95)}
+            found.append({"a": a, "b": b, "metric": name, **values, **claim})
+    return found
 
 
 def rows_matrix(rows: Sequence[RowStatistics], statistics: Sequence[str]) -> np.ndarray:
