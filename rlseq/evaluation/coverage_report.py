@@ -46,13 +46,14 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
             for curve, _ in family.curves
             if curve != _EXACT and curve in found
         }
-        said = f"{info.label} over k samples, with 95% bands. Solid: {solid}; dashed: {dashed}"
+        lines = f"with 95% bands. Solid: {solid}; dashed: {dashed}"
+        said = f"{info.label} over k samples, {lines}"
         figures[name] = (said, plots.to_svg(_draw(curves, models, family, "value")))
         compared = {(c["b"], c["curve"]): c for c in block["comparisons"] if c["curve"] in dict(family.curves)}
         if compared:
             shown.append(_differences(block, family, list(compared.values())))
             gaps = {place: c["differences"] for place, c in compared.items()}
-            said = f"{info.label}: difference to {next(iter(compared.values()))['a']}, with 95% bands. Lines as beside"
+            said = f"{info.label}: difference to {next(iter(compared.values()))['a']}, {lines}"
             said += "; dotted: exact, without sampling" if dotted else ""
             figures[f"{name}-difference"] = (said, plots.to_svg(_draw(gaps, models, family, "difference")))
     if block["agreement"]:
@@ -166,7 +167,8 @@ def _draw(
             color, places = plots.color_of(models, model), [int(k) for k in cells]
             points = np.array([[c[kind], *c["ci95"]] for c in cells.values()], dtype=float) * family.scale  # (K, 3)
             if curve != _EXACT:
-                axes.fill_between(places, points[:, 1], points[:, 2], color=color, alpha=0.16, lw=0)
+                alpha = 0.16 if lines[curve] == "-" else 0.07  # two bands of a model lie on each other
+                axes.fill_between(places, points[:, 1], points[:, 2], color=color, alpha=alpha, lw=0)
             axes.plot(places, points[:, 0], lines[curve], color=color, lw=1.8)
         if kind == "difference":
             axes.axhline(0, color=plots.MUTED, lw=1.0, zorder=1)
