@@ -206,6 +206,35 @@ def test_headline_says_what_changed_how_sure_and_what_it_cost(results, samples, 
     assert headline.finding in markdown
 
 
+def test_headline_says_what_it_cost_in_coverage_and_diversity(results, samples, tmp_path):
+    results["comparisons"] += [
+        compared("exact_pass_at_k.1", None, 0.14, [0.1, 0.18]),
+        compared("exact_pass_at_k.4", None, 0.01, [-0.01, 0.03]),
+        compared("logprob", "sample", 0.3, [0.2, 0.4]),
+    ]
+    for model, entropy in (("base", 0.9), ("rl", 0.6)):
+        results["models"][model]["strategies"]["sample"]["logprob"] = value(-entropy)
+    cost = make_headline(results).cost
+    assert "Coverage did not clearly change: 4 samples hold a right answer in 80.0% → 81.0% of rows" in cost
+    assert "Samples are less varied: the entropy of a completion is 0.900 → 0.600 nats." in cost
+    results["comparisons"][-2]["ci95"] = [0.005, 0.03]
+    results["comparisons"][-1] |= {"difference": -0.3, "ci95": [-0.4, -0.2]}
+    cost = make_headline(results).cost
+    assert "Coverage rose" in cost and "more varied" in cost
+
+
+def test_headline_says_how_much_of_the_gain_a_lower_temperature_gives(results):
+    gap = {"a": "base", "b": "rl", "metric": "exact_match"}
+    gap |= {"total": value(0.05), "sharpening": value(0.04), "rest": {"value": 0.01, "ci95": [-0.02, 0.04]}}
+    results["studies"] = {"sharpening": {"gaps": [{**gap, "b": "other"}, gap]}}
+    assert make_headline(results).source == (
+        "In plain sampling exact match gains +5.00 pp: +4.00 pp of it base gains, too, at a lower temperature of equal "
+        "entropy; the rest is +1.00 pp (95% interval −2.00 to +4.00)."
+    )
+    del gap["rest"]
+    assert make_headline(results).source == ""
+
+
 def test_headline_does_not_claim_what_the_interval_does_not_show(results):
     results["primary"]["strategy"] = "sample"
     headline = make_headline(results)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,12 @@ import jinja2
 from markupsafe import Markup
 
 from rlseq.evaluation import compression, plots, tables
+from rlseq.evaluation.headline import make_headline
 from rlseq.evaluation.sidebyside import SideBySide, monte_carlo_pass_at_k, side_by_side
 from rlseq.evaluation.studies import sections
-from rlseq.evaluation.tables import Comparison, Results
+from rlseq.evaluation.tables import Results
 
 _PASS_KS_IN_TABLE = (1, 2, 4, 8, 16, 64, 256)
-
-
-@dataclass(frozen=True)
-class Headline:
-    """What a busy person reads: the finding, how sure it is, and what it cost in likelihood."""
-
-    title: str
-    finding: str
-    certainty: str
-    cost: str
-    verdict: str
-    tiles: tuple[Comparison, ...]
 
 
 def write_report(
@@ -109,102 +97,6 @@ def print_summary(results: Results) -> None:
     console.print(f"{headline.certainty} {headline.cost}", markup=False, highlight=False)
 
 
-def make_headline(results: Results) -> Headline:
-    """The finding, its certainty and its cost as sentences."""
-    found = tables.comparisons(results)
-    models = list(results["models"])
-    if not found:
-        return _headline_without_comparison(results, models)
-    fair = [c for c in found if not c.oracle]
-    measured = [c for c in fair if c.raw["difference"] is not None] or fair or found
-    lead = next((c for c in measured if c.strategy is not None), measured[0])
-    declared = found[0].primary
-    lead = found[0] if declared else lead
-    others = [c for c in found if (c.a, c.b) == (lead.a, lead.b)]
-    undefined = lead.raw["difference"] is None
-    opening = {
-        "better": "Better: ",
-        "worse": "Worse: ",
-        "unclear": "No clear difference: ",
-        "equal": "No difference: ",
-    }.get(lead.verdict, "")
-    opening = "Not measured: " if undefined else opening
-    finding = (
-        f"{opening}{lead.metric.label} under {lead.where} is {lead.value_b} for {lead.b}, "
-        f"against {lead.value_a} for {lead.a}."
-    )
-    p = f", p {lead.p if lead.p.startswith('<') else '= ' + lead.p}" if declared else ""
-    certainty = (
-        f"Difference {lead.difference}, 95% interval {lead.interval}{p}, on the same {results['rows']:,} rows"
-        + (f" and {lead.seeds}" if lead.of_methods else "")
-        + (": the interval holds zero." if lead.verdict == "unclear" else ".")
-    )
-    if undefined:
-        certainty = f"There is no difference to report: {lead.metric.label} has no value on one side at least."
-    if not declared:
-        certainty += " No primary comparison was declared, so this is exploratory."
-    same_metric = [
-        c
-        for c in others
-        if c is not lead
-        and not c.oracle
-        and c.metric.name == lead.metric.name
-        and c.strategy_a == c.strategy is not None
-    ]
-    by_name = {c.metric.name: c for c in others if c.strategy is None}
-    likelihood = [by_name[n] for n in ("nll_per_token", "exact_accuracy") if n in by_name]
-    return Headline(
-        title=" against ".join(models) if len(models) == 2 else ", ".join(models),
-        finding=finding,
-        certainty=certainty,
-        cost=_cost(by_name.get("nll_per_token"), by_name.get("exact_accuracy")),
-        verdict=lead.verdict,
-        tiles=(lead, *same_metric[:3], *likelihood),
-    )
-
-
-def _cost(nll: Comparison | None, accuracy: Comparison | None) -> str:
-    if nll is None:
-        return "Likelihood was skipped: no references."
-    words = {
-        "worse": "The references became less likely",
-        "better": "The references became more likely too",
-        "unclear": "The likelihood of the references shows no clear change",
-        "equal": "The likelihood of the references is the same",
-    }[nll.verdict]
-    text = f"{words}: NLL per token {nll.value_a} → {nll.value_b} nats ({nll.interval})."
-    if accuracy is not None:
-        change = {"better": "rose", "worse": "fell", "equal": "is the same"}.get(
-            accuracy.verdict, "did not clearly change"
-        )
-        text += f" The exact chance that one sample is right {change}: {accuracy.value_a} → {accuracy.value_b}."
-    return text
-
-
-def _headline_without_comparison(results: Results, models: Sequence[str]) -> Headline:
-    strategy = next(iter(_fair_strategies(results)), None)
-    names = tables.quality_metrics(results)[:3]
-    parts = []
-    for name in names:
-        info, found = tables.metric(results, name), tables.cell(results, models[0], strategy, name)
-        if found:
-            parts.append(f"{info.label} {info.value(found['value'])}")
-    return Headline(
-        title=", ".join(models),
-        finding=f"Under {strategy}, {models[0]} has {', '.join(parts)}." if parts else "Nothing was generated.",
-        certainty=f"On {results['rows']:,} rows, with nothing to compare it with.",
-        cost="" if tables.likelihood_metrics(results) else "Likelihood was skipped: no references.",
-        verdict="unclear",
-        tiles=(),
-    )
-
-
-def _fair_strategies(results: Results) -> list[str]:
-    """The strategies without the oracles; all, if they are all oracles."""
-    every = tables.strategies(results)
-    return [s for s in every if not tables.is_oracle(results, s)] or every
-
-
 def _context(
     results: Results,
     samples: Sequence[Mapping[str, Any]],
@@ -253,7 +145,7 @@ def _checkpoint(results: Results, name: str | None) -> str | None:
 def _side(
     results: Results, samples: Sequence[Any], per_example: Sequence[Any], pair: tuple[str | None, str]
 ) -> SideBySide | None:
-    available = _fair_strategies(results)
+    available = tables.fair_strategies(results)
     if not available:
         return None
     strategy = (results.get("primary") or {}).get("strategy")
@@ -303,7 +195,7 @@ def _figures(
         info = tables.metric(results, name)
         points = {
             (model, strategy): (nll, quality)
-            for strategy in _fair_strategies(results)
+            for strategy in tables.fair_strategies(results)
             for model in models
             if (nll := tables.cell(results, model, None, "nll_per_token"))
             and (quality := tables.cell(results, model, strategy, name))

@@ -72,8 +72,9 @@ def side_by_side(
     """Pair the completions of a and b under a strategy, row by row.
 
     A row's score is the mean of `total` over its samples (of the first reward where totals are absent); its
-    gain is b − a. The `limit` largest gains and losses are shown, as many rows whose completions changed at an equal
-    score, and as many of all rows; these two are chosen by a hash of their key, which knows no score. With a None, b is shown alone and its lowest scores count as `worse`.
+    gain is b − a. The `limit` largest gains and losses are shown, as many rows whose completions changed at an
+    equal score, and as many of all rows; these two are chosen by a hash of their key, which knows no score. With
+    a None, b is shown alone and its lowest scores count as `worse`.
 
     Returns:
         None when neither model has samples under this strategy.

@@ -257,6 +257,12 @@ def is_oracle(results: Results, strategy: str | None) -> bool:
     return any(m.get("strategies", {}).get(strategy, {}).get("oracle") for m in results["models"].values())
 
 
+def fair_strategies(results: Results) -> list[str]:
+    """The strategies without the oracles; all, if they are all oracles."""
+    every = strategies(results)
+    return [s for s in every if not is_oracle(results, s)] or every
+
+
 def labelled(results: Results, strategy: str) -> str:
     """A strategy as tables name it: an oracle is called one."""
     return f"{strategy} (oracle)" if is_oracle(results, strategy) else strategy

@@ -1,0 +1,165 @@
+"""The headline of a report: what a busy person reads first, in sentences made of numbers that were computed before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rlseq.evaluation import tables
+from rlseq.evaluation.tables import Comparison, Results
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a busy person reads: the finding, how sure it is, and what it cost.
+
+    Attributes:
+        cost: in likelihood, coverage and diversity, a sentence each where it was measured.
+        source: how much of a gain in sampling a lower temperature would give too, where that was measured; else "".
+    """
+
+    title: str
+    finding: str
+    certainty: str
+    cost: str
+    source: str
+    verdict: str
+    tiles: tuple[Comparison, ...]
+
+
+def make_headline(results: Results) -> Headline:
+    """The finding, its certainty and its cost as sentences."""
+    found = tables.comparisons(results)
+    models = list(results["models"])
+    if not found:
+        return _headline_without_comparison(results, models)
+    fair = [c for c in found if not c.oracle]
+    measured = [c for c in fair if c.raw["difference"] is not None] or fair or found
+    lead = next((c for c in measured if c.strategy is not None), measured[0])
+    declared = found[0].primary
+    lead = found[0] if declared else lead
+    others = [c for c in found if (c.a, c.b) == (lead.a, lead.b)]
+    undefined = lead.raw["difference"] is None
+    opening = {
+        "better": "Better: ",
+        "worse": "Worse: ",
+        "unclear": "No clear difference: ",
+        "equal": "No difference: ",
+    }.get(lead.verdict, "")
+    opening = "Not measured: " if undefined else opening
+    finding = (
+        f"{opening}{lead.metric.label} under {lead.where} is {lead.value_b} for {lead.b}, "
+        f"against {lead.value_a} for {lead.a}."
+    )
+    p = f", p {lead.p if lead.p.startswith('<') else '= ' + lead.p}" if declared else ""
+    certainty = (
+        f"Difference {lead.difference}, 95% interval {lead.interval}{p}, on the same {results['rows']:,} rows"
+        + (f" and {lead.seeds}" if lead.of_methods else "")
+        + (": the interval holds zero." if lead.verdict == "unclear" else ".")
+    )
+    if undefined:
+        certainty = f"There is no difference to report: {lead.metric.label} has no value on one side at least."
+    if not declared:
+        certainty += " No primary comparison was declared, so this is exploratory."
+    same_metric = [
+        c
+        for c in others
+        if c is not lead
+        and not c.oracle
+        and c.metric.name == lead.metric.name
+        and c.strategy_a == c.strategy is not None
+    ]
+    by_name = {c.metric.name: c for c in others if c.strategy is None}
+    likelihood = [by_name[n] for n in ("nll_per_token", "exact_accuracy") if n in by_name]
+    return Headline(
+        title=" against ".join(models) if len(models) == 2 else ", ".join(models),
+        finding=finding,
+        certainty=certainty,
+        cost=" ".join(
+            [
+                _likelihood_cost(by_name.get("nll_per_token"), by_name.get("exact_accuracy")),
+                *_coverage_cost(by_name),
+                *_diversity_cost(others),
+            ]
+        ),
+        source=_source(results, lead.a, lead.b),
+        verdict=lead.verdict,
+        tiles=(lead, *same_metric[:3], *likelihood),
+    )
+
+
+def _likelihood_cost(nll: Comparison | None, accuracy: Comparison | None) -> str:
+    if nll is None:
+        return "Likelihood was skipped: no references."
+    words = {
+        "worse": "The references became less likely",
+        "better": "The references became more likely too",
+        "unclear": "The likelihood of the references shows no clear change",
+        "equal": "The likelihood of the references is the same",
+    }[nll.verdict]
+    text = f"{words}: NLL per token {nll.value_a} → {nll.value_b} nats ({nll.interval})."
+    if accuracy is not None:
+        change = {"better": "rose", "worse": "fell", "equal": "is the same"}.get(
+            accuracy.verdict, "did not clearly change"
+        )
+        text += f" The exact chance that one sample is right {change}: {accuracy.value_a} → {accuracy.value_b}."
+    return text
+
+
+def _coverage_cost(by_name: Mapping[str, Comparison]) -> list[str]:
+    """What the largest k of the exact pass@k says: a gain at k = 1 may be paid for there (Yue et al. 2025)."""
+    ks = [int(name.partition(".")[2]) for name in by_name if name.startswith("exact_pass_at_k.")]
+    if not ks:
+        return []
+    largest = by_name[f"exact_pass_at_k.{max(ks)}"]
+    words = {"better": "Coverage rose", "worse": "Coverage fell", "equal": "Coverage is the same"}
+    return [
+        f"{words.get(largest.verdict, 'Coverage did not clearly change')}: {max(ks)} samples hold a right answer in "
+        f"{largest.value_a} → {largest.value_b} of rows ({largest.interval} pp)."
+    ]
+
+
+def _diversity_cost(compared: Sequence[Comparison]) -> list[str]:
+    """Whether plain samples vary less: minus the mean log-prob of a sample estimates the entropy of a completion."""
+    found = next((c for c in compared if c.metric.name == "logprob" and c.strategy == c.strategy_a == "sample"), None)
+    if found is None or found.raw["difference"] is None:
+        return []
+    words = {"higher": "Samples are less varied", "lower": "Samples are more varied", "equal": "Samples vary as before"}
+    a, b = (value.removeprefix("−") for value in (found.value_a, found.value_b))  # a log-prob is below 0
+    return [
+        f"{words.get(found.verdict, 'Samples vary about as before')}: the entropy of a completion is {a} → {b} nats."
+    ]
+
+
+def _source(results: Results, a: str, b: str) -> str:
+    """The decomposition of the gain at temperature 1, from the study of sharpening."""
+    gaps = (results.get("studies") or {}).get("sharpening", {}).get("gaps", [])
+    for gap in gaps:
+        if (gap["a"], gap["b"]) == (a, b) and "rest" in gap and gap["total"]["value"] is not None:
+            info = tables.metric(results, gap["metric"])
+            total, sharpening, rest = (info.difference(gap[part]["value"]) for part in ("total", "sharpening", "rest"))
+            return (
+                f"In plain sampling {info.label.lower()} gains {total}: {sharpening} of it {a} gains, too, at a lower "
+                f"temperature of equal entropy; the rest is {rest} (95% interval "
+                f"{info.difference_interval(gap['rest']['ci95'])})."
+            )
+    return ""
+
+
+def _headline_without_comparison(results: Results, models: Sequence[str]) -> Headline:
+    strategy = next(iter(tables.fair_strategies(results)), None)
+    names = tables.quality_metrics(results)[:3]
+    parts = []
+    for name in names:
+        info, found = tables.metric(results, name), tables.cell(results, models[0], strategy, name)
+        if found:
+            parts.append(f"{info.label} {info.value(found['value'])}")
+    return Headline(
+        title=", ".join(models),
+        finding=f"Under {strategy}, {models[0]} has {', '.join(parts)}." if parts else "Nothing was generated.",
+        certainty=f"On {results['rows']:,} rows, with nothing to compare it with.",
+        cost="" if tables.likelihood_metrics(results) else "Likelihood was skipped: no references.",
+        source="",
+        verdict="unclear",
+        tiles=(),
+    )
