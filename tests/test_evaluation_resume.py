@@ -227,13 +227,13 @@ def test_nothing_is_kept_without_an_output_folder(task, monkeypatch, tmp_path):
 def test_processes_agree_on_what_is_found(tmp_path, monkeypatch):
     names = ["a", "b", "c"]
 
-    def opened(rank, world, others=None):
+    def opened(rank, world, others=None, key="seed 0"):
         """The parts of a process that hears of these others; without them it hears of itself."""
         monkeypatch.setattr(
             unfinished, "PartialState", lambda: SimpleNamespace(process_index=rank, num_processes=world)
         )
         monkeypatch.setattr(unfinished, "gather_object", lambda mine: mine if others is None else others)
-        return Parts(tmp_path, {"seed": 0}, names)
+        return Parts(tmp_path, key, names)
 
     first, second = opened(0, 2), opened(1, 2)
     for part in ("a", "b"):
@@ -244,6 +244,18 @@ def test_processes_agree_on_what_is_found(tmp_path, monkeypatch):
     assert own == [{"a", "b"}, {"b", "c"}]
     assert [opened(rank, 2, own).found for rank in (0, 1)] == [{"b": [0]}, {"b": [1]}]
     assert not opened(0, 1).found and not opened(1, 3).found  # rows are dealt out differently
+    assert not opened(0, 2, own, key="seed 1").found
+    # one that does not know its checkpoint still tells the others, and keeps nothing
+    unknown = opened(1, 2, key=None)
+    assert not unknown.found and unknown.once("c", lambda: [2]) == [2]
+    assert opened(1, 2).found == {"b": [1], "c": [1]}
+
+
+def test_rows_that_json_cannot_hold_are_evaluated_and_not_kept(task, tmp_path, monkeypatch):
+    rows = [{**row, "odd": {(1, 2): 3}} for row in ROWS]
+    models = {"one": str(task / "one")}
+    assert run(models, tmp_path, rows=rows, stop="exact_map", monkeypatch=monkeypatch) == ["greedy", "sample"]
+    assert not (tmp_path / ".unfinished").exists()
 
 
 def test_completions_come_back_as_they_were():

@@ -39,23 +39,25 @@ class Parts:
 
     Args:
         output_dir: of the evaluation, in whose folder `.unfinished` parts are kept; None: nothing is kept.
-        key: all that decides the parts.
-        parts: the names of all parts.
+        key: a hash of all that decides the parts; None: it is not known, and nothing is kept by this process.
+        names: of all parts.
 
     Attributes:
         found: the parts that are not measured again, by name.
     """
 
-    def __init__(self, output_dir: Path | None = None, key: Mapping[str, Any] | None = None, parts: Sequence[str] = ()):
-        self.folder = None if output_dir is None else output_dir / _FOLDER
+    def __init__(self, output_dir: Path | None = None, key: str | None = None, names: Sequence[str] = ()):
+        self.folder = None if output_dir is None or key is None else output_dir / _FOLDER
         self.found: dict[str, Any] = {}
-        if self.folder is None:
+        if output_dir is None:
             return
         state = PartialState()
-        self._key = key_of(f"{state.process_index} of {state.num_processes}", key or {})
-        mine = {part: value for part in parts if (value := self._read(part)) is not None}
-        everywhere = set(mine).intersection(*gather_object([set(mine)]))
-        self.found = {part: value for part, value in mine.items() if part in everywhere}
+        self._key = f"{key} {state.process_index} of {state.num_processes}"
+        mine = {}
+        if self.folder is not None:
+            mine = {name: value for name in names if (value := self._read(name)) is not None}
+        everywhere = set(mine).intersection(*gather_object([set(mine)]))  # called by all, whatever they have
+        self.found = {name: value for name, value in mine.items() if name in everywhere}
 
     def once(self, part: str, measure: Callable[[], Any]) -> Any:
         """A part as it was found, or measured and kept.
@@ -150,11 +152,9 @@ def parts_of(
         documents: text without prompts.
         settings: of the contrast (`rlseq.evaluation.measure.ContrastSettings`).
     """
-    fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]
-    if None in fingerprints:
-        return Parts()
     state = PartialState()
-    key = {
+    fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]
+    decisive = {
         "model": [name, *checkpoints, *fingerprints],
         "rows": [vars(prompt) for prompt in prompts],
         "documents": documents,
@@ -165,6 +165,10 @@ def parts_of(
     }
     strategies = [strategy.signature for strategy in settings.parsed()]
     names = [LIKELIHOOD, *strategies, *map(STUDY.format, settings.studies), *([DOCUMENTS] if documents else [])]
+    try:
+        key = None if None in fingerprints else key_of("", decisive)
+    except TypeError:  # a column that JSON cannot name, such as a dict with tuples for keys
+        key = None
     parts = Parts(output_dir, key, names)
     if parts.found and state.is_main_process and not quiet:
         print(f"evaluating {name}: {len(parts.found)} of {len(names)} parts found in {parts.folder}", flush=True)
