@@ -4,12 +4,13 @@
         --models base=recipes/g2p/base rl=runs/g2p-grpo --dataset_name recipes/g2p/data.py \
         --reward_funcs phoneme_accuracy --output_dir runs/contrast
 
-The first model is compared with each of the others, row by row. `rlseq evaluate` is the same in one process.
+The first model is compared with each of the others, row by row; a name that is repeated is one method with several
+training seeds. `--compare` joins finished evaluations instead. `rlseq evaluate` is the same in one process.
 Nothing is trained and `test` is touched only with `--eval_split test`.
 """
 
 from rlseq.errors import ConfigError
-from rlseq.evaluation.command import evaluate
+from rlseq.evaluation.command import evaluate, join_finished
 from rlseq.evaluation.contrast import ContrastSettings
 from rlseq.training.config import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
 from rlseq.training.parser import RecipeParser, run_recipe
@@ -21,16 +22,19 @@ def main() -> None:
         description=__doc__.splitlines()[0],
     )
     arguments, data, rewards, evaluation = parser.parse()
-    if not arguments.models:
-        raise ConfigError("no model is named; give --models NAME=PATH ...")
+    measured = [*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])]  # all are only measured
+    if arguments.compare:
+        if arguments.models or data.dataset_name:
+            raise ConfigError("--compare joins what was evaluated before; leave out --models and --dataset_name")
+        return join_finished(arguments.compare, output_dir=arguments.output_dir, reward_funcs=measured or None)
     evaluate(
-        arguments.models,
+        arguments.models or [],
         dataset_name=data.dataset_name,
         split=data.eval_split,
         limit=data.eval_rows,
         config_name=data.dataset_config,
         prompt_options=data.prompt_options(),
-        reward_funcs=[*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])],  # all are only measured
+        reward_funcs=measured,
         settings=ContrastSettings(**evaluation.contrast_values(arguments.max_new_tokens)),
         output_dir=arguments.output_dir,
     )

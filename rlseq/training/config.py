@@ -182,7 +182,12 @@ class EvaluateArguments:
     _argument_group_name = "models (rlseq)"
 
     models: list[str] | None = field(
-        default=None, metadata={"help": "Checkpoints as NAME=PATH; the first is the baseline."}
+        default=None,
+        metadata={"help": "Checkpoints as NAME=PATH; the first is the baseline, a name repeated a method with seeds."},
+    )
+    compare: list[str] | None = field(
+        default=None,
+        metadata={"help": "Join finished evaluations instead: [NAME=]RESULTS, a results.json or its folder."},
     )
     output_dir: str = _default("runs/contrast", "Where results.json and report.html go.")
     max_new_tokens: int = _default(256, "Longest completion, in tokens.")
