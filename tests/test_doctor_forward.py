@@ -19,7 +19,7 @@ from rlseq.doctor import forward
 from rlseq.doctor.command import examine_model
 from rlseq.errors import ModelError
 from rlseq.training.config import ModelArguments
-from rlseq.training.models import load_model
+from rlseq.training.models import disable_dropout, load_model
 
 
 def altered(kind, family="llama", **changes):
@@ -193,6 +193,27 @@ def test_lora():
     told(forward.check_lora(unheard), "warning", "--lora_target_modules")
 
 
+class DropsInItsForward(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = nn.functional.dropout(output.logits, 0.1, training=self.training)
+        return output
+
+
+@pytest.mark.parametrize(("family", "rate"), [("llama", "attention_dropout"), ("gpt2", "attn_pdrop")])
+def test_dropout_is_off_in_training_however_a_model_applies_it(family, rate, tmp_path):
+    model = tiny_model(family, initializer_range=0.1, **{rate: 0.5})
+    told(forward.check_train_mode(copy.deepcopy(model), lambda model: None), "failed", "log-probs move by")
+    told(forward.check_train_mode(copy.deepcopy(model), disable_dropout), "ok", "at most 0 nats")
+    told(forward.check_train_mode(altered(DropsInItsForward), disable_dropout), "failed", "config.json")
+    # what the check stands for: the policy that a trainer updates is the one that was sampled from
+    trained = tiny_trainer(tmp_path, model=model).model.train()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(trained(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
+    assert getattr(model.config, rate) == 0.5
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """The folder of an adapter that is far from its base."""
@@ -243,8 +264,8 @@ def test_the_command_prints_a_line_a_check(saved, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     assert doctor(saved) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("rlseq doctor: ") and lines[-1] == "16 ok, 1 skipped"
-    assert [line.split()[1] for line in lines[2:-2]] == ["ok"] * 3 + ["skipped"] + ["ok"] * 13
+    assert lines[0].startswith("rlseq doctor: ") and lines[-1] == "17 ok, 1 skipped"
+    assert [line.split()[1] for line in lines[2:-2]] == ["ok"] * 3 + ["skipped"] + ["ok"] * 14
 
 
 def test_the_command_fails_with_a_check_and_json_says_which(saved, capsys):

@@ -22,8 +22,8 @@ DESCRIPTION = """Check a model and its tokenizer for reinforcement learning, a l
 
 Tokenizer and configuration: padding, stop tokens, BOS, chat template, dropout, generation config, context,
 references, vocabulary, dtype. The model itself, in float32 on random tokens: left padding, packing, KV cache,
-causality, saving and tied weights, LoRA. docs/reliability.md says what each looks at. No code of the model's
-repository is run, and no weights but safetensors are read."""
+causality, saving and tied weights, LoRA, train mode. docs/reliability.md says what each looks at. No code of the
+model's repository is run, and no weights but safetensors are read."""
 
 EPILOG = """Exit status: 0 when nothing failed (warnings are none), 1 when a check failed, 2 on bad input.
 
@@ -135,6 +135,7 @@ def examine_model(name_or_path: str) -> Iterator[Finding]:
     import torch
 
     from rlseq.doctor import forward
+    from rlseq.training.models import disable_dropout
 
     path = Path(name_or_path)
     adapter = (path / "adapter_config.json").is_file()
@@ -152,6 +153,7 @@ def examine_model(name_or_path: str) -> Iterator[Finding]:
     else:
         yield _attempt("saving", forward.check_saving, model)
         yield _attempt("LoRA", forward.check_lora, model)
+    yield _attempt("train mode", forward.check_train_mode, model, disable_dropout)
 
 
 def _load(name_or_path: str, adapter: bool) -> tuple[Any, list[str]]:

@@ -99,6 +99,20 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
         ) from error
 
 
+def disable_dropout(model: torch.nn.Module) -> None:
+    """Turn dropout off in every module for good; the configuration that is saved keeps its rates.
+
+    TRL's own reaches `torch.nn.Dropout` alone, but Llama, Qwen, Mistral and others hand `attention_dropout`, a number
+    of the module, to the attention in train mode.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def build_model(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Build a randomly initialised model from a config with `model_type`; its vocabulary is the tokenizer's.
 

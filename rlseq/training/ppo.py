@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import disable_dropout_in_model
 
 from rlseq.errors import ConfigError, ModelError
 from rlseq.losses import (
@@ -40,6 +39,7 @@ from rlseq.scoring.outcome import TOKEN_REWARDS
 from rlseq.training.config import PPOConfig
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
+from rlseq.training.models import disable_dropout
 from rlseq.types import Prompt, ScoredRollout
 
 
@@ -61,7 +61,7 @@ class PPOTrainer(GRPOTrainer):
     ):
         critic = build_critic(model, args.critic, args.critic_name_or_path, trunk_gradient=args.critic_trunk_gradient)
         if args.disable_dropout:
-            disable_dropout_in_model(critic)
+            disable_dropout(critic)
         self._asks_values = False
         self._drift = torch.zeros(2)  # Σ of approx_kl and tokens, of the optimizer step under way
         self._round_is_over = False  # target_kl was passed: the other updates on these rollouts are left out
