@@ -32,6 +32,7 @@ from rlseq.scoring import RewardSuite
 from rlseq.training.config import GRPOConfig
 from rlseq.training.exact_state import ExactStateMixin
 from rlseq.training.forward import Ids, Scores, forward, ragged
+from rlseq.training.models import disable_dropout
 from rlseq.training.objectives import (
     expected_accuracy_loss,
     minimum_risk_loss,
@@ -90,6 +91,8 @@ class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
         self._scores: Scores | None = None  # what the last forward gave
         self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
         args.reward_weights = list(suite.weights)
+        if args.disable_dropout:
+            disable_dropout(model)  # TRL's own, afterwards, turns off that of adapters
         super().__init__(
             model,
             reward_funcs=[_name_only(name) for name in suite.names],
