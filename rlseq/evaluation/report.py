@@ -94,7 +94,9 @@ def print_summary(results: Results) -> None:
         console.print(f"{model}: {line or 'likelihood skipped: no references'}", markup=False, highlight=False)
     headline = make_headline(results)
     console.print(headline.finding, style="bold", markup=False, highlight=False)
-    console.print(f"{headline.certainty} {headline.cost}", markup=False, highlight=False)
+    console.print(
+        " ".join(filter(None, [headline.certainty, headline.cost, headline.source])), markup=False, highlight=False
+    )
 
 
 def _context(
