@@ -181,7 +181,7 @@ def run(method: str, seed: int, steps: int, rate: str, folder: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     else:
         path = out
-        log = out.with_suffix(".log")
+        log = out.parent / f"{out.name}.log"
         with log.open("w") as file:
             ended = subprocess.run(
                 command(method, seed, steps, rate, out), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False

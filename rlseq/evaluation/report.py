@@ -121,7 +121,7 @@ def _context(
         },
         "tables": tables,
         "strategies": tables.strategies(results),
-        "quality": [tables.metric(results, n) for n in tables.quality_metrics(results)],
+        "generated": tables.generated(results),
         "likelihood": [tables.metric(results, n) for n in tables.likelihood_metrics(results)],
         "comparisons": [c for c in found if not c.metric.name.startswith("exact_pass_at_k")],
         "modes": tables.modes(results),

@@ -278,6 +278,13 @@ def _strategy_metrics(results: Results) -> list[str]:
     return list(dict.fromkeys(name for block in blocks for name, value in block.items() if is_cell(value)))
 
 
+def generated(results: Results) -> list[tuple[str, list[Metric]]]:
+    """The metrics of what is generated, as tables with their captions: how good it is, then what it looks like."""
+    infos = [metric(results, name) for name in quality_metrics(results)]
+    good = [info for info in infos if info.better is not None and info.name != "truncated"]
+    return [("", good), ("The shape of the completions", [info for info in infos if info not in good])]
+
+
 def likelihood_metrics(results: Results) -> list[str]:
     """Names of the likelihood scalars; empty when no model has references to score."""
     blocks = [m.get("likelihood") or {} for m in results["models"].values()]
