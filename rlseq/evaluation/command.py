@@ -17,8 +17,11 @@ STRATEGIES_HELP = (
 )
 MODELS_HELP = "Checkpoints; the first is the baseline, and a name repeated is one method with several training seeds."
 COMPARE_HELP = "Join finished evaluations (results.json or its folder) instead; NAME names the checkpoint in one."
-DEFAULT_STUDIES = ("ranking",)
-STUDIES_HELP = "What else is measured (default: ranking), or none; see docs/evaluation.md."
+DEFAULT_STUDIES = ("ranking", "coverage", "sharpening", "prefixes", "distance")
+STUDIES_HELP = (
+    "What else is measured: ranking, coverage, sharpening, prefixes, distance (default: these), lookahead, or none; see "
+    "docs/evaluation.md."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -111,7 +111,8 @@ class EvaluationArguments:
     resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
     exact_map_rows: int | None = _default(None, "Rows on which exact search runs, the first ones; default: all.")
     studies: list[str] = field(
-        default_factory=lambda: ["ranking"], metadata={"help": "What else is measured, or none (docs/evaluation.md)."}
+        default_factory=lambda: ["ranking", "coverage", "sharpening", "prefixes", "distance"],
+        metadata={"help": "What else is measured; there is also lookahead, or none (docs/evaluation.md)."},
     )
     study_rows: int = _default(500, "Rows that costly studies run on, the first ones.")
     coverage_samples: int = _default(32, "Completions a row that the study of coverage draws.")
@@ -170,6 +171,13 @@ class TrainingEvaluationArguments(EvaluationArguments):
     """Evaluation around and during a training run."""
 
     evaluate: bool = _default(True, "Evaluate the start against the result when training ends.")
+    studies: list[str] = field(
+        default_factory=lambda: ["ranking"],
+        metadata={
+            "help": "What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, "
+            "lookahead, or none (docs/evaluation.md)."
+        },
+    )
     probe_rows: int = _default(
         500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
     )
