@@ -19,8 +19,8 @@ MODELS_HELP = "Checkpoints; the first is the baseline, and a name repeated is on
 COMPARE_HELP = "Join finished evaluations (results.json or its folder) instead; NAME names the checkpoint in one."
 DEFAULT_STUDIES = ("ranking", "coverage", "sharpening", "prefixes", "distance")
 STUDIES_HELP = (
-    "What else is measured: ranking, coverage, sharpening, prefixes, distance (default: these), lookahead, or none; see "
-    "docs/evaluation.md."
+    "What else is measured: ranking, coverage, sharpening, prefixes, distance (default: these), lookahead, or none "
+    "(docs/evaluation.md)."
 )
 
 
