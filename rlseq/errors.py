@@ -1,7 +1,7 @@
 """The errors rlseq raises on purpose. Every message says what was given, what was expected, and what to do.
 
-A recipe process that ends with an `RlseqError` prints its message alone and exits 2; anything else is a bug
-and keeps its traceback.
+A recipe process that ends with an `RlseqError` prints its message alone and exits with its `exit_code`: 2 for what
+was wrong from the start, 1 for what went wrong in training; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -9,9 +9,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 4000  # characters of a message
+
 
 class RlseqError(Exception):
     """Base of all errors raised on purpose; catching it catches nothing else."""
+
+    exit_code = 2
+
+    def __str__(self) -> str:
+        text = super().__str__()  # what was given may be as long as a file
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class ConfigError(RlseqError):
@@ -36,6 +44,20 @@ class ConsistencyError(RlseqError):
 
 class RunDirectoryError(RlseqError):
     """A run directory that is in use, already holds a run, or cannot be resumed."""
+
+
+class TrainingError(RlseqError):
+    """A run that began well and cannot go on: memory, disk, numbers that are not finite, a process that is lost.
+
+    Attributes:
+        on_every_rank: whether all processes raise it alike, so that one of them is enough to say it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, on_every_rank: bool = False):
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
 
 
 def did_you_mean(given: str, valid: Iterable[str]) -> str:

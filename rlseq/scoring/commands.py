@@ -120,7 +120,7 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
 
     import rlseq
 
-    model = _loaded(AutoModelForCausalLM, args.model_name_or_path)
+    model = _loaded(AutoModelForCausalLM, args.model_name_or_path, use_safetensors=True)
     declared = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     groups = rlseq.sample(

@@ -61,6 +61,8 @@ class WeightAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.step_was_refused:
+            return
         for name, p in self._trained().items():
             self.average[name].lerp_(p, 1 - self.decay)
 

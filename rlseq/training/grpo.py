@@ -32,6 +32,7 @@ from rlseq.scoring import RewardSuite
 from rlseq.training.config import GRPOConfig
 from rlseq.training.exact_state import ExactStateMixin
 from rlseq.training.forward import Ids, Scores, forward, ragged
+from rlseq.training.guard import RolloutGuardMixin
 from rlseq.training.models import disable_dropout
 from rlseq.training.objectives import (
     expected_accuracy_loss,
@@ -54,7 +55,7 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
     )
 
 
-class GRPOTrainer(ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
+class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
     """TRL's GRPOTrainer on `Prompt`s, `Rollout`s and a `RewardSuite`.
 
     Args:

@@ -21,9 +21,10 @@ from typing import Any, NoReturn, get_type_hints
 
 from trl import TrlParser
 
-from rlseq.errors import ConfigError, RlseqError, did_you_mean
+from rlseq.errors import ConfigError, TrainingError, did_you_mean
 from rlseq.training.batch_sizes import working_batch_sizes
 from rlseq.training.config_file import construct, read_yaml_mapping, resolved_values, write_config
+from rlseq.training.faults import explained
 from rlseq.training.values import TypeMismatch, check_value, describe_choices, flag_type
 
 __all__ = ["RecipeParser", "resolved_values", "run_recipe", "working_batch_sizes", "write_config"]
@@ -185,18 +186,26 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def run_recipe(main: Callable[[], int | None]) -> NoReturn:
-    """Run a recipe and exit: with 0 or the code `main` returns, with 2 and the message of an `RlseqError`, or with 130
-    after Ctrl-C.
+    """Run a recipe and exit: with 0 or the code `main` returns, or with 130 after Ctrl-C.
 
-    Any other exception is a bug and keeps its traceback. Under a launcher (which sets RANK) only the first
-    process prints the message: settings and data are wrong in all of them alike.
+    An `RlseqError` ends it with its message and its exit code: 2 for bad input, 1 for a fault in training. So do memory
+    or disk that run out, and a process of the run that is lost (exit code 1). Any other exception is a bug and keeps
+    its traceback. Under a launcher (which sets RANK) only the first process prints what is the same in all of them,
+    such as bad settings.
     """
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     try:
         code = main() or 0
-    except RlseqError as error:
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        said = explained(error)
+        if said is None:
+            raise
+        alone = isinstance(said, TrainingError) and not said.on_every_rank
+        if alone and "RANK" in os.environ:
+            print(f"error: rank {rank}: {said}", file=sys.stderr)
+        elif alone or rank == "0":
+            print(f"error: {said}", file=sys.stderr)
+        code = said.exit_code
     sys.exit(code)

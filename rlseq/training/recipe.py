@@ -19,10 +19,12 @@ from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
-from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, RunArguments
+from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
+from rlseq.training.faults import writing
 from rlseq.training.models import check_model_path, load_tokenizer
 from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
+from rlseq.training.same_model import check_same_model, check_same_new_model
 from rlseq.types import Prompt, Rollout
 
 SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "--new_model")
@@ -180,18 +182,32 @@ def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunD
 
     Raises:
         RunDirectoryError: the directory holds a run and neither continuing nor replacing it was asked for.
+        ModelError: the checkpoint to go on from is of another model.
     """
     state = PartialState()
-    directory = prepare(
-        config.output_dir,
-        resume=config.resume_from_checkpoint,
-        overwrite=run.overwrite_output_dir,
-        main_process=state.is_main_process,
-    )
+    asked = {"resume": config.resume_from_checkpoint, "overwrite": run.overwrite_output_dir}
+    checkpoint = prepare(config.output_dir, **asked, main_process=False).resume_from  # claims nothing yet
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, others)
+    directory = prepare(config.output_dir, **asked, main_process=state.is_main_process)
     if state.is_main_process:
         write_config(directory.config, config, run, *others)
     state.wait_for_everyone()
     return directory
+
+
+def check_checkpoint(checkpoint: Path, settings: Sequence[Any]) -> None:
+    """Refuse a checkpoint of another model than the settings name, before anything of the run is touched.
+
+    Raises:
+        ModelError: it says what differs.
+    """
+    for given in settings:
+        if isinstance(given, ModelArguments) and given.model_name_or_path:
+            name, revision = given.model_name_or_path, given.model_revision
+            check_same_model(checkpoint, name, revision=revision, use_peft=given.use_peft)
+        elif isinstance(given, NewModelArguments) and isinstance(given.new_model, Mapping):
+            check_same_new_model(checkpoint, given.new_model)
 
 
 def say(message: str) -> None:
@@ -265,7 +281,8 @@ def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> boo
             "--resume_from_checkpoint latest"
         )
         return False
-    trainer.save_model(trainer.args.output_dir)
+    with writing(trainer.args.output_dir, "Make room, and go on from the last checkpoint, if one was saved."):
+        trainer.save_model(trainer.args.output_dir)
     args, state = trainer.args, trainer.state
     best = f"{args.metric_for_best_model} {state.best_metric:.4g}" if state.best_metric is not None else ""
     if args.load_best_model_at_end and state.best_model_checkpoint:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlseq.training.faults import writing
+
 
 def trim_jsonl(path: Path, step: int) -> None:
     """Keep the records whose "step" is at most `step`.
@@ -70,9 +72,10 @@ def append_jsonl(path: str | os.PathLike, records: Mapping[str, Any] | Iterable[
         records = [records]
     lines = [json.dumps(json_ready(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlseq.scoring.outcome import json_ready
+from rlseq.training.faults import writing
 from rlseq.types import Prompt, ScoredRollout
 
 
@@ -43,10 +44,42 @@ def rollout_records(
     ]
 
 
+def trained_records(
+    inputs: Mapping[str, Any], prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """One record a row of a micro-batch of training: the prompt, and of a rollout what was drawn and what it earned.
+
+    Args:
+        inputs: tensors by name, with `prompt_index` (B,).
+        prompts: all prompts, by index.
+        scored: rollouts of the round; one that is not among them (after resuming) has no values.
+        tokenizer: turns completions into text.
+    """
+    found = {(one.rollout.prompt_key, tuple(one.rollout.completion_ids)): one for one in scored}
+    records = []
+    for row, index in enumerate(inputs["prompt_index"].tolist()):
+        prompt = prompts[index]
+        record = {"prompt_key": prompt.key, "prompt": prompt.messages_or_text}
+        if "completion_ids" in inputs:
+            length = int(inputs["completion_mask"][row].sum())
+            ids = tuple(inputs["completion_ids"][row, :length].tolist())
+            one = found.get((prompt.key, ids))
+            record |= {
+                "completion": tokenizer.decode(ids, skip_special_tokens=True),
+                "completion_ids": ids,
+                "values": dict(one.values) if one else None,
+                "total": one.total if one else None,
+                "advantage": inputs["advantages"][row].tolist(),
+            }
+        records.append(record)
+    return records
+
+
 def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]], part: int = 0) -> None:
     """Write the records of a generation round to `folder`/STEP.jsonl, or STEP-PART.jsonl of a step's further rounds."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"{step:06d}-{part}.jsonl" if part else f"{step:06d}.jsonl")
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-    partial.replace(path)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        partial.replace(path)

@@ -9,6 +9,7 @@ import trl
 from torch.utils.data import Sampler
 
 from rlseq.training.checkpoints import FinishedRunMixin
+from rlseq.training.guard import GuardMixin
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -48,7 +49,7 @@ class LengthGroupedBatches(Sampler[int]):
         return iter(torch.cat(shuffled + last).tolist())
 
 
-class SFTTrainer(FinishedRunMixin, trl.SFTTrainer):
+class SFTTrainer(GuardMixin, FinishedRunMixin, trl.SFTTrainer):
     """TRL's SFTTrainer whose `train_sampling_strategy: group_by_length` gives `LengthGroupedBatches`."""
 
     def _get_train_sampler(self, train_dataset=None):

@@ -1,0 +1,140 @@
+"""Memory, disk and processes that fail a run, as errors that say where it happened and what to change."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from rlseq.errors import RlseqError, TrainingError
+
+# Errors of a write, wherever they come from; others may be of a read.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_CPU_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
+# torch.save and safetensors report a failed write without an errno.
+_TORCH_WRITE = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")
+_SAFETENSORS_WRITE = ("os error", "I/O error", "IoError")
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+ELSEWHERE = (
+    "In evaluation: lower --eval_batch_size, or give --max_kv_gb. While a model loads: give --dtype bfloat16, or use a "
+    "smaller one."
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: an accelerator's, or one of the CPU's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_MEMORY)
+
+
+def is_failed_write(error: BaseException) -> bool:
+    """Whether an error, come from where it may, says that a file could not be written: full, too long, read-only."""
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    if isinstance(error, SafetensorError):
+        return any(text in str(error) for text in _SAFETENSORS_WRITE)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_WRITE)
+
+
+@contextlib.contextmanager
+def memory_for(phase: str, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn a failed allocation into a `TrainingError` that names the phase and says what to lower.
+
+    Args:
+        phase: what was being done; of nested phases the innermost is named.
+        advice: called when it happens.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(_memory_message(phase, error, advice())) from error
+
+
+def _memory_message(phase: str, error: BaseException, advice: str) -> str:
+    return f"out of memory in {phase}. {advice}\n  ({_first_line(error)})"
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, then: str = "") -> Iterator[None]:
+    """Turn a failed write into a `TrainingError` that names the path, the reason and how much is free there."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_failed_write(error)):
+            raise
+        raise TrainingError(_write_message(Path(path), error, then)) from error
+
+
+def _write_message(path: Path, error: BaseException, then: str = "") -> str:
+    reason = getattr(error, "strerror", None) or _first_line(error)
+    return f"cannot write {path}: {reason} ({free_space(path)}). {then or 'Make room, or change --output_dir.'}"
+
+
+def free_space(path: Path) -> str:
+    """Return how much the file system of a path, which need not exist, has left: `"1.2 of 64.0 GB free"`."""
+    nearest = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path.cwd())
+    usage = shutil.disk_usage(nearest)
+    return f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
+
+
+@contextlib.contextmanager
+def saving(checkpoint: Path, *, main_process: bool, wait: Callable[[], None]) -> Iterator[None]:
+    """Leave a checkpoint whole, or as it was before: absent, or the earlier one of the same step.
+
+    The body writes the trainer's state last, which marks a checkpoint as whole, and deletes older checkpoints only
+    then. A process that is killed meanwhile leaves a folder without the mark, which resuming skips.
+
+    Args:
+        checkpoint: the folder that the body writes.
+        main_process: whether this process moves and removes folders.
+        wait: returns once every process has called it.
+
+    Raises:
+        TrainingError: the disk is full, or cannot be written.
+    """
+    earlier = checkpoint.with_name(f".{checkpoint.name}.earlier")
+    if main_process and checkpoint.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        checkpoint.rename(earlier)
+    wait()
+    try:
+        with writing(checkpoint, "Make room or change --output_dir, and go on with --resume_from_checkpoint."):
+            yield
+    except BaseException:
+        if main_process:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            if earlier.exists():
+                earlier.rename(checkpoint)
+        raise
+    if main_process:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def explained(error: Exception) -> RlseqError | None:
+    """Return what a recipe says of an error that ends it, or None for a bug, which keeps its traceback."""
+    if isinstance(error, RlseqError):
+        return error
+    if is_out_of_memory(error):
+        return TrainingError(_memory_message("evaluation, or while a model loaded", error, ELSEWHERE))
+    if is_failed_write(error):
+        return TrainingError(_write_message(Path(getattr(error, "filename", None) or "."), error))
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
+        return TrainingError(
+            "another process of this run has ended, so this one cannot go on. The launcher names its rank and its exit "
+            f"code (a negative one is a signal; -9 is often the system, out of memory).\n  ({_first_line(error)})"
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,62 @@
+"""A run of two processes that goes wrong in one of them; run as a script, under a launcher.
+
+python tests/faulty_run.py loss|die|wait OUTPUT_DIR
+
+loss: rank 1's loss is NaN at step 2, with a gradient that is finite. die: rank 1 is killed at step 2. wait: steps take
+a while, until a signal comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tiny_task import tiny_trainer
+from transformers import TrainerCallback
+
+from rlseq.training.callbacks import GracefulStop
+from rlseq.training.parser import run_recipe
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Fault(TrainerCallback):
+    def __init__(self, kind: str, out: Path):
+        self.kind, self.out = kind, out
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.kind == "die" and RANK == 1 and state.global_step == 1:
+            (self.out / "died").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "wait":
+            (self.out / f"rank-{RANK}-began").touch()
+            time.sleep(0.3)
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+        with (self.out / f"rank-{RANK}.txt").open("a") as file:
+            file.write(f"{state.global_step} {digest}\n")
+
+
+def main() -> None:
+    kind, out = sys.argv[1], Path(sys.argv[2])
+    out.mkdir(exist_ok=True)
+    steps = 10_000 if kind == "wait" else 3
+    trainer = tiny_trainer(out, per_device_train_batch_size=8, max_steps=steps, report_to="none")
+    trainer.add_callback(Fault(kind, out))
+    trainer.add_callback(stop := GracefulStop())
+    if kind == "loss":
+        plain = trainer._compute_loss
+        trainer._compute_loss = lambda model, inputs: (
+            plain(model, inputs) + (float("nan") if RANK == 1 and trainer.state.global_step == 1 else 0.0)
+        )
+    trainer.train()
+    print(f"rank {RANK} stopped by {stop.stopped} at step {trainer.state.global_step}", flush=True)
+
+
+if __name__ == "__main__":
+    run_recipe(main)
