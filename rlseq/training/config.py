@@ -224,6 +224,12 @@ class ModelArguments(trl.ModelConfig):
 
     _argument_group_name = "model (TRL's ModelConfig)"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        target = self.lora_target_modules
+        if isinstance(target, str) and target.isidentifier():
+            self.lora_target_modules = [target]  # TRL unpacks a list of one, and peft takes a text for a whole path
+
 
 @dataclass
 class DefaultsMixin:

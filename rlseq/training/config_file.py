@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from accelerate import PartialState
 
 from rlseq.errors import ConfigError, RlseqError, did_you_mean
 from rlseq.training.batch_sizes import batch_advice
-from rlseq.training.values import plain
+from rlseq.training.values import describe_choices, plain
 
+MOST_VALUES = 100_000  # of a YAML file with its aliases written out: ten lines may stand for billions
 # Orders to one process, and secrets: a file that repeats the run must hold neither.
 _NOT_WRITTEN = ("resume_from_checkpoint", "overwrite_output_dir", "dry_run", "hub_token")
 
@@ -34,6 +36,8 @@ def read_yaml_mapping(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
         raise ConfigError(f"Cannot read the config file {path}: {error}.") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _expanded_size(root, {}) > MOST_VALUES:
+            raise ConfigError(f"{path}: its aliases stand for more than {MOST_VALUES:,} values, or for themselves.")
         values = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -41,6 +45,12 @@ def read_yaml_mapping(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: it is nested too deeply.") from None
+    except (ValueError, AttributeError, TypeError) as error:  # of a value that is not what its tag says
+        raise ConfigError(
+            f"{path}: not valid YAML: a value is not of the type that its tag names ({error})."
+        ) from error
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
         raise ConfigError(f"{path}: expected lines of `name: value`, found {found}.")
@@ -56,6 +66,18 @@ def read_yaml_mapping(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
     return lines, values
 
 
+def _expanded_size(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Values that a node stands for with every alias written out; infinite for one that holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while it is counted
+        pairs = isinstance(node, yaml.MappingNode)
+        children = [child for pair in node.value for child in pair] if pairs else node.value
+        known[id(node)] = 1 + sum(_expanded_size(child, known) for child in children)
+    return known[id(node)]
+
+
 def construct(dataclass_type: type, given: dict[str, Any]) -> Any:
     """Build the dataclass from the values given by name; its other fields keep their defaults.
 
@@ -67,11 +89,13 @@ def construct(dataclass_type: type, given: dict[str, Any]) -> Any:
     fields = [field for field in dataclasses.fields(dataclass_type) if field.init]
     kwargs = {field.name: given[field.name] for field in fields if field.name in given}
     as_given = {field.name: plain(kwargs.get(field.name, _default(field))) for field in fields}
+    for field in fields:
+        _check_given(field, kwargs.get(field.name))
     try:
         instance = dataclass_type(**kwargs)
     except RlseqError:
         raise
-    except (ValueError, TypeError, NotImplementedError, ImportError, OSError) as error:
+    except Exception as error:  # TRL's and transformers' dataclasses refuse values by errors of many kinds
         advice = ""
         if "divisible" in str(error) and "num_generations" in as_given:
             advice = batch_advice(as_given, processes=PartialState().num_processes)
@@ -79,6 +103,15 @@ def construct(dataclass_type: type, given: dict[str, Any]) -> Any:
     after_init = {field.name: plain(getattr(instance, field.name)) for field in fields}
     object.__setattr__(instance, "_parsed", (as_given, after_init))  # a frozen dataclass too
     return instance
+
+
+def _check_given(field: dataclasses.Field, value: Any) -> None:
+    choices = field.metadata.get("choices")
+    if value is not None and choices and value not in choices:
+        raise ConfigError(f"{field.name} is {value!r}; expected {describe_choices(value, choices)}")
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(number, float) and math.isnan(number) for number in numbers):
+        raise ConfigError(f"{field.name} is {value}; expected a number")
 
 
 def _default(field: dataclasses.Field) -> Any:
