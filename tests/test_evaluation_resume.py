@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,10 +21,12 @@ import rlseq
 from rlseq.cli import main
 from rlseq.evaluation import measure, unfinished
 from rlseq.evaluation.contrast import ContrastSettings, contrast
+from rlseq.evaluation.studies import STUDIES
 from rlseq.evaluation.unfinished import Parts, checkpoint_fingerprint, rollouts_as_json, rollouts_from_json
 from rlseq.scoring import load_rewards
 from rlseq.types import Rollout
 
+ROOT = Path(__file__).parent.parent
 ROWS = [
     {"prompt": "a b = ", "references": ["A B", "A"], "level": 1},
     {"prompt": "c = ", "references": ["C"], "level": 2},
@@ -72,7 +76,7 @@ def command(task, output_dir):
         "evaluate", "--models", f"one={task}/one", f"two={task}/two",
         "--dataset_name", f"{task}/rows.jsonl", "--eval_split", "train", "--reward_funcs", f"{task}/reward.py:letters",
         "--output_dir", str(output_dir), "--strategies", *STRATEGIES, "--samples_per_row", "2",
-        "--max_new_tokens", "3", "--resamples", "50",
+        "--max_new_tokens", "3", "--resamples", "50", "--studies", "ranking",
     ]  # fmt: skip
 
 
@@ -83,6 +87,7 @@ def stopped(task, output_dir, at_call, number):
     (task / "hold").write_text(str(at_call))
     with subprocess.Popen(
         [sys.executable, "-m", "rlseq.cli", *command(task, output_dir)],
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # as here: sums round alike
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -123,6 +128,27 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_pa
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
 
 
+def test_processes_that_are_launched_share_the_rows_and_give_the_same_samples(task, tmp_path):
+    (task / "calls").write_text("")
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
+    ended = subprocess.run(
+        [sys.executable, *launch, "recipes/evaluate.py", *command(task, tmp_path / "two")[1:]],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert (task / "calls").stat().st_size == 2 * (3 + 6 + 3)  # every row once
+    assert not (tmp_path / "two" / ".unfinished").exists()
+    assert main(command(task, tmp_path / "one")) == 0
+    two, one = ((tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("two", "one"))
+    for mine, expected in zip(map(json.loads, two), map(json.loads, one), strict=True):
+        assert mine.pop("logprob") == pytest.approx(expected.pop("logprob"), abs=1e-5)  # rounded in other batches
+        assert mine == expected
+
+
 def run(models, output_dir, *, rows=ROWS, settings=SETTINGS, rewards=(letters,), stop=None, monkeypatch=None):
     """A contrast; returns the (model, strategy) pairs that were decoded, and stops before one."""
     decoded = []
@@ -155,6 +181,30 @@ def interrupted(task, tmp_path, monkeypatch):
 
     go_on.folder = tmp_path / "out" / ".unfinished"
     return go_on
+
+
+def test_every_study_comes_back_as_it_was(task, tmp_path, monkeypatch):
+    """Killed when all is measured and nothing written, an evaluation only has to write."""
+    models = {name: str(task / name) for name in ("one", "two")}
+    small = {"coverage_samples": 4, "temperatures": (0.5, 1.0), "prefix_lengths": (1,), "strategies": ("greedy",)}
+    settings = dataclasses.replace(SETTINGS, studies=tuple(STUDIES), **small)
+    options = {"rows": ROWS * 4, "settings": settings, "monkeypatch": monkeypatch}
+
+    def killed(*arguments, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlseq.evaluation.contrast.write_results", killed)
+        run(models, tmp_path / "killed", stop="", **options)
+    with monkeypatch.context() as patch:
+        for study in STUDIES.values():
+            patch.setattr(type(study), "measure", killed)
+        assert run(models, tmp_path / "killed", **options) == []
+    run(models, tmp_path / "undisturbed", **options)
+    files = sorted(path.name for path in (tmp_path / "undisturbed").iterdir())
+    assert set(FILES) < set(files) == {path.name for path in (tmp_path / "killed").iterdir()}
+    for file in files:
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
 
 
 def one_more(completion, references):

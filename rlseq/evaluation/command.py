@@ -187,6 +187,9 @@ def evaluate(
     output_dir: str,
 ) -> dict[str, Any]:
     """Check everything cheap, contrast the models, write the report and print its summary."""
+    import torch
+    from accelerate import PartialState
+
     from rlseq.data import load_rows
     from rlseq.evaluation.contrast import contrast_and_report
     from rlseq.scoring import load_rewards
@@ -201,6 +204,7 @@ def evaluate(
     settings.parsed()
     if limit is not None and limit < 1:
         raise ConfigError(f"--eval_rows is {limit}; expected at least 1")
+    PartialState(cpu=not torch.accelerator.is_available())  # else several processes on CPUs each evaluate alone
     rows = load_rows(dataset_name, split, config_name=config_name)[:limit]
     with load_rewards(reward_funcs) as suite:
         return contrast_and_report(
