@@ -136,7 +136,12 @@ def _read(
         return dict(datasets.load_dataset(dataset_name, config_name))
     kind = FILE_FORMATS[files[0].suffix]
     named = {split: [str(file) for file in of_split] for split, of_split in by_split.items()}
-    return dict(datasets.load_dataset(kind, data_files=named, **READ_OPTIONS.get(kind, {})))
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, too, what it raises
+    try:
+        return dict(datasets.load_dataset(kind, data_files=named, **READ_OPTIONS.get(kind, {})))
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _rows_of_split(

@@ -351,6 +351,11 @@ def test_the_message_of_a_long_value_is_cut_in_the_middle():
     assert len(text) < 4100 and text.startswith("aaa") and text.endswith("; expected b")
 
 
+def test_a_name_too_long_for_a_file_is_a_bad_setting():
+    code, err = outcome(lambda: Path("a" * 5000).is_dir(), ["recipe"])
+    assert code == 2 and err.startswith("error: the name of a file or folder is too long: 'aaa")
+
+
 def test_one_name_of_a_module_is_what_an_adapter_goes_on():
     # TRL makes a list of one a text, which peft reads as a pattern of whole paths and finds nowhere.
     assert settings.ModelArguments(lora_target_modules=["q_proj"]).lora_target_modules == ["q_proj"]
@@ -381,5 +386,6 @@ def test_a_real_process_under_the_launcher_ends_with_2_and_one_message(case, tas
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert ended.returncode == (1 if launcher else 2), ended.stderr  # accelerate makes every failure a 1
-        assert ended.stderr.count("error:") == 1 and named in ended.stderr and "Traceback" not in ended.stderr
+        (message,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+        assert named in message and "Traceback" not in ended.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["case.yaml", "cut.jsonl"]

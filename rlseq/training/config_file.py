@@ -43,8 +43,9 @@ def read_yaml_mapping(path: Path) -> tuple[dict[str, int], dict[str, Any]]:
         mark = error.problem_mark or error.context_mark
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}, line {line}: not valid YAML: {error.reason}.") from error
     except RecursionError:
         raise ConfigError(f"{path}: it is nested too deeply.") from None
     except (ValueError, AttributeError, TypeError) as error:  # of a value that is not what its tag says

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from rlseq.errors import RlseqError, TrainingError
+from rlseq.errors import ConfigError, RlseqError, TrainingError
 
 # Errors of a write, wherever they come from; others may be of a read.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -124,6 +124,8 @@ def explained(error: Exception) -> RlseqError | None:
     """Return what a recipe says of an error that ends it, or None for a bug, which keeps its traceback."""
     if isinstance(error, RlseqError):
         return error
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a setting that names a path, whichever
+        return ConfigError(f"the name of a file or folder is too long: {error.filename!r}")
     if is_out_of_memory(error):
         return TrainingError(_memory_message("evaluation, or while a model loaded", error, ELSEWHERE))
     if is_failed_write(error):
