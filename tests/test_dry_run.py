@@ -189,6 +189,7 @@ BAD = {
     "a checkpoint that is not there": (["--resume_from_checkpoint", "latest"], "no whole checkpoint"),
     "batch sizes that do not divide": (["--per_device_train_batch_size", "3"], "--per_device_train_batch_size"),
     "a reward that is not there": (["--reward_funcs", "exact_mach"], "exact_match"),
+    "an average of all time": (["--ema_decay", "1.0"], "ema_decay is 1.0; expected a number in [0, 1)"),
     "a model that is not there": (["--model_name_or_path", "{task}/modle"], "model"),
 }
 

@@ -439,6 +439,9 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
             super().__post_init__()
         refuse_warped_training(self)
         check_objective(self)
+        for name in ("ema_decay", "start_weight"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number in [0, 1)")
         if self.start_weight and not self.ema_decay:
             raise ConfigError("start_weight mixes the start into the averaged weights; it needs ema_decay above 0")
 

@@ -24,6 +24,7 @@ from rlseq.training.memory import (
     size_of,
     weightless_model,
 )
+from rlseq.training.recipe import check_checkpoint
 from rlseq.training.run_directory import check_available
 from rlseq.types import Prompt
 
@@ -177,7 +178,10 @@ def describe_examples(
 
 
 def _describe(config: Any, run: RunArguments, model_args: ModelArguments, size: ModelSize, plan: Plan) -> str:
-    check_available(config.output_dir, resume=config.resume_from_checkpoint, overwrite=run.overwrite_output_dir)
+    asked = {"resume": config.resume_from_checkpoint, "overwrite": run.overwrite_output_dir}
+    checkpoint = check_available(config.output_dir, **asked)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, [model_args])
     optim = str(getattr(config.optim, "value", config.optim))
     ema = bool(getattr(config, "ema_decay", 0))
     half = config.bf16 or config.fp16 or size.weight_bytes <= 2 * size.parameters

@@ -116,8 +116,11 @@ def prepare(
     return RunDirectory(path, resume_from, moved_to, lock)
 
 
-def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None, overwrite: bool) -> None:
+def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None, overwrite: bool) -> Path | None:
     """Refuse what `prepare` would refuse, as far as that shows without claiming, moving or writing anything.
+
+    Returns:
+        The checkpoint to go on from, or None for a new run.
 
     Raises:
         RunDirectoryError: as `prepare`.
@@ -139,6 +142,7 @@ def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None,
         _check_belongs(path, resume_from)
     elif holds_run(path):
         _check_replaceable(path, overwrite)
+    return resume_from
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:
