@@ -88,6 +88,8 @@ def stopped(task, output_dir, at_call, number):
     with subprocess.Popen(
         [sys.executable, "-m", "rlseq.cli", *command(task, output_dir)],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},  # as here: sums round alike
+        # a suite that runs in the background of a shell ignores it, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
