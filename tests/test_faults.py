@@ -250,7 +250,10 @@ def test_a_bug_keeps_its_traceback():
 
 @pytest.fixture
 def longest_file():
-    """Sets a limit to the length of files, as a disk that fills in the middle of one; None: none."""
+    """Sets a limit to the length of files, as a disk that fills in the middle of one; None: none.
+
+    A test lifts it itself: what pytest reports of it goes to a file, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
@@ -289,7 +292,7 @@ class FillDisk(TrainerCallback):
 def test_a_disk_that_fills_leaves_the_last_checkpoint_and_no_part_of_the_next(name, make, tmp_path, longest_file):
     trainer = checkpointed(tmp_path, make)
     trainer.add_callback(filled := FillDisk(longest_file, name))
-    check_that_checkpoint_1_stays(trainer, filled, tmp_path)
+    check_that_checkpoint_1_stays(trainer, filled, tmp_path, longest_file)
 
 
 def test_a_disk_that_fills_in_the_last_file_of_a_checkpoint_too(tmp_path, longest_file, monkeypatch):
@@ -302,12 +305,15 @@ def test_a_disk_that_fills_in_the_last_file_of_a_checkpoint_too(tmp_path, longes
     monkeypatch.setattr(TrainerState, "save_to_json", full)
     trainer = checkpointed(tmp_path)
     trainer.add_callback(filled := FillDisk(lambda _: None, "trainer_state.json"))
-    check_that_checkpoint_1_stays(trainer, filled, tmp_path)
+    check_that_checkpoint_1_stays(trainer, filled, tmp_path, longest_file)
 
 
-def check_that_checkpoint_1_stays(trainer, filled, path):
-    with pytest.raises(TrainingError) as failed:
-        trainer.train()
+def check_that_checkpoint_1_stays(trainer, filled, path, limit):
+    try:
+        with pytest.raises(TrainingError) as failed:
+            trainer.train()
+    finally:
+        limit(None)
     assert str(path / "checkpoint-2") in str(failed.value) and "GB free" in str(failed.value)
     assert [p.name for p in path.iterdir() if "checkpoint" in p.name] == ["checkpoint-1"]
     assert contents(path / "checkpoint-1") == filled.saved
@@ -319,10 +325,12 @@ def test_a_checkpoint_that_is_written_again_stays_until_the_new_one_is_whole(tmp
     trainer.train()
     whole = contents(tmp_path / "checkpoint-1")
     longest_file(4000)
-    with pytest.raises(TrainingError):
-        trainer._save_checkpoint(trainer.model, None)
+    try:
+        with pytest.raises(TrainingError):
+            trainer._save_checkpoint(trainer.model, None)
+    finally:
+        longest_file(None)
     assert contents(tmp_path / "checkpoint-1") == whole and find_defect(tmp_path / "checkpoint-1") is None
-    longest_file(None)
     (tmp_path / "checkpoint-1" / "stale").touch()
     trainer._save_checkpoint(trainer.model, None)
     assert not (tmp_path / "checkpoint-1" / "stale").exists()
