@@ -15,6 +15,7 @@ from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
 from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement
 from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
+from rlseq.evaluation.study import rows_matrix
 from rlseq.scoring import RewardSuite
 
 
@@ -205,7 +206,7 @@ def reward_metrics(suite: RewardSuite) -> dict[str, str]:
 
 def matrix(rows: Sequence[RowStatistics], metric: Any) -> np.ndarray:
     """The statistics of a metric as (R, K); a row that has none of them is zeros."""
-    return np.array([[row.get(key, 0.0) for key in metric.statistics] for row in rows])  # (R, K)
+    return rows_matrix(rows, metric.statistics)
 
 
 def model_results(

@@ -8,12 +8,12 @@ wherever exact search found something likelier, proven or not.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rlseq.evaluation.stats import Interval, RatioOfSums, bootstrap_many
+from rlseq.evaluation.study import StudyMetric, rows_matrix
 from rlseq.types import Rollout
 
 LIKELIER = 1e-4  # nats by which a completion is likelier than another beyond rounding
@@ -59,15 +59,11 @@ def add_mode_statistics(
             mine[f"mode:error:{strategy}"] = float(likelier and not equal)
 
 
-@dataclass(frozen=True)
-class ModeMetric:
-    """A number about modes: a ratio of sums of two statistics."""
-
-    statistics: tuple[str, str]
-    aggregate: Any = RatioOfSums()
+def _ratio(numerator: str, denominator: str) -> StudyMetric:
+    return StudyMetric((numerator, denominator), RatioOfSums())
 
 
-MODE_EMPTY = ModeMetric((_EMPTY, _PROVEN))
+MODE_EMPTY = _ratio(_EMPTY, _PROVEN)
 
 
 def proven_rows(rows: Sequence[Mapping[str, float]]) -> np.ndarray | None:
@@ -92,15 +88,15 @@ def mode_results(
         return None
     others = dict.fromkeys(key.split(":", 2)[2] for row in rows for key in row if key.startswith("mode:compared:"))
     places = {
-        ("proven", None): ModeMetric((_PROVEN, _SEARCHED)),
-        ("logprob", None): ModeMetric((_LOGPROB, _PROVEN)),
+        ("proven", None): _ratio(_PROVEN, _SEARCHED),
+        ("logprob", None): _ratio(_LOGPROB, _PROVEN),
         ("empty", None): MODE_EMPTY,
-        **{("is_mode", other): ModeMetric((f"mode:is:{other}", _PROVEN)) for other in others},
-        **{("search_errors", other): ModeMetric((f"mode:error:{other}", _SEARCHED)) for other in others},
+        **{("is_mode", other): _ratio(f"mode:is:{other}", _PROVEN) for other in others},
+        **{("search_errors", other): _ratio(f"mode:error:{other}", _SEARCHED) for other in others},
     }
-    tables = {place: (_matrix(rows, metric), metric.aggregate) for place, metric in places.items()}
+    tables = {place: (rows_matrix(rows, metric.statistics), metric.aggregate) for place, metric in places.items()}
     for name, metric in quality.items():
-        tables["quality", name] = (_matrix(rows, metric) * proven[:, None], metric.aggregate)
+        tables["quality", name] = (rows_matrix(rows, metric.statistics) * proven[:, None], metric.aggregate)
     block: dict[str, Any] = {
         "rows": sum(_SEARCHED in row for row in rows),
         "proven_rows": int(proven.sum()),
@@ -110,10 +106,6 @@ def mode_results(
         place = block if inner is None else block.setdefault(name, {})
         place[name if inner is None else inner] = _cell(interval)
     return block
-
-
-def _matrix(rows: Sequence[Mapping[str, float]], metric: Any) -> np.ndarray:
-    return np.array([[row.get(key, 0.0) for key in metric.statistics] for row in rows])
 
 
 def _cell(interval: Interval) -> dict[str, Any]:
