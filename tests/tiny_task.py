@@ -41,7 +41,15 @@ def shares_letters(completion: str, references: list[str]) -> float:
 
 
 def tiny_trainer(
-    tmp_path: Path, *, family: str = "llama", rewards=(shares_letters,), model=None, rows=ROWS, **settings
+    tmp_path: Path,
+    *,
+    family: str = "llama",
+    rewards=(shares_letters,),
+    model=None,
+    rows=ROWS,
+    tokenizer=None,
+    peft_config=None,
+    **settings,
 ):
     """A GRPO trainer on a random tiny model; `settings` override GRPOConfig's fields."""
     defaults = {
@@ -57,7 +65,7 @@ def tiny_trainer(
         "disable_tqdm": True,
         "loss_type": "dapo",
     }
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     return GRPOTrainer(
         model if model is not None else tiny_model(family, initializer_range=0.1),
         GRPOConfig(**{**defaults, **settings}),
@@ -65,4 +73,5 @@ def tiny_trainer(
         load_rewards(list(rewards)),
         tokenizer,
         rollouts_dir=tmp_path / "rollouts",
+        peft_config=peft_config,
     )

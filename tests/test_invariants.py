@@ -1,0 +1,167 @@
+"""docs/invariants.md beside the suite: the tests it names are there; and those that no other module has."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_grpo import padded_batch
+from tiny import tiny_model
+from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlseq.data import build_prompts
+from rlseq.decoding import Sample
+from rlseq.sampler import sample, stop_ids_of
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs/invariants.md"
+NAMED = re.compile(r"`(test_\w+)::(test_\w+)`")
+
+
+def invariants() -> dict[int, str]:
+    """Number -> the cell of its tests, from the tables of the page."""
+    rows = re.findall(r"^\| (\d+) \| .+? \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    return {int(number): tests for number, tests in rows}
+
+
+def test_every_invariant_has_tests_and_they_are_all_there():
+    found = invariants()
+    assert sorted(found) == list(range(1, 26))
+    for number, cell in found.items():
+        named = NAMED.findall(cell)
+        assert named, number
+        for module, name in named:
+            tree = ast.parse((TESTS / f"{module}.py").read_text())
+            there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name in there, f"{number}: {module}::{name}"
+
+
+def batches(trainer):
+    """What reaches the loss while the trainer trains: the inputs of every micro-batch."""
+    seen, compute = [], trainer._compute_loss
+
+    def record(model, inputs):
+        seen.append({k: v.detach().clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)})
+        return compute(model, inputs)
+
+    trainer._compute_loss = record
+    trainer.train()
+    return seen
+
+
+# 1 -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack_updates", [True, False])
+def test_loss_and_gradient_do_not_depend_on_the_order_of_rows(tmp_path, pack_updates):
+    def step(order):
+        trainer = tiny_trainer(tmp_path, pack_updates=pack_updates)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        inputs = {name: value[order] for name, value in zip(names, padded_batch(), strict=True)}
+        inputs |= {
+            "advantages": torch.tensor([1.0, -0.5, 0.25])[order],
+            "old_per_token_logps": torch.tensor([-2.5, -2.0, -3.0])[order, None].expand(3, 3),
+            "num_items_in_batch": torch.tensor(7.0),
+            "prompt_index": torch.tensor([0, 0, 2])[order],
+        }
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    loss, gradient = step([0, 1, 2])
+    for order in ([2, 0, 1], [1, 2, 0], [1, 0, 2]):
+        other_loss, other_gradient = step(order)
+        torch.testing.assert_close(other_loss, loss, atol=1e-6, rtol=0)
+        torch.testing.assert_close(other_gradient, gradient, atol=1e-5, rtol=1e-4)
+
+
+# 4, 8 ----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_trained_is_what_was_drawn_with_the_log_probs_it_was_drawn_with(tmp_path):
+    model = tiny_model("llama", initializer_range=0.1, attention_dropout=0.5)
+    trainer = tiny_trainer(tmp_path, model=model, learning_rate=0.0, num_iterations=2)
+    inputs = batches(trainer)[0]
+    mask = inputs["completion_mask"].bool()
+    tokenizer = trainer.processing_class
+    drawn = [ids[keep] for ids, keep in zip(inputs["completion_ids"], mask, strict=True)]
+    reencoded = [tokenizer(tokenizer.decode(ids, skip_special_tokens=True))["input_ids"] for ids in drawn]
+    stops = sum(int(ids[-1] == 2) for ids in drawn)
+    assert sum(map(len, reencoded)) < mask.sum() - stops  # other special tokens were drawn too
+    trainer.model.train()
+    now, _, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model,
+        torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
+        mask.size(1),
+    )
+    ratio = (now - inputs["old_per_token_logps"])[mask].exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
+
+
+# 7 -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_stop_is_trained_and_nothing_after_it_though_pad_is_eos_and_there_are_two_stops(tmp_path):
+    model = tiny_model("llama", initializer_range=0.1)
+    model.generation_config.eos_token_id = [2, 9]
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = tiny_trainer(tmp_path, model=model, tokenizer=tokenizer, max_steps=1, learning_rate=0.0)
+    inputs = batches(trainer)[0]
+    ends = set()
+    for ids, keep in zip(inputs["completion_ids"].tolist(), inputs["completion_mask"].tolist(), strict=True):
+        first = next((i for i, token in enumerate(ids) if token in (2, 9)), len(ids) - 1)
+        assert keep == [1] * (first + 1) + [0] * (len(ids) - first - 1)
+        ends.add(ids[first])
+    assert ends >= {2, 9}
+
+
+# 22 ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_loads_by_plain_from_pretrained_and_samples_what_the_run_would_have_sampled(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, learning_rate=5e-2)
+    trainer.train()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint-2")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+
+    def drawn(model, tokenizer):
+        prompts = build_prompts(ROWS, tokenizer)
+        settings = {"num_samples": 4, "max_new_tokens": 6, "strategy": Sample(), "seed": 5}
+        return sample(model, prompts, **settings, stop_ids=stop_ids_of(model, tokenizer), tokenizer=tokenizer)
+
+    expected = drawn(trainer.model, trainer.processing_class)
+    assert drawn(loaded, tokenizer) == expected
+    assert drawn(tiny_model("llama", initializer_range=0.1), tokenizer) != expected
+
+
+# 23 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["fresh", "adapter"])
+def test_with_adapters_the_kl_to_the_start_is_0_at_step_0(tmp_path, start):
+    base = tiny_model("llama", initializer_range=0.1)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = {"beta": 0.1, "max_steps": 2, "learning_rate": 5e-2}
+    if start == "fresh":
+        trainer = tiny_trainer(tmp_path, model=base, peft_config=lora, **settings)
+    else:
+        adapted = get_peft_model(base, lora)
+        with torch.no_grad():
+            for name, p in adapted.named_parameters():
+                if "lora_B" in name:
+                    p.normal_(std=0.3, generator=torch.Generator().manual_seed(4))
+        trainer = tiny_trainer(tmp_path, model=adapted, **settings)
+    trainer.train()
+    first, second = (line["kl"] for line in trainer.state.log_history if "kl" in line)
+    assert first == 0 and second > 0
