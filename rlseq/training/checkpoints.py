@@ -1,16 +1,23 @@
-"""Which checkpoints were written to their end, and can be gone on from."""
+"""Which checkpoints were written to their end, on the disk too, and can be gone on from."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rlseq.errors import RunDirectoryError, did_you_mean
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.earlier")
 
 
 class FinishedRunMixin:
@@ -23,18 +30,88 @@ class FinishedRunMixin:
         super()._run_epoch(**kwargs)
 
 
+def earlier_of(checkpoint: Path) -> Path:
+    """Return where a checkpoint waits while the same step is saved a second time."""
+    return checkpoint.with_name(f".{checkpoint.name}.earlier")
+
+
+@contextlib.contextmanager
+def through_to_disk(state: Any, checkpoint: Path) -> Iterator[None]:
+    """Let the mark of a whole checkpoint, which the body writes, hold after a loss of power too.
+
+    The kernel writes files to the disk in an order of its own. So all of the checkpoint's files and folders are
+    flushed (fsync) before trainer_state.json is begun, and that itself before the body goes on to delete older ones.
+
+    Args:
+        state: the trainer's; the body calls its `save_to_json` once every rank's files are written.
+        checkpoint: the folder that the body writes.
+    """
+    write = state.save_to_json
+
+    def save_to_json(json_path: str) -> None:
+        for path in (*checkpoint.rglob("*"), checkpoint):
+            flush(path)
+        write(json_path)
+        for path in (Path(json_path), checkpoint, checkpoint.parent):
+            flush(path)
+
+    state.save_to_json = save_to_json
+    try:
+        yield
+    finally:
+        del state.save_to_json
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before returning (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # file systems that flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def restore_earlier(run: Path) -> None:
+    """Undo second saves of a step that were killed: the first comes back, unless the second is whole.
+
+    Only for the process that has claimed the run: in a run that lives, a second save may be under way.
+    """
+    for earlier in list(run.glob(".checkpoint-*.earlier")):
+        checkpoint = run / earlier.name.removeprefix(".").removesuffix(".earlier")
+        if find_defect(checkpoint) is None:
+            shutil.rmtree(earlier)
+        elif find_defect(earlier) is None:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            earlier.rename(checkpoint)
+            logger.warning("%s was being saved a second time when the run ended: the first is restored", checkpoint)
+
+
 def newest_whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest whole checkpoint of a run, or None, and why each newer one is not whole."""
-    found = []
+    """Return the newest whole checkpoint of a run, or None, and why each newer one is not whole.
+
+    Where a second save of a step was killed, the first is named as `restore_earlier` found it: `.checkpoint-N.earlier`.
+    """
+    steps = set()
     if run.is_dir():
-        found = [path for path in run.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+        matches = (_NAME.fullmatch(path.name) for path in run.iterdir() if path.is_dir())
+        steps = {int(match[1] or match[2]) for match in matches if match}
     torn = []
-    for checkpoint in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for step in sorted(steps, reverse=True):
+        checkpoint = _held(run / f"checkpoint-{step}")
         defect = find_defect(checkpoint)
         if defect is None:
             return checkpoint, torn
         torn.append(f"{checkpoint.name}: {defect}")
     return None, torn
+
+
+def _held(checkpoint: Path) -> Path:
+    """The folder that holds a checkpoint: its own or, if that is not whole, that of the step's first save."""
+    earlier = earlier_of(checkpoint)
+    return earlier if find_defect(checkpoint) is not None and earlier.is_dir() else checkpoint
 
 
 def require_whole(checkpoint: Path) -> Path:
@@ -43,6 +120,7 @@ def require_whole(checkpoint: Path) -> Path:
     Raises:
         RunDirectoryError: it does not exist (the nearest that does is named), or is not whole.
     """
+    checkpoint = _held(checkpoint)
     if not checkpoint.is_dir():
         beside = checkpoint.parent.iterdir() if checkpoint.parent.is_dir() else []
         near = did_you_mean(checkpoint.name, (path.name for path in beside))

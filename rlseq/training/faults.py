@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlseq.errors import ConfigError, RlseqError, TrainingError
+from rlseq.training.checkpoints import earlier_of
 
 # Errors of a write, wherever they come from; others may be of a read.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -92,7 +93,8 @@ def saving(checkpoint: Path, *, main_process: bool, wait: Callable[[], None]) ->
     """Leave a checkpoint whole, or as it was before: absent, or the earlier one of the same step.
 
     The body writes the trainer's state last, which marks a checkpoint as whole, and deletes older checkpoints only
-    then. A process that is killed meanwhile leaves a folder without the mark, which resuming skips.
+    then. A process that is killed meanwhile leaves a folder without the mark, which resuming skips, and the earlier one
+    of the same step where resuming finds it.
 
     Args:
         checkpoint: the folder that the body writes.
@@ -102,7 +104,7 @@ def saving(checkpoint: Path, *, main_process: bool, wait: Callable[[], None]) ->
     Raises:
         TrainingError: the disk is full, or cannot be written.
     """
-    earlier = checkpoint.with_name(f".{checkpoint.name}.earlier")
+    earlier = earlier_of(checkpoint)
     if main_process and checkpoint.exists():
         shutil.rmtree(earlier, ignore_errors=True)
         checkpoint.rename(earlier)

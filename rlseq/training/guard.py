@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import Trainer
 
 from rlseq.errors import TrainingError
+from rlseq.training.checkpoints import through_to_disk
 from rlseq.training.faults import memory_for, saving
 from rlseq.training.records import append_jsonl
 from rlseq.training.rollout_log import trained_records
@@ -125,7 +126,8 @@ class GuardMixin(Trainer):
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with saving(checkpoint, main_process=self.args.should_save, wait=self.accelerator.wait_for_everyone):
+        whole = saving(checkpoint, main_process=self.args.should_save, wait=self.accelerator.wait_for_everyone)
+        with whole, through_to_disk(self.state, checkpoint):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):

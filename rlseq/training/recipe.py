@@ -189,10 +189,11 @@ def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunD
     checkpoint = prepare(config.output_dir, **asked, main_process=False).resume_from  # claims nothing yet
     if checkpoint is not None:
         check_checkpoint(checkpoint, others)
-    directory = prepare(config.output_dir, **asked, main_process=state.is_main_process)
-    if state.is_main_process:
-        write_config(directory.config, config, run, *others)
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # the first process may rename checkpoints: while it does, the others do not look
+    with state.main_process_first():
+        directory = prepare(config.output_dir, **asked, main_process=state.is_main_process)
+        if state.is_main_process:
+            write_config(directory.config, config, run, *others)
     return directory
 
 

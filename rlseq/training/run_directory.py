@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rlseq.errors import RunDirectoryError
-from rlseq.training.checkpoints import checkpoint_step, newest_whole_checkpoint, require_whole
+from rlseq.training.checkpoints import checkpoint_step, newest_whole_checkpoint, require_whole, restore_earlier
 from rlseq.training.records import append_jsonl, trim_jsonl, write_json_atomic
 
 __all__ = ["RunDirectory", "append_jsonl", "holds_run", "prepare", "write_json_atomic"]
@@ -81,10 +81,10 @@ def prepare(
         resume: None for a new run; "latest" (or True, "true") for the newest whole checkpoint in the
             directory; else the path of a checkpoint, or its name in the directory. What was logged after that
             checkpoint's step is dropped from metrics.jsonl and rollouts/, and checkpoints of later steps are
-            renamed, so that nothing appears twice.
+            renamed, so that nothing appears twice. Second saves of a step that were killed are undone before.
         overwrite: move an earlier run to `NAME.previous-DATE-TIME` beside it and start anew.
-        main_process: only the main process claims, moves and trims; others get the same paths and touch
-            nothing.
+        main_process: only the main process claims, moves and trims; others get the same paths, once it has,
+            and touch nothing.
 
     Raises:
         RunDirectoryError: the directory holds a run and neither flag was given, or both were; another run is
@@ -96,7 +96,7 @@ def prepare(
         raise RunDirectoryError(
             "--resume_from_checkpoint continues a run, --overwrite_output_dir replaces it: give one of them."
         )
-    resume_from = None if wanted is None else _checkpoint_to_resume(path, wanted, warn=main_process)
+    resume_from = None if wanted is None else _checkpoint_to_resume(path, wanted, warn=False)
     if not main_process:
         return RunDirectory(path, resume_from)
     lock = _claim(path)
@@ -104,6 +104,8 @@ def prepare(
         moved_to = None
         if resume_from is not None:
             _check_belongs(path, resume_from)
+            restore_earlier(path)
+            resume_from = _checkpoint_to_resume(path, wanted, warn=True)
             _drop_after(path, checkpoint_step(resume_from))
         elif holds_run(path):
             _check_replaceable(path, overwrite)
