@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
+BASE = "recipes/g2p/base"
 RATE = "1e-4"
 MIX = "--reference_loss_coef 0.1"
 MINIBATCHES = "--per_device_train_batch_size 128 --steps_per_generation 4"
@@ -109,18 +110,19 @@ METHODS_ALL = {**METHODS, **CONTROLS}
 BEAM_ROWS = 1500  # beam search costs five times greedy
 
 
-def command(method: str, seed: int, steps: int, rate: str, out: Path) -> list[str]:
-    """The recipe's command line of a run."""
+def command(method: str, seed: int, steps: int, rate: str, out: Path, base: str = BASE) -> list[str]:
+    """The recipe's command line of a run that starts from the checkpoint `base`."""
     if method in FINALISTS:
         recipe, config, flags, _ = FINALISTS[method]
         words = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), "--config", f"recipes/g2p/{config}.yaml"]
         words += ["--output_dir", str(out), "--save_strategy", "no", "--overwrite_output_dir", "true"]
         words += ["--seed", str(seed), "--num_cpu_threads", "1", "--evaluate", "false", *flags.split()]
+        words += ["--model_name_or_path", base]
         return words if method == "demo" else [*words, "--learning_rate", rate]
     recipe, flags, _ = METHODS_ALL[method]
     common = f"--seed {seed} --learning_rate {rate} --lr_scheduler_type linear --warmup_steps 10 --num_cpu_threads 1"
     words = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), "--output_dir", str(out), "--save_strategy", "no"]
-    words += ["--overwrite_output_dir", "true", *common.split()]
+    words += ["--overwrite_output_dir", "true", "--model_name_or_path", base, *common.split()]
     if recipe == "sft":
         words += ["--config", "recipes/g2p/sft-continued.yaml", "--eval_rows", "100", "--eval_strategy", "no"]
         words += ["--per_device_train_batch_size", "256", "--max_steps", str(2 * steps)]
@@ -177,7 +179,7 @@ def run(method: str, seed: int, steps: int, rate: str, folder: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     if method == "base":
-        path = ROOT / "recipes/g2p/base"
+        path = ROOT / BASE
         out.mkdir(parents=True, exist_ok=True)
     else:
         path = out
