@@ -35,7 +35,11 @@ def main() -> None:
         config_name=data.dataset_config,
         prompt_options=data.prompt_options(),
         reward_funcs=measured,
-        settings=ContrastSettings(**evaluation.contrast_values(arguments.max_new_tokens)),
+        settings=ContrastSettings(
+            **evaluation.contrast_values(arguments.max_new_tokens),
+            choose_split=arguments.choose_split,
+            choose_rows=arguments.choose_rows,
+        ),
         output_dir=arguments.output_dir,
     )
 

@@ -8,7 +8,9 @@ have no such distribution; log-probs recorded under them are the model's own.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +18,7 @@ import torch
 
 from rlseq.errors import ConfigError, did_you_mean
 
+ALTERNATIVES = "/"  # between the numbers of a setting that is to be chosen
 LOGPROB = "logprob"  # what `BestOf.by` is called where no reward but the model chooses
 
 
@@ -33,6 +36,41 @@ class Strategy:
             f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
         ]
         return f"{self.name}:{','.join(changed)}" if changed else self.name
+
+    @property
+    def members(self) -> tuple[Strategy, ...]:
+        """What is to be chosen among: of a `Family` its alternatives, else the strategy alone."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Family(Strategy):
+    """Strategies of one kind that differ in numbers, one of which is to be chosen: `sample:temperature=0.5/0.7/1`.
+
+    It decodes nothing by itself (rlseq.evaluation.choice).
+
+    Attributes:
+        written: the strategy with all alternatives, its signature.
+        alternatives: every combination, the settings' first numbers first.
+    """
+
+    written: str
+    alternatives: tuple[Strategy, ...]
+
+    @property
+    def signature(self) -> str:
+        """As a user writes it."""
+        return self.written
+
+    @property
+    def members(self) -> tuple[Strategy, ...]:
+        """The alternatives."""
+        return self.alternatives
+
+    @property
+    def samples(self) -> bool:
+        """Whether the alternatives draw."""
+        return self.alternatives[0].samples
 
 
 @dataclass(frozen=True)
@@ -201,6 +239,8 @@ STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Greedy, Sampl
 def parse_strategy(text: str) -> Strategy:
     """Read a strategy as a user writes it: `greedy`, `beam:width=10`, `best_of:n=8,by=phoneme_accuracy`.
 
+    A setting with several numbers, `sample:temperature=0.5/0.7/1`, makes it a `Family`.
+
     Raises:
         ConfigError: the name or a setting is unknown (the message names the nearest), or a value is of a wrong type.
     """
@@ -212,7 +252,7 @@ def parse_strategy(text: str) -> Strategy:
         )
     cls = STRATEGIES[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    values: dict[str, int | float | str] = {}
+    values: dict[str, list[int | float | str]] = {}
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
         key = key.strip()
@@ -224,17 +264,35 @@ def parse_strategy(text: str) -> Strategy:
         if key in values:
             raise ConfigError(f"strategy {text!r} gives {key} twice")
         kind = next(kind for kind in (int, float, str) if kind.__name__ in str(fields[key].type))
-        try:
-            values[key] = kind(value.strip())
-        except ValueError as error:
-            expected = {int: "whole number", float: "number"}[kind]
-            raise ConfigError(f"strategy {text!r}: {key} is {value!r}; expected a {expected}") from error
+        values[key] = []
+        for one in [value] if kind is str else value.split(ALTERNATIVES):
+            try:
+                values[key].append(kind(one.strip()))
+            except ValueError as error:
+                expected = {int: "whole number", float: "number"}[kind]
+                raise ConfigError(f"strategy {text!r}: {key} is {one!r}; expected a {expected}") from error
     missing = [f.name for f in fields.values() if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         examples = {"n": "n=8", "utility": "utility=error_rate"}
         example = ",".join(setting for key, setting in examples.items() if key in fields)
         raise ConfigError(f"strategy {text!r} does not say {' and '.join(missing)}; give {name}:{example}, for example")
-    return cls(**values)
+    made = [cls(**dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+    return made[0] if len(made) == 1 else _family(text, made, values)
+
+
+def _family(text: str, made: Sequence[Strategy], values: Mapping[str, Sequence[int | float | str]]) -> Family:
+    """The strategies made of every combination of these values, under one name."""
+    if len(set(made)) < len(made):
+        raise ConfigError(f"strategy {text!r} names an alternative twice")
+    if isinstance(made[0], ExactMAP):
+        raise ConfigError(f"strategy {text!r}: the settings of exact_map are a budget, and nothing to choose; give one")
+    defaults = {f.name: f.default for f in dataclasses.fields(made[0])}
+    written = [
+        f"{key}={ALTERNATIVES.join(map(str, values[key]))}"
+        for key in defaults
+        if key in values and list(values[key]) != [defaults[key]]
+    ]
+    return Family(f"{made[0].name}:{','.join(written)}", tuple(made))
 
 
 def _renormalise(logprobs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ from rlseq.evaluation.seeds import methods, numbered
 DEFAULT_STRATEGIES = ("greedy", "sample", "beam")
 STRATEGIES_HELP = (
     "Decoding strategies (default: greedy sample beam), with settings: sample:temperature=0.7, beam:width=10, "
-    "best_of:n=8, best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000; see docs/evaluation.md."
+    "best_of:n=8, best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000. Of several numbers, "
+    "sample:temperature=0.5/0.7/1, the best is chosen for each model on --choose_split; see docs/evaluation.md."
 )
 MODELS_HELP = "Checkpoints; the first is the baseline, and a name repeated is one method with several training seeds."
 COMPARE_HELP = "Join finished evaluations (results.json or its folder) instead; NAME names the checkpoint in one."
@@ -41,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
     add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
     add("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), help=STRATEGIES_HELP)
+    add("--choose_split", default="validation", help="Split on which strategies' numbers are chosen (validation).")
+    add("--choose_rows", type=int, default=500, help="Only its first so many rows (default: 500).")
     add("--samples_per_row", type=int, default=4, help="Completions a row under sampling (default: 4).")
     add("--max_new_tokens", type=int, default=256, help="Longest completion (default: 256).")
     add("--eval_batch_size", type=int, default=256, help="Rows decoded together (default: 256).")
@@ -100,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
             primary=args.primary,
             primary_against=args.primary_against,
             exact_map_rows=args.exact_map_rows,
+            choose_split=args.choose_split,
+            choose_rows=args.choose_rows,
             studies=tuple(name for name in args.studies if name != "none"),
             study_rows=args.study_rows,
             coverage_samples=args.coverage_samples,
@@ -191,6 +196,7 @@ def evaluate(
     from accelerate import PartialState
 
     from rlseq.data import load_rows
+    from rlseq.evaluation.choice import families
     from rlseq.evaluation.contrast import contrast_and_report
     from rlseq.scoring import load_rewards
 
@@ -201,11 +207,19 @@ def evaluate(
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if not reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
-    settings.parsed()
+    choosing = [family.signature for family in families(settings)]
+    if choosing and settings.choose_split == split:
+        raise ConfigError(
+            f"strategy {choosing[0]!r} is to be chosen on the split {split!r}, which is the one evaluated: it would "
+            "look better than it is. Give another --choose_split, or another --eval_split (test, for the final claim)."
+        )
     if limit is not None and limit < 1:
         raise ConfigError(f"--eval_rows is {limit}; expected at least 1")
     PartialState(cpu=not torch.accelerator.is_available())  # else several processes on CPUs each evaluate alone
     rows = load_rows(dataset_name, split, config_name=config_name)[:limit]
+    choice_rows = []
+    if choosing:
+        choice_rows = load_rows(dataset_name, settings.choose_split, config_name=config_name)[: settings.choose_rows]
     with load_rewards(reward_funcs) as suite:
         return contrast_and_report(
             named,
@@ -215,4 +229,5 @@ def evaluate(
             prompt_options=prompt_options,
             output_dir=Path(output_dir),
             data_name=f"{dataset_name} ({split})",
+            choice_rows=choice_rows,
         )

@@ -27,6 +27,7 @@ from rlseq.evaluation.aggregate import (
     quality_metrics,
     reward_metrics,
 )
+from rlseq.evaluation.choice import check_choices, choice_notes, choice_signature, choose, chosen_for, families
 from rlseq.evaluation.compression import document_results, lossy_notes
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.documents import check_documents, check_windows, load_documents
@@ -51,6 +52,7 @@ def contrast(
     output_dir: str | Path | None = None,
     quiet: bool = False,
     data_name: str = "",
+    choice_rows: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Evaluate named checkpoints on the same rows and compare each with the first.
 
@@ -65,6 +67,8 @@ def contrast(
             evaluation that gets killed is kept there, and taken up by the next with equal weights, data and settings.
         quiet: no progress bars.
         data_name: what the results call the data.
+        choice_rows: rows of the same columns, none of them evaluated, on which strategies with alternatives are chosen
+            (rlseq.evaluation.choice).
 
     Returns:
         The results, in the shape of results.json. Under several processes each row is computed once and the
@@ -75,7 +79,7 @@ def contrast(
             and columns are checked before any model is loaded.
     """
     settings, prompt_options = settings or ContrastSettings(), prompt_options or {}
-    results = _contrast(models, rows, suite, settings, prompt_options, output_dir, quiet, data_name)
+    results = _contrast(models, rows, suite, settings, prompt_options, output_dir, quiet, data_name, choice_rows)
     if results and output_dir is not None:
         forget_unfinished(Path(output_dir))
     return results
@@ -90,6 +94,7 @@ def _contrast(
     output_dir: str | Path | None,
     quiet: bool = False,
     data_name: str = "",
+    choice_rows: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """`contrast`, after which what it finished is still kept."""
     if not models:
@@ -103,6 +108,11 @@ def _contrast(
     check_windows(settings, models)
     documents = load_documents(settings)
     state = PartialState()
+    folder = None if output_dir is None else Path(output_dir)
+    chosen, chosen_on = {}, []
+    if families(settings):
+        options = {"quiet": quiet, "output_dir": folder}
+        chosen, chosen_on = choose(models, choice_rows, rows, suite, settings, prompt_options, **options)
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
         found[name], data = measure_checkpoint(
@@ -115,7 +125,8 @@ def _contrast(
             quiet,
             baseline=str(next(iter(models.values()))),
             documents=documents,
-            output_dir=None if output_dir is None else Path(output_dir),
+            output_dir=folder,
+            chosen=chosen_for(name, chosen),
         )
     if not state.is_main_process:
         return {}
@@ -124,13 +135,14 @@ def _contrast(
         data,
         suite,
         settings,
-        signature=_signature(settings, suite, data, prompt_options),
+        signature=_signature(settings, suite, data, prompt_options) | choice_signature(chosen_on),
         chosen_by=chosen_by,
+        chosen=chosen,
         documents=documents,
         data_name=data_name,
     )
-    if output_dir is not None:
-        write_results(results, found, Path(output_dir), rows_of=data)
+    if folder is not None:
+        write_results(results, found, folder, rows_of=data)
     return results
 
 
@@ -142,6 +154,7 @@ def assemble(
     *,
     signature: Mapping[str, Any],
     chosen_by: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, Any],
     documents: Sequence[str],
     data_name: str,
 ) -> dict[str, Any]:
@@ -151,6 +164,7 @@ def assemble(
         found: by checkpoint its statistics; `rl#1`, `rl#2` are seeds of one method.
         prompts: the R rows.
         chosen_by: of each strategy that is an oracle the columns that it reads.
+        chosen: what was chosen of strategies with alternatives, as `rlseq.evaluation.choice.choose` gives it.
         documents: text without prompts, as `rlseq.evaluation.documents.load_documents` gives it.
         data_name: what the results call the data.
     """
@@ -189,6 +203,9 @@ def assemble(
         tokens, references = (sum(row.get(key, 0.0) for row in scored) for key in ("tokens", "references"))
         texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
+    if chosen:
+        results["chosen"] = chosen
+        results["notes"] += choice_notes(chosen)
     for strategy, columns in chosen_by.items():
         for model in results["models"].values():
             model["strategies"][strategy]["oracle"] = True
@@ -214,6 +231,7 @@ def contrast_and_report(
     title: str = "",
     metrics_file: Path | None = None,
     data_name: str = "",
+    choice_rows: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """`contrast`, then report.html, report.md and plots/ beside its results, and a short table on the terminal.
 
@@ -221,7 +239,8 @@ def contrast_and_report(
     of the methods and of the data.
     """
     try:
-        results = _contrast(models, rows, suite, settings, prompt_options, output_dir, data_name=data_name)
+        given = {"data_name": data_name, "choice_rows": choice_rows}
+        results = _contrast(models, rows, suite, settings, prompt_options, output_dir, **given)
         if results:
             curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
             report_on(results, output_dir, title=title, metrics=curves)
@@ -273,6 +292,12 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
         raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
     check_studies(settings, suite)
     check_documents(settings)
+    _check_primary(settings, suite, measured)
+    check_choices(settings, suite)
+
+
+def _check_primary(settings: ContrastSettings, suite: RewardSuite, measured: Sequence[str]) -> None:
+    """The part of `check_settings` on the primary comparison, among the strategies of these signatures."""
     if settings.primary is None:
         if settings.primary_against is not None:
             raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")

@@ -170,10 +170,11 @@ def seeks_the_mode(strategy: Strategy) -> bool:
 def check_choosers(strategies: Iterable[Strategy], suite: RewardSuite) -> None:
     """Raise ConfigError if a strategy chooses by what is no reward of the evaluation; the message names the nearest."""
     for strategy in strategies:
-        name = _chooser(strategy)
+        one = strategy.members[0]  # those of a family choose alike
+        name = _chooser(one)
         if name is not None and name not in suite.names:
-            setting = "utility" if isinstance(strategy, MBR) else "by"
-            also = [LOGPROB] if isinstance(strategy, BestOf) else []
+            setting = "utility" if isinstance(one, MBR) else "by"
+            also = [LOGPROB] if isinstance(one, BestOf) else []
             raise ConfigError(
                 f"strategy {strategy.signature!r}: {setting} names no reward of this evaluation: {name!r}; there are "
                 f"{', '.join([*also, *suite.names])}.{did_you_mean(name, [*also, *suite.names])}"
@@ -193,12 +194,13 @@ def oracles(
     available = set(available)
     found = {}
     for strategy in strategies:
-        name = _chooser(strategy)
+        one = strategy.members[0]
+        name = _chooser(one)
         if name is None:
             continue
         reward = suite.rewards[suite.names.index(name)]
         columns = reads(reward, available) - set(of_the_prompt)
-        if isinstance(strategy, MBR):
+        if isinstance(one, MBR):
             columns -= _reference_places(reward)
         if columns:
             found[strategy.signature] = sorted(columns)

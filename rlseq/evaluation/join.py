@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.errors import ConfigError, DataError, RewardError
+from rlseq.evaluation.choice import joined_choices
 from rlseq.evaluation.contrast import assemble, report_on
 from rlseq.evaluation.documents import load_documents
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics
@@ -58,6 +59,7 @@ def join(
     signature = first.results["signature"]
     settings = _settings(signature["settings"])
     found, more, origins = _together(loaded, [name for name, _ in named])
+    chosen = joined_choices({name: (e.results.get("chosen", {}), old) for name, (e, old) in origins.items()})
     suite = _suite(first, reward_funcs)
     documents = load_documents(settings)
     try:
@@ -68,6 +70,7 @@ def join(
             settings,
             signature=signature,
             chosen_by=first.results["oracles"],
+            chosen=chosen,
             documents=documents,
             data_name=first.results["data_name"],
         )

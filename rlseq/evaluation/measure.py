@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.data import build_prompts, reference_ids
-from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy, parse_strategy
+from rlseq.decoding import ExactMAP, Family, Greedy, Sample, Strategy, parse_strategy
 from rlseq.errors import ConfigError, ModelError, RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
 from rlseq.evaluation.documents import Coding, DocumentStatistics, measure_documents
@@ -64,6 +64,9 @@ class ContrastSettings:
         coverage_samples: completions a row that the study of coverage draws.
         temperatures: those of the study of sharpening.
         prefix_lengths: tokens of the prefixes that the study of prefixes continues.
+        choose_split: the split on whose rows settings with alternatives are chosen (rlseq.evaluation.choice), by name;
+            None: nothing can be chosen.
+        choose_rows: only its first so many rows; None: all.
         likelihood_dataset: text without prompts whose bits per byte are measured (rlseq.evaluation.documents); its
             configuration, split, column and number of rows (None: all).
         likelihood_stride: tokens by which windows over it slide; None: half the context.
@@ -85,6 +88,8 @@ class ContrastSettings:
     coverage_samples: int = 32
     temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
     prefix_lengths: tuple[int, ...] = (1, 2, 4, 8)
+    choose_split: str | None = None
+    choose_rows: int | None = 500
     likelihood_dataset: str | None = None
     likelihood_config: str | None = None
     likelihood_split: str | None = None
@@ -100,7 +105,10 @@ class ContrastSettings:
     def decisive(self) -> dict[str, Any]:
         """The settings that decide numbers, by name, in JSON's types: those of memory and time alone are left out."""
         shown = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-        return {name: value for name, value in shown.items() if name not in ("batch_rows", "max_kv_gb")}
+        without = ["batch_rows", "max_kv_gb"]
+        if not any(isinstance(strategy, Family) for strategy in self.parsed()):
+            without += ["choose_split", "choose_rows"]
+        return {name: value for name, value in shown.items() if name not in without}
 
 
 @dataclass
@@ -136,6 +144,8 @@ def measure_checkpoint(
     baseline: str | None = None,
     documents: Sequence[str] = (),
     output_dir: Path | None = None,
+    chosen: Mapping[str, Strategy] | None = None,
+    doing: str = "evaluating",
 ) -> tuple[ModelStatistics, list[Prompt]]:
     """Load a checkpoint and its tokenizer in float32 and `measure` it, with a progress bar unless `quiet`.
 
@@ -143,6 +153,8 @@ def measure_checkpoint(
         baseline: path of the model that studies compare with; None: this one.
         documents: text without prompts.
         output_dir: where the parts that are finished are kept, and taken up again (rlseq.evaluation.unfinished).
+        chosen: by family of strategies the one that stands for it.
+        doing: what a user is told is done.
 
     Returns:
         The statistics and the rows as prompts, on every process.
@@ -153,7 +165,7 @@ def measure_checkpoint(
         ConsistencyError: greedy decoding and teacher forcing disagree, in every process.
     """
     state = PartialState()
-    tokenizer = _load(AutoTokenizer, name, path, padding_side="left")
+    tokenizer = load_tokenizer(name, path)
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(["prompt", *prompts[0].columns])
     claims_answers = (settings.primary or "").partition(":")[0] in OF_ANSWERS
@@ -167,16 +179,18 @@ def measure_checkpoint(
     parts = Parts()
     if output_dir is not None:
         checkpoints = [path, baseline or path]
-        parts = parts_of(name, checkpoints, prompts, documents, suite, settings, output_dir, quiet=quiet)
+        options = {"chosen": chosen or {}, "doing": doing, "quiet": quiet}
+        parts = parts_of(name, checkpoints, prompts, documents, suite, settings, output_dir, **options)
     studied = sum(studied_rows(name, _mine(prompts), settings) for name in settings.studies)
     with tqdm(
         total=len(_mine(prompts)) * (len(settings.strategies) + 1) + studied,
-        desc=f"evaluating {name}",
+        desc=f"{doing} {name}",
         unit="row",
         disable=quiet or not state.is_main_process,
         leave=False,
     ) as bar:
         options = {"name": name, "path": path, "progress": bar.update, "baseline": first, "parts": parts}
+        options["chosen"] = chosen
         statistics = measure(model, prompts, tokenizer, suite, settings, **options)
     check_agreement(name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts])
     if documents:
@@ -188,6 +202,15 @@ def measure_checkpoint(
         found = parts.once(DOCUMENTS, coded)
         statistics.documents = DocumentStatistics(Coding(**found["coding"]), found["start"], found["rows"])
     return statistics, prompts
+
+
+def load_tokenizer(name: str, path: str) -> Any:
+    """A checkpoint's tokenizer, padding on the left.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return _load(AutoTokenizer, name, path, padding_side="left")
 
 
 def load_checkpoint(name: str, path: str) -> torch.nn.Module:
@@ -220,6 +243,7 @@ def measure(
     progress: Callable[[int], Any] | None = None,
     baseline: Callable[[], torch.nn.Module] | None = None,
     parts: Parts | None = None,
+    chosen: Mapping[str, Strategy] | None = None,
 ) -> ModelStatistics:
     """Measure a model on R rows: likelihood of the references, and each strategy's completions under the rewards.
 
@@ -237,6 +261,7 @@ def measure(
             strategy and study.
         baseline: loads the model that studies compare with; None: this one.
         parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
+        chosen: by family of strategies, all of those in the settings, the one that stands for it.
 
     Raises:
         RlseqError: a reward failed; what one process raises, all raise.
@@ -249,6 +274,7 @@ def measure(
         rows = [prompts[i] for i in mine]
         baseline, progress = baseline or (lambda: model), progress or (lambda rows: None)
         options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts or Parts()}
+        options["chosen"] = chosen or {}
         found = _measure_rows(model, rows, mine, tokenizer, suite, settings, exact_rows=exact_rows, **options)
     except RlseqError as raised:
         error = raised
@@ -291,16 +317,18 @@ def _measure_rows(
     progress: Callable[[int], Any],
     baseline: Callable[[], torch.nn.Module],
     parts: Parts,
+    chosen: Mapping[str, Strategy],
 ) -> _Measured:
     """Measure this process's rows, which have these places in the data, and record every completion."""
     stops = stop_ids_of(model, tokenizer)
     references = [reference_ids(prompt, tokenizer, stops) for prompt in prompts]
+    strategies = {strategy.signature: chosen.get(strategy.signature, strategy) for strategy in settings.parsed()}
 
     @functools.cache  # a part that was found asks for none
     def forced() -> list[list[TeacherForced]]:
-        return force_references(model, prompts, references, settings.parsed())
+        return force_references(model, prompts, references, strategies.values())
 
-    def generated(index: int, strategy: Strategy) -> dict[str, Any]:
+    def generated(index: int, signature: str, strategy: Strategy) -> dict[str, Any]:
         groups, proven = decode(
             model,
             prompts,
@@ -317,10 +345,10 @@ def _measure_rows(
             exact_rows=exact_rows,
             progress=progress,
         )
-        statistics, records, values = _quality_rows(name, strategy, prompts, groups, references, suite)
+        statistics, records, values = _quality_rows(name, signature, prompts, groups, references, suite)
         more: Sequence[RowStatistics] = []
         if isinstance(strategy, Sample):
-            more = generation_rows(strategy, forced(), settings.parsed(), settings.max_new_tokens)
+            more = generation_rows(strategy, forced(), strategies.values(), settings.max_new_tokens)
         elif isinstance(strategy, Greedy):
             more = agreement_rows(groups, references, forced())
         for mine, found in zip(statistics, more, strict=False):
@@ -339,17 +367,16 @@ def _measure_rows(
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
     values: dict[str, Mapping[str, Sequence[float | None]]] = {}
     proofs: dict[str, list[bool]] = {}
-    for index, strategy in enumerate(settings.parsed()):
-        signature = strategy.signature
+    for index, (signature, strategy) in enumerate(strategies.items()):
         if signature in parts.found:
             progress(len(prompts))
-        part = parts.once(signature, functools.partial(generated, index, strategy))
+        part = parts.once(signature, functools.partial(generated, index, signature, strategy))
         completions[signature], values[signature] = rollouts_from_json(part["completions"]), part["values"]
         measured.strategies[signature] = part["statistics"]
         measured.samples += part["records"]
         if isinstance(strategy, ExactMAP):
             proofs[signature] = part["proven"]
-    searches = [strategy.signature for strategy in settings.parsed() if seeks_the_mode(strategy)]
+    searches = [signature for signature, strategy in strategies.items() if seeks_the_mode(strategy)]
     for signature, proven in proofs.items():
         found = {search: completions[search] for search in searches}
         add_mode_statistics(measured.strategies[signature], signature, found, proven, stops)
@@ -372,7 +399,7 @@ def _measure_rows(
 
 def _quality_rows(
     name: str,
-    strategy: Strategy,
+    signature: str,
     prompts: Sequence[Prompt],
     groups: Sequence[Sequence[Rollout]],
     references: Sequence[Sequence[tuple[int, ...]]],
@@ -411,7 +438,7 @@ def _quality_rows(
         records.append(
             {
                 "model": name,
-                "strategy": strategy.signature,
+                "strategy": signature,
                 "key": prompts[row].key,
                 "prompt": prompts[row].messages_or_text,
                 "references": list(prompts[row].columns.get("references", ())),

@@ -264,8 +264,10 @@ def fair_strategies(results: Results) -> list[str]:
 
 
 def labelled(results: Results, strategy: str) -> str:
-    """A strategy as tables name it: an oracle is called one."""
-    return f"{strategy} (oracle)" if is_oracle(results, strategy) else strategy
+    """A strategy as tables name it: an oracle is called one, and what was chosen chosen."""
+    chosen = strategy in results.get("chosen", {}).get("strategies", {})
+    labels = ["oracle"] * is_oracle(results, strategy) + ["chosen"] * chosen
+    return f"{strategy} ({', '.join(labels)})" if labels else strategy
 
 
 def quality_metrics(results: Results) -> list[str]:

@@ -22,6 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.utils import cached_file
 
+from rlseq.decoding import Strategy
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.cache import key_of
 from rlseq.types import Prompt, Rollout
@@ -141,6 +142,8 @@ def parts_of(
     settings: Any,
     output_dir: Path,
     *,
+    chosen: Mapping[str, Strategy],
+    doing: str,
     quiet: bool,
 ) -> Parts:
     """The parts of one model of a contrast, found and to come; says how many are found, unless `quiet`.
@@ -151,6 +154,8 @@ def parts_of(
         prompts: all rows, with all columns that rewards may read.
         documents: text without prompts.
         settings: of the contrast (`rlseq.evaluation.measure.ContrastSettings`).
+        chosen: by family of strategies the one that stands for it.
+        doing: what is done of the model, as a user is told.
     """
     state = PartialState()
     fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]
@@ -160,6 +165,7 @@ def parts_of(
         "documents": documents,
         "rewards": suite.signature(),
         "settings": settings.decisive(),
+        "chosen": {family: strategy.signature for family, strategy in chosen.items()},
         "versions": versions(),
         "device": state.device.type,
     }
@@ -171,7 +177,7 @@ def parts_of(
         key = None
     parts = Parts(output_dir, key, names)
     if parts.found and state.is_main_process and not quiet:
-        print(f"evaluating {name}: {len(parts.found)} of {len(names)} parts found in {parts.folder}", flush=True)
+        print(f"{doing} {name}: {len(parts.found)} of {len(names)} parts found in {parts.folder}", flush=True)
     return parts
 
 

@@ -199,6 +199,10 @@ class EvaluateArguments:
     )
     output_dir: str = _default("runs/contrast", "Where results.json and report.html go.")
     max_new_tokens: int = _default(256, "Longest completion, in tokens.")
+    choose_split: str = _default(
+        "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are chosen."
+    )
+    choose_rows: int = _default(500, "Only its first so many rows.")
 
 
 @dataclass
