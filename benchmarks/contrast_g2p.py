@@ -123,7 +123,7 @@ class Change:
 
 
 def table(bases: list[int], methods: list[str], folder: Path) -> str:
-    """What each method changes, what of it is no sharpening, and the temperature in training against that in decoding."""
+    """What each method changes, what of it is no sharpening, and temperatures in training against those in decoding."""
     results = {b: json.loads((folder / f"evaluation-{b}/results.json").read_text()) for b in bases}
     there = [m for m in methods if all(comparison(r, m, None, "exact_accuracy") for r in results.values())]
 
