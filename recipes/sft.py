@@ -46,7 +46,7 @@ from rlseq.training.dry_run import describe_examples, example_lengths
 from rlseq.training.memory import weightless_model
 from rlseq.training.models import build_model, build_tokenizer, check_model_path, load_model, load_tokenizer
 from rlseq.training.parser import RecipeParser, run_recipe
-from rlseq.training.recipe import announce, default_config, finish, open_run, say, try_rewards
+from rlseq.training.recipe import announce, check_fit, default_config, finish, open_run, say, try_rewards
 from rlseq.training.rejection import Record, best_completions, draw_candidates, read_candidates, require_survivors
 from rlseq.training.rollout_log import write_rollouts
 from rlseq.training.sft import SFTTrainer
@@ -88,19 +88,22 @@ def main() -> None:
             )
         return examples(pairs)
 
-    validation = references_of(prompts_of(data.eval_split, data.eval_rows))
+    held_out = prompts_of(data.eval_split, data.eval_rows)
+    validation = references_of(held_out)
+    prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
+    if not new.new_model:
+        check_fit(config, model_args, tokenizer, prompts)
     if rejection.from_rollouts:
         candidates = read_candidates(rejection.from_rollouts)
         train, what = select(candidates, rejection)
     elif rejection.rejection_samples:
-        prompts = prompts_of(data.train_split, data.train_rows)
         suite = load_rewards(
             rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
         )
         try_rewards(suite, prompts[0])
         what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"
     else:
-        train = references_of(prompts_of(data.train_split, data.train_rows))
+        train = references_of(prompts)
         what = f"{len(train):,} training examples"
     if run.dry_run:
         drawn = len(prompts) * rejection.rejection_samples if rejection.rejection_samples else 0

@@ -24,7 +24,7 @@ from rlseq.doctor.preflight import (
 )
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
 from rlseq.errors import ModelError
-from rlseq.training.config import DataArguments, GRPOConfig, ModelArguments, RewardArguments
+from rlseq.training.config import DataArguments, GRPOConfig, ModelArguments, RewardArguments, SFTConfig
 from rlseq.training.recipe import check_fit, load_task
 from rlseq.types import Prompt
 
@@ -281,3 +281,14 @@ def test_recipes_make_these_checks_before_they_start(tmp_path):
     config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=32, use_cpu=True)
     with pytest.raises(ModelError, match=r"context: \d of \d rows may exceed 20 tokens"):
         load_task(data, rewards, model, config, evaluates=False)
+
+
+def test_teacher_forcing_makes_these_checks_too(tmp_path, capsys):
+    tiny_model("gpt2", n_positions=4, attn_pdrop=0.1).save_pretrained(tmp_path)
+    model = ModelArguments(model_name_or_path=str(tmp_path))
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
+    prompts = build_prompts(ROWS, tiny_tokenizer())
+    with pytest.raises(ModelError, match=r"context: \d of \d rows may exceed 4 tokens"):
+        check_fit(config, model, tiny_tokenizer(), prompts)
+    check_fit(config, model, tiny_tokenizer(), [p for p in prompts if len(p.prompt_ids) == 2])  # dropout is no fault
+    assert capsys.readouterr().out == ""

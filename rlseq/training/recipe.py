@@ -123,20 +123,25 @@ def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
 def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
     """Make the doctor's checks that run no model; warnings are printed.
 
+    Args:
+        config: of a run on rollouts, or of teacher forcing: its completions are the references, its dropout acts as
+            the model declares it, and no generation configuration matters.
+
     Raises:
         ModelError: a check failed; the message says what to do.
     """
     model_config, generation_config = load_configs(model_args.model_name_or_path, model_args.model_revision)
-    findings = preflight(
-        model_config,
-        tokenizer,
-        prompts,
-        generation_config=generation_config,
-        max_completion_length=config.max_completion_length,
-        disable_dropout=config.disable_dropout,
-        own_sampler=config.rlseq_sampler and not config.use_vllm and not config.use_transformers_continuous_batching,
-        needs_references=config.uses_references,
-    )
+    options: dict[str, Any] = {"needs_references": True}
+    if hasattr(config, "max_completion_length"):
+        options = {
+            "max_completion_length": config.max_completion_length,
+            "disable_dropout": config.disable_dropout,
+            "own_sampler": config.rlseq_sampler
+            and not config.use_vllm
+            and not config.use_transformers_continuous_batching,
+            "needs_references": config.uses_references,
+        }
+    findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config, **options)
     lines = {
         status: [
             f"{f.check}: {f.found}. To do: {'; '.join(f.todo.splitlines())}." for f in findings if f.status == status
