@@ -86,7 +86,6 @@ def run(make, path, *, resume=False, average=False, **settings):
 
 def lines(path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    records = [record for record in records if not record.get("summary")]
     return [{k: v for k, v in record.items() if not k.startswith(WALL_CLOCK)} for record in records]
 
 

@@ -83,7 +83,14 @@ class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
         self._metrics["train"] = defaultdict(list, state["metrics"])
         self._tr_loss = state["loss_since_logged"].to(device)
         self._total_loss_scalar = state["total_loss"]
+        self._total_loss_since = 0
         self._globalstep_last_logged = state["last_logged"]
+
+    def log(self, logs, start_time=None):
+        if "train_loss" in logs:  # transformers divides the loss of the whole run by the steps since it was resumed
+            steps = self.state.global_step - self._total_loss_since
+            logs = logs | {"train_loss": self._total_loss_scalar / max(steps, 1)}
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, dataset=None):
         given = super()._get_train_sampler(dataset)
@@ -115,6 +122,7 @@ class _Restore(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         trainer._step = state.global_step * args.gradient_accumulation_steps
+        trainer._total_loss_since = state.global_step
         if trainer.resumed_from is None:
             return
         file = trainer.resumed_from / FOLDER / f"rank-{trainer.accelerator.process_index}.pt"
