@@ -28,14 +28,12 @@ STEPS = 24
 LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    """A tiny model, data, a reward, and a config under which every part of a run's state matters.
+def write_task(folder):
+    """A tiny model, data, a reward, and configs under which every part of a run's state matters.
 
     A round of 8 rollouts is 2 minibatches, used twice: 4 steps. GRPO's epoch is 4 rounds of 2 prompts, so 24 steps
     end in the second; PPO's, of 4 prompts a round, in the third. Steps are logged by threes, so logs straddle rounds.
     """
-    folder = tmp_path_factory.mktemp("task")
     tiny_model("llama", initializer_range=0.1).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "data").mkdir()
@@ -62,6 +60,12 @@ def task(tmp_path_factory):
     (folder / "grpo.yaml").write_text(yaml.safe_dump(config | {"num_generations": 4}))
     more = {"num_generations": 2, "critic_learning_rate": 3e-2, "critic_warmup_steps": 2, "kl_target": 0.5}
     (folder / "ppo.yaml").write_text(yaml.safe_dump(config | more))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    write_task(folder)
     return folder
 
 
