@@ -189,6 +189,10 @@ BAD = {
     "a checkpoint that is not there": (["--resume_from_checkpoint", "latest"], "no whole checkpoint"),
     "batch sizes that do not divide": (["--per_device_train_batch_size", "3"], "--per_device_train_batch_size"),
     "a reward that is not there": (["--reward_funcs", "exact_mach"], "exact_match"),
+    "a reward of whole groups, and a completion by itself": (
+        ["--reward_funcs", "group_diversity", "--advantage_baseline", "greedy"],
+        "group_diversity scores whole groups",
+    ),
     "an average of all time": (["--ema_decay", "1.0"], "ema_decay is 1.0; expected a number in [0, 1)"),
     "a model that is not there": (["--model_name_or_path", "{task}/modle"], "model"),
 }

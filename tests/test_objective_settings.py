@@ -9,8 +9,8 @@ from tiny_task import ROWS, tiny_tokenizer
 import rlseq
 from rlseq.data import build_prompts
 from rlseq.errors import ConfigError
+from rlseq.training.checks import check_prompts
 from rlseq.training.config import GRPOConfig
-from rlseq.training.recipe import check_prompts
 
 REFUSED = {
     "one sample against its group": ({"num_generations": 1}, "baseline 'mean' compares"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import trl
 
 from rlseq.errors import ConfigError
+from rlseq.scoring import RewardSuite
+from rlseq.types import Prompt
 
 
 @contextmanager
@@ -98,6 +100,56 @@ def check_objective(config: Any) -> None:
         raise ConfigError(
             f"minimum_risk needs a prompt's {G} samples in one micro-batch, but per_device_train_batch_size is {size}. "
             f"With {G} generations, these work: {' or '.join(map(str, sizes))}."
+        )
+
+
+def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse settings that these prompts leave without effect.
+
+    Raises:
+        ConfigError: fewer prompts than a batch takes, or none with the references that a setting asks for.
+    """
+    wanted = config.generation_batch_size // config.num_generations
+    if len(prompts) < wanted:
+        raise ConfigError(
+            f"a batch is of {wanted} prompts (generation_batch_size {config.generation_batch_size} over "
+            f"num_generations {config.num_generations}), but there are {len(prompts)}: nothing would be trained. "
+            "Give more prompts, or a smaller per_device_train_batch_size."
+        )
+    asks = {
+        f"objective {config.objective}": config.objective in ("expected_accuracy", "reference_exact"),
+        "reference_loss_coef": bool(config.reference_loss_coef),
+        "reference_prefix": bool(config.reference_prefix),
+        "minimum_risk_references": config.minimum_risk_references,
+    }
+    asking = [name for name, does in asks.items() if does]
+    if asking and not any(prompt.columns.get("references") for prompt in prompts):
+        raise ConfigError(
+            f"{' and '.join(asking)} needs references, but no prompt has one. Name their column (--reference_column)."
+        )
+
+
+def check_group_rewards(config: Any, suite: RewardSuite) -> None:
+    """Refuse a reward of whole groups where groups are torn, or where a completion is scored by itself.
+
+    Raises:
+        ConfigError: says which reward, and what to do.
+    """
+    group_scope = [reward.name for reward in suite.rewards if reward.info.scope == "group"]
+    if not group_scope:
+        return
+    local_rows = config.per_device_train_batch_size * config.steps_per_generation
+    if local_rows % config.num_generations:
+        raise ConfigError(
+            f"{', '.join(group_scope)} scores whole groups (scope: group), but a process draws {local_rows} "
+            f"completions, no multiple of num_generations ({config.num_generations}): groups would be torn. Make "
+            f"per_device_train_batch_size a multiple of {config.num_generations}."
+        )
+    alone = config.advantage_baseline == "greedy" or config.objective == "reference_exact"
+    if alone or config.minimum_risk_references:
+        raise ConfigError(
+            f"{', '.join(group_scope)} scores whole groups (scope: group), but a greedy completion or a reference "
+            "is scored by itself. Leave out the reward, or that baseline or objective."
         )
 
 

@@ -29,6 +29,7 @@ from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
 from rlseq.packing import supports_packing
 from rlseq.scoring import RewardSuite
+from rlseq.training.checks import check_group_rewards, check_prompts
 from rlseq.training.config import GRPOConfig
 from rlseq.training.exact_state import ExactStateMixin
 from rlseq.training.forward import Ids, Scores, forward, ragged
@@ -81,6 +82,8 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrai
         probe: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
+        check_group_rewards(args, suite)
+        check_prompts(args, prompts)
         self.probe = probe
         self.prompts = prompts
         self.suite = suite
@@ -113,42 +116,16 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrai
         self.packs = packs
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
-        self._check_group_rewards()
         needs_scores = args.objective != "policy_gradient" or args.reference_loss_coef or args.kl_estimator
         if self.aux_loss_enabled and (needs_scores or not args.needs_group):
             raise ConfigError(
                 "this mixture-of-experts model has a router loss, which TRL adds to its own losses only: leave out "
                 "objective, reference_loss_coef, kl_estimator and PPO, or set router_aux_loss_coef to 0."
             )
-        if len(prompts) < (wanted := args.generation_batch_size // args.num_generations):
-            raise ConfigError(
-                f"a batch is of {wanted} prompts (generation_batch_size {args.generation_batch_size} over "
-                f"num_generations {args.num_generations}), but there are {len(prompts)}: nothing would be trained. "
-                "Give more prompts, or a smaller per_device_train_batch_size."
-            )
         if args.objective == "expected_accuracy" and not any(self._references_of(prompt) for prompt in prompts):
             raise ConfigError(
                 "objective expected_accuracy sums the chances of references, but no prompt has one of at most "
                 f"max_completion_length ({args.max_completion_length}) tokens. Name their column (--reference_column)."
-            )
-
-    def _check_group_rewards(self) -> None:
-        args = self.args
-        group_scope = [reward.name for reward in self.suite.rewards if reward.info.scope == "group"]
-        if not group_scope:
-            return
-        local_rows = args.per_device_train_batch_size * args.steps_per_generation
-        if local_rows % args.num_generations:
-            raise ConfigError(
-                f"{', '.join(group_scope)} scores whole groups (scope: group), but a process draws {local_rows} "
-                f"completions, no multiple of num_generations ({args.num_generations}): groups would be torn. Make "
-                f"per_device_train_batch_size a multiple of {args.num_generations}."
-            )
-        alone = args.advantage_baseline == "greedy" or args.objective == "reference_exact"
-        if alone or args.minimum_risk_references:
-            raise ConfigError(
-                f"{', '.join(group_scope)} scores whole groups (scope: group), but a greedy completion or a reference "
-                "is scored by itself. Leave out the reward, or that baseline or objective."
             )
 
     def _longest(self) -> int:

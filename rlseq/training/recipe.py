@@ -19,6 +19,7 @@ from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
+from rlseq.training.checks import check_group_rewards, check_prompts
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
 from rlseq.training.faults import writing
 from rlseq.training.models import check_model_path, load_tokenizer
@@ -83,6 +84,7 @@ def load_task(
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
     prompts = build_prompts(rows, tokenizer, **data.prompt_options())
+    check_group_rewards(config, suite)
     check_prompts(config, prompts)
     check_fit(config, model_args, tokenizer, prompts)
     eval_rows = []
@@ -92,32 +94,6 @@ def load_task(
         if each is not None:
             try_rewards(each, prompts[0])
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
-
-
-def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse settings that these prompts leave without effect, before a run directory is claimed.
-
-    Raises:
-        ConfigError: fewer prompts than a batch takes, or none with the references that a setting asks for.
-    """
-    wanted = config.generation_batch_size // config.num_generations
-    if len(prompts) < wanted:
-        raise ConfigError(
-            f"a batch is of {wanted} prompts (generation_batch_size {config.generation_batch_size} over "
-            f"num_generations {config.num_generations}), but there are {len(prompts)}: nothing would be trained. "
-            "Give more prompts, or a smaller per_device_train_batch_size."
-        )
-    asks = {
-        f"objective {config.objective}": config.objective in ("expected_accuracy", "reference_exact"),
-        "reference_loss_coef": bool(config.reference_loss_coef),
-        "reference_prefix": bool(config.reference_prefix),
-        "minimum_risk_references": config.minimum_risk_references,
-    }
-    asking = [name for name, does in asks.items() if does]
-    if asking and not any(prompt.columns.get("references") for prompt in prompts):
-        raise ConfigError(
-            f"{' and '.join(asking)} needs references, but no prompt has one. Name their column (--reference_column)."
-        )
 
 
 def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
