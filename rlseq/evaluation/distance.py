@@ -13,8 +13,9 @@ import torch
 from rlseq.decoding import Sample
 from rlseq.errors import ModelError
 from rlseq.evaluation import tables
+from rlseq.evaluation.seeds import crossed_bootstrap_many, methods
 from rlseq.evaluation.stats import RatioOfSums
-from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, Table, summarise
+from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, Table, rows_matrix, summarise
 from rlseq.likelihood import divergence
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
@@ -44,6 +45,13 @@ METRICS = {
     "plain": StudyMetric(("plain", "samples"), RatioOfSums()),
     "variance_ratio": StudyMetric(("plain_mean", "plain_square", "kl_mean", "kl_square", "one"), _VarianceRatio()),
     "length": StudyMetric(("tokens", "samples"), RatioOfSums()),
+}
+
+
+_METRICS = {
+    (direction, name): StudyMetric(tuple(f"{direction}|{s}" for s in m.statistics), m.aggregate)
+    for direction in (FORWARD, REVERSE)
+    for name, m in METRICS.items()
 }
 
 
@@ -91,7 +99,11 @@ class Distance:
         return statistics
 
     def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
-        """{"first", "rows", "samples_per_row", "models": {model: {direction: {name: {"value", "ci95"}}}}, "skipped"}.
+        """{"first", "rows", "samples_per_row", "models": {model: {direction: {name: {"value", "ci95"}}}},
+        "methods": {method: the same, with "per_seed"}, "skipped"}.
+
+        `methods` has those with several seeds that all have a divergence from the first checkpoint: the mean over
+        seeds, with an interval over seeds and rows.
 
         A model that is the first itself, by another name, is at 0 exactly. `skipped` has the two sizes of the
         vocabularies by model.
@@ -111,26 +123,20 @@ class Distance:
             elif VOCABULARIES[0] in rows[0]:
                 skipped[model] = {name: int(rows[0][name]) for name in VOCABULARIES}
             else:
-                metrics = {
-                    (direction, name): StudyMetric(tuple(f"{direction}|{s}" for s in m.statistics), m.aggregate)
-                    for direction in (FORWARD, REVERSE)
-                    for name, m in METRICS.items()
-                }
-                cells = summarise({model: rows}, metrics, settings)["models"][model]
-                models[model] = {}
-                for (direction, name), cell in cells.items():
-                    models[model].setdefault(direction, {})[name] = cell
-        return {**block, "models": models, "skipped": skipped} if models or skipped else None
+                models[model] = _by_direction(summarise({model: rows}, _METRICS, settings)["models"][model])
+        if not (models or skipped):
+            return None
+        return {**block, "models": models, "methods": _of_methods(found, models, settings), "skipped": skipped}
 
     def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         """A table of both directions, and what was left out."""
         first = block["first"]
         rows = []
-        for model, directions in block["models"].items():
+        for model, directions in {**block["models"], **block["methods"]}.items():
             for direction, cells in directions.items():
                 label = f"KL({model} ‖ {first})" if direction == FORWARD else f"KL({first} ‖ {model})"
                 texts = [_text(cells.get(name), decimals) for name, decimals in _SHOWN]
-                rows.append([model, label, *texts])
+                rows.append([tables.row_name(results, model), label, *texts])
         head = ["Model", "Divergence", "Nats a completion", "Nats a token", "Plain Monte Carlo"]
         note = " ".join(
             f"{model} is left out: its vocabulary has {s['vocabulary']:,} tokens, that of {first} "
@@ -145,12 +151,40 @@ class Distance:
             "prefix with the exact divergence of the next token, summed over the vocabulary, and over positions to the "
             "stop. Beside it the plain Monte Carlo estimate on the same samples, the mean difference in "
             "log-probability; the variance ratio is its variance between rows over that of the former. With 95% "
-            "bootstrap intervals over rows.",
+            "bootstrap intervals over rows (of a method, over its seeds and rows).",
             "samples are cut at the length limit, and what would follow is not counted: where many are cut the "
             "divergence is a lower bound. What a model seldom draws and the other rules out weighs much and may be in "
             "no sample: estimates are then too low, and intervals too narrow.",
             [Table([*head, "Variance ratio", "Tokens"], rows, "", note)],
         )
+
+
+def _of_methods(
+    found: Mapping[str, Sequence[RowStatistics]], models: Mapping[str, Any], settings: Any
+) -> dict[str, dict[str, Any]]:
+    """The block `methods`."""
+    measured = {model: [row for row in found[model] if row and ITSELF not in row] for model in models}
+    repeated = {method: seeds for method, seeds in methods(found).items() if len(seeds) > 1}
+    tables_of = {
+        (method, *place): (method, [rows_matrix(measured[s], m.statistics) for s in seeds], m.aggregate)
+        for method, seeds in repeated.items()
+        if all(measured.get(seed) for seed in seeds)
+        for place, m in _METRICS.items()
+    }
+    cells: dict[str, dict[tuple[str, str], Any]] = {}
+    for (method, *place), drawn in crossed_bootstrap_many(
+        tables_of, seed=settings.seed, resamples=settings.resamples
+    ).items():
+        cell = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
+        cells.setdefault(method, {})[tuple(place)] = cell
+    return {method: _by_direction(mine) for method, mine in cells.items()}
+
+
+def _by_direction(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    nested: dict[str, dict[str, Any]] = {}
+    for (direction, name), cell in cells.items():
+        nested.setdefault(direction, {})[name] = cell
+    return nested
 
 
 _SHOWN = (("kl", 3), ("kl_per_token", 4), ("plain", 3), ("variance_ratio", 2), ("length", 1))

@@ -114,20 +114,39 @@ def crossed_bootstrap_many(
     for key, (method, seeds, aggregate) in metrics.items():
         per_seed = tuple(float(aggregate(np.asarray(table, dtype=float))) for table in seeds)
         by_seed = np.stack([values[key, s] for s in range(len(seeds))], axis=1)  # (N, S)
-        found[key] = MethodDraws(float(np.mean(per_seed)), per_seed, _with_seeds_drawn(by_seed, seed, method))
+        found[key] = method_draws(method, per_seed, by_seed, seed=seed)
     return found
 
 
-def _with_seeds_drawn(by_seed: np.ndarray, seed: int, method: str) -> np.ndarray:
-    """(N,) from the metric of each seed under N resamples of rows, (N, S)."""
+def method_draws(method: str, per_seed: Sequence[float], by_seed: np.ndarray, *, seed: int) -> MethodDraws:
+    """A metric of a method from that of each of its S seeds: on all rows, and under N resamples of them, (N, S).
+
+    What `crossed_bootstrap_many` does of metrics that it knows how to resample, for those that it does not.
+    """
+    values = tuple(map(float, per_seed))
+    draws = by_seed.mean(axis=1) + _drawn_seeds(by_seed, seed, method)
+    return MethodDraws(float(np.mean(values)), values, draws)
+
+
+def pair_draws(a: str, b: str, by_pair: np.ndarray, *, seed: int) -> np.ndarray:
+    """(N,) of what is measured between two methods, from its value for each pair of their seeds, (N, S_a, S_b).
+
+    The mean over pairs, with the seeds of either drawn as `crossed_bootstrap_many` draws them, each by itself: where
+    the value of a pair is b's less a's, this is `difference`. What single pairs have beyond that is not drawn.
+    """
+    of_a, of_b = (_drawn_seeds(by_pair.mean(axis=axis), seed, method) for method, axis in ((a, 2), (b, 1)))
+    return by_pair.mean(axis=(1, 2)) + of_a + of_b
+
+
+def _drawn_seeds(by_seed: np.ndarray, seed: int, method: str) -> np.ndarray:
+    """(N,) what drawing seeds adds to the mean over them, from the metric of each under N resamples of rows, (N, S)."""
     resamples, seeds = by_seed.shape
     if seeds == 1:
-        return by_seed[:, 0]
+        return np.zeros(resamples)
     rng = np.random.default_rng([seed, 2, zlib.crc32(method.encode())])
     drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     factor = np.sqrt(seeds / rng.chisquare(seeds - 1, size=resamples))
-    mean = by_seed.mean(axis=1, keepdims=True)
-    return mean[:, 0] + factor * (drawn * (by_seed - mean)).sum(axis=1)
+    return factor * (drawn * (by_seed - by_seed.mean(axis=1, keepdims=True))).sum(axis=1)
 
 
 def difference(a: MethodDraws, b: MethodDraws) -> MethodDifference:

@@ -13,6 +13,7 @@ from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.decode import columns_of
 from rlseq.evaluation.equal_entropy import Curve, mean_gap
+from rlseq.evaluation.seeds import claim_of, methods, pair_draws
 from rlseq.evaluation.sharpening_report import section_of
 from rlseq.evaluation.stats import RatioOfSums, percentiles, resampled_counts
 from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, rows_matrix, summarise
@@ -89,6 +90,10 @@ class Sharpening:
         "gaps": [{"a", "b", "metric", "by_temperature": {T: cell}, "mean": cell, "range": [low, high], "total": cell,
         "sharpening": cell, "rest": cell}]}
 
+        Of a method with several seeds a gap is the mean over pairs of a seed of it and one of the first method, with an
+        interval over seeds and rows, and what `seeds.claim_of` gives; its range is the widest of the pairs'. Where the
+        first method has several seeds, there are no gaps of single checkpoints.
+
         A cell of `gaps` also has `defined`, the share of resamples with a gap. The last two are there where b has the
         lower entropy at temperature 1: of the total gain there, the first model cooled to b's entropy gains
         `sharpening`.
@@ -113,8 +118,7 @@ class Sharpening:
                 }
                 for t in temperatures
             }
-        first, *others = found
-        entropies = [models[first][t]["entropy"]["value"] for t in temperatures]
+        entropies = [models[next(iter(found))][t]["entropy"]["value"] for t in temperatures]
         return {
             "rows": len(studied),
             "samples_per_row": settings.samples_per_row,
@@ -122,7 +126,7 @@ class Sharpening:
             "rising": bool(np.all(np.diff(entropies) > 0)),
             "models": models,
             "comparisons": summarise(found, at_one, settings)["comparisons"],
-            "gaps": _gaps(found, qualities, temperatures, settings) if others else [],
+            "gaps": _gaps(found, qualities, temperatures, settings),
         }
 
     def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
@@ -169,48 +173,78 @@ def _metric(temperature: str, name: str) -> StudyMetric:
 def _gaps(
     found: Mapping[str, Sequence[RowStatistics]], qualities: Sequence[str], temperatures: Sequence[str], settings: Any
 ) -> list[dict[str, Any]]:
-    """Every model against the first: both curves are drawn anew of each resample's rows, the same for both."""
-    first, *others = found
-    rows = len(found[first])
-    values = {model: _values(found[model], np.ones((1, rows)), qualities, temperatures) for model in found}
+    """Every model against the first, then every method: all curves are drawn anew of each resample's rows."""
+    (first, seeds_a), *others = methods(found).items()
+    sides = [(first, seeds_a, name, [name]) for _, seeds in others for name in seeds if len(seeds_a) == 1]
+    sides += [(first, seeds_a, b, seeds) for b, seeds in others if max(len(seeds_a), len(seeds)) > 1]
+    if not sides:
+        return []
+    rows = len(found[seeds_a[0]])
+    values = _values(found, np.ones((1, rows)), qualities, temperatures)
     parts = [
-        {model: _values(found[model], counts, qualities, temperatures) for model in found}
+        _values(found, counts, qualities, temperatures)
         for counts in resampled_counts(rows, seed=settings.seed, resamples=settings.resamples)
     ]
     draws = {m: {name: np.concatenate([part[m][name] for part in parts]) for name in values[m]} for m in found}
+    one = temperatures.index(ONE)
     gaps = []
-    for other in others:
+    for a, seeds_a, b, seeds_b in sides:
         for quality in qualities:
-            point, drawn = (_compare(v[first], v[other], quality, temperatures) for v in (values, draws))
-            cells = {name: _cell(point[name][0], drawn[name]) for name in point}
+            point, drawn = (_pairs(v, seeds_a, seeds_b, quality, temperatures) for v in (values, draws))
+            cells = {
+                name: _cell(float(pairs.mean()), pair_draws(a, b, drawn[name], seed=settings.seed))
+                for name, pairs in point.items()
+            }
             gap = {
-                "a": first,
-                "b": other,
+                "a": a,
+                "b": b,
                 "metric": quality,
                 "by_temperature": {t: cells[t] for t in temperatures},
                 "mean": cells["mean"],
-                "range": [float(point["low"][0]), float(point["high"][0])],
+                "range": [float(point["low"].min()), float(point["high"].max())],
                 "total": cells["total"],
+                **(claim_of(len(seeds_a), len(seeds_b)) if len(seeds_a) + len(seeds_b) > 2 else {}),
             }
-            one = temperatures.index(ONE)
-            if values[other]["entropy"][0, one] < values[first]["entropy"][0, one]:
+            at_one = [np.mean([values[seed]["entropy"][0, one] for seed in seeds]) for seeds in (seeds_a, seeds_b)]
+            if at_one[1] < at_one[0]:
                 gap |= {"sharpening": cells["sharpening"], "rest": cells[ONE]}
             gaps.append(gap)
     return gaps
 
 
 def _values(
-    rows: Sequence[RowStatistics], counts: np.ndarray, qualities: Iterable[str], temperatures: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """Entropy and each quality at each temperature, (n, K), of n resamples given as counts (n, R)."""
-    found = {}
+    found: Mapping[str, Sequence[RowStatistics]],
+    counts: np.ndarray,
+    qualities: Iterable[str],
+    temperatures: Sequence[str],
+) -> dict[str, dict[str, np.ndarray]]:
+    """By model, entropy and each quality at each temperature, (n, K), of n resamples given as counts (n, R)."""
+    values: dict[str, dict[str, np.ndarray]] = {model: {} for model in found}
     for name in ("entropy", *qualities):
-        metrics = [_metric(t, name) for t in temperatures]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found[name] = np.stack(
-                [m.aggregate.from_sums(counts @ rows_matrix(rows, m.statistics)) for m in metrics], 1
-            )
-    return found
+        by_temperature: dict[str, list[np.ndarray]] = {model: [] for model in found}
+        for t in temperatures:
+            metric = _metric(t, name)
+            tables = {model: rows_matrix(rows, metric.statistics) for model, rows in found.items()}
+            base = next(iter(tables.values()))
+            sums = counts @ base
+            for model, table in tables.items():  # of equal rows the sums are equal, as of two products they need not be
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    by_temperature[model].append(metric.aggregate.from_sums(sums + counts @ (table - base)))
+        for model, columns in by_temperature.items():
+            values[model][name] = np.stack(columns, 1)
+    return values
+
+
+def _pairs(
+    values: Mapping[str, Mapping[str, np.ndarray]],
+    seeds_a: Sequence[str],
+    seeds_b: Sequence[str],
+    quality: str,
+    temperatures: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """By name (n, S_a, S_b): `_compare` of every pair of seeds."""
+    found = [[_compare(values[a], values[b], quality, temperatures) for b in seeds_b] for a in seeds_a]
+    return {name: np.stack([np.stack([pair[name] for pair in row], 1) for row in found], 1) for name in found[0][0]}
 
 
 def _compare(
@@ -218,7 +252,11 @@ def _compare(
 ) -> dict[str, np.ndarray]:
     """By name, (n,) numbers that say how far `other` is above the base: see `Sharpening.results`."""
     below = Curve.through(base["entropy"], base[quality])
-    reached = {t: below.at(other["entropy"][:, i]) for i, t in enumerate(temperatures)}
+    reached = {}
+    for i, t in enumerate(temperatures):
+        # At one temperature with one entropy it is the base's own point, whose quality needs no line.
+        same = other["entropy"][:, i] == base["entropy"][:, i]
+        reached[t] = np.where(same, base[quality][:, i], below.at(other["entropy"][:, i]))
     found = {t: other[quality][:, i] - reached[t] for i, t in enumerate(temperatures)}
     one = temperatures.index(ONE)
     found["total"] = other[quality][:, one] - base[quality][:, one]

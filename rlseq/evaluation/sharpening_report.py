@@ -25,7 +25,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     """Figures, then gaps, diversity and values by temperature."""
     models = list(block["models"])
     infos = [tables.metric(results, name) for name in block["models"][models[0]][_ONE]["quality"]]
-    found = [_gap_table(block, infos)] if block["gaps"] else []
+    found = [_gap_table(block, infos, results)] if block["gaps"] else []
     if block["comparisons"]:
         found.append(_diversity_table(block))
     return Section(
@@ -52,7 +52,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     )
 
 
-def _gap_table(block: Mapping[str, Any], infos: Sequence[tables.Metric]) -> Table:
+def _gap_table(block: Mapping[str, Any], infos: Sequence[tables.Metric], results: Mapping[str, Any]) -> Table:
     by_name = {info.name: info for info in infos}
     rows = []
     for gap in block["gaps"]:
@@ -60,7 +60,7 @@ def _gap_table(block: Mapping[str, Any], infos: Sequence[tables.Metric]) -> Tabl
         low, high = (tables.number(x, 1) for x in gap["range"])
         rows.append(
             [
-                gap["b"],
+                tables.row_name(results, gap["b"]),
                 info.label,
                 _difference(info, gap["total"]),
                 _difference(info, gap.get("sharpening")),
@@ -77,6 +77,8 @@ def _gap_table(block: Mapping[str, Any], infos: Sequence[tables.Metric]) -> Tabl
     )
     if any(_partly(cell) for gap in block["gaps"] for cell in (gap["by_temperature"][_ONE], gap["mean"])):
         note += " *: in some resamples the entropy is outside; the interval is over the others."
+    if any("claim" in gap for gap in block["gaps"]):
+        note += " Of a method: the mean over its seeds, with intervals over seeds and rows."
     if not block["rising"]:
         note += f" The entropy of {base} does not rise with the temperature: its points are joined in order of entropy."
     head = ["Model", "Quality", "Gain", "Sharpening", "Gap at equal entropy"]
@@ -148,8 +150,9 @@ def _curves(block: Mapping[str, Any], info: tables.Metric) -> Figure:
                 low, high = points[temperature]["quality"][info.name]["ci95"]
                 axes.plot([entropy, entropy], [low * scale, high * scale], color=color, lw=0.9, alpha=0.6)
         for gap in block["gaps"]:
-            cell, point = gap["by_temperature"][_ONE], block["models"][gap["b"]][_ONE]
-            if gap["metric"] == info.name and cell["value"] is not None:
+            cell, model = gap["by_temperature"][_ONE], block["models"].get(gap["b"])  # a method has no one point
+            if model is not None and gap["metric"] == info.name and cell["value"] is not None:
+                point = model[_ONE]
                 top = point["quality"][info.name]["value"]
                 ends = [(top - cell["value"]) * scale, top * scale]
                 axes.plot([point["entropy"]["value"]] * 2, ends, ":", color=plots.color_of(models, gap["b"]), lw=1.3)
