@@ -13,9 +13,9 @@ from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
 from rlseq.data import build_prompts, reference_ids
-from rlseq.errors import ConfigError, ModelError
+from rlseq.errors import ModelError
 from rlseq.evaluation import lookahead as module
-from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast, contrast_and_report
+from rlseq.evaluation.contrast import ContrastSettings, contrast, contrast_and_report
 from rlseq.evaluation.heads import PENALTIES, chosen_head, fit_head
 from rlseq.evaluation.lookahead import Lookahead
 from rlseq.evaluation.study import Context
@@ -240,12 +240,6 @@ def test_differences_are_the_models_value_less_the_controls():
     assert found["right"]["less_random_weights"]["value"] == 1.0
     gaps = {(c["metric"], c["head"]): c["difference"] for c in block["comparisons"]}
     assert gaps["nll", "model"] == 0.5 and gaps["nll", "less_random_weights"] == -1.0
-
-
-def test_several_processes_are_refused_before_a_model_loads(monkeypatch):
-    monkeypatch.setattr(module, "PartialState", lambda: types.SimpleNamespace(num_processes=2))
-    with load_rewards([letters]) as suite, pytest.raises(ConfigError, match="one process, but there are 2"):
-        check_settings(SETTINGS, suite)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlseq.errors import ConfigError, ModelError
+from rlseq.errors import ModelError
 from rlseq.evaluation import plots, tables
 from rlseq.evaluation.heads import chosen_head, cross_entropy, logits
 from rlseq.evaluation.stats import RatioOfSums, SumOfRatios
@@ -42,15 +41,10 @@ class Lookahead:
 
     name = "lookahead"
     costly = True
+    together = True  # a head is fitted on rows of all processes
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
-        """Refuse several processes: each has only a share of the rows, and a head needs all of them."""
-        processes = PartialState().num_processes
-        if processes > 1:
-            raise ConfigError(
-                f"the study of lookahead fits heads on all rows and runs in one process, but there are {processes}; "
-                "leave it out of --studies, or evaluate it with `rlseq evaluate` in a single process"
-            )
+        """Nothing can be wrong before models are loaded."""
 
     def measure(self, context: Context) -> list[RowStatistics]:
         """Of held-out rows, sums over positions: `k|count`; of head H `k|H|nll` (nats), `k|H|right`; `1|own_head|nll`.

@@ -35,7 +35,7 @@ from rlseq.evaluation.references import (
     generation_rows,
     likelihood_rows,
 )
-from rlseq.evaluation.studies import run_studies, studied_rows
+from rlseq.evaluation.studies import needs_all_rows, run_studies, run_together, studied_rows
 from rlseq.evaluation.study import Context
 from rlseq.evaluation.unfinished import DOCUMENTS, LIKELIHOOD, Parts, parts_of, rollouts_as_json, rollouts_from_json
 from rlseq.likelihood import TeacherForced
@@ -267,13 +267,13 @@ def measure(
         RlseqError: a reward failed; what one process raises, all raise.
     """
     mine = _mine(prompts)
+    baseline, progress, parts = baseline or (lambda: model), progress or (lambda rows: None), parts or Parts()
     found: _Measured | None = None
     error: RlseqError | None = None
     try:
         exact_rows = sum(i < (settings.exact_map_rows or len(prompts)) for i in mine)
         rows = [prompts[i] for i in mine]
-        baseline, progress = baseline or (lambda: model), progress or (lambda rows: None)
-        options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts or Parts()}
+        options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts}
         options["chosen"] = chosen or {}
         found = _measure_rows(model, rows, mine, tokenizer, suite, settings, exact_rows=exact_rows, **options)
     except RlseqError as raised:
@@ -288,13 +288,30 @@ def measure(
     for places, part, _ in gathered:
         for local_row, i in enumerate(places):
             whole.likelihood[i] = part.likelihood[local_row]
-            for by_name, parts in ((whole.strategies, part.strategies), (whole.studies, part.studies)):
-                for key, statistics in parts.items():
+            for by_name, found_by_name in ((whole.strategies, part.strategies), (whole.studies, part.studies)):
+                for key, statistics in found_by_name.items():
                     by_name[key][i] = statistics[local_row] if local_row < len(statistics) else {}
         whole.samples += part.samples
     order = {prompt.key: i for i, prompt in enumerate(prompts)}
     places_of = {signature: i for i, signature in enumerate(strategies)}
     whole.samples.sort(key=lambda r: (places_of[r["strategy"]], order[r["key"]], r["sample"]))
+    if any(map(needs_all_rows, settings.studies)):
+        stops = stop_ids_of(model, tokenizer)
+        context = Context(
+            model=model,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            references=[reference_ids(prompt, tokenizer, stops) for prompt in prompts],
+            suite=suite,
+            completions={},
+            values={},
+            settings=settings,
+            stop_ids=stops,
+            baseline=baseline,
+        )
+        for study, statistics in run_together(context, parts).items():
+            whole.studies[study][: len(statistics)] = statistics
+            progress(studied_rows(study, mine, settings))
     return whole
 
 

@@ -7,7 +7,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlseq.errors import ConfigError, did_you_mean
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from rlseq.errors import ConfigError, RlseqError, did_you_mean
 from rlseq.evaluation.coverage import Coverage
 from rlseq.evaluation.distance import Distance
 from rlseq.evaluation.lookahead import Lookahead
@@ -55,12 +58,16 @@ def studied_rows(name: str, places: Sequence[int], settings: Any) -> int:
 def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[str, list[RowStatistics]]:
     """Each study's statistics of the rows with these places in the data; of a costly one, of the first ones.
 
+    Studies that need all rows at once are left to `run_together`.
+
     Args:
         parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
     """
     found: dict[str, list[RowStatistics]] = {}
     with evaluating(context.model):
         for name in context.settings.studies:
+            if needs_all_rows(name):
+                continue
             rows = studied_rows(name, places, context.settings)
             part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
             key = STUDY.format(name)
@@ -68,6 +75,42 @@ def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[s
                 context.progress(rows)
             found[name] = parts.once(key, functools.partial(STUDIES[name].measure, part) if rows else list)
     return found
+
+
+def needs_all_rows(name: str) -> bool:
+    """Whether a study cannot be shared between processes row by row."""
+    return getattr(STUDIES[name], "together", False)
+
+
+def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics]]:
+    """The statistics of the studies that need all rows at once, of these first rows of the data.
+
+    Called by all processes with all rows. The first process measures, and every one gets what it found.
+
+    Raises:
+        RlseqError: what the first process raised, in all.
+    """
+
+    def measured(name: str, part: Context) -> list[RowStatistics]:
+        found: list[RowStatistics] = []
+        error: RlseqError | None = None
+        if PartialState().is_main_process:
+            try:
+                found = STUDIES[name].measure(part)
+            except RlseqError as raised:
+                error = raised
+        ((found, error),) = broadcast_object_list([(found, error)])
+        if error is not None:
+            raise error
+        return found
+
+    results: dict[str, list[RowStatistics]] = {}
+    with evaluating(context.model):
+        for name in filter(needs_all_rows, context.settings.studies):
+            rows = studied_rows(name, range(len(context.prompts)), context.settings)
+            part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
+            results[name] = parts.once(STUDY.format(name), functools.partial(measured, name, part))
+    return results
 
 
 def study_results(

@@ -84,7 +84,8 @@ class Study(Protocol):
 
     name: str
     # A study that measures against the first model of a contrast also has `against_first = True`: evaluations that had
-    # different first models are joined without it.
+    # different first models are joined without it. One that needs all rows at once has `together = True`: of several
+    # processes the first measures all rows, and gets no completions of the strategies.
     costly: bool  # decodes or scores anew, and so runs on the first `study_rows` rows only
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
