@@ -120,13 +120,22 @@ class Sample(Strategy):
             logprobs = _renormalise(logprobs, kept)
         if self.top_p is not None and self.top_p < 1:
             ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-            mass_before = ordered.exp().cumsum(-1) - ordered.exp()
-            kept = torch.zeros_like(logprobs, dtype=torch.bool).scatter_(-1, order, mass_before < self.top_p)
+            mass = to_units(ordered.exp())
+            wanted = to_units(torch.tensor(self.top_p, dtype=logprobs.dtype))
+            kept = torch.zeros_like(logprobs, dtype=torch.bool).scatter_(-1, order, mass.cumsum(-1) - mass < wanted)
             logprobs = _renormalise(logprobs, kept)
         if self.min_p:
             threshold = logprobs.max(dim=-1, keepdim=True).values + torch.tensor(self.min_p).log()
             logprobs = _renormalise(logprobs, logprobs >= threshold)
         return logprobs
+
+
+def to_units(probs: torch.Tensor) -> torch.Tensor:
+    """Return probabilities as whole numbers of 2⁻⁵², int64: their sums are exact, whatever the order of summation.
+
+    (A float cumsum on CUDA gives other last digits from call to call, and is refused under deterministic kernels.)
+    """
+    return (probs.double() * 2**52).round().long()
 
 
 class Rerank(Strategy):

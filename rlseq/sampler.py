@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from rlseq.decoding import Greedy, Sample, Strategy
+from rlseq.decoding import Greedy, Sample, Strategy, to_units
 from rlseq.errors import ConfigError, ModelError
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
@@ -46,11 +46,12 @@ def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
 
 
 def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Pick a token (B,) a row from log-probs (B, V) by inverse CDF of uniforms (B,), in float64."""
-    probs = logprobs.double().exp()
-    cdf = probs.cumsum(-1)
-    index = torch.searchsorted(cdf, (uniform * cdf[:, -1]).unsqueeze(1), right=True).squeeze(1)
-    return torch.where(index < logprobs.size(-1), index, probs.argmax(-1))  # u·total may round up to the total
+    """Pick a token (B,) a row from log-probs (B, V) by inverse CDF of uniforms (B,), in whole numbers of 2⁻⁵²."""
+    cdf = to_units(logprobs.double().exp()).cumsum(-1)
+    total = cdf[:, -1]
+    wanted = torch.minimum((uniform * total).long(), total - 1)  # u·total may round up to the total
+    index = torch.searchsorted(cdf, wanted.unsqueeze(1), right=True).squeeze(1)
+    return index.clamp(max=logprobs.size(-1) - 1)  # beyond it only where a model gives no numbers
 
 
 def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:

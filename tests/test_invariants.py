@@ -124,6 +124,29 @@ def test_the_first_stop_is_trained_and_nothing_after_it_though_pad_is_eos_and_th
     assert ends >= {2, 9}
 
 
+# 19 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_nothing_that_deterministic_kernels_refuse_on_cuda_is_needed(tmp_path, monkeypatch, top_p):
+    sums = torch.Tensor.cumsum
+
+    def cumsum(tensor, *args, **kwargs):  # as CUDA has it under torch.use_deterministic_algorithms
+        assert not tensor.is_floating_point(), "cumsum_cuda_kernel does not have a deterministic implementation"
+        return sums(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", cumsum)
+    monkeypatch.setattr(torch, "cumsum", cumsum)
+    with pytest.raises(AssertionError, match="deterministic"):
+        torch.ones(2).cumsum(0)
+    if top_p is None:
+        tiny_trainer(tmp_path, reference_loss_coef=0.1).train()
+    else:
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        settings = {"num_samples": 1, "max_new_tokens": 4, "strategy": Sample(top_p=top_p), "seed": 0}
+        sample(model, build_prompts(ROWS, tokenizer), **settings, stop_ids=stop_ids_of(model, tokenizer))
+
+
 # 22 ------------------------------------------------------------------------------------------------------------------
 
 

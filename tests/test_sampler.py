@@ -3,6 +3,7 @@
 import bisect
 import hashlib
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tiny import EOS, PAD, VOCAB, tiny_model
 from rlseq import sampler
 from rlseq.decoding import Beam, Greedy, Sample
 from rlseq.errors import ConfigError, ModelError
-from rlseq.sampler import sample, stop_ids_of, stream_keys, uniforms
+from rlseq.sampler import pick, sample, stop_ids_of, stream_keys, uniforms
 from rlseq.types import Prompt
 
 STOPS = [EOS, 7, 11]
@@ -180,6 +181,28 @@ def test_first_tokens_are_distributed_as_the_softmax_says(settings):
     pool = [(counts[~rare], expected[~rare]), ([counts[rare].sum()], [expected[rare].sum()])]
     found, wanted = (np.concatenate(x) for x in zip(*pool, strict=True))
     assert scipy.stats.chisquare(found[wanted > 0], wanted[wanted > 0]).pvalue > 0.001
+
+
+def test_a_token_is_picked_by_an_exact_cdf():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.log_softmax(3 * torch.randn(200, 50, generator=generator), -1)
+    logprobs[::2, 10:40] = -torch.inf
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    units = [[round(Fraction(p) * 2**52) for p in row] for row in logprobs.double().exp().tolist()]
+    bounds = [sum(row[: int(n) + 1]) for row, n in zip(units, torch.randint(0, 50, (200,)), strict=True)]
+    totals = [sum(row) for row in units]
+    drawn = zip(bounds, totals, uniform.tolist(), strict=True)
+    at = [b / t if i % 3 == 0 and 0 < b < t else u for i, (b, t, u) in enumerate(drawn)]
+    expected = []
+    for row, total, u in zip(units, totals, at, strict=True):
+        wanted, cumulative, index = min(int(u * total), total - 1), row[0], 0
+        while cumulative <= wanted:
+            index += 1
+            cumulative += row[index]
+        expected.append(index)
+    assert pick(logprobs, torch.tensor(at, dtype=torch.float64)).tolist() == expected
+    assert pick(logprobs[:1], torch.tensor([1.0], dtype=torch.float64)).item() < 50
+    assert pick(torch.full((1, 3), torch.nan), torch.tensor([0.5], dtype=torch.float64)).item() in range(3)
 
 
 def test_uniforms_are_splitmix64():
