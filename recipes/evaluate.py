@@ -9,8 +9,9 @@ training seeds. `--compare` joins finished evaluations instead. `rlseq evaluate`
 Nothing is trained and `test` is touched only with `--eval_split test`.
 """
 
-from rlseq.errors import ConfigError
-from rlseq.evaluation.command import evaluate, join_finished
+import dataclasses
+
+from rlseq.evaluation.command import evaluate, join_finished, refuse_beside_compare
 from rlseq.evaluation.contrast import ContrastSettings
 from rlseq.training.config import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
 from rlseq.training.parser import RecipeParser, run_recipe
@@ -24,8 +25,12 @@ def main() -> None:
     arguments, data, rewards, evaluation = parser.parse()
     measured = [*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])]  # all are only measured
     if arguments.compare:
-        if arguments.models or data.dataset_name:
-            raise ConfigError("--compare joins what was evaluated before; leave out --models and --dataset_name")
+        given = (arguments, data, rewards, evaluation)
+        values, defaults = (
+            {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+            for parts in (given, [type(part)() for part in given])
+        )
+        refuse_beside_compare(values, defaults)
         return join_finished(arguments.compare, output_dir=arguments.output_dir, reward_funcs=measured or None)
     evaluate(
         arguments.models or [],
@@ -35,6 +40,7 @@ def main() -> None:
         config_name=data.dataset_config,
         prompt_options=data.prompt_options(),
         reward_funcs=measured,
+        max_error_rate=rewards.max_error_rate,
         settings=ContrastSettings(
             **evaluation.contrast_values(arguments.max_new_tokens),
             choose_split=arguments.choose_split,

@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     from rlseq.evaluation.contrast import ContrastSettings
 
     if args.compare:
-        _refuse_settings_of_a_join(args)
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        refuse_beside_compare(vars(args), {name: parser.get_default(name) for name in vars(args)})
         join_finished(args.compare, output_dir=args.output_dir, reward_funcs=args.reward_funcs)
         return 0
     evaluate(
@@ -123,12 +125,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_settings_of_a_join(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a flag beside --compare that would change nothing."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    kept = ("compare", "output_dir", "reward_funcs")
-    given = [name for name, value in vars(args).items() if name not in kept and value != parser.get_default(name)]
+def refuse_beside_compare(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ConfigError, beside --compare, for a setting that is not at its default and would change nothing."""
+    kept = ("compare", "output_dir", "reward_funcs", "eval_reward_funcs")
+    given = [name for name, value in values.items() if name not in kept and value != defaults[name]]
     if given:
         raise ConfigError(
             f"--compare joins what was evaluated before, and --{', --'.join(given)} cannot change it; leave out one or "
@@ -190,6 +190,7 @@ def evaluate(
     reward_funcs: Sequence[Any] | None,
     settings: Any,
     output_dir: str,
+    max_error_rate: float = 0.05,
 ) -> dict[str, Any]:
     """Check everything cheap, contrast the models, write the report and print its summary."""
     import torch
@@ -220,7 +221,7 @@ def evaluate(
     choice_rows = []
     if choosing:
         choice_rows = load_rows(dataset_name, settings.choose_split, config_name=config_name)[: settings.choose_rows]
-    with load_rewards(reward_funcs) as suite:
+    with load_rewards(reward_funcs, max_error_rate=max_error_rate) as suite:
         return contrast_and_report(
             named,
             rows,

@@ -102,9 +102,8 @@ def _contrast(
     if not rows:
         raise DataError("the data set is empty")
     methods(models)
-    check_settings(settings, suite)
+    check_settings(settings, suite, rows, prompt_options)
     chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
-    _refuse_oracle_claims(settings, chosen_by)
     check_windows(settings, models)
     documents = load_documents(settings)
     state = PartialState()
@@ -272,8 +271,18 @@ def report_on(
     print(f"report: {report}", flush=True)
 
 
-def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
-    """Check, before anything is loaded, that the strategies can be read and the primary comparison will be measured.
+def check_settings(
+    settings: ContrastSettings,
+    suite: RewardSuite,
+    rows: Sequence[Mapping[str, Any]] = (),
+    prompt_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Check, before a model is loaded, that the strategies can be read and the primary comparison will be measured.
+
+    Args:
+        rows: those to evaluate, whose columns tell which strategies are oracles; without them, columns that hold
+            answers wherever met do.
+        prompt_options: how they become prompts.
 
     Raises:
         ConfigError: a strategy that cannot be read, is named twice or chooses by what is no reward here; a primary
@@ -293,6 +302,11 @@ def check_settings(settings: ContrastSettings, suite: RewardSuite) -> None:
     check_studies(settings, suite)
     check_documents(settings)
     _check_primary(settings, suite, measured)
+    knowing = oracles(settings.parsed(), suite, ANSWERS)
+    if rows:
+        columns = {*rows[0], "references"}
+        knowing |= oracles(settings.parsed(), suite, columns, prompt_columns(prompt_options or {}))
+    _refuse_oracle_claims(settings, knowing)
     check_choices(settings, suite)
 
 
@@ -322,7 +336,6 @@ def _check_primary(settings: ContrastSettings, suite: RewardSuite, measured: Seq
                 f"--{flag} asks for {metric} under {text!r}, which draws from no distribution; name a strategy that "
                 "samples, or the metric exact_match"
             )
-    _refuse_oracle_claims(settings, oracles(settings.parsed(), suite, ANSWERS))
 
 
 def _refuse_oracle_claims(settings: ContrastSettings, chosen_by: Mapping[str, Sequence[str]]) -> None:
