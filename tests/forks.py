@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from test_recipes import ROOT, load_recipe
 
 
@@ -62,12 +62,17 @@ def recipe(name: str, arguments: Sequence[object]) -> Callable[[], None]:
 
 
 def run_ranks(number: int, act: Callable[[], object], log: Path) -> None:
-    """Do something as so many processes of one run (gloo)."""
+    """Do something as so many processes of one run (gloo, on the CPU)."""
+
+    def rank_acts() -> None:
+        PartialState(cpu=True)
+        act()
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_PORT": port}
     common |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    pids = [fork(act, log, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(number)]
+    pids = [fork(rank_acts, log, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(number)]
     codes = [end_of(pid) for pid in pids]
     assert codes == [0] * number, log.read_text()[-3000:]
