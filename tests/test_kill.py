@@ -31,8 +31,9 @@ LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accele
 def write_task(folder):
     """A tiny model, data, a reward, and configs under which every part of a run's state matters.
 
-    A round of 8 rollouts is 2 minibatches, used twice: 4 steps. GRPO's epoch is 4 rounds of 2 prompts, so 24 steps
-    end in the second; PPO's, of 4 prompts a round, in the third. Steps are logged by threes, so logs straddle rounds.
+    A round of 8 rollouts is 2 minibatches, used twice: 4 steps. Six of the 8 rows are the split train, so GRPO's epoch
+    is 3 rounds of 2 prompts, and 24 steps are two epochs; PPO takes 4 prompts a round, an epoch. Steps are logged by
+    threes, so logs straddle rounds.
     """
     tiny_model("llama", initializer_range=0.1).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
