@@ -165,8 +165,12 @@ def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypa
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
 
 
-def test_other_rows_to_choose_on_are_another_evaluation(models, tmp_path):
+def test_evaluations_are_joined_with_their_choices_if_these_were_made_on_the_same_rows(models, tmp_path):
     measured({"base": models["hot"]}, output_dir=tmp_path / "a")
+    measured({"rl": models["cold"]}, output_dir=tmp_path / "c")
+    together = measured({"base": models["hot"], "rl": models["cold"]}, output_dir=tmp_path / "together")
+    joined = join([str(tmp_path / "a"), str(tmp_path / "c")], tmp_path / "joined", reward_funcs=[likes_a])
+    assert joined == together and "chosen" in joined
     measured({"rl": models["cold"]}, output_dir=tmp_path / "b", choice_rows=CHOICE[:30])
     with pytest.raises(ConfigError, match=r"choice\.rows is 48 in the first and 30 in the second"):
         join([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "joined")

@@ -99,8 +99,8 @@ class EvaluationArguments:
         default_factory=lambda: ["greedy", "sample", "beam"],
         metadata={
             "help": "Decoding strategies: greedy, sample, sample:temperature=0.7, beam:width=10, best_of:n=8, "
-            "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000; recipes/evaluate.py chooses among "
-            "several numbers, sample:temperature=0.5/0.7/1 (docs/evaluation.md)."
+            "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000; recipes/evaluate.py chooses "
+            "among several numbers, sample:temperature=0.5/0.7/1 (docs/evaluation.md)."
         },
     )
     samples_per_row: int = _default(4, "Completions drawn a row under strategies that sample.")
