@@ -21,9 +21,11 @@ from transformers import DynamicCache
 
 from rlseq.decoding import Greedy, Sample, Strategy, to_units
 from rlseq.errors import ConfigError, ModelError
+from rlseq.kv_cache import with_room
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
 
+WORTH_ROOM = 128  # tokens a row: on shorter ones a cache with room was slower than one that is copied (2 CPU cores)
 COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of its rows still run
 
 
@@ -255,7 +257,10 @@ def _decode(
     )
     cache = output.past_key_values
     # A cache row for each sample: copied from its prompt's.
-    cache.batch_select_indices(row_prompt)
+    if width + max_new_tokens >= WORTH_ROOM:
+        cache = with_room(cache, row_prompt)
+    else:
+        cache.batch_select_indices(row_prompt)
     logits = output.logits[:, -1].float()[row_prompt]  # (B, V)
     attention_mask = attention_mask[row_prompt]
     position = positions[row_prompt, -1]  # (B,)
