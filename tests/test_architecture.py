@@ -38,7 +38,7 @@ MAY_IMPORT = {
     **{room: LEAVES | {"decoding", "kv_cache", "likelihood"} for room in DRAWING},
     "doctor": LOWER,
     "training": LOWER | {"doctor"},
-    "evaluation": LOWER,
+    "evaluation": LOWER | {"doctor"},
 }
 # On top: commands use whatever they show, by its public names.
 TOP = {"cli", "show", "doctor.command", "__init__"}

@@ -31,6 +31,7 @@ from rlseq.evaluation.choice import check_choices, choice_notes, choice_signatur
 from rlseq.evaluation.compression import document_results, lossy_notes
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.documents import check_documents, check_windows, load_documents
+from rlseq.evaluation.fit import check_models
 from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, measure_checkpoint
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.references import solution_note
@@ -105,6 +106,7 @@ def _contrast(
     check_settings(settings, suite, rows, prompt_options)
     chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
     check_windows(settings, models)
+    check_models(models, rows, prompt_options)
     documents = load_documents(settings)
     state = PartialState()
     folder = None if output_dir is None else Path(output_dir)

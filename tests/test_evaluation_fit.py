@@ -1,0 +1,29 @@
+"""Checkpoints that cannot read the data are refused by name before any of them is loaded."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_model
+from tiny_task import ROWS, tiny_tokenizer
+
+from rlseq.errors import ModelError
+from rlseq.evaluation import measure
+from rlseq.evaluation.contrast import ContrastSettings, contrast
+from rlseq.scoring import load_rewards
+
+BAD = {
+    "too short a context": ({"n_positions": 4}, r"'b' .*\n  context: \d of \d rows may exceed 4 tokens"),
+    "fewer rows than tokens": ({"vocab_size": 20}, r"'b' .*\n  vocabulary: 23 tokens, but an embedding of 20 rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_checkpoint_that_cannot_read_the_data_is_refused_before_any_is_loaded(case, tmp_path, monkeypatch):
+    changes, message = BAD[case]
+    for name, kind in (("a", {}), ("b", changes)):
+        tiny_model("gpt2", **kind).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    monkeypatch.setattr(measure, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
+    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=())
+    with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=message):
+        contrast({"a": tmp_path / "a", "b": tmp_path / "b"}, ROWS, suite, settings=settings, quiet=True)
