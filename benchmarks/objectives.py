@@ -144,7 +144,8 @@ def measure_run(path: Path) -> dict[str, float | list[float]]:
 
     from rlseq.data import load_rows
     from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, matrix, quality_metrics
-    from rlseq.evaluation.measure import ContrastSettings, measure_checkpoint
+    from rlseq.evaluation.measure import measure_checkpoint
+    from rlseq.evaluation.settings import ContrastSettings
     from rlseq.scoring import load_rewards
 
     torch.set_num_threads(1)

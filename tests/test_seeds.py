@@ -9,8 +9,8 @@ from tiny import tiny_model
 
 from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
-from rlseq.evaluation.measure import ContrastSettings
 from rlseq.evaluation.seeds import crossed_bootstrap_many, difference, methods, numbered, seed_notes
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats import MeanOf, RatioOfSums, bootstrap, paired_bootstrap
 from rlseq.evaluation.study import StudyMetric, summarise
 from rlseq.sampler import sample

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from rlseq.decoding import Greedy, parse_strategy
-from rlseq.evaluation.measure import ContrastSettings, ModelStatistics
+from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
 from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement
 from rlseq.evaluation.seeds import claim_of
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
 from rlseq.evaluation.study import rows_matrix
 from rlseq.scoring import RewardSuite

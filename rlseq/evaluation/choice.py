@@ -19,8 +19,10 @@ from rlseq.data import build_prompts, fingerprint
 from rlseq.decoding import Family, Strategy, parse_strategy
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import Metric, matrix, metrics_under, quality_metrics
-from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, load_tokenizer, measure_checkpoint
+from rlseq.evaluation.loading import load_tokenizer
+from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.seeds import methods
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 

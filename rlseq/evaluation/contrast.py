@@ -32,11 +32,12 @@ from rlseq.evaluation.compression import document_results, lossy_notes
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.documents import check_documents, check_windows, load_documents
 from rlseq.evaluation.fit import check_models
-from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, measure_checkpoint
+from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.references import solution_note
 from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, seed_notes
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import check_studies, study_results
 from rlseq.evaluation.unfinished import forget_unfinished, how_to_go_on, versions
 from rlseq.scoring import RewardSuite

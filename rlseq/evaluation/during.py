@@ -18,7 +18,8 @@ import torch
 
 from rlseq.errors import DataError
 from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, matrix, quality_metrics, reward_metrics
-from rlseq.evaluation.measure import ContrastSettings, measure
+from rlseq.evaluation.measure import measure
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 

@@ -10,7 +10,7 @@ from rlseq.data import build_prompts
 from rlseq.doctor.finding import FAILED
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ModelError
-from rlseq.evaluation.measure import load_tokenizer
+from rlseq.evaluation.loading import load_tokenizer
 
 # What an evaluation cannot do without; the others are of training.
 CHECKS = {"padding", "stop tokens", "context", "vocabulary"}

@@ -13,9 +13,10 @@ from rlseq.errors import ConfigError, DataError, RewardError
 from rlseq.evaluation.choice import joined_choices
 from rlseq.evaluation.contrast import assemble, report_on
 from rlseq.evaluation.documents import load_documents
-from rlseq.evaluation.measure import ContrastSettings, ModelStatistics
+from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.results import Evaluation, read_evaluation, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, numbered
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import STUDIES
 from rlseq.evaluation.tables import flatten
 from rlseq.scoring import RewardSuite, load_rewards

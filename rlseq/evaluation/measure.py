@@ -17,13 +17,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.data import build_prompts, reference_ids
-from rlseq.decoding import ExactMAP, Family, Greedy, Sample, Strategy, parse_strategy
-from rlseq.errors import ConfigError, ModelError, RlseqError
+from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy
+from rlseq.errors import ConfigError, RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
 from rlseq.evaluation.documents import Coding, DocumentStatistics, measure_documents
+from rlseq.evaluation.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.modes import add_mode_statistics
 from rlseq.evaluation.references import (
     OF_ANSWERS,
@@ -35,6 +35,7 @@ from rlseq.evaluation.references import (
     generation_rows,
     likelihood_rows,
 )
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import needs_all_rows, run_studies, run_together, studied_rows
 from rlseq.evaluation.study import Context
 from rlseq.evaluation.unfinished import DOCUMENTS, LIKELIHOOD, Parts, parts_of, rollouts_as_json, rollouts_from_json
@@ -42,73 +43,6 @@ from rlseq.likelihood import TeacherForced
 from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
-
-
-@dataclass(frozen=True)
-class ContrastSettings:
-    """What is measured, and how; part of every result's signature.
-
-    Attributes:
-        strategies: decoding strategies as `rlseq.decoding.parse_strategy` reads them.
-        samples_per_row: completions drawn a row under strategies that sample.
-        max_new_tokens: completions are cut after so many tokens.
-        seed: of the sampling and of the bootstrap.
-        resamples: bootstrap resamples, and sign flips of the permutation test.
-        batch_rows: rows decoded together; changes memory and time only.
-        max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
-        primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
-        primary_against: strategy of the first model that the primary comparison is made with, if another.
-        exact_map_rows: exact search runs on the first so many rows; None: on all.
-        studies: what else is measured, by the names of `rlseq.evaluation.studies.STUDIES`.
-        study_rows: studies that decode or score anew run on the first so many rows; None: on all.
-        coverage_samples: completions a row that the study of coverage draws.
-        temperatures: those of the study of sharpening.
-        prefix_lengths: tokens of the prefixes that the study of prefixes continues.
-        choose_split: the split on whose rows settings with alternatives are chosen (rlseq.evaluation.choice), by name;
-            None: nothing can be chosen.
-        choose_rows: only its first so many rows; None: all.
-        likelihood_dataset: text without prompts whose bits per byte are measured (rlseq.evaluation.documents); its
-            configuration, split, column and number of rows (None: all).
-        likelihood_stride: tokens by which windows over it slide; None: half the context.
-        likelihood_context: longest window, in tokens; None: the model's.
-    """
-
-    strategies: tuple[str, ...] = ("greedy", "sample", "beam")
-    samples_per_row: int = 4
-    max_new_tokens: int = 256
-    seed: int = 0
-    resamples: int = 10_000
-    batch_rows: int = 256
-    max_kv_gb: float | None = None
-    primary: str | None = None
-    primary_against: str | None = None
-    exact_map_rows: int | None = None
-    studies: tuple[str, ...] = ()
-    study_rows: int | None = 500
-    coverage_samples: int = 32
-    temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
-    prefix_lengths: tuple[int, ...] = (1, 2, 4, 8)
-    choose_split: str | None = None
-    choose_rows: int | None = 500
-    likelihood_dataset: str | None = None
-    likelihood_config: str | None = None
-    likelihood_split: str | None = None
-    likelihood_column: str = "text"
-    likelihood_rows: int | None = None
-    likelihood_stride: int | None = None
-    likelihood_context: int | None = None
-
-    def parsed(self) -> list[Strategy]:
-        """The strategies as objects."""
-        return [parse_strategy(text) for text in self.strategies]
-
-    def decisive(self) -> dict[str, Any]:
-        """The settings that decide numbers, by name, in JSON's types: those of memory and time alone are left out."""
-        shown = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-        without = ["batch_rows", "max_kv_gb"]
-        if not any(isinstance(strategy, Family) for strategy in self.parsed()):
-            without += ["choose_split", "choose_rows"]
-        return {name: value for name, value in shown.items() if name not in without}
 
 
 @dataclass
@@ -202,33 +136,6 @@ def measure_checkpoint(
         found = parts.once(DOCUMENTS, coded)
         statistics.documents = DocumentStatistics(Coding(**found["coding"]), found["start"], found["rows"])
     return statistics, prompts
-
-
-def load_tokenizer(name: str, path: str) -> Any:
-    """A checkpoint's tokenizer, padding on the left.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    return _load(AutoTokenizer, name, path, padding_side="left")
-
-
-def load_checkpoint(name: str, path: str) -> torch.nn.Module:
-    """A causal model in float32 and eval mode on this process's device, from safetensors alone.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    model = _load(AutoModelForCausalLM, name, path, dtype=torch.float32, use_safetensors=True)
-    return model.to(PartialState().device).eval()
-
-
-def _load(kind: Any, name: str, path: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(f"cannot load model {name!r} from {path!r}: {reason}") from error
 
 
 def measure(

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, Metric, matrix, measured_places, metrics_under
-from rlseq.evaluation.measure import ContrastSettings, ModelStatistics, RowStatistics
+from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.modes import proven_rows
+from rlseq.evaluation.references import RowStatistics
 from rlseq.evaluation.seeds import claim_of, crossed_bootstrap_many, difference, methods
+from rlseq.evaluation.settings import ContrastSettings
 
 
 def method_results(
