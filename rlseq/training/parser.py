@@ -26,6 +26,7 @@ from rlseq.training.batch_sizes import working_batch_sizes
 from rlseq.training.config_file import construct, read_yaml_mapping, resolved_values, write_config
 from rlseq.training.faults import explained
 from rlseq.training.values import TypeMismatch, check_value, describe_choices, flag_type
+from rlseq.training.world import check_world
 
 __all__ = ["RecipeParser", "resolved_values", "run_recipe", "working_batch_sizes", "write_config"]
 
@@ -188,13 +189,14 @@ class _HelpFormatter(argparse.HelpFormatter):
 def run_recipe(main: Callable[[], int | None]) -> NoReturn:
     """Run a recipe and exit: with 0 or the code `main` returns, or with 130 after Ctrl-C.
 
-    An `RlseqError` ends it with its message and its exit code: 2 for bad input, 1 for a fault in training. So do memory
-    or disk that run out, and a process of the run that is lost (exit code 1). Any other exception is a bug and keeps
-    its traceback. Under a launcher (which sets RANK) only the first process prints what is the same in all of them,
+    In another world than `accelerate launch` was asked for it does not start. An `RlseqError` ends it with its message
+    and its exit code: 2 for bad input, 1 for a fault in training. So do memory or disk that run out, and a process of
+    the run that is lost (exit code 1). Any other exception is a bug and keeps its traceback. Under a launcher (which sets RANK) only the first process prints what is the same in all of them,
     such as bad settings.
     """
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     try:
+        check_world()
         code = main() or 0
     except KeyboardInterrupt:
         code = 130

@@ -1,0 +1,88 @@
+"""Whether the world a process is in is the one that `accelerate launch` was asked for.
+
+accelerate 1.15 starts another without a word where it is asked for several CPU processes (by `distributed_type:
+MULTI_CPU`, or `--cpu --num_processes 2`: one runs) and for FSDP on CPUs (the processes stay data-parallel).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from rlseq.errors import ConfigError
+
+CPU_WORLD = (
+    "On CPUs several processes take `distributed_type: MULTI_GPU` with `use_cpu: true`, as recipes/accelerate/"
+    "cpu-2proc.yaml has it."
+)
+
+
+def check_world() -> None:
+    """Refuse to run in another world than the one asked for, where this process is a child of `accelerate launch`.
+
+    Raises:
+        ConfigError: says what was asked for, what runs, and how to get it.
+    """
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent is not None else []
+    except psutil.Error:  # a parent that is gone, or another user's
+        return
+    asked = asked_of(command)
+    if asked is not None:
+        compare(asked, os.environ, accelerators=torch.accelerator.is_available())
+
+
+def asked_of(command: Sequence[str]) -> dict[str, Any] | None:
+    """What a command line of `accelerate launch` asks for: `processes` (None: all there are), `kind`; else None."""
+    names = [Path(word).name for word in command]
+    if "accelerate-launch" in names:
+        start = names.index("accelerate-launch")
+    elif "accelerate" in names and "launch" in names[names.index("accelerate") :]:
+        start = names.index("launch", names.index("accelerate"))
+    elif "accelerate.commands.launch" in names:
+        start = names.index("accelerate.commands.launch")
+    else:
+        return None
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            args, _ = launch_command_parser().parse_known_args(list(command[start + 1 :]))
+        config = None
+        if args.config_file is not None or (os.path.isfile(default_config_file) and not args.cpu):
+            config = load_config_from_file(args.config_file)
+    except (SystemExit, OSError, ValueError, KeyError, TypeError):  # accelerate itself says what is wrong with it
+        return None
+    processes = args.num_processes if args.num_processes is not None else getattr(config, "num_processes", None)
+    kind = str(getattr(getattr(config, "distributed_type", None), "value", None) or "NO")
+    return {"processes": processes, "kind": "FSDP" if args.use_fsdp else kind}
+
+
+def compare(asked: Mapping[str, Any], environment: Mapping[str, str], *, accelerators: bool) -> None:
+    """Raise ConfigError where what `asked_of` gave is not what runs.
+
+    Args:
+        environment: of this process; `WORLD_SIZE` is the number of processes.
+        accelerators: whether this machine has any.
+    """
+    there = int(environment.get("WORLD_SIZE", "1"))
+    wanted = asked["processes"]
+    if wanted is not None and wanted > 1 and there != wanted and asked["kind"] != "XLA":  # TPUs keep no count there
+        raise ConfigError(
+            f"accelerate launch was asked for {wanted} processes ({asked['kind']}), but {there} "
+            f"{'runs' if there == 1 else 'run'}. {CPU_WORLD if not accelerators else 'Give --multi_gpu.'}"
+        )
+    if asked["kind"] == "FSDP" and not accelerators:
+        raise ConfigError(
+            "accelerate launch was asked for FSDP, but there is no accelerator: it would leave every process a whole "
+            f"model without a word. {CPU_WORLD}"
+        )

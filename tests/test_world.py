@@ -1,0 +1,70 @@
+"""A recipe does not run in another world than `accelerate launch` was asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlseq.errors import ConfigError
+from rlseq.training.world import asked_of, compare
+
+ROOT = Path(__file__).parent.parent
+TWO = str(ROOT / "recipes/accelerate/cpu-2proc.yaml")
+
+COMMANDS = {
+    "the command": (["/bin/python", "/bin/accelerate", "launch", "--config_file", TWO, "x.py"], 2, "MULTI_GPU"),
+    "its other name": (["/bin/python", "/bin/accelerate-launch", "--num_processes", "4", "x.py"], 4, "NO"),
+    "the module": (["python", "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "x.py"], 2, "NO"),
+    "flags over the file": (
+        ["python", "accelerate", "launch", "--config_file", TWO, "--num_processes", "3", "x.py"],
+        3,
+        "MULTI_GPU",
+    ),
+    "flags of the script": (
+        ["python", "accelerate", "launch", "--config_file", TWO, "x.py", "--num_processes", "7"],
+        2,
+        "MULTI_GPU",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_what_was_asked_for_is_read_off_the_launchers_command_line(case):
+    command, processes, kind = COMMANDS[case]
+    assert asked_of(command) == {"processes": processes, "kind": kind}
+
+
+@pytest.mark.parametrize("command", [[], ["/bin/bash"], ["python", "-m", "pytest"], ["torchrun", "--nproc", "2"]])
+def test_other_parents_ask_for_nothing(command):
+    assert asked_of(command) is None
+
+
+def test_another_world_is_refused_with_what_gives_the_one_asked_for():
+    two = {"processes": 2, "kind": "MULTI_CPU"}
+    with pytest.raises(ConfigError, match=r"asked for 2 processes \(MULTI_CPU\), but 1 runs\..*use_cpu: true"):
+        compare(two, {}, accelerators=False)
+    with pytest.raises(ConfigError, match=r"but 1 runs\. Give --multi_gpu"):
+        compare(two, {}, accelerators=True)
+    compare(two, {"WORLD_SIZE": "2"}, accelerators=False)
+    compare({"processes": None, "kind": "NO"}, {}, accelerators=False)
+    compare({"processes": 1, "kind": "NO"}, {}, accelerators=True)
+    fsdp = {"processes": 2, "kind": "FSDP"}
+    with pytest.raises(ConfigError, match="FSDP, but there is no accelerator"):
+        compare(fsdp, {"WORLD_SIZE": "2"}, accelerators=False)
+    compare(fsdp, {"WORLD_SIZE": "2"}, accelerators=True)
+
+
+def test_two_cpu_processes_that_accelerate_makes_one_are_refused(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    recipe = ["recipes/grpo.py", "--output_dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*launcher, *recipe], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240, env=environment
+    )
+    assert ended.returncode != 0
+    assert "error: accelerate launch was asked for 2 processes (NO), but 1 runs." in ended.stderr
+    assert not (tmp_path / "run").exists()
