@@ -191,8 +191,8 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
 
     In another world than `accelerate launch` was asked for it does not start. An `RlseqError` ends it with its message
     and its exit code: 2 for bad input, 1 for a fault in training. So do memory or disk that run out, and a process of
-    the run that is lost (exit code 1). Any other exception is a bug and keeps its traceback. Under a launcher (which sets RANK) only the first process prints what is the same in all of them,
-    such as bad settings.
+    the run that is lost (exit code 1). Any other exception is a bug and keeps its traceback. Under a launcher (which
+    sets RANK) only the first process prints what is the same in all of them, such as bad settings.
     """
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     try:
