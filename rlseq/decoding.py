@@ -135,7 +135,7 @@ def to_units(probs: torch.Tensor) -> torch.Tensor:
 
     (A float cumsum on CUDA gives other last digits from call to call, and is refused under deterministic kernels.)
     """
-    return (probs.double() * 2**52).round().long()
+    return (probs.double() * 2.0**52).round_().long()
 
 
 class Rerank(Strategy):

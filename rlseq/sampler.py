@@ -49,7 +49,7 @@ def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
 
 def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Pick a token (B,) a row from log-probs (B, V) by inverse CDF of uniforms (B,), in whole numbers of 2⁻⁵²."""
-    cdf = to_units(logprobs.double().exp()).cumsum(-1)
+    cdf = to_units(logprobs.to(torch.float64, copy=True).exp_()).cumsum_(-1)
     total = cdf[:, -1]
     wanted = torch.minimum((uniform * total).long(), total - 1)  # u·total may round up to the total
     index = torch.searchsorted(cdf, wanted.unsqueeze(1), right=True).squeeze(1)

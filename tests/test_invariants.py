@@ -129,14 +129,15 @@ def test_the_first_stop_is_trained_and_nothing_after_it_though_pad_is_eos_and_th
 
 @pytest.mark.parametrize("top_p", [None, 0.9])
 def test_nothing_that_deterministic_kernels_refuse_on_cuda_is_needed(tmp_path, monkeypatch, top_p):
-    sums = torch.Tensor.cumsum
+    def refusing(sums):  # as CUDA has it under torch.use_deterministic_algorithms
+        def cumsum(tensor, *args, **kwargs):
+            assert not tensor.is_floating_point(), "cumsum_cuda_kernel does not have a deterministic implementation"
+            return sums(tensor, *args, **kwargs)
 
-    def cumsum(tensor, *args, **kwargs):  # as CUDA has it under torch.use_deterministic_algorithms
-        assert not tensor.is_floating_point(), "cumsum_cuda_kernel does not have a deterministic implementation"
-        return sums(tensor, *args, **kwargs)
+        return cumsum
 
-    monkeypatch.setattr(torch.Tensor, "cumsum", cumsum)
-    monkeypatch.setattr(torch, "cumsum", cumsum)
+    for owner, name in ((torch.Tensor, "cumsum"), (torch.Tensor, "cumsum_"), (torch, "cumsum")):
+        monkeypatch.setattr(owner, name, refusing(getattr(owner, name)))
     with pytest.raises(AssertionError, match="deterministic"):
         torch.ones(2).cumsum(0)
     if top_p is None:
