@@ -140,7 +140,7 @@ def table(bases: list[int], methods: list[str], folder: Path) -> str:
     parts = ("total", "sharpening", "rest")
     second = markdown(
         ["method", "change of exact match", "by a lower temperature alone", "the rest", "KL from the base, nats"],
-        [[m, *(gap(results, m, part).text(100) for part in parts), divergence(results, m)] for m in there],
+        [[m, *(gap(results, m, part) for part in parts), divergence(results, m)] for m in there],
     )
     trained = {"grpo-T0.7": "GRPO at T 0.7", "grpo": "GRPO at T 1.0", "grpo-T1.3": "GRPO at T 1.3"}
     matrix = [["base", *(base_value(results, strategy, "wer", 100) for strategy in MATRIX.values())]]
@@ -168,28 +168,24 @@ def base_value(results: dict[int, dict], strategy: str | None, metric: str, scal
     return ", ".join(f"{v:.{2 if scale == 100 else 3}f}" for v in found)
 
 
-def checkpoints(results: dict, method: str) -> list[str]:
-    return [name for name in results["models"] if name.partition("#")[0] == method]
-
-
-def gap(results: dict[int, dict], method: str, part: str) -> Change:
+def gap(results: dict[int, dict], method: str, part: str) -> str:
     """Of exact match under plain sampling: its change, what the base has of it at the same entropy, or the rest."""
     found = []
     for one in results.values():
-        gaps = [
-            g[part]
-            for g in one["studies"]["sharpening"]["gaps"]
-            if g["metric"] == "exact_match" and g["b"] in checkpoints(one, method)
-        ]
-        found.append({"difference": np.mean([g["value"] for g in gaps]), "ci95": np.mean([g["ci95"] for g in gaps], 0)})
-    return Change.over(found)
+        gaps = one["studies"]["sharpening"]["gaps"]
+        this = next(g[part] for g in gaps if g["metric"] == "exact_match" and g["b"] == method)
+        found.append({"difference": this["value"], "ci95": this["ci95"]})
+    if any(one["difference"] is None for one in found):
+        return "the base has no such entropy"
+    return Change.over(found).text(100)
 
 
 def divergence(results: dict[int, dict], method: str) -> str:
     values = [
         one["studies"]["distance"]["models"][name]["forward"]["kl"]["value"]
         for one in results.values()
-        for name in checkpoints(one, method)
+        for name in one["models"]
+        if name.partition("#")[0] == method
     ]
     return f"{np.mean(values):.3f}"
 
