@@ -173,8 +173,10 @@ def gap(results: dict[int, dict], method: str, part: str) -> str:
     found = []
     for one in results.values():
         gaps = one["studies"]["sharpening"]["gaps"]
-        this = next(g[part] for g in gaps if g["metric"] == "exact_match" and g["b"] == method)
-        found.append({"difference": this["value"], "ci95": this["ci95"]})
+        this = next(g for g in gaps if g["metric"] == "exact_match" and g["b"] == method)
+        if part not in this:
+            return ""  # its samples vary as much as the base's
+        found.append({"difference": this[part]["value"], "ci95": this[part]["ci95"]})
     if any(one["difference"] is None for one in found):
         return "the base has no such entropy"
     return Change.over(found).text(100)
