@@ -449,3 +449,13 @@ def test_summary_in_the_terminal_names_models_values_and_the_finding(results, ca
     print_summary(results)
     out = capsys.readouterr().out
     assert "32.0%" in out and "base" in out and "Better: WER under greedy is 30.0% for rl" in out
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.02])
+def test_the_summary_leaves_out_what_went_wrong_nowhere(results, capsys, monkeypatch, cut):
+    monkeypatch.setenv("COLUMNS", "200")
+    for model in results["models"].values():
+        for cells in model["strategies"].values():
+            cells["truncated"] = {"value": cut, "ci95": [cut, cut]}
+    print_summary(results)
+    assert ("Truncated" in capsys.readouterr().out) == bool(cut)

@@ -73,8 +73,9 @@ def print_summary(results: Results) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     table = Table(title=f"{results['rows']:,} rows, 95% intervals in report.html", title_justify="left")
     quality = [tables.metric(results, name) for name in tables.quality_metrics(results)]
-    table.add_column("model")
-    table.add_column("decoding")
+    quality = [info for info in quality if _says_something(results, info)]
+    for name, words in (("model", results["models"]), ("decoding", tables.strategies(results))):
+        table.add_column(name, overflow="fold", no_wrap=max(map(len, words)) <= 24)
     for info in quality:
         table.add_column(info.label, justify="right")
     for strategy in tables.strategies(results):
@@ -97,6 +98,16 @@ def print_summary(results: Results) -> None:
     console.print(
         " ".join(filter(None, [headline.certainty, headline.cost, headline.source])), markup=False, highlight=False
     )
+
+
+def _says_something(results: Results, info: Any) -> bool:
+    """Whether a share of what goes wrong (truncated, repeated) happens at all: one that is 0 everywhere is left out."""
+    if info.name not in ("truncated", "repetition"):
+        return True
+    shown = [
+        tables.cell(results, model, s, info.name) for s in tables.strategies(results) for model in results["models"]
+    ]
+    return any(cell and cell["value"] for cell in shown)
 
 
 def _context(
