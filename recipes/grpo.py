@@ -66,8 +66,9 @@ def main() -> None:
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
     measured, _ = measured_together(task.suite, task.eval_suite)
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
-    check_settings(settings, measured, task.eval_rows, data.prompt_options())
-    check_windows(settings, {"base": model_args.model_name_or_path})
+    if evaluation.evaluate:
+        check_settings(settings, measured, task.eval_rows, data.prompt_options())
+        check_windows(settings, {"base": model_args.model_name_or_path})
     probe = None
     if during:
         probe = ValidationProbe(
