@@ -16,7 +16,7 @@ from rlseq.packing import PackedBatch, pack, pad, unpack, unpack_padded
 
 Ids = tuple[int, ...]
 
-MIN_ROW_TOKENS = 128  # short groups share a row of so many tokens, so that little of a batch is padding
+MIN_ROW_TOKENS = 64  # short groups share a row of so many tokens: little is padding, and little attention is masked
 
 
 @dataclass
