@@ -240,6 +240,29 @@ def test_groups_are_shuffled_whole(tmp_path):
     assert shuffled["prompt_index"].tolist() == batch["prompt_index"][shuffled["x"]].tolist()
 
 
+def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
+    def minibatches(processes, draw):
+        found = [set(), set()]
+        for process in range(processes):
+            trainer = tiny_trainer(tmp_path, per_device_train_batch_size=32 // (2 * processes), steps_per_generation=2)
+            trainer._step = draw * 2
+            trainer.accelerator.state._shared_state["process_index"] = process
+            prompts = torch.arange(8).repeat_interleave(4).chunk(processes)[process]
+            shuffled = trainer._shuffle_groups({"prompt_index": prompts})["prompt_index"]
+            for number, part in enumerate(shuffled.chunk(2)):
+                assert len(part) == 16 // processes
+                found[number] |= set(part.tolist())
+        trainer.accelerator.state._shared_state["process_index"] = 0
+        return found
+
+    rounds = [minibatches(1, draw) for draw in range(20)]
+    assert rounds == [minibatches(2, draw) for draw in range(20)] == [minibatches(4, draw) for draw in range(20)]
+    for first, second in rounds:
+        assert first | second == set(range(8))
+        assert all(len(first & {block, block + 1}) == 1 for block in (0, 2, 4, 6))
+    assert len({tuple(sorted(first)) for first, _ in rounds}) > 8  # of 2⁴
+
+
 @pytest.mark.parametrize("setting", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.2}])
 def test_truncated_sampling_is_refused_in_training(tmp_path, setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):

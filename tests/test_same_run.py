@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import shutil
 
 import pytest
@@ -45,7 +47,7 @@ def flips(found, expected):
 
 # -- the number of processes
 
-WORLD = ["--steps_per_generation", 1, "--num_iterations", 2, "--optim", "sgd", "--learning_rate", 0.3]
+WORLD = ["--num_iterations", 2, "--optim", "sgd", "--learning_rate", 0.3]
 WORLD += [
     "--ema_decay",
     0,
@@ -87,19 +89,31 @@ def check_close(run, one):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_one_two_and_four_processes_train_as_one_with_the_same_global_batch(task, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "samples", "minibatches"),
+    [("grpo", 8, 1), ("grpo", 2, 2), ("ppo", 4, 1), ("ppo", 1, 2)],  # on four processes a group of 8 straddles two
+)
+def test_one_two_and_four_processes_train_as_one_with_the_same_global_batch(task, tmp_path, name, samples, minibatches):
     log = tmp_path / "log"
-    more = ["--num_generations", 8 if name == "grpo" else 4]  # on four processes a group of 8 straddles two
-    common = ["--config", task / f"{name}.yaml", *WORLD, *more]
+    words = ["".join(pair) for pair in itertools.permutations("abcde", 2)] + ["fgh", "ghi", "hif", "ifg"]
+    (tmp_path / "rows.jsonl").write_text(  # 24, of which 18 or so are trained on
+        "".join(json.dumps({"prompt": f"{' '.join(w)} = ", "references": [" ".join(w.upper())]}) + "\n" for w in words)
+    )
+    common = ["--config", task / f"{name}.yaml", "--dataset_name", tmp_path / "rows.jsonl", *WORLD]
+    common += ["--num_generations", samples, "--steps_per_generation", minibatches]
+    common += ["--gradient_accumulation_steps", 1]
 
     def run(processes, out, *more):
-        size = ["--per_device_train_batch_size", 16 // processes]
+        size = ["--per_device_train_batch_size", 16 // minibatches // processes]
         run_ranks(processes, recipe(name, [*common, *size, "--output_dir", out, *more]), log)
 
     one = tmp_path / "one"
-    assert end_of(fork(recipe(name, [*common, "--per_device_train_batch_size", 16, "--output_dir", one]), log)) == 0
-    assert len(drawn(one)) == 3 * 16 and len({length for _, length, _, _ in drawn(one).values()}) > 2
+    size = ["--per_device_train_batch_size", 16 // minibatches]
+    assert end_of(fork(recipe(name, [*common, *size, "--output_dir", one]), log)) == 0
+    assert (
+        len(drawn(one)) == (3 if minibatches == 1 else 2) * 16
+        and len({length for _, length, _, _ in drawn(one).values()}) > 2
+    )
     start = load_file(task / "model/model.safetensors")
     moved = load_file(one / "checkpoint-6/model.safetensors")
     assert max((moved[n] - start[n]).abs().max() for n in start) > 1e-2

@@ -59,13 +59,29 @@ class RolloutMixin(trl.GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _shuffle_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Deal the round's groups to its K minibatches: of every K that follow each other, each gets one, at random.
+
+        So which groups share a minibatch, over all processes, does not depend on how many of those there are. Where
+        groups do not come out even, this process's are shuffled.
+        """
         rows: dict[int, list[int]] = {}
         for row, prompt in enumerate(batch["prompt_index"].tolist()):
             rows.setdefault(prompt, []).append(row)
-        groups = list(rows.values())
-        generator = torch.Generator().manual_seed(hash((self.args.seed, self.draw)) % 2**63)
-        order = [row for g in torch.randperm(len(groups), generator=generator).tolist() for row in groups[g]]
-        return {key: value[order] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
+        groups, K = list(rows.values()), self.args.steps_per_generation
+
+        def permutation(size: int, *name: int) -> list[int]:
+            generator = torch.Generator().manual_seed(hash((self.args.seed, self.draw, *name)) % 2**63)
+            return torch.randperm(size, generator=generator).tolist()
+
+        if len(groups) % K or len({len(group) for group in groups}) > 1:
+            order = [groups[g] for g in permutation(len(groups))]
+        else:
+            blocks = len(groups) // K
+            first = self.accelerator.process_index * blocks  # of the blocks of all processes
+            dealt = [permutation(K, first + block) for block in range(blocks)]
+            order = [groups[block * K + dealt[block][minibatch]] for minibatch in range(K) for block in range(blocks)]
+        index = [row for group in order for row in group]
+        return {key: value[index] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         by_trl = self.use_vllm or self.use_transformers_continuous_batching or not self.args.rlseq_sampler
