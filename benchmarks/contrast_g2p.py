@@ -5,8 +5,9 @@
     python benchmarks/contrast_g2p.py table --output_dir runs/contrast
 
 Three bases (the bundled one, and two of `recipes/g2p/sft.yaml` with other seeds, 40 minutes of a core each), GRPO from
-each, and controls of the same budget: 60 batches of 512 rollouts, a minute and a half of a core. A run that is there
-already is not run again, so that several processes can share the work, a base each. Validation words alone.
+each, and controls of the same budget: 60 batches of 512 rollouts, a minute and a half of a core. And, at five times the
+budget, the demonstration (300 batches of 512 words). A run that is there already is not run again, so that several
+processes can share the work, a base each. Validation words alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ import numpy as np
 from objectives import BASE, RATE, ROOT, command
 
 SEEDS = {"grpo": {0: (0, 1, 2, 3), 1: (0, 1, 2), 2: (0, 1, 2)}}  # ten in all; of every other method one a base
-METHODS = ("grpo", "own-logprob", "majority", "bernoulli", "shuffled", "ce", "rft", "ea", "grpo-T0.7", "grpo-T1.3")
+METHODS = (
+    "grpo",
+    "own-logprob",
+    "majority",
+    "bernoulli",
+    "shuffled",
+    "ce",
+    "rft",
+    "ea",
+    "grpo-T0.7",
+    "grpo-T1.3",
+    "demo",
+)
 STEPS = 60
 TEMPERATURES = (0.5, 1.0, 1.3)
 STRATEGIES = ["greedy", *("sample" if t == 1.0 else f"sample:temperature={t}" for t in TEMPERATURES)]
