@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.decoding import parse_strategy
 from rlseq.errors import ConfigError, DataError, ModelError, RewardError
-from rlseq.evaluation import measure as module
+from rlseq.evaluation import loading as module
 from rlseq.evaluation.command import evaluate, parse_models
 from rlseq.evaluation.contrast import ContrastSettings, contrast, contrast_and_report
 from rlseq.evaluation.report import make_headline

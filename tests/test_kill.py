@@ -285,8 +285,9 @@ def test_a_run_killed_ten_times_ends_as_the_undisturbed_one(task, tmp_path, name
         print(f"  killed with all of checkpoint-{step} written but its mark")
     run.kill("end", 0.5)
     print(f"  {run.kills} kills: {run.in_training} in training, {run.torn} in a save")
-    assert run.kills == 10 and run.in_training >= 5 and run.torn >= 1
+    # Whether a kill at random falls within a save is up to the machine; that of one process at its mark always does.
+    assert run.kills == 10 and run.in_training >= 5 and run.torn >= (processes == 1)
     process = run.start()
     assert process.wait(300) == 0, run.log.read_text()[-3000:]
-    assert "Skipping a checkpoint that was not written to its end" in run.log.read_text()
+    assert ("Skipping a checkpoint that was not written to its end" in run.log.read_text()) == (run.torn > 0)
     check_same(run.run, whole.run)

@@ -15,7 +15,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from rlseq.errors import ConfigError
-from rlseq.evaluation import measure as module
+from rlseq.evaluation import loading as module
 from rlseq.evaluation import plots
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.modes import add_mode_statistics, mode_results
