@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -340,7 +339,8 @@ def updating(
     def work(name: str, trainer: Any, layout: int) -> Work:
         def once() -> float:
             trainer.model.zero_grad()
-            trainer.current_gradient_accumulation_steps = rows // layout
+            # As in a run of that layout: a round of rollouts is so many micro-batches, accumulated to one step.
+            trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = rows // layout
             total = 0.0
             for start in range(0, rows, layout):
                 part = {
@@ -454,12 +454,12 @@ def peak(side: str) -> float:
             model, tokenizer, prompts = g2p(2000)
             changes = {"per_device_train_batch_size": layout, "gradient_accumulation_steps": BATCH // layout}
             trainer = make(folder, model, tokenizer, prompts, max_steps=3, **changes)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = reset_peak()
             with quiet():
                 trainer.train()
     elif what == "rollouts":
         work = drawing(*g2p(32), G, 32)["rlseq" if who == "ours" else "generate"]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = reset_peak()
         work()
     else:
         model, tokenizer = long_model()
@@ -469,10 +469,22 @@ def peak(side: str) -> float:
             changes = {"num_generations": 16, "max_completion_length": 64, "max_steps": 1}
             changes |= {"per_device_train_batch_size": layout, "gradient_accumulation_steps": 32 // layout}
             trainer = make(folder, model, tokenizer, prompts, **changes)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = reset_peak()
             with quiet():
                 trainer.train()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return (status("VmHWM") - before) / 1e3
+
+
+def reset_peak() -> int:
+    """Forget the peak of this process's resident memory so far (Linux); return what it holds, kB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def startup(repeats: int) -> list[dict[str, Any]]:
