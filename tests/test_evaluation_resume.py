@@ -130,11 +130,11 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_pa
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
 
 
-def test_processes_that_are_launched_share_the_rows_and_give_the_same_samples(task, tmp_path):
-    (task / "calls").write_text("")
+def evaluate_on_two(arguments):
+    """Run recipes/evaluate.py on two launched CPU processes."""
     launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
     ended = subprocess.run(
-        [sys.executable, *launch, "recipes/evaluate.py", *command(task, tmp_path / "two")[1:]],
+        [sys.executable, *launch, "recipes/evaluate.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -142,6 +142,11 @@ def test_processes_that_are_launched_share_the_rows_and_give_the_same_samples(ta
         check=False,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+def test_processes_that_are_launched_share_the_rows_and_give_the_same_samples(task, tmp_path):
+    (task / "calls").write_text("")
+    evaluate_on_two(command(task, tmp_path / "two")[1:])
     assert (task / "calls").stat().st_size == 2 * (3 + 6 + 3)  # every row once
     assert not (tmp_path / "two" / ".unfinished").exists()
     assert main(command(task, tmp_path / "one")) == 0

@@ -27,6 +27,11 @@ class Finding:
     found: str
     todo: str = ""
 
+    @property
+    def sentence(self) -> str:
+        """The finding and what to do, on one line."""
+        return f"{self.check}: {self.found}. To do: {'; '.join(self.todo.splitlines())}."
+
 
 def judge(check: str, problems: Sequence[Problem], fine: Callable[[], str]) -> Finding:
     """One finding of several problems, as bad as the worst of them; `fine()` is said where there are none."""

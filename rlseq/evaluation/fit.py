@@ -34,7 +34,5 @@ def check_models(
         findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config)
         failed = [f for f in findings if f.status == FAILED and f.check in CHECKS]
         if failed:
-            lines = [f"  {f.check}: {f.found}. To do: {'; '.join(f.todo.splitlines())}." for f in failed]
-            raise ModelError(
-                "\n".join([f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further).", *lines])
-            )
+            said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]
+            raise ModelError("\n  ".join([*said, *(f.sentence for f in failed)]))

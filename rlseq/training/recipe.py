@@ -118,12 +118,7 @@ def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: 
             "needs_references": config.uses_references,
         }
     findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config, **options)
-    lines = {
-        status: [
-            f"{f.check}: {f.found}. To do: {'; '.join(f.todo.splitlines())}." for f in findings if f.status == status
-        ]
-        for status in (FAILED, WARNING)
-    }
+    lines = {status: [f.sentence for f in findings if f.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
     for line in lines[WARNING]:
