@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rlseq.packing import PackedBatch, evaluating, pack, pad, supports_packing
+from rlseq.packing import PackedBatch, evaluating, pack, pad, rows_of_group, supports_packing
 
 _ROW_TOKENS = 1024  # attention costs the square of a row: completions of one prompt beyond this start another row
 _CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32
@@ -356,17 +356,11 @@ def _units(prompts: Sequence, completions: Sequence, row_tokens: int | None) -> 
         by_prompt: dict[tuple[int, ...], list[int]] = {}
         for index, prompt in enumerate(prompts):
             by_prompt.setdefault(tuple(prompt), []).append(index)
-        units = []
-        for prompt, indices in by_prompt.items():
-            size, members = len(prompt) - 1, []
-            for index in indices:
-                added = 1 + len(completions[index])
-                if members and size + added > row_tokens:
-                    units.append((size, members))
-                    size, members = len(prompt) - 1, []
-                size += added
-                members.append(index)
-            units.append((size, members))
+        units = [
+            (tokens, [indices[m] for m in members])
+            for prompt, indices in by_prompt.items()
+            for tokens, members in rows_of_group(prompt, [completions[i] for i in indices], row_tokens)
+        ]
     return sorted(units, key=lambda unit: -unit[0])
 
 
@@ -381,24 +375,27 @@ def _batches(units: list[_Unit], batch_tokens: int) -> Iterator[list[_Unit]]:
 
 def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Measure, whole: Sequence[bool]) -> Tensor:
     """What is measured of the batch's N completion tokens, (N,) or (N, K)."""
-    labels = batch.input_ids[batch.token_rows, batch.token_columns]
+    width = batch.input_ids.shape[1]
+    # Completions that begin alike share places: each is projected once.
+    places, place_of = torch.unique(batch.token_rows * width + batch.token_columns, return_inverse=True)
+    labels = batch.input_ids.flatten()[places]
     step = max(1, _CHUNK_LOGITS // models[0].config.get_text_config().vocab_size)
-    logits = [_logits(model, batch, alone, step) for model, alone in zip(models, whole, strict=True)]
+    before = places - 1
+    logits = [_logits(model, batch, before, alone, step) for model, alone in zip(models, whole, strict=True)]
     parts = zip(labels.split(step), *logits, strict=True)
-    return torch.cat([measure(first, targets, *others) for targets, first, *others in parts])
+    return torch.cat([measure(first, targets, *others) for targets, first, *others in parts])[place_of]
 
 
-def _logits(model: nn.Module, batch: PackedBatch, whole: bool, step: int) -> Iterator[Tensor]:
-    """The logits (n, V) before each of the batch's N completion tokens, `step` tokens at a time."""
-    rows, columns = batch.token_rows, batch.token_columns
+def _logits(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, step: int) -> Iterator[Tensor]:
+    """The logits (n, V) at places of the flattened batch, `step` of them at a time."""
     base = _base(model)
     inputs = batch.model_inputs | {"use_cache": False}
     if "position_ids" not in inspect.signature(base.forward).parameters:
         del inputs["position_ids"]  # padded on the right, where a model's own positions are these
     if whole:
-        yield from model(**inputs).logits[rows, columns - 1].split(step)
+        yield from model(**inputs).logits.flatten(0, 1)[places].split(step)
         return
-    hidden = base.get_decoder()(**inputs).last_hidden_state[rows, columns - 1]  # (N, H)
+    hidden = base.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[places]  # (n, H)
     head = base.get_output_embeddings()
     yield from (head(part) for part in hidden.split(step))
 

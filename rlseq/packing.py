@@ -1,18 +1,22 @@
-"""A prompt and its completions as one row: the prompt is computed once, whoever continues it.
+"""A prompt and its completions as one row: what they begin with in common is computed once.
 
-A row holds one or more groups. A group is the prompt without its last token, then one segment a completion;
-a segment is a copy of the prompt's last token, at that token's position, followed by the completion:
+A row holds one or more groups. A group is the prompt and its completions in lexicographic order, so that each shares
+with the one before it all that it shares with any. The first is written whole after the prompt, and of each
+further one what it does not share, after a copy of the last token that it does share, at that token's position:
 
-    prompt  p₀ p₁ p₂      completions  a₀ a₁  and  b₀
+    prompt  p₀ p₁      completions  a b c,  a b d  and  e
 
-    tokens       p₀  p₁ | p₂  a₀  a₁ | p₂  b₀
-    positions     0   1 |  2   3   4 |  2   3
-    labels        -   - |  -  a₀  a₁ |  -  b₀        (- is IGNORED)
+    tokens       p₀  p₁   a   b   c |  b   d | p₁   e
+    positions     0   1   2   3   4 |  3   4 |  1   2
+    labels        -   -   a   b   c |  -   d |  -   e        (- is IGNORED)
 
-A segment sees its prompt and itself, causally, and nothing else. So each token sees what it would see alone,
-at the positions it would have alone, and labels shifted by one (the usual convention) line up: the copy
-predicts the first token of its completion. One shared last token could not do that for several completions;
-and where the original stood beside its copies they would see that token twice, so the original is left out.
+A token sees those it follows in its own sequence, and nothing else: each original or copy is seen up to the next
+copy of it or of a token before it. So each token sees what it would see alone, at the positions it would have alone,
+and labels shifted by one (the usual convention) line up: a copy predicts what follows the shared part. One shared token
+could not do that for several; and where a copy saw its original, it would see that token twice.
+
+Equal completions thus cost nothing more than one, and samples of a group cost what they do not share: of a model that
+is sure of most tokens, little. In eval mode and in training without dropout that is exact; dropout would be shared.
 
 The mask is a float added to the attention scores: boolean masks are silently wrong under eager attention.
 """
@@ -49,7 +53,8 @@ class PackedBatch:
             of 0 and 1.
         labels: (R, S) long, the token itself at completion tokens and IGNORED elsewhere (not yet shifted).
         lengths: tokens of each of the B completions, in the order given.
-        token_rows, token_columns: (N,) long, row and column of each token of each completion in turn.
+        token_rows, token_columns: (N,) long, row and column of each token of each completion in turn; completions
+            that begin alike name the same places.
     """
 
     input_ids: Tensor
@@ -77,8 +82,9 @@ def pack(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     row_tokens: int | None = None,
+    whole_groups: bool = False,
 ) -> PackedBatch:
-    """Lay groups out in rows, each prompt once.
+    """Lay groups out in rows, each prompt once, and each beginning that completions share.
 
     Args:
         groups: (prompt ids, [completion ids, ...]); a prompt has a token at least, a completion may be empty.
@@ -88,6 +94,7 @@ def pack(
         row_tokens: None gives each group a row. A number is a budget: several groups share a row by first
             fit, longest first, and a longer group is split into several with the prompt repeated; a single
             completion that exceeds the budget gets a row of its own.
+        whole_groups: no group is split: the budget is that of the longest where it is above `row_tokens`.
 
     Returns:
         The batch; its completions are the groups' in order, flattened.
@@ -102,60 +109,55 @@ def pack(
     for number, (prompt, _) in enumerate(groups):
         if len(prompt) == 0:
             raise ValueError(f"group {number} has an empty prompt; a completion needs a token to follow")
-    rows = _fill_rows(_split(groups, row_tokens), row_tokens)
+    arranged = [_arrange(prompt, completions) for prompt, completions in groups]
+    if row_tokens is not None and whole_groups:
+        row_tokens = max(row_tokens, *(sum(shared.tokens) for shared in arranged))
+    rows = _fill_rows(_split(groups, arranged, row_tokens), row_tokens)
 
-    # A piece is a run of tokens with one view: a prompt's beginning, or a segment. A token sees, causally,
-    # the pieces `itself` and `parent`.
-    ids: list[Sequence[int]] = []
-    pieces: list[tuple[int, int, int, int, int, int]] = []
-    width = 1
+    layout = _Layout([len(completion) for _, completions in groups for completion in completions])
     for row, blocks in enumerate(rows):
         column = 0
-        for prompt, completions, first in blocks:
-            prefix = len(prompt) - 1
-            parent = len(pieces)
-            ids.append(prompt[:-1])
-            pieces.append((row, column, prefix, 0, parent, -1))
-            column += prefix
-            for offset, completion in enumerate(completions):
-                ids.append((prompt[-1], *completion))
-                pieces.append((row, column, 1 + len(completion), prefix, parent, first + offset))
-                column += 1 + len(completion)
-        width = max(width, column)
-    row_of, column_of, length_of, position_of, parent_of, completion_of = np.asarray(pieces).T
-
+        for block in blocks:
+            column = layout.write(block, row, column)
+    width = max(1, layout.width)
+    row_of, column_of, length_of, position_of, unscored_of = np.asarray(layout.pieces, np.int64).reshape(-1, 5).T
     ramp = _ramp(length_of)
-    columns = np.repeat(column_of, length_of) + ramp
-    places = np.repeat(row_of, length_of) * width + columns  # of each token, in the flattened (R, S)
-    tokens = np.fromiter(chain.from_iterable(ids), np.int64, count=len(ramp))
-    scored = (ramp > 0) & np.repeat(completion_of >= 0, length_of)
+    places = np.repeat(row_of * width + column_of, length_of) + ramp  # of each token, in the flattened (R, S)
+    tokens = np.fromiter(chain.from_iterable(layout.ids), np.int64, count=len(ramp))
+    scored = ramp >= np.repeat(unscored_of, length_of)
 
     size = len(rows) * width
     input_ids, positions, labels = np.full(size, pad_id), np.zeros(size, np.int64), np.full(size, IGNORED)
-    itself = -1 - np.arange(size, dtype=np.int32)  # each padding token is a piece of its own
-    parents = itself.copy()
     input_ids[places] = tokens
     positions[places] = np.repeat(position_of, length_of) + ramp
     labels[places[scored]] = tokens[scored]
-    itself[places] = np.repeat(np.arange(len(pieces)), length_of)
-    parents[places] = np.repeat(parent_of, length_of)
+    seen_until = np.tile(np.arange(1, width + 1, dtype=np.int32), len(rows))  # padding sees itself
+    row_of, column_of, length_of, end_of = np.asarray(layout.seen, np.int64).reshape(-1, 4).T
+    seen_until[np.repeat(row_of * width + column_of, length_of) + _ramp(length_of)] = np.repeat(end_of, length_of)
 
     shape = (len(rows), width)
-    itself_RS, parents_RS = (torch.from_numpy(x).view(shape).to(device) for x in (itself, parents))
-    visible = itself_RS[:, :, None] == itself_RS[:, None, :]
-    visible |= parents_RS[:, :, None] == itself_RS[:, None, :]
+    seen_RS = torch.from_numpy(seen_until).view(shape).to(device)
+    columns = torch.arange(width, dtype=torch.int32, device=device)
+    visible = columns[:, None] < seen_RS[:, None, :]  # (R, S, S)
     # 1 becomes 0 and 0 the lowest finite number: much faster than a masked fill
     mask = visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)  # (R, S, S)
-
-    segments = np.flatnonzero(completion_of >= 0)
-    segments = segments[np.argsort(completion_of[segments])]  # back to the order given
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids).view(shape).to(device),
         position_ids=torch.from_numpy(positions).view(shape).to(device),
         attention_mask=mask[:, None],
         labels=torch.from_numpy(labels).view(shape).to(device),
-        **_index(row_of[segments], column_of[segments] + 1, length_of[segments] - 1, device),
+        lengths=tuple(layout.lengths),
+        token_rows=torch.from_numpy(np.repeat(layout.row_of, layout.lengths)).to(device),
+        token_columns=torch.from_numpy(np.concatenate(layout.columns_of)).to(device),
     )
+
+
+def rows_of_group(
+    prompt: Sequence[int], completions: Sequence[Sequence[int]], row_tokens: int | None
+) -> list[tuple[int, list[int]]]:
+    """How `pack` would split a group: for each row its tokens, and the indices of the completions that it holds."""
+    blocks = _split([(prompt, completions)], [_arrange(prompt, completions)], row_tokens)
+    return [(block.tokens, [index for index, _, _ in block.completions]) for block in blocks]
 
 
 def pad(
@@ -271,39 +273,141 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 # Answers of `supports_packing` by model, then by attention implementation and dtype.
 _checked: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
-Block = tuple[Sequence[int], Sequence[Sequence[int]], int]  # prompt, completions, index of the first of them
+
+@dataclass(frozen=True)
+class _Shared:
+    """A group's completions in lexicographic order.
+
+    Attributes:
+        order: which completion stands at each place.
+        shared: tokens that the completion there shares with the one before it; 0 for the first.
+        tokens: those it adds to the row; the first adds the prompt's too.
+    """
+
+    order: list[int]
+    shared: list[int]
+    tokens: list[int]
 
 
-def _split(groups: Sequence[Group], row_tokens: int | None) -> list[Block]:
+@dataclass(frozen=True)
+class _Block:
+    """What of a group stands in one row: completions (their index in the batch, tokens, tokens shared) in order."""
+
+    prompt: Sequence[int]
+    completions: list[tuple[int, Sequence[int], int]]
+    tokens: int
+
+
+def _arrange(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> _Shared:
+    keys = [tuple(completion) for completion in completions]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    shared, tokens = [], []
+    before: tuple[int, ...] | None = None
+    for index in order:
+        key = keys[index]
+        if before is None:
+            shared.append(0)
+            tokens.append(len(prompt) + len(key))
+        else:
+            pairs = enumerate(zip(before, key, strict=False))
+            common = next((n for n, (a, b) in pairs if a != b), min(len(before), len(key)))
+            shared.append(common)
+            tokens.append(len(key) - common + (common < len(before)))
+        before = key
+    return _Shared(order, shared, tokens)
+
+
+def _split(groups: Sequence[Group], arranged: Sequence[_Shared], row_tokens: int | None) -> list[_Block]:
     """Groups as blocks that each fit a row, or hold a single completion."""
-    blocks: list[Block] = []
+    blocks: list[_Block] = []
     first = 0
-    for prompt, completions in groups:
-        start, used = 0, len(prompt) - 1
-        for end, completion in enumerate(completions):
-            if row_tokens is not None and end > start and used + 1 + len(completion) > row_tokens:
-                blocks.append((prompt, completions[start:end], first + start))
-                start, used = end, len(prompt) - 1
-            used += 1 + len(completion)
-        blocks.append((prompt, completions[start:], first + start))
+    for (prompt, completions), places in zip(groups, arranged, strict=True):
+        members: list[tuple[int, Sequence[int], int]] = []
+        used = 0
+        for index, shared, tokens in zip(places.order, places.shared, places.tokens, strict=True):
+            if members and row_tokens is not None and used + tokens > row_tokens:
+                blocks.append(_Block(prompt, members, used))
+                members, used = [], 0
+            if not members:
+                shared, tokens = 0, len(prompt) + len(completions[index])
+            members.append((first + index, completions[index], shared))
+            used += tokens
+        blocks.append(_Block(prompt, members, used))
         first += len(completions)
     return blocks
 
 
-def _fill_rows(blocks: list[Block], row_tokens: int | None) -> list[list[Block]]:
+def _fill_rows(blocks: list[_Block], row_tokens: int | None) -> list[list[_Block]]:
     if row_tokens is None:
         return [[block] for block in blocks]
-    sized = [(len(prompt) - 1 + sum(1 + len(c) for c in completions)) for prompt, completions, _ in blocks]
-    rows: list[list[Block]] = []
+    rows: list[list[_Block]] = []
     room: list[int] = []
-    for number in sorted(range(len(blocks)), key=lambda n: -sized[n]):  # stable: ties keep their order
-        row = next((r for r, left in enumerate(room) if left >= sized[number]), len(rows))
+    for block in sorted(blocks, key=lambda block: -block.tokens):  # stable: ties keep their order
+        row = next((r for r, left in enumerate(room) if left >= block.tokens), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(row_tokens)
-        rows[row].append(blocks[number])
-        room[row] -= sized[number]
+        rows[row].append(block)
+        room[row] -= block.tokens
     return rows
+
+
+class _Layout:
+    """Where the tokens of blocks come to stand.
+
+    Attributes:
+        ids: the tokens of each piece, a run of tokens that follow each other in a row.
+        pieces: of each piece row, column, length, position of its first token, and tokens that are not scored.
+        seen: runs of tokens (row, column, length) and the column before which they are seen.
+        lengths, row_of, columns_of: of each completion, in the order given: tokens, their row, and their columns.
+        width: of the longest row.
+    """
+
+    def __init__(self, lengths: list[int]):
+        self.ids: list[Sequence[int]] = []
+        self.pieces: list[tuple[int, int, int, int, int]] = []
+        self.seen: list[tuple[int, int, int, int]] = []
+        self.lengths = np.array(lengths, np.int64)
+        self.row_of = np.zeros(len(lengths), np.int64)
+        self.columns_of = [np.zeros(0, np.int64)] * max(1, len(lengths))
+        self.width = 0
+
+    def write(self, block: _Block, row: int, column: int) -> int:
+        """Lay out a block from a column on, and return the column after it."""
+        prompt = block.prompt
+        path = np.zeros(len(prompt) + max((len(c) for _, c, _ in block.completions), default=0), np.int64)  # columns
+        still_seen: list[tuple[int, int, int]] = []  # runs: position and column of the first token, and tokens
+        before: int | None = None  # tokens of the completion before
+        for index, completion, shared in block.completions:
+            end = len(prompt) + len(completion)
+            if before is None:
+                ids, position, unscored = (*prompt, *completion), 0, len(prompt)
+            elif shared < before:
+                last = completion[shared - 1] if shared else prompt[-1]
+                ids, position, unscored = (last, *completion[shared:]), len(prompt) + shared - 1, 1
+                self._hide(still_seen, position, row, column)
+            else:  # the one before, continued
+                ids, position, unscored = completion[shared:], len(prompt) + shared, 0
+            if ids:
+                self.ids.append(ids)
+                self.pieces.append((row, column, len(ids), position, unscored))
+                still_seen.append((position, column, len(ids)))
+                path[position + unscored : end] = np.arange(column + unscored, column + len(ids))
+                column += len(ids)
+            self.row_of[index], self.columns_of[index] = row, path[len(prompt) : end].copy()
+            before = len(completion)
+        self._hide(still_seen, 0, row, column)
+        self.width = max(self.width, column)
+        return column
+
+    def _hide(self, still_seen: list[tuple[int, int, int]], position: int, row: int, column: int) -> None:
+        """Tokens from a position on are not seen from a column on."""
+        while still_seen and still_seen[-1][0] + still_seen[-1][2] > position:
+            first, start, count = still_seen.pop()
+            kept = max(0, position - first)
+            self.seen.append((row, start + kept, count - kept, column))
+            if kept:
+                still_seen.append((first, start, kept))
 
 
 def _ramp(lengths: np.ndarray) -> np.ndarray:
@@ -355,6 +459,7 @@ def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
         )
         for prompt, lengths in ((7, (5, 3, 6)), (1, (4,)), (4, (2, 7)))
     ]
+    groups[0][1].append([*groups[0][1][2][:3], 0, 1])  # two that begin alike
     parameter = next(model.parameters())
     batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype, row_tokens=40)
     alone = [torch.tensor([*prompt, *c], device=parameter.device) for prompt, cs in groups for c in cs]

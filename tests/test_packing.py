@@ -1,12 +1,13 @@
 """Packing: the layout against rows written by hand, its numbers against one plain forward a sequence."""
 
+import random
 import time
 
 import pytest
 import torch
 from tiny import FAMILIES, PAD, VOCAB, tiny_model
 
-from rlseq.packing import IGNORED, evaluating, pack, pad, supports_packing, unpack, unpack_padded
+from rlseq.packing import IGNORED, evaluating, pack, pad, rows_of_group, supports_packing, unpack, unpack_padded
 
 GROUPS = [
     ([5, 6, 7], [[10, 11, 2], [12], []]),
@@ -14,6 +15,12 @@ GROUPS = [
     ([9, 5, 6, 7], [[16, 17, 18, 2], [10, 11, 2], [19, 2]]),
 ]
 SEQUENCES = [(prompt, completion) for prompt, completions in GROUPS for completion in completions]
+# Completions that begin alike, equal ones, and ones that others continue, in no order; three symbols, so that it is often.
+_noise = random.Random(0)
+SHARING = [
+    ([5, 6, 7], [[_noise.choice((10, 11, 2)) for _ in range(_noise.randrange(6))] for _ in range(24)]),
+    ([8], [[_noise.choice((10, 11, 2)) for _ in range(_noise.randrange(1, 4))] for _ in range(9)]),
+]
 BOTH_ATTENTIONS = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
@@ -60,10 +67,35 @@ def test_a_row_is_the_one_written_by_hand():
     assert batch.attention_mask.tolist() == [[expected]]
 
 
+def test_what_completions_begin_with_in_common_is_written_once():
+    # a b c, a b d, e, the first again, one that another continues, and none at all
+    completions = [[12, 10, 14], [12, 10, 13], [15], [12, 10, 14], [12, 10], []]
+    batch = pack([([5, 6], completions)], pad_id=PAD)
+    o = IGNORED
+    assert batch.input_ids.tolist() == [[5, 6, 12, 10, 13, 10, 14, 6, 15]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 1, 2]]
+    assert batch.labels.tolist() == [[o, o, 12, 10, 13, o, 14, o, 15]]
+    assert (batch.attention_mask[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],  # 5
+        [1, 1, 0, 0, 0, 0, 0, 0, 0],  # 6
+        [1, 1, 1, 0, 0, 0, 0, 0, 0],  # 12
+        [1, 1, 1, 1, 0, 0, 0, 0, 0],  # 10
+        [1, 1, 1, 1, 1, 0, 0, 0, 0],  # 13
+        [1, 1, 1, 0, 0, 1, 0, 0, 0],  # the copy of 10, which does not see 10
+        [1, 1, 1, 0, 0, 1, 1, 0, 0],  # 14
+        [1, 0, 0, 0, 0, 0, 0, 1, 0],  # the copy of 6
+        [1, 0, 0, 0, 0, 0, 0, 1, 1],  # 15
+    ]
+    places = [batch.token_columns[i:j].tolist() for i, j in ((0, 3), (3, 6), (6, 7), (7, 10), (10, 12))]
+    assert places == [[2, 3, 6], [2, 3, 4], [8], [2, 3, 6], [2, 3]]
+    assert batch.lengths == (3, 3, 1, 3, 2, 0)
+
+
 def test_groups_that_share_a_row_do_not_see_each_other_and_padding_sees_only_itself():
     batch = pack([([5, 6], [[10]]), ([7], [[11], []]), ([8, 9, 5], [[12, 13, 14]])], pad_id=PAD, row_tokens=6)
-    # Longest first: the third group fills a row; the first (5 6 10) and second (7 11 7) share the other.
-    assert batch.input_ids.tolist() == [[8, 9, 5, 12, 13, 14], [5, 6, 10, 7, 11, 7]]
+    # Longest first: the third group fills a row; the first (5 6 10) and second (7 11) share the other,
+    # where the empty completion takes no token of its own.
+    assert batch.input_ids.tolist() == [[8, 9, 5, 12, 13, 14], [5, 6, 10, 7, 11, PAD]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 0]]
     sees = (batch.attention_mask[1, 0] == 0).int().tolist()
     assert sees == [
@@ -93,10 +125,29 @@ def test_a_group_beyond_the_budget_is_split_with_its_prompt_repeated():
     assert tokens == [[10, 11], [12, 13], [14], [15, 16, 17, 18, 19, 20]]
 
 
+def test_a_row_holds_as_many_tokens_as_sequences_do_not_share():
+    # The oracle: the nodes of the tree of each group's sequences, and a copy for each branch beyond a node's first.
+    for prompt, completions in SHARING:
+        nodes = {(*prompt, *c)[:n] for c in completions for n in range(1, len(prompt) + len(c) + 1)}
+        branches = [sum(node[:-1] == parent for node in nodes) for parent in nodes]
+        tokens = len(nodes) + sum(max(0, b - 1) for b in branches)
+        assert pack([(prompt, completions)], pad_id=PAD).input_ids.shape == (1, tokens)
+        assert rows_of_group(prompt, completions, None)[0][0] == tokens
+        for budget in (8, 12, 20):
+            rows = rows_of_group(prompt, completions, budget)
+            assert sorted(i for _, members in rows for i in members) == list(range(len(completions)))
+            for found, members in rows:
+                alone = pack([(prompt, [completions[i] for i in members])], pad_id=PAD)
+                assert alone.input_ids.shape[1] == found and (found <= budget or len(members) == 1)
+        whole = pack([(prompt, completions)], pad_id=PAD, row_tokens=4, whole_groups=True)
+        assert whole.input_ids.shape == (1, tokens)
+
+
+@pytest.mark.parametrize("groups", [GROUPS, SHARING], ids=["unlike", "alike"])
 @pytest.mark.parametrize("row_tokens", [None, 1, 6, 12, 1000])
-def test_unpack_returns_completions_in_the_order_given(row_tokens):
-    batch = pack(GROUPS, pad_id=PAD, row_tokens=row_tokens)
-    expected = [completion for _, completion in SEQUENCES]
+def test_unpack_returns_completions_in_the_order_given(row_tokens, groups):
+    batch = pack(groups, pad_id=PAD, row_tokens=row_tokens)
+    expected = [completion for _, completions in groups for completion in completions]
     assert [x.tolist() for x in unpack(batch.input_ids, batch, shifted=False)] == expected
     assert [x.tolist() for x in unpack(batch.input_ids[:, 1:], batch, shifted=True)] == expected
     padded = [completion + [0] * (5 - len(completion)) for completion in expected]
@@ -106,16 +157,18 @@ def test_unpack_returns_completions_in_the_order_given(row_tokens):
 
 @BOTH_ATTENTIONS
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("groups", [GROUPS, SHARING], ids=["unlike", "alike"])
 @pytest.mark.parametrize("row_tokens", [None, 12, 64])
-def test_packed_log_probs_and_gradients_equal_one_sequence_at_a_time(family, attention, row_tokens):
+def test_packed_log_probs_and_gradients_equal_one_sequence_at_a_time(family, attention, row_tokens, groups):
+    sequences = [(prompt, completion) for prompt, completions in groups for completion in completions]
     model = tiny_model(family, attn_implementation=attention)
-    weights = [torch.linspace(-1, 2, len(c)) for _, c in SEQUENCES]  # a gradient of every token, none alike
-    expected = [alone(model, *sequence) for sequence in SEQUENCES]
+    weights = [torch.linspace(-1, 2, len(c)) for _, c in sequences]  # a gradient of every token, none alike
+    expected = [alone(model, *sequence) for sequence in sequences]
     wanted = gradients(model, sum((w * x).sum() for w, x in zip(weights, expected, strict=True)))
 
-    batch = pack(GROUPS, pad_id=PAD, row_tokens=row_tokens)
+    batch = pack(groups, pad_id=PAD, row_tokens=row_tokens)
     found = unpack(shifted_logprobs(model, batch), batch, shifted=True)
-    assert [len(x) for x in found] == [len(c) for _, c in SEQUENCES]
+    assert [len(x) for x in found] == [len(c) for _, c in sequences]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
     got = gradients(model, sum((w * x).sum() for w, x in zip(weights, found, strict=True)))
@@ -123,7 +176,7 @@ def test_packed_log_probs_and_gradients_equal_one_sequence_at_a_time(family, att
         torch.testing.assert_close(got[name], wanted[name], atol=2e-5 * wanted[name].abs().max().item(), rtol=1e-3)
 
     padded = unpack_padded(shifted_logprobs(model, batch), batch, 6)
-    T = [torch.linspace(-1, 2, len(c)).tolist() + [7.0] * (6 - len(c)) for _, c in SEQUENCES]  # padding counts 0
+    T = [torch.linspace(-1, 2, len(c)).tolist() + [7.0] * (6 - len(c)) for _, c in sequences]  # padding counts 0
     got = gradients(model, (torch.tensor(T) * padded).sum())
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], atol=2e-5 * wanted[name].abs().max().item(), rtol=1e-3)

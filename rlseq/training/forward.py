@@ -134,8 +134,7 @@ def forward(
 def _collate(groups, *, packs: bool, pad_id: int, dtype: torch.dtype, device: torch.device) -> PackedBatch:
     """The one place where a training batch is laid out: packed, or padded for models that packing cannot serve."""
     if packs:
-        longest = max(len(prompt) + sum(len(c) + 1 for c in completions) for prompt, completions in groups)
-        return pack(groups, pad_id=pad_id, device=device, dtype=dtype, row_tokens=max(longest, MIN_ROW_TOKENS))
+        return pack(groups, pad_id=pad_id, device=device, dtype=dtype, row_tokens=MIN_ROW_TOKENS, whole_groups=True)
     flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
     flat = flat or [(prompt, ()) for prompt, _ in groups]  # nothing to score, but a model that every rank calls
     return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
