@@ -1,13 +1,16 @@
 """A KV cache that has room: a decoding step writes one token's keys and values, and copies none of the others.
 
 transformers' own `DynamicCache` joins what it holds with the new token, a copy of the whole cache a step; its
-`StaticCache` does not, but attention then runs over its whole length from the first step on.
+`StaticCache` does not, but attention then runs over its whole length from the first step on. There is room for rows
+too: where a sequence is continued in several ways, it alone is copied.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -17,51 +20,81 @@ ROOM = 0.25  # of what is held: memory beyond need, and copies become rare
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer whose keys and values, (B, H, L, D), are the beginning of buffers (B, H, L', D) with L' ≥ L."""
+    """A layer whose keys and values, (B, H, L, D), are the beginning of buffers (B', H, L', D): B' ≥ B and L' ≥ L.
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor):
-        """The keys and values of those rows, (B',), of a layer's, which are left as they are."""
+    Args:
+        keys, values: of a layer; they are copied.
+        most_rows: rows that there will ever be at most; there is never room for more.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, most_rows: int):
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
-        self._hold(keys, values, rows)
+        self.most_rows = most_rows
+        self._hold(keys, values, None, len(keys))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        held, new = self.keys.shape[-2], key_states.shape[-2]
+        rows, held, new = len(self.keys), self.keys.shape[-2], key_states.shape[-2]
         if held + new > self._buffers[0].shape[-2]:
-            self._hold(self.keys, self.values, None, least=new)
+            self._hold(self.keys, self.values, None, rows, least=new)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[..., held : held + new, :] = states
-        self.keys, self.values = (buffer[..., : held + new, :] for buffer in self._buffers)
+            buffer[:rows, :, held : held + new] = states
+        self._show(rows, held + new)
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._hold(self.keys, self.values, indices)
+        self._hold(self.keys, self.values, indices, len(indices))
 
-    def _hold(self, keys: Tensor, values: Tensor, rows: Tensor | None, *, least: int = 1) -> None:
+    def copy_rows(self, sources: Tensor, targets: Tensor, rows: int) -> None:
+        """Copy rows onto others, and hold so many rows from then on; targets beyond those held are new."""
+        if rows > len(self._buffers[0]):
+            self._hold(self.keys, self.values, None, rows)
+        held = self.keys.shape[-2]
+        for buffer in self._buffers:
+            buffer[targets, :, :held] = buffer[sources, :, :held]
+        self._show(rows, held)
+
+    def _hold(self, keys: Tensor, values: Tensor, indices: Tensor | None, rows: int, *, least: int = 1) -> None:
         held = keys.shape[-2]
         width = held + max(least, LEAST_ROOM, int(held * ROOM))
+        tall = rows if indices is not None else max(rows, min(self.most_rows, int(rows * (1 + ROOM))))
         buffers = []
         for states in (keys, values):
-            count = len(states) if rows is None else len(rows)
-            buffer = states.new_empty(count, states.shape[1], width, states.shape[-1])
-            buffer[..., :held, :] = states if rows is None else states[rows]
+            buffer = states.new_empty(tall, states.shape[1], width, states.shape[-1])
+            if indices is None:
+                buffer[: len(states), :, :held] = states
+            else:
+                buffer[:, :, :held] = states[indices]
             buffers.append(buffer)
         self._buffers = tuple(buffers)
-        self.keys, self.values = (buffer[..., :held, :] for buffer in buffers)
+        self._show(rows, held)
+
+    def _show(self, rows: int, tokens: int) -> None:
+        self.keys, self.values = (buffer[:rows, :, :tokens] for buffer in self._buffers)
 
 
-def with_room(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """Keep those rows (B',) of a cache, in that order, with room for tokens to come.
+def with_room(cache: DynamicCache, most_rows: int) -> DynamicCache:
+    """Give a cache room for tokens and rows to come, `most_rows` at most.
 
     Layers that hold something else than every token's keys and values (windows, states) grow as they ever did.
     """
-    layers = []
-    for layer in cache.layers:
-        if type(layer) is DynamicLayer and layer.get_seq_length():
-            layer = RoomyLayer(layer.keys, layer.values, rows)
-        else:
-            layer.batch_select_indices(rows)
-        layers.append(layer)
-    cache.layers = layers
+    cache.layers = [
+        RoomyLayer(layer.keys, layer.values, most_rows)
+        if type(layer) is DynamicLayer and layer.get_seq_length()
+        else layer
+        for layer in cache.layers
+    ]
     return cache
+
+
+def rearrange(cache: DynamicCache, sources: np.ndarray) -> None:
+    """Let row i of a cache hold what row `sources[i]` held: (B',) of the rows that there are."""
+    moved = np.flatnonzero(sources != np.arange(len(sources)))
+    for layer in cache.layers:
+        # Where most rows move, or the cache shrinks, all are copied: no slower, and it frees what is not needed.
+        if isinstance(layer, RoomyLayer) and len(sources) >= len(layer.keys) and 2 * len(moved) <= len(sources):
+            places = torch.from_numpy(moved).to(layer.device)
+            layer.copy_rows(torch.from_numpy(sources[moved]).to(layer.device), places, len(sources))
+        else:
+            layer.batch_select_indices(torch.from_numpy(sources).to(layer.device))

@@ -1,10 +1,11 @@
 """Prompts × samples → rollouts.
 
-One prefill per unique prompt is shared by its samples; every row then decodes one token a step with the KV cache;
-finished rows leave the batch. The noise of a token is a function of (seed, draw, prompt key, sample, position)
-alone, and one uniform a token picks it by inverse CDF, so a completion does not depend on the batch it was drawn
-in: batch size, order and number of processes change nothing but the rounding of the logits (a draw that falls
-within rounding of a boundary of the CDF may then flip).
+One prefill per unique prompt is shared by its samples, and so is every later step as long as they draw the same
+tokens: the batch holds distinct beginnings, not samples. One token a step with the KV cache; a beginning that is drawn
+on in several ways is copied, and one that nobody goes on with makes room. The noise of a token is a function of
+(seed, draw, prompt key, sample, position) alone, and one uniform a token picks it by inverse CDF, so a completion does
+not depend on the batch it was drawn in: batch size, order and number of processes change nothing but the rounding of
+the logits (a draw that falls within rounding of a boundary of the CDF may then flip).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from transformers import DynamicCache
 
 from rlseq.decoding import Greedy, Sample, Strategy, to_units
 from rlseq.errors import ConfigError, ModelError
-from rlseq.kv_cache import with_room
+from rlseq.kv_cache import rearrange, with_room
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
 
 WORTH_ROOM = 128  # tokens a row: on shorter ones a cache with room was slower than one that is copied (2 CPU cores)
-COMPACT_BELOW = 0.75  # finished rows leave the batch when fewer than this share of its rows still run
+COMPACT_BELOW = 0.75  # what is finished leaves the batch when less than this share of it goes on
 
 
 def stream_keys(seed: int, draw: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
@@ -47,13 +48,32 @@ def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def pick(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Pick a token (B,) a row from log-probs (B, V) by inverse CDF of uniforms (B,), in whole numbers of 2⁻⁵²."""
+def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = None) -> torch.Tensor:
+    """Pick a token (B,) by inverse CDF of uniforms (B,), in whole numbers of 2⁻⁵², from log-probs.
+
+    Args:
+        logprobs: (U, V).
+        uniform: (B,) in [0, 1).
+        of: (B,) which of the U distributions each uniform draws from; None: each from its own, U = B.
+    """
     cdf = to_units(logprobs.to(torch.float64, copy=True).exp_()).cumsum_(-1)
-    total = cdf[:, -1]
-    wanted = torch.minimum((uniform * total).long(), total - 1)  # u·total may round up to the total
-    index = torch.searchsorted(cdf, wanted.unsqueeze(1), right=True).squeeze(1)
+    of = np.arange(len(cdf)) if of is None else of
+    rank = _ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
+    where = torch.from_numpy(of).to(cdf.device), torch.from_numpy(rank).to(cdf.device)
+    total = cdf[:, -1][where[0]]
+    wanted = cdf.new_zeros(len(cdf), int(rank.max()) + 1)
+    # u·total may round up to the total
+    wanted[where] = torch.minimum((uniform * total).long(), total - 1)
+    index = torch.searchsorted(cdf, wanted, right=True)[where]
     return index.clamp(max=logprobs.size(-1) - 1)  # beyond it only where a model gives no numbers
+
+
+def _ranks(of: np.ndarray) -> np.ndarray:
+    """Of each entry, how many equal ones stand before it."""
+    order = np.argsort(of, kind="stable")
+    rank = np.empty_like(of)
+    rank[order] = np.arange(len(of)) - np.searchsorted(of[order], of[order])
+    return rank
 
 
 def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
@@ -229,15 +249,18 @@ def _decode(
     strategy: Greedy | Sample,
     stop_ids: frozenset[int],
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Decode B rows together; return their token ids and log-probs, ragged."""
+    """Decode B rows together; return their token ids and log-probs, ragged.
+
+    The batch has a slot for each distinct beginning; `slot` says which one a row is at.
+    """
     device = next(model.parameters()).device
     accepted = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    stops = torch.tensor(sorted(stop_ids), device=device)
+    stops = np.array(sorted(stop_ids))
 
     # One prefill per unique prompt, left-padded, with explicit positions.
     unique: dict[tuple[int, ...], int] = {}
-    row_prompt = torch.tensor([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids], device=device)  # (B,)
+    slot = np.array([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids])  # (B,)
     width = max(map(len, unique))
     input_ids = torch.zeros(len(unique), width, dtype=torch.long)  # (U, L); padding is masked, so any id will do
     attention_mask = torch.zeros(len(unique), width, dtype=torch.long)
@@ -246,59 +269,50 @@ def _decode(
         attention_mask[u, width - len(ids) :] = 1
     input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
-        past_key_values=cache,
+        past_key_values=DynamicCache(config=model.config),
         use_cache=True,
         **last_only,
     )
     cache = output.past_key_values
-    # A cache row for each sample: copied from its prompt's.
-    if width + max_new_tokens >= WORTH_ROOM:
-        cache = with_room(cache, row_prompt)
-    else:
-        cache.batch_select_indices(row_prompt)
-    logits = output.logits[:, -1].float()[row_prompt]  # (B, V)
-    attention_mask = attention_mask[row_prompt]
-    position = positions[row_prompt, -1]  # (B,)
-
     num_rows = len(prompt_ids)
-    all_ids = torch.zeros(num_rows, max_new_tokens, dtype=torch.long, device=device)
-    all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
-    lengths = torch.zeros(num_rows, dtype=torch.long, device=device)
-    rows = torch.arange(num_rows, device=device)  # which row each batch entry is
-    running = torch.ones(num_rows, dtype=torch.bool, device=device)  # (current batch)
-    keys_now = keys
+    if width + max_new_tokens >= WORTH_ROOM:
+        cache = with_room(cache, num_rows)
+    logits = output.logits[:, -1].float()  # (U, V)
+    position = positions[:, -1]  # (U,)
 
+    all_ids = np.zeros((num_rows, max_new_tokens), np.int64)
+    all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
+    lengths = np.zeros(num_rows, np.int64)
+    rows = np.arange(num_rows)  # those that still run
     for step in range(max_new_tokens):
+        slots = torch.from_numpy(slot).to(device)
         if isinstance(strategy, Sample):
             logprobs = strategy.warp(logits)
-            token = pick(logprobs, torch.from_numpy(uniforms(keys_now, step)).to(device))
+            token = pick(logprobs, torch.from_numpy(uniforms(keys[rows], step)).to(device), slot)
         else:
             logprobs = torch.log_softmax(logits, dim=-1)
-            token = logits.argmax(-1)
-        token_logprobs = logprobs.gather(1, token.unsqueeze(1)).squeeze(1)
-        live = rows[running]
-        all_ids[live, step] = token[running]
-        all_logprobs[live, step] = token_logprobs[running]
-        lengths[live] = step + 1
-        running = running & ~torch.isin(token, stops)
-        count = int(running.sum())
-        if count == 0 or step + 1 == max_new_tokens:
+            token = logits.argmax(-1)[slots]
+        all_logprobs[torch.from_numpy(rows).to(device), step] = logprobs[slots, token]
+        drawn = token.cpu().numpy()
+        all_ids[rows, step] = drawn
+        lengths[rows] = step + 1
+        runs = ~np.isin(drawn, stops)
+        rows, slot, drawn = rows[runs], slot[runs], drawn[runs]
+        if not len(rows) or step + 1 == max_new_tokens:
             break
-        if count < COMPACT_BELOW * len(rows):
-            keep = running.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            rows, token, position = rows[keep], token[keep], position[keep]
-            attention_mask, running = attention_mask[keep], running[keep]
-            keys_now = keys_now[keep.cpu().numpy()]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
+        sources, tokens, slot = _branch(slot, drawn, len(attention_mask))
+        if sources is not None:
+            rearrange(cache, sources)
+            index = torch.from_numpy(sources).to(device)
+            attention_mask, position = attention_mask[index], position[index]
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(tokens), 1)], dim=1)
         position = position + 1
         output = model(
-            input_ids=token.unsqueeze(1),
+            input_ids=torch.from_numpy(tokens).to(device).unsqueeze(1),
             attention_mask=attention_mask,
             position_ids=position.unsqueeze(1),
             past_key_values=cache,
@@ -308,6 +322,36 @@ def _decode(
         cache = output.past_key_values
         logits = output.logits[:, -1].float()
 
-    sizes = lengths.tolist()
-    ids, logprob_rows = all_ids.tolist(), all_logprobs.tolist()
-    return [r[:n] for r, n in zip(ids, sizes, strict=True)], [r[:n] for r, n in zip(logprob_rows, sizes, strict=True)]
+    found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
+    ids, logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)
+    return list(ids), list(logprobs)
+
+
+def _branch(slot: np.ndarray, drawn: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """Give each distinct beginning a slot, after rows at `slot` (B,) drew a token each.
+
+    The first of those that follow a slot stays there, the others take slots that nobody goes on with, or new ones; so
+    little is copied. Where less than COMPACT_BELOW of the slots is needed, they are dealt anew.
+
+    Returns:
+        Of each slot the one whose cache it continues, None where each continues itself; the token of each slot, 0
+        where nobody goes on; and the slot of each row, (B,).
+    """
+    base = int(drawn.max()) + 1
+    pairs, pair = np.unique(slot * base + drawn, return_inverse=True)  # sorted by slot
+    parent, token = np.divmod(pairs, base)
+    if len(pairs) < COMPACT_BELOW * num_slots:
+        return parent, token, pair
+    stays = np.append(True, parent[1:] != parent[:-1])
+    free = np.setdiff1d(np.arange(num_slots), parent)
+    moved = np.flatnonzero(~stays)
+    new = np.arange(num_slots, num_slots + max(0, len(moved) - len(free)))
+    place = parent.copy()
+    place[moved] = np.concatenate([free, new])[: len(moved)]
+    tokens = np.zeros(num_slots + len(new), np.int64)
+    tokens[place] = token
+    if not len(moved):
+        return None, tokens, place[pair]
+    sources = np.arange(len(tokens))
+    sources[place] = parent
+    return sources, tokens, place[pair]

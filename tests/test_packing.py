@@ -15,7 +15,7 @@ GROUPS = [
     ([9, 5, 6, 7], [[16, 17, 18, 2], [10, 11, 2], [19, 2]]),
 ]
 SEQUENCES = [(prompt, completion) for prompt, completions in GROUPS for completion in completions]
-# Completions that begin alike, equal ones, and ones that others continue, in no order; three symbols, so that it is often.
+# Completions that begin alike, equal ones, and ones that others continue, in no order: of three symbols.
 _noise = random.Random(0)
 SHARING = [
     ([5, 6, 7], [[_noise.choice((10, 11, 2)) for _ in range(_noise.randrange(6))] for _ in range(24)]),

@@ -113,6 +113,50 @@ def test_when_finished_rows_leave_the_batch_changes_nothing(monkeypatch, share):
     assert_same(draw(model), expected)
 
 
+def test_samples_are_decoded_together_as_long_as_they_are_equal():
+    model = tiny_model()
+    model.lm_head.weight.data *= 8  # surer of its tokens, so that samples begin alike
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = draw(model, num_samples=30)
+    hook.remove()
+    assert_same([list(group) for group in zip(*(draw_one(model, s) for s in range(30)), strict=True)], found)
+    prompts = {prompt.prompt_ids for prompt in PROMPTS}
+    for step, width in enumerate(widths):
+        beginnings = {
+            (prompt.prompt_ids, rollout.completion_ids[:step])
+            for prompt, group in zip(PROMPTS, found, strict=True)
+            for rollout in group
+            if len(rollout.completion_ids) > step
+        }
+        assert len(beginnings) <= width <= max(len(prompts), len(beginnings) / sampler.COMPACT_BELOW)
+    assert 3 * sum(widths[1:]) < sum(len(rollout.completion_ids) - 1 for group in found for rollout in group)
+
+
+def draw_one(model, s):
+    """Sample s of every prompt, each decoded alone."""
+    return [draw(model, [prompt], samples=[[s]])[0][0] for prompt in PROMPTS]
+
+
+def test_slots_hold_what_rows_follow():
+    # Against what it promises: each row's slot continues the slot the row was at, by the token the row drew.
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        num_slots = int(generator.integers(1, 9))
+        slot = generator.integers(0, num_slots, size=generator.integers(1, 20))
+        drawn = generator.integers(0, 1 + generator.integers(4), size=len(slot))
+        sources, tokens, found = sampler._branch(slot, drawn, num_slots)
+        continued = np.arange(len(tokens)) if sources is None else sources
+        assert len(continued) == len(tokens) and continued.max() < num_slots
+        assert continued[found].tolist() == slot.tolist() and tokens[found].tolist() == drawn.tolist()
+        pairs = set(zip(slot.tolist(), drawn.tolist(), strict=True))
+        assert len(set(found.tolist())) == len(pairs)  # equal beginnings share, unlike ones do not
+        assert len(tokens) <= max(num_slots, len(pairs))
+        assert len(pairs) >= sampler.COMPACT_BELOW * len(tokens)
+
+
 def test_equal_prompts_share_a_prefill_and_draw_their_own_noise():
     model = tiny_model()
     shapes = []
@@ -202,6 +246,9 @@ def test_a_token_is_picked_by_an_exact_cdf():
         expected.append(index)
     assert pick(logprobs, torch.tensor(at, dtype=torch.float64)).tolist() == expected
     assert pick(logprobs[:1], torch.tensor([1.0], dtype=torch.float64)).item() < 50
+    of = np.array([1, 0, 1, 2, 1, 0])  # several uniforms a distribution: those of its copies
+    uniform = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.99, 0.0], dtype=torch.float64)
+    assert pick(logprobs[:3], uniform, of).tolist() == pick(logprobs[:3][of], uniform).tolist()
     assert pick(torch.full((1, 3), torch.nan), torch.tensor([0.5], dtype=torch.float64)).item() in range(3)
 
 
