@@ -13,6 +13,8 @@ column `prompt` or else its first: 90% train, 5% validation, 5% test, so that eq
 
 from __future__ import annotations
 
+import functools
+import gc
 import hashlib
 import importlib.util
 import json
@@ -20,7 +22,8 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,19 @@ READ_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
 
 
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """Without garbage collection: it would go through hundreds of thousands of new rows, again and again, for none."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@keeping_all()
 def load_rows(dataset_name: str, split: str | None, *, config_name: str | None = None) -> list[dict[str, Any]]:
     """Return the rows of one split as dicts; None: validation, but all rows where there is the split train alone.
 
@@ -71,6 +87,12 @@ def _ask_task_module(path: Path, split: str) -> list[Any]:
 def _load_task_module(path: Path) -> Callable[[str], Sequence[dict[str, Any]]]:
     if not path.is_file():
         raise DataError(f"there is no task module {str(path)!r}.{_nearest_file(path)}")
+    state = path.stat()
+    return _run_task_module(path, path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+@functools.cache  # a module may keep what it reads, for the next split
+def _run_task_module(path: Path, *version: Any) -> Callable[[str], Sequence[dict[str, Any]]]:
     spec = importlib.util.spec_from_file_location(f"rlseq_task_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
@@ -193,6 +215,7 @@ def _digest(value: Any) -> bytes:
     return hashlib.blake2b(canonical.encode(), digest_size=8).digest()
 
 
+@keeping_all()
 def build_prompts(
     rows: Iterable[Mapping[str, Any]],
     tokenizer: Any,
@@ -342,7 +365,7 @@ def _as_texts(references: Any) -> list[str]:
 def _in_unicode(value: Any, what: str) -> Any:
     """Refuse half of a surrogate pair, which Python's strings hold and no tokenizer reads."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
     except UnicodeEncodeError:
         raise DataError(
             f"the {what} is {_shown(value)}, with half of a surrogate pair; expected Unicode text"
@@ -377,7 +400,7 @@ def _template(source: str | None, flag: str) -> Callable[[Mapping[str, Any]], st
 
 def _tokenize(prompts: list[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[list[int]]:
     if isinstance(prompts[0], str):
-        return tokenizer(text=prompts)["input_ids"]
+        return tokenizer(text=prompts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("the prompts are chat messages, but the tokenizer has no chat template")
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **chat_template_kwargs}

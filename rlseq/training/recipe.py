@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from rlseq.data import build_prompts, load_rows
+from rlseq.data import build_prompts, keeping_all, load_rows
 from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ConfigError, ModelError, did_you_mean
@@ -66,6 +66,7 @@ class Task:
                 suite.close()
 
 
+@keeping_all()
 def load_task(
     data: DataArguments, rewards: RewardArguments, model_args: ModelArguments, config: Any, *, evaluates: bool
 ) -> Task:
