@@ -85,6 +85,8 @@ async def call_concurrently(function: Callable, calls: Sequence[Arguments], retr
 class InProcess:
     """Calls a reward here, one call after another: the fast path."""
 
+    apart = False
+
     def __init__(self, function: Callable):
         self.function = function
 
@@ -97,6 +99,8 @@ class InProcess:
 
 class Concurrent:
     """Calls an async reward on an event loop of its own thread, so that it works inside a running loop, too."""
+
+    apart = True
 
     def __init__(self, function: Callable, retry: Retry):
         self.function = function

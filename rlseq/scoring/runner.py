@@ -26,7 +26,13 @@ from .reward import RewardInfo
 
 
 class Executor(Protocol):
-    """Makes calls and returns what each gave, or a `Failed`, in order."""
+    """Makes calls and returns what each gave, or a `Failed`, in order.
+
+    Attributes:
+        apart: whether the calls are made elsewhere than on the caller's thread, which only waits for them.
+    """
+
+    apart: bool
 
     def run(self, calls: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[Any]: ...
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RewardError, did_you_mean
 from ..types import Rollout, ScoredRollout
 from .forms import Rows
+from .later import Later
 from .options import parse_spec, reward_from_spec
 from .outcome import FAILURES, TOKEN_REWARDS, Outcome, shorten
 from .reward import CorpusMetric, Ratio
@@ -47,6 +49,14 @@ class ScoreTable:
         """The same by kind: {reward: {"abstained": .., "error": .., "timeout": .., "invalid": ..}}."""
         kinds = ("abstained", *FAILURES)
         return {name: {kind: statuses.count(kind) for kind in kinds} for name, statuses in self.status.items()}
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rewards that score already, by name; made by `RewardSuite.begin`."""
+
+    rollouts: list[Rollout]
+    outcomes: Mapping[str, Later] = field(default_factory=dict)
 
 
 class RewardSuite:
@@ -108,6 +118,18 @@ class RewardSuite:
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         }
 
+    def begin(self, rollouts: Sequence[Rollout], columns: Mapping[str, Sequence[Any]], context: Any = None) -> Begun:
+        """Let the rewards that run apart (in worker processes, on an event loop) score N rollouts while this goes on.
+
+        Arguments are those of `score`, which takes the result; whatever is wrong is raised there.
+        """
+        rollouts = list(rollouts)
+        apart = [reward for reward in self.rewards if reward.executor.apart]
+        if not apart or not rollouts or "prompt" not in columns:
+            return Begun(rollouts)
+        rows = Rows(rollouts, columns)
+        return Begun(rollouts, {reward.name: Later(partial(reward.outcomes, rows, context)) for reward in apart})
+
     def score(
         self,
         rollouts: Sequence[Rollout],
@@ -115,6 +137,7 @@ class RewardSuite:
         context: Any = None,
         *,
         gather: Callable[[Any], list[Any]] | None = None,
+        begun: Begun | None = None,
     ) -> ScoreTable:
         """Score N rollouts.
 
@@ -126,6 +149,7 @@ class RewardSuite:
                 of them and returns everybody's, in the same order everywhere (with accelerate,
                 `lambda mine: gather_object([mine])`). It is called exactly once, also where scoring fails here;
                 `max_error_rate` is then judged over all parts, and an error in one process is raised in all.
+            begun: what `begin` gave for these rollouts; the rewards it holds are waited for, not called.
 
         Raises:
             RewardError: a reward failed and its `on_error` is "raise"; a batch form returned a wrong number
@@ -139,7 +163,11 @@ class RewardSuite:
             self._check_lengths(rows)
             if rollouts:
                 self.check_columns(columns)
-            outcomes = [reward.outcomes(rows, context) for reward in self.rewards]
+            later = begun.outcomes if begun is not None and begun.rollouts == rollouts else {}
+            outcomes = [
+                later[reward.name].result() if reward.name in later else reward.outcomes(rows, context)
+                for reward in self.rewards
+            ]
         except Exception as error:
             if gather is None:
                 raise

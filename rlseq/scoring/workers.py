@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -57,6 +58,8 @@ class WorkerPool:
         retry: for an async reward: a process then makes `retry.concurrency` calls at a time.
     """
 
+    apart = True
+
     def __init__(self, address: str, name: str, workers: int, timeout: float | None, retry: Retry | None = None):
         self.address = address
         self.name = name
@@ -64,6 +67,7 @@ class WorkerPool:
         self.timeout = timeout
         self.retry = retry
         self._workers: list[_Worker] = []
+        self._turn = threading.Lock()  # one batch of calls at a time, from whichever thread
         self._finalizer = weakref.finalize(self, _end_own, self._workers, os.getpid())
 
     def run(self, calls: Sequence[Arguments], sizes: Sequence[int]) -> list[Any]:
@@ -72,6 +76,10 @@ class WorkerPool:
         Raises:
             RewardError: when a worker cannot load the reward, or arguments cannot be sent to it.
         """
+        with self._turn:
+            return self._run(calls, sizes)
+
+    def _run(self, calls: Sequence[Arguments], sizes: Sequence[int]) -> list[Any]:
         size = self.retry.concurrency if self.retry else 1
         waiting = deque(
             _Task(chunk, sum(sizes[i] for i in chunk))

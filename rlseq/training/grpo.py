@@ -88,7 +88,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrai
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
-        self._rows, self._scored, self._rollouts = [], [], None
+        self._rows, self._scored, self._rollouts, self._begun = [], [], None, None
         self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
         self._reference_rewards = {}
         self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions

@@ -17,6 +17,7 @@ from rlseq.decoding import Greedy, Sample
 from rlseq.errors import RewardError, RlseqError
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
+from rlseq.scoring.suite import Begun
 from rlseq.training.forward import Ids
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
@@ -35,6 +36,7 @@ class RolloutMixin(trl.GRPOTrainer):
     suite: RewardSuite
     _rows: list[dict[str, Any]]  # the data set rows of the local generation batch
     _rollouts: list[Rollout] | None  # drawn by rlseq's sampler; None where TRL generated
+    _begun: Begun | None  # the rewards that score while TRL goes on to the reference
     _scored: list[ScoredRollout]
     _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
     _greedy_totals: torch.Tensor | None  # (B,) over all ranks, NaN where every reward abstained
@@ -87,9 +89,12 @@ class RolloutMixin(trl.GRPOTrainer):
         by_trl = self.use_vllm or self.use_transformers_continuous_batching or not self.args.rlseq_sampler
         if by_trl or self.tools or images is not None:
             self._rollouts = None
-            return super()._generate_single_turn(
+            found = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+            if not self.tools and images is None:  # else a turn is not the whole
+                self._begin_rewards(self._drawn_by_trl(self._rows, found[0]))
+            return found
         # A group may straddle ranks: the sample index follows from the row's place in the global batch.
         first = self.accelerator.process_index * len(self._rows)
         starts = [self._prefix(row["index"], (first + i) % num_generations) for i, row in enumerate(self._rows)]
@@ -129,7 +134,14 @@ class RolloutMixin(trl.GRPOTrainer):
             for i, rollout in zip(rows, group, strict=True):
                 rollouts[i] = rollout
         self._rollouts = rollouts
+        self._begin_rewards(rollouts)
         return [list(r.completion_ids) for r in rollouts], [list(r.logprobs) for r in rollouts]
+
+    def _begin_rewards(self, rollouts: list[Rollout]) -> None:
+        """Let the rewards that run apart score what was drawn, while TRL goes on to score it by the reference model."""
+        indices = [row["index"] for row in self._rows]
+        columns = self._columns(indices) | {"prompt": [row["prompt"] for row in self._rows]}
+        self._begun = self.suite.begin(rollouts, columns, context=_RewardContext(self))
 
     def _prefix(self, index: int, sample_index: int) -> Ids:
         """The reference tokens that a sample continues from; a prompt's samples take its references in turn."""
@@ -146,10 +158,15 @@ class RolloutMixin(trl.GRPOTrainer):
         indices = [row["index"] for row in inputs]
         columns = self._columns(indices) | {"prompt": prompts}
         self._reference_rewards = {}
+        begun, self._begun = self._begun, None
 
         def score():
             table = self.suite.score(
-                rollouts, columns, context=_RewardContext(self), gather=lambda mine: gather_object([mine])
+                rollouts,
+                columns,
+                context=_RewardContext(self),
+                gather=lambda mine: gather_object([mine]),
+                begun=begun,
             )
             greedy = self._score_alone(list(self._greedy.items()))
             if self.args.scores_references:
@@ -224,18 +241,23 @@ class RolloutMixin(trl.GRPOTrainer):
 
     def _as_rollouts(self, inputs, completions, completion_ids_list) -> list[Rollout]:
         """Give what TRL's own paths generated (vLLM, continuous batching, tools) the shape of rollouts."""
-        first = self.accelerator.process_index * len(inputs)
-        strategy = Sample(temperature=self.temperature).signature
         rollouts = []
-        for i, (row, completion, ids) in enumerate(zip(inputs, completions, completion_ids_list, strict=True)):
-            prompt = self.prompts[row["index"]]
-            rollout = self._as_rollout(prompt, (first + i) % self.num_generations, tuple(ids), strategy)
+        drawn = self._drawn_by_trl(inputs, completion_ids_list)
+        for rollout, completion in zip(drawn, completions, strict=True):
             if isinstance(completion, str):
                 rollouts.append(dataclasses.replace(rollout, text=completion))
             else:
                 text = str(completion[-1]["content"])
                 rollouts.append(dataclasses.replace(rollout, text=text, messages=tuple(completion)))
         return rollouts
+
+    def _drawn_by_trl(self, inputs, completion_ids_list) -> list[Rollout]:
+        first = self.accelerator.process_index * len(inputs)
+        strategy = Sample(temperature=self.temperature).signature
+        return [
+            self._as_rollout(self.prompts[row["index"]], (first + i) % self.num_generations, tuple(ids), strategy)
+            for i, (row, ids) in enumerate(zip(inputs, completion_ids_list, strict=True))
+        ]
 
     def _as_rollout(self, prompt: Prompt, sample_index: int, ids: Ids, strategy: str) -> Rollout:
         """Token ids that rlseq's sampler did not draw, as a rollout without log-probs."""

@@ -1,0 +1,34 @@
+"""Something done on a thread of its own while the caller goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Later:
+    """Starts to do something, and gives its result when asked.
+
+    The thread is a daemon: unlike those of `concurrent.futures` it does not keep a process that was interrupted alive.
+    """
+
+    def __init__(self, act: Callable[[], Any]):
+        self._act = act
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="rlseq-later", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._result = self._act()
+        except BaseException as error:  # raised where the result is asked for
+            self._error = error
+
+    def result(self) -> Any:
+        """Wait for the result; what was raised is raised here."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
