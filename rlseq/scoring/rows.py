@@ -121,7 +121,7 @@ class _WordTokenizer:
 
     chat_template = "none"
 
-    def __call__(self, text: Sequence[str]) -> dict[str, list[list[int]]]:
+    def __call__(self, text: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(range(len(one.split()))) for one in text]}
 
     def apply_chat_template(self, prompts: Sequence[Any], **_: Any) -> dict[str, list[list[int]]]:
