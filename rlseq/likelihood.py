@@ -417,8 +417,8 @@ def _try_head(model: nn.Module) -> bool:
     if not hasattr(base, "get_decoder") or not hasattr(base, "get_output_embeddings"):
         return False
     decoder, head = base.get_decoder(), base.get_output_embeddings()
-    # Sharded by FSDP2, only the outermost forward gathers current weights: call no part alone.
-    if decoder is base or head is None or any(hasattr(p, "full_tensor") for p in model.parameters()):
+    # Under FSDP2 only the outermost forward gathers current weights: call no part alone, even while they are whole.
+    if decoder is base or head is None or any(hasattr(m, "set_reshard_after_forward") for m in model.modules()):
         return False
     ids = torch.arange(5, device=next(model.parameters()).device)[None] % head.weight.shape[0]
     with torch.no_grad(), evaluating(model):

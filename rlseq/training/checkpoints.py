@@ -164,8 +164,9 @@ def find_defect(checkpoint: Path) -> str | None:
     for path in weights:
         if not is_whole_safetensors(path):
             return f"its {path.name} is missing or was cut short"
-    # One file on one process or under DDP; folders under FSDP (optimizer_0) and DeepSpeed (global_step10).
-    if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.pt", "optimizer_*", "global_step*")):
+    # optimizer.pt on one process or under DDP; optimizer.bin (whole) or optimizer_0/ (sharded) under FSDP;
+    # global_step10/ under DeepSpeed.
+    if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.*", "optimizer_*", "global_step*")):
         return "it has no optimizer state (it was saved with --save_only_model, which keeps the weights alone)"
     return None
 

@@ -22,7 +22,6 @@ import trl
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from trl.models.utils import unwrap_model_for_generation
 
 from rlseq.data import reference_ids
 from rlseq.errors import ConfigError
@@ -34,6 +33,7 @@ from rlseq.training.config import GRPOConfig
 from rlseq.training.exact_state import ExactStateMixin
 from rlseq.training.forward import Ids, Scores, forward, ragged
 from rlseq.training.guard import RolloutGuardMixin
+from rlseq.training.model_card import ModelCardMixin
 from rlseq.training.models import disable_dropout
 from rlseq.training.objectives import (
     expected_accuracy_loss,
@@ -43,6 +43,7 @@ from rlseq.training.objectives import (
 )
 from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
+from rlseq.training.tracking import TrackingMixin
 from rlseq.types import Prompt
 
 NAN = float("nan")
@@ -56,7 +57,7 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
     )
 
 
-class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrainer):
+class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMixin, RolloutMixin, trl.GRPOTrainer):
     """TRL's GRPOTrainer on `Prompt`s, `Rollout`s and a `RewardSuite`.
 
     Args:
@@ -156,8 +157,12 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrai
         if self.multi_objective_aggregation == "sum_then_normalize":
             self._set_advantages(output)
         self._add_objective_inputs(output)
+        advantages = output["advantages"]
+        if advantages.ndim > 1:  # one a token: their mean
+            advantages = advantages.sum(1) / (advantages != 0).sum(1).clamp(min=1)
+        self.keep_for_table(advantages, self._totals)
         if self._mode == "train" and self.rollouts_dir is not None:
-            self._log_rollouts(output["advantages"])
+            self._log_rollouts(advantages)
         return output
 
     def _set_advantages(self, output: dict[str, Tensor]) -> None:
@@ -172,8 +177,6 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrai
         scale = ADVANTAGE_SCALES[self.scale_rewards]
         advantages = group_advantages(groups, baseline=baseline, scale=scale).flatten()
         output["advantages"] = self._local(advantages).to(output["advantages"])
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(advantages.tolist())
         spread = torch.where(groups.isnan(), -torch.inf, groups).amax(1) - torch.where(
             groups.isnan(), torch.inf, groups
         ).amin(1)
@@ -227,12 +230,11 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrai
         self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
 
     def _log_rollouts(self, advantages: Tensor) -> None:
-        per_row = advantages if advantages.ndim == 1 else advantages.sum(1) / (advantages != 0).sum(1).clamp(min=1)
         step = self.state.global_step + 1  # the first step they train
         rounds = self.args.gradient_accumulation_steps // (self.args.steps_per_generation * self.num_iterations)
         part = self.draw % rounds if rounds > 1 else 0  # several rounds may share an optimizer step
         prompts = [self.prompts[row["index"]] for row in self._rows]
-        records = gather_object(rollout_records(step, prompts, self._scored, per_row.tolist()))
+        records = gather_object(rollout_records(step, prompts, self._scored, advantages.tolist()))
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)
 
@@ -359,16 +361,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, RolloutMixin, trl.GRPOTrai
         """Measure the model by the probe, in place of TRL's evaluation, which would draw from the run's randomness."""
         if self.probe is None:
             raise ConfigError("this trainer was given no probe to evaluate with")
-        with (
-            torch.no_grad(),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
+        with torch.no_grad(), self._model_to_generate() as model:
             found = self.probe(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.suite import Begun
 from rlseq.training.forward import Ids
+from rlseq.training.sharding import whole_weights
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
 T = TypeVar("T")
@@ -102,15 +104,7 @@ class RolloutMixin(trl.GRPOTrainer):
         for i, row in enumerate(self._rows):
             places.setdefault((row["index"], starts[i]), []).append(i)
         common = {"stop_ids": self.eos_token_ids, "tokenizer": self.processing_class, "seed": self.args.seed}
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
+        with self._model_to_generate() as model:
             groups = sample(
                 model,
                 [self.prompts[index] for index, _ in places],
@@ -136,6 +130,22 @@ class RolloutMixin(trl.GRPOTrainer):
         self._rollouts = rollouts
         self._begin_rewards(rollouts)
         return [list(r.completion_ids) for r in rollouts], [list(r.logprobs) for r in rollouts]
+
+    @contextlib.contextmanager
+    def _model_to_generate(self) -> Iterator[torch.nn.Module]:
+        """The bare model, its weights whole on every rank, so that each may call it as often as its rows take."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            whole_weights(model, reshard_after_forward=bool(getattr(plugin, "reshard_after_forward", True))),
+        ):
+            yield model
 
     def _begin_rewards(self, rollouts: list[Rollout]) -> None:
         """Let the rewards that run apart score what was drawn, while TRL goes on to score it by the reference model."""
