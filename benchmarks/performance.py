@@ -1,6 +1,7 @@
 """What rlseq's rollouts, updates and steps cost beside plain TRL and `generate`, on this machine (docs/performance.md).
 
-    python benchmarks/performance.py [--only step rollouts update long evaluation memory startup growth] [--json FILE]
+    python benchmarks/performance.py [--only step rollouts update sharing long evaluation memory startup growth]
+        [--repeats N] [--json FILE]
 
 Both sides of a row do the same work in one process and take turns, so that a machine that is busy for a while slows
 both; figures are medians. TRL has the same model, data, batch, loss, precision (float32) and attention, gradient
@@ -232,11 +233,23 @@ def step(repeats: int) -> list[dict[str, Any]]:
     return [{**row, "against": best, "phases": table}]
 
 
-def rollouts(repeats: int) -> list[dict[str, Any]]:
+def rollouts(repeats: int, samples: int = G, temperature: float = 1.0) -> list[dict[str, Any]]:
     """32 words × 8 samples."""
     model, tokenizer, prompts = g2p(32)
-    rates = race(drawing(model, tokenizer, prompts, G, 32), repeats)
-    return [result("rollouts, 32 words × 8, tokens/s", rates["rlseq"], rates["generate"], (2, 3))]
+    rates = race(drawing(model, tokenizer, prompts, samples, 32, temperature=temperature), repeats)
+    what = f"rollouts, 32 words × {samples}{_at(temperature)}, tokens/s"
+    return [result(what, rates["rlseq"], rates["generate"], (2, 3))]
+
+
+def _at(temperature: float) -> str:
+    return "" if temperature == 1 else f" at temperature {temperature:g}"
+
+
+def sharing(repeats: int) -> list[dict[str, Any]]:
+    """Work that samples share, or hardly: more of them, fewer, and at a temperature at which hardly two begin alike."""
+    changes: list[tuple[int, float]] = [(4, 1.0), (16, 1.0), (G, 3.0)]
+    work = [f(max(1, repeats // 2), *change) for change in changes for f in (rollouts, update)]
+    return [{**row, "targets": None} for rows in work for row in rows]
 
 
 def evaluation(repeats: int) -> list[dict[str, Any]]:
@@ -248,7 +261,14 @@ def evaluation(repeats: int) -> list[dict[str, Any]]:
 
 
 def drawing(
-    model: Any, tokenizer: Any, prompts: list[Prompt], samples: int, length: int, *, batch: int | None = None
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    samples: int,
+    length: int,
+    *,
+    batch: int | None = None,
+    temperature: float = 1.0,
 ) -> dict[str, Work]:
     """Samples of every prompt by rlseq and by `generate`; the work is the tokens up to each first stop."""
     model.eval()
@@ -262,7 +282,7 @@ def drawing(
             prompts,
             num_samples=samples,
             max_new_tokens=length,
-            strategy=Sample(),
+            strategy=Sample(temperature=temperature),
             seed=0,
             draw=next(draws),
             stop_ids=stops,
@@ -286,7 +306,7 @@ def drawing(
                     do_sample=True,
                     top_k=0,
                     top_p=1.0,
-                    temperature=1.0,
+                    temperature=temperature,
                     max_new_tokens=length,
                     num_return_sequences=samples,
                     pad_token_id=0,
@@ -303,12 +323,16 @@ def drawing(
     return {"rlseq": rlseq, "generate": generate}
 
 
-def update(repeats: int) -> list[dict[str, Any]]:
+def update(repeats: int, samples: int = G, temperature: float = 1.0) -> list[dict[str, Any]]:
     """Loss and backward of one batch of the grapheme-to-phoneme task."""
     model, tokenizer, prompts = g2p(64)
+    changes = {"num_generations": samples, "temperature": temperature}
     with tempfile.TemporaryDirectory() as folder:
-        found = updating(folder, model, tokenizer, prompts, BATCH, LAYOUTS, repeats)
-    return [{**result("update, 64 words × 8, updates/s", found["rlseq"], found["TRL"], (2, 3)), **found["more"]}]
+        found = updating(
+            folder, model, tokenizer, prompts, 64 * samples, (64 * samples, *LAYOUTS[1:]), repeats, **changes
+        )
+    what = f"update, 64 words × {samples}{_at(temperature)}, updates/s"
+    return [{**result(what, found["rlseq"], found["TRL"], (2, 3)), **found["more"]}]
 
 
 def updating(
@@ -508,7 +532,7 @@ def result(work: str, rlseq: float, other: float, targets: tuple[float, float] |
     return {"work": work, "rlseq": rlseq, "other": other, "ratio": rlseq / other, "targets": targets}
 
 
-ROWS = {f.__name__: f for f in (step, rollouts, update, long, evaluation, memory, startup, growth)}
+ROWS = {f.__name__: f for f in (step, rollouts, update, sharing, long, evaluation, memory, startup, growth)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
