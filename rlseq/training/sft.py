@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 
 from rlseq.training.checkpoints import FinishedRunMixin
 from rlseq.training.guard import GuardMixin
+from rlseq.training.model_card import ModelCardMixin
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -49,7 +50,7 @@ class LengthGroupedBatches(Sampler[int]):
         return iter(torch.cat(shuffled + last).tolist())
 
 
-class SFTTrainer(GuardMixin, FinishedRunMixin, trl.SFTTrainer):
+class SFTTrainer(GuardMixin, FinishedRunMixin, ModelCardMixin, trl.SFTTrainer):
     """TRL's SFTTrainer whose `train_sampling_strategy: group_by_length` gives `LengthGroupedBatches`."""
 
     def _get_train_sampler(self, train_dataset=None):
