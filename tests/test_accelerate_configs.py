@@ -34,7 +34,8 @@ def test_accelerate_reads_the_file_and_knows_every_key_of_it(name):
         assert key in known, key
 
 
-def test_checkpoints_of_sharded_models_are_whole():
+def test_sharded_models_are_loaded_and_saved_whole():
     assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
+    assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
     assert load_config_from_file(str(FOLDER / "zero3.yaml")).deepspeed_config["zero3_save_16bit_model"] is True

@@ -14,11 +14,14 @@ from rlseq.training.world import asked_of, compare
 
 ROOT = Path(__file__).parent.parent
 TWO = str(ROOT / "recipes/accelerate/cpu-2proc.yaml")
+FSDP2 = str(ROOT / "recipes/accelerate/fsdp2.yaml")
 
 COMMANDS = {
     "the command": (["/bin/python", "/bin/accelerate", "launch", "--config_file", TWO, "x.py"], 2, "MULTI_GPU"),
     "its other name": (["/bin/python", "/bin/accelerate-launch", "--num_processes", "4", "x.py"], 4, "NO"),
     "the module": (["python", "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "x.py"], 2, "NO"),
+    "a file for FSDP": (["python", "accelerate", "launch", "--config_file", FSDP2, "x.py"], 8, "FSDP"),
+    "FSDP by flags": (["python", "accelerate", "launch", "--use_fsdp", "--num_processes", "2", "x.py"], 2, "FSDP"),
     "flags over the file": (
         ["python", "accelerate", "launch", "--config_file", TWO, "--num_processes", "3", "x.py"],
         3,
@@ -36,6 +39,13 @@ COMMANDS = {
 def test_what_was_asked_for_is_read_off_the_launchers_command_line(case):
     command, processes, kind = COMMANDS[case]
     assert asked_of(command) == {"processes": processes, "kind": kind}
+
+
+def test_several_cpu_processes_are_read_off_a_file_of_their_kind(tmp_path):
+    text = Path(TWO).read_text(encoding="utf-8").replace("distributed_type: MULTI_GPU", "distributed_type: MULTI_CPU")
+    (tmp_path / "cpus.yaml").write_text(text, encoding="utf-8")
+    command = ["accelerate", "launch", "--config_file", str(tmp_path / "cpus.yaml"), "x.py"]
+    assert asked_of(command) == {"processes": 2, "kind": "MULTI_CPU"}
 
 
 @pytest.mark.parametrize("command", [[], ["/bin/bash"], ["python", "-m", "pytest"], ["torchrun", "--nproc", "2"]])
@@ -56,6 +66,8 @@ def test_another_world_is_refused_with_what_gives_the_one_asked_for():
     with pytest.raises(ConfigError, match="FSDP, but there is no accelerator"):
         compare(fsdp, {"WORLD_SIZE": "2"}, accelerators=False)
     compare(fsdp, {"WORLD_SIZE": "2"}, accelerators=True)
+    with pytest.raises(ConfigError, match="a model without weights"):
+        compare(fsdp, {"WORLD_SIZE": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, accelerators=True)
 
 
 def test_two_cpu_processes_that_accelerate_makes_one_are_refused(tmp_path):

@@ -86,3 +86,9 @@ def compare(asked: Mapping[str, Any], environment: Mapping[str, str], *, acceler
             "accelerate launch was asked for FSDP, but there is no accelerator: it would leave every process a whole "
             f"model without a word. {CPU_WORLD}"
         )
+    if asked["kind"] == "FSDP" and environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "true":
+        raise ConfigError(
+            "fsdp_cpu_ram_efficient_loading leaves every process but the first a model without weights, and rlseq "
+            "looks at it before it is sharded. Set it to false, as recipes/accelerate/fsdp2.yaml does: accelerate has "
+            "it on where nothing is said."
+        )
