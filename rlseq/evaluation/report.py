@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from rlseq.evaluation import compression, plots, tables
 from rlseq.evaluation.headline import make_headline
@@ -195,37 +196,60 @@ def _accuracy_check(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def write_plane(results: Results, path: str | Path) -> Path | None:
+    """Write the figure of likelihood against quality as a PNG.
+
+    Returns:
+        The path, or None where the results have nothing to draw.
+    """
+    found = _plane(results) if results else None
+    if found is None:
+        return None
+    found[1].savefig(path, dpi=150, facecolor=plots.PAPER)
+    return Path(path)
+
+
+def _plane(results: Results) -> tuple[str, Figure] | None:
+    """The description and figure of likelihood against quality, where both were measured."""
+    models = list(results["models"])
+    primary = (results.get("primary") or {}).get("metric")
+    names = [n for n in tables.quality_metrics(results) if tables.metric(results, n).better is not None]
+    name = primary if primary in names else next(iter(names), None)
+    if name is None:
+        return None
+    info = tables.metric(results, name)
+    points = {
+        (model, strategy): (nll, quality)
+        for strategy in tables.fair_strategies(results)
+        for model in models
+        if (nll := tables.cell(results, model, None, "nll_per_token"))
+        and (quality := tables.cell(results, model, strategy, name))
+        and quality["value"] is not None
+    }
+    if not points:
+        return None
+    pairs = dict.fromkeys((c["a"], c["b"]) for c in results.get("comparisons", ()))
+    figure = plots.plane(
+        points,
+        models,
+        list(pairs),
+        x_label="NLL per token (nats)",
+        y_label=info.label,
+        y_higher_is_better=bool(info.better),
+        y_percent=info.percent,
+    )
+    return f"{info.label} against NLL per token", figure
+
+
 def _figures(
     results: Results, samples: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[str, str]]:
     """Name -> (description, SVG). Figures whose data is absent are absent."""
     models = list(results["models"])
     figures = {}
-    primary = (results.get("primary") or {}).get("metric")
-    names = [n for n in tables.quality_metrics(results) if tables.metric(results, n).better is not None]
-    name = primary if primary in names else next(iter(names), None)
-    if name is not None:
-        info = tables.metric(results, name)
-        points = {
-            (model, strategy): (nll, quality)
-            for strategy in tables.fair_strategies(results)
-            for model in models
-            if (nll := tables.cell(results, model, None, "nll_per_token"))
-            and (quality := tables.cell(results, model, strategy, name))
-            and quality["value"] is not None
-        }
-        if points:
-            pairs = dict.fromkeys((c["a"], c["b"]) for c in results.get("comparisons", ()))
-            figure = plots.plane(
-                points,
-                models,
-                list(pairs),
-                x_label="NLL per token (nats)",
-                y_label=info.label,
-                y_higher_is_better=bool(info.better),
-                y_percent=info.percent,
-            )
-            figures["plane"] = (f"{info.label} against NLL per token", plots.to_svg(figure))
+    found = _plane(results)
+    if found is not None:
+        figures["plane"] = (found[0], plots.to_svg(found[1]))
     curves = tables.pass_curves(results)
     if curves:
         drawn = monte_carlo_pass_at_k(samples, "sample", results["rows"])
