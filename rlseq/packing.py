@@ -38,7 +38,7 @@ IGNORED = -100  # the label of positions that are not scored, as in torch.nn.fun
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, [completion ids, ...])
 
 # Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -474,7 +474,7 @@ def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
     found = packed[batch.token_rows, batch.token_columns - 1]
     wanted = torch.cat([logits[-n - 1 : -1] for logits, n in zip(expected, batch.lengths, strict=True)])
     difference = (found - wanted).abs().max().item()
-    allowed = _TOLERANCE.get(parameter.dtype, _TOLERANCE[torch.float32]) * wanted.abs().max().item()
+    allowed = LOGIT_TOLERANCE.get(parameter.dtype, LOGIT_TOLERANCE[torch.float32]) * wanted.abs().max().item()
     if difference <= allowed:  # False for NaN
         return True, ""
     return (

@@ -11,18 +11,16 @@ the logits (a draw that falls within rounding of a boundary of the CDF may then 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
+from rlseq.beginnings import begin
 from rlseq.decoding import Greedy, Sample, Strategy, to_units
 from rlseq.errors import ConfigError, ModelError
-from rlseq.kv_cache import rearrange, with_room
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
 
@@ -110,7 +108,7 @@ def sample(
     """Continue each of P prompts G times.
 
     Args:
-        model: any causal transformers model with a standard KV cache; its `generation_config` is not read.
+        model: any causal transformers model (`rlseq.beginnings`); its `generation_config` is not read.
         prompts: P prompts; equal `prompt_ids` share one prefill.
         num_samples: G; strategies that do not draw give 1 only.
         max_new_tokens: completions are cut after so many sampled tokens (finish_reason "length").
@@ -201,7 +199,7 @@ def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1)
         ConfigError: the budget does not hold so many; the message says the least that does.
     """
     row_bytes = tokens * cached_numbers(model.config) * next(model.parameters()).element_size()
-    rows = int(max_kv_gb * 1e9) // row_bytes
+    rows = int(max_kv_gb * 1e9) // max(1, row_bytes)
     if rows < together:
         least = math.ceil(together * row_bytes / 1e3) / 1e6
         held = "one row" if together == 1 else f"{together} rows, which are decoded together,"
@@ -214,6 +212,8 @@ def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1)
 def cached_numbers(config: Any) -> int:
     """Numbers that the KV cache holds of a token: layers · 2 · key-value heads · head dimension."""
     config = config.get_text_config()
+    if not getattr(config, "num_attention_heads", None):
+        return 0  # states alone, of one size at any length
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers * 2 * heads * width
@@ -254,42 +254,21 @@ def _decode(
     The batch has a slot for each distinct beginning; `slot` says which one a row is at.
     """
     device = next(model.parameters()).device
-    accepted = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     stops = np.array(sorted(stop_ids))
+    num_rows = len(prompt_ids)
 
-    # One prefill per unique prompt, left-padded, with explicit positions.
+    # One prefill per unique prompt.
     unique: dict[tuple[int, ...], int] = {}
     slot = np.array([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids])  # (B,)
-    width = max(map(len, unique))
-    input_ids = torch.zeros(len(unique), width, dtype=torch.long)  # (U, L); padding is masked, so any id will do
-    attention_mask = torch.zeros(len(unique), width, dtype=torch.long)
-    for ids, u in unique.items():
-        input_ids[u, width - len(ids) :] = torch.tensor(ids)
-        attention_mask[u, width - len(ids) :] = 1
-    input_ids, attention_mask = input_ids.to(device), attention_mask.to(device)
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        past_key_values=DynamicCache(config=model.config),
-        use_cache=True,
-        **last_only,
-    )
-    cache = output.past_key_values
-    num_rows = len(prompt_ids)
-    if width + max_new_tokens >= WORTH_ROOM:
-        cache = with_room(cache, num_rows)
-    logits = output.logits[:, -1].float()  # (U, V)
-    position = positions[:, -1]  # (U,)
+    roomy = max(map(len, unique)) + max_new_tokens >= WORTH_ROOM
+    beginnings = begin(model, list(unique), most_rows=num_rows if roomy else 0)
 
     all_ids = np.zeros((num_rows, max_new_tokens), np.int64)
     all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
     lengths = np.zeros(num_rows, np.int64)
     rows = np.arange(num_rows)  # those that still run
     for step in range(max_new_tokens):
-        slots = torch.from_numpy(slot).to(device)
+        slots, logits = torch.from_numpy(slot).to(device), beginnings.logits  # (B,), (U, V)
         if isinstance(strategy, Sample):
             logprobs = strategy.warp(logits)
             token = pick(logprobs, torch.from_numpy(uniforms(keys[rows], step)).to(device), slot)
@@ -304,23 +283,8 @@ def _decode(
         rows, slot, drawn = rows[runs], slot[runs], drawn[runs]
         if not len(rows) or step + 1 == max_new_tokens:
             break
-        sources, tokens, slot = _branch(slot, drawn, len(attention_mask))
-        if sources is not None:
-            rearrange(cache, sources)
-            index = torch.from_numpy(sources).to(device)
-            attention_mask, position = attention_mask[index], position[index]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(tokens), 1)], dim=1)
-        position = position + 1
-        output = model(
-            input_ids=torch.from_numpy(tokens).to(device).unsqueeze(1),
-            attention_mask=attention_mask,
-            position_ids=position.unsqueeze(1),
-            past_key_values=cache,
-            use_cache=True,
-            **last_only,
-        )
-        cache = output.past_key_values
-        logits = output.logits[:, -1].float()
+        sources, tokens, slot = _branch(slot, drawn, len(logits))
+        beginnings.advance(sources, tokens)
 
     found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
     ids, logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)

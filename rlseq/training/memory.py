@@ -14,12 +14,13 @@ import torch
 import trl
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 
 from rlseq.doctor.preflight import load_configs
 from rlseq.errors import ConfigError, ModelError
 from rlseq.sampler import cached_numbers
 from rlseq.training.critic import critic_folder, first_line
+from rlseq.training.models import causal_class, freeze_other_senses
 
 # Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 1 without the
 # attention scores, which SDPA does not keep: 34 bytes a token, layer and hidden unit at 16 bits are 17 numbers.
@@ -36,6 +37,8 @@ class ModelSize:
         weight_bytes, trained_bytes: their bytes.
         critic, critic_bytes: of PPO's critic, which is trained whole; 0 without one.
         adapter: whether the trained parameters are an adapter's.
+        linear, linear_bytes: weights of the policy's linear layers but its output layer, and no adapter's: what is
+            quantised, where anything is.
         layers, hidden, vocabulary: of the policy.
         cached: numbers that its KV cache holds of a token.
     """
@@ -47,6 +50,8 @@ class ModelSize:
     critic: int
     critic_bytes: int
     adapter: bool
+    linear: int
+    linear_bytes: int
     layers: int
     hidden: int
     vocabulary: int
@@ -68,9 +73,10 @@ def weightless_model(model_args: trl.ModelConfig) -> nn.Module:
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = causal_class(config).from_config(config, dtype=dtype)
         except (ValueError, KeyError) as error:
             raise ModelError(f"{path!r} makes no causal language model: {first_line(error)}") from error
+        freeze_other_senses(model)
         if (Path(path) / "adapter_config.json").is_file():
             settings = PeftConfig.from_pretrained(path)
             settings.inference_mode = False
@@ -79,9 +85,14 @@ def weightless_model(model_args: trl.ModelConfig) -> nn.Module:
         if settings is None:
             return model
         try:
-            return get_peft_model(model, settings)
+            adapted = get_peft_model(model, settings)
         except ValueError as error:
             raise ConfigError(f"the adapter does not fit {path!r}: {first_line(error)}") from error
+        if model_args.load_in_4bit or model_args.load_in_8bit:  # TRL then trains the adapter in 16 bits
+            for name, parameter in adapted.named_parameters():
+                if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        return adapted
 
 
 def size_of(model: nn.Module, critic: int = 0) -> ModelSize:
@@ -89,6 +100,12 @@ def size_of(model: nn.Module, critic: int = 0) -> ModelSize:
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     text = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linear = [
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
+    ]
     width = max(p.element_size() for p in parameters if p.is_floating_point())
     return ModelSize(
         parameters=sum(p.numel() for p in parameters),
@@ -98,6 +115,8 @@ def size_of(model: nn.Module, critic: int = 0) -> ModelSize:
         critic=critic,
         critic_bytes=critic * width,
         adapter=isinstance(model, PeftModel),
+        linear=sum(weight.numel() for weight in linear),
+        linear_bytes=sum(weight.numel() * weight.element_size() for weight in linear),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
@@ -152,7 +171,7 @@ def memory(
         optim: the optimizer's name.
         reference: whether a reference model is held beside the policy.
         averages: copies of the trained weights that are held (a running average, the start).
-        quantized_bits: of the weights that are not trained, where they are quantised.
+        quantized_bits: of the weights of linear layers, where they are quantised.
         compute_bytes: of a number in the forward: 2 under mixed or half precision, else 4.
         update_tokens: of a micro-batch, padded to its longest row.
         cached_tokens: rows drawn together times the longest row; 0 where nothing is drawn.
@@ -162,7 +181,7 @@ def memory(
     trained = size.trained_bytes + size.critic_bytes
     weights = size.weight_bytes + size.critic_bytes
     if quantized_bits:
-        weights = trained + (size.parameters - size.trained) * quantized_bits // 8
+        weights += size.linear * quantized_bits // 8 - size.linear_bytes
     layer = ACTIVATIONS * size.hidden * compute_bytes
     kept = size.layers * size.hidden * compute_bytes + layer if checkpointing else size.layers * layer
     if size.critic > size.hidden + 1:  # a backbone of its own passes the same tokens

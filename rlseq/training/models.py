@@ -14,14 +14,22 @@ import trl
 from peft import PeftModel
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 
+MERGED = "merged"  # folder of a run that holds its adapter merged into the base
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
 
@@ -85,7 +93,8 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
         model = load_model(dataclasses.replace(model_args, model_name_or_path=base, model_revision="main"))
         return PeftModel.from_pretrained(model, model_args.model_name_or_path, is_trainable=True)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        model = causal_class(config).from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             dtype=dtype or torch.float32,
@@ -97,6 +106,53 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
         raise ModelError(
             f"cannot load a model from {model_args.model_name_or_path!r}: {str(error).splitlines()[0]}"
         ) from error
+    freeze_other_senses(model)
+    return model
+
+
+def causal_class(config: PreTrainedConfig) -> type:
+    """The auto class that makes a language model of a configuration: one for images too where there is no other."""
+    images_too = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if images_too and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def freeze_other_senses(model: PreTrainedModel) -> None:
+    """Do not train what text does not pass: the towers for images and sound of a multimodal model.
+
+    They would get no gradient, but memory for one, and data-parallel training would wait for it.
+    """
+    if model.config.get_text_config() is model.config:
+        return
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    text = {id(p) for part in parts if part is not None for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in text:
+            parameter.requires_grad_(False)
+
+
+def write_merged(run: Path, model_args: trl.ModelConfig) -> Path:
+    """Merge the adapter that a run saved into its base, and write the whole model, with its tokenizer, to RUN/merged.
+
+    The base is loaded anew, and not quantised: merging into rounded weights would round the adapter too.
+
+    Args:
+        run: a folder with an adapter and a tokenizer.
+        model_args: the run's; the merged model has its dtype.
+
+    Returns:
+        The folder, which `AutoModelForCausalLM.from_pretrained` loads.
+
+    Raises:
+        ModelError: the base cannot be loaded.
+    """
+    plain = {"load_in_4bit": False, "load_in_8bit": False, "use_peft": False, "merge_adapter": False}
+    model = load_model(dataclasses.replace(model_args, model_name_or_path=str(run), **plain))
+    merged = model.merge_and_unload()
+    merged.save_pretrained(run / MERGED)
+    load_tokenizer(str(run)).save_pretrained(run / MERGED)
+    return run / MERGED
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -1,0 +1,275 @@
+"""Beginnings that are decoded together, and the ways in which a model can go on from them.
+
+    padded        all in one batch, padded on the left, from a cache
+    by length     the same without padding: a batch, and a cache, for each prompt length
+    uncached      every step computes the whole sequences anew; no cache, no padding
+
+Attention with explicit positions allows the first. Layers that carry a state from token to token may take padding for
+text, or keep a cache of another kind. So a model that is not a plain attention model of transformers' own is tried
+once, on a few random tokens, against forwards of one sequence without a cache, and gets the first way that is right.
+All three give the same logits to rounding; they differ in time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rlseq.kv_cache import rearrange, with_room
+from rlseq.packing import LOGIT_TOLERANCE
+
+Ids = Sequence[int]
+
+TRIED_LENGTHS = (5, 2, 7, 1)  # of the trial's prompts: shorter and longer than the usual convolution of 4 tokens
+# Of the trial's slots at each step, the one that each continues: rows move, are copied, leave.
+TRIED_SOURCES = (None, (0, 0, 2, 1, 3, 2), (5, 3, 1), None)
+FLIPS = 0.1  # share of logits that may be off in 16 bits, where a router that rounds otherwise picks another expert
+
+
+class Beginnings(Protocol):
+    """U beginnings, each at a slot.
+
+    Attributes:
+        logits: (U, V) float32 of the token after each.
+    """
+
+    logits: Tensor
+
+    def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
+        """Let slot u hold what slot `sources[u]` held (None: what it holds), with `tokens[u]` behind it."""
+
+
+class Cached:
+    """Beginnings in one batch, from a cache; those of unlike lengths are padded on the left.
+
+    Args:
+        model: takes `past_key_values`, or as state-space models do, `cache_params`.
+        beginnings: U token id lists.
+        most_rows: rows that there will be at most, where the cache shall have room for what comes; 0: it grows.
+    """
+
+    def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0):
+        self.model = model
+        accepted = _parameters(model)
+        self.device = next(model.parameters()).device
+        self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        width = max(map(len, beginnings))
+        input_ids = torch.zeros(len(beginnings), width, dtype=torch.long)  # (U, L); padding is masked: any id will do
+        mask = torch.zeros(len(beginnings), width, dtype=torch.long)
+        for u, ids in enumerate(beginnings):
+            input_ids[u, width - len(ids) :] = torch.tensor(ids)
+            mask[u, width - len(ids) :] = 1
+        self.mask = mask.to(self.device)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.position = positions[:, -1]  # (U,)
+        self.cache = DynamicCache(config=model.config)
+        self._forward(input_ids.to(self.device), self.mask, positions)
+        # Layers that carry states move by `reorder_cache` alone, and that knows nothing of room.
+        self.states = not all(map(_holds_tokens, self.cache.layers))
+        if most_rows and not self.states:
+            self.cache = with_room(self.cache, most_rows)
+
+    def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
+        if sources is not None:
+            index = torch.from_numpy(sources).to(self.device)
+            if self.states:
+                self.cache.reorder_cache(index)
+            else:
+                rearrange(self.cache, sources)
+            self.mask, self.position = self.mask[index], self.position[index]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.position = self.position + 1
+        # A model of states alone has padding behind it by now, and would take the mask for one of these tokens.
+        mask = self.mask if self.cache_name == "past_key_values" else None
+        self._forward(torch.from_numpy(tokens).to(self.device).unsqueeze(1), mask, self.position.unsqueeze(1))
+
+    def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor) -> None:
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{self.cache_name: self.cache},
+            **self.options,
+        )
+        self.cache = getattr(output, self.cache_name)
+        self.logits = output.logits[:, -1].float()
+
+
+class Uncached:
+    """Beginnings of one length, each step computed from the first token on; arguments as of `Cached`."""
+
+    def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0):
+        self.model = model
+        self.ids = torch.tensor([list(ids) for ids in beginnings], device=next(model.parameters()).device)  # (U, L)
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+        self._forward()
+
+    def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
+        if sources is not None:
+            self.ids = self.ids[torch.from_numpy(sources).to(self.ids.device)]
+        self.ids = torch.cat([self.ids, torch.from_numpy(tokens).to(self.ids.device).unsqueeze(1)], dim=1)
+        self._forward()
+
+    def _forward(self) -> None:
+        self.logits = self.model(input_ids=self.ids, use_cache=False, **self.options).logits[:, -1].float()
+
+
+class ByLength:
+    """Beginnings in a batch for each length: none is padded, and none will be, since all grow by a token a step.
+
+    Args:
+        kind: of the batches, `Cached` or `Uncached`; the other arguments are theirs.
+    """
+
+    def __init__(
+        self, kind: Callable[..., Beginnings], model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0
+    ):
+        lengths = np.array([len(ids) for ids in beginnings])
+        distinct, self.part = np.unique(lengths, return_inverse=True)  # (U,) which batch a slot is in
+        self.place = np.zeros(len(lengths), np.int64)  # (U,) and its row there
+        self.parts = []
+        for number in range(len(distinct)):
+            here = np.flatnonzero(self.part == number)
+            self.place[here] = np.arange(len(here))
+            self.parts.append(kind(model, [beginnings[u] for u in here], most_rows))
+        self._gather()
+
+    def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
+        if sources is not None:
+            self.part, self.place = self.part[sources], self.place[sources]
+        for number, part in enumerate(self.parts):
+            here = np.flatnonzero(self.part == number)
+            if len(here):  # else no slot will ever come back to it
+                moves = not np.array_equal(self.place[here], np.arange(len(part.logits)))
+                part.advance(self.place[here] if moves else None, tokens[here])
+                self.place[here] = np.arange(len(here))
+        self._gather()
+
+    def _gather(self) -> None:
+        found = {number: self.parts[number].logits for number in np.unique(self.part).tolist()}
+        self.logits = torch.stack([found[n][i] for n, i in zip(self.part.tolist(), self.place.tolist(), strict=True)])
+
+
+def _by_length(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0) -> ByLength:
+    return ByLength(Cached, model, beginnings, most_rows)
+
+
+def _uncached(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0) -> ByLength:
+    return ByLength(Uncached, model, beginnings, most_rows)
+
+
+WAYS: dict[str, Callable[..., Beginnings]] = {"padded": Cached, "by length": _by_length, "uncached": _uncached}
+COSTS = {
+    "by length": "one prompt length at a time",
+    "uncached": "without a cache, each step anew from the first token, which is slow",
+}
+
+# The way of each model that was tried, by attention implementation and dtype.
+_tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def begin(model: nn.Module, beginnings: Sequence[Ids], *, most_rows: int = 0) -> Beginnings:
+    """Run a model over beginnings, in the first way that is right for it; in eval mode and without gradient.
+
+    Args:
+        model: a causal `transformers` model.
+        beginnings: U token id lists, of one token at least.
+        most_rows: as of `Cached`.
+    """
+    return WAYS[way_of(model)](model, beginnings, most_rows)
+
+
+def way_of(model: nn.Module) -> str:
+    """The key of `WAYS` that a model is decoded by. Where it is not the first, a line says so, once a model.
+
+    The answer is kept as long as the model lives. Logits may differ by what `supports_packing` allows.
+    """
+    if is_plain(model):
+        return "padded"
+    known = _tried.setdefault(model, {})
+    parameter = next(model.parameters())
+    key = (getattr(model.config.get_text_config(), "_attn_implementation", None), parameter.dtype)
+    if key not in known:
+        reason = ""
+        for way, make in WAYS.items():
+            defect = _try(model, make) if way != "uncached" else None
+            if defect is None:
+                break
+            reason = reason or defect
+        known[key] = way
+        if way != "padded" and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            print(f"rlseq: {type(_base(model)).__name__} is decoded {COSTS[way]}: {reason}", flush=True)
+    return known[key]
+
+
+def is_plain(model: nn.Module) -> bool:
+    """Whether a model is one of transformers' own that takes masks and positions and caches keys and values alone."""
+    base = _base(model)
+    if not isinstance(base, PreTrainedModel) or type(base).__module__.startswith("transformers_modules"):
+        return False
+    if not {"attention_mask", "position_ids", "past_key_values"} <= _parameters(model).keys():
+        return False
+    return all(map(_holds_tokens, DynamicCache(config=model.config).layers))
+
+
+def _holds_tokens(layer: Any) -> bool:
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _base(model: nn.Module) -> nn.Module:
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def _parameters(model: nn.Module) -> Any:
+    return inspect.signature(_base(model).forward).parameters
+
+
+def _try(model: nn.Module, make: Callable[..., Beginnings]) -> str | None:
+    """Why a way is wrong for a model, or None if it is right (or if nothing can be told: the logits are not finite)."""
+    noise = np.random.default_rng(0)  # its own generator: the global random state is the run's
+    vocabulary = model.config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    held = [noise.integers(vocabulary, size=n).tolist() for n in TRIED_LENGTHS]
+
+    def alone() -> Tensor:
+        rows = [torch.tensor([ids], device=device) for ids in held]
+        return torch.stack([model(input_ids=row, use_cache=False).logits[0, -1].float() for row in rows])
+
+    found, expected = [], [alone()]
+    if not torch.isfinite(expected[0]).any():
+        return None
+    try:
+        beginnings = make(model, held)
+        found.append(beginnings.logits)
+        for sources in TRIED_SOURCES:
+            index = None if sources is None else np.array(sources)
+            held = [held[s] for s in (range(len(held)) if sources is None else sources)]
+            tokens = noise.integers(vocabulary, size=len(held))
+            held = [[*ids, token] for ids, token in zip(held, tokens.tolist(), strict=True)]
+            beginnings.advance(index, tokens)
+            found.append(beginnings.logits)
+            expected.append(alone())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model may refuse cache, mask or positions in any way; the reason is handed on
+        return f"its forward does not decode from such a cache ({type(error).__name__}: {str(error).splitlines()[0]})"
+    got, wanted = torch.cat(found), torch.cat(expected)
+    magnitude = wanted[torch.isfinite(wanted)].abs().max().item()
+    dtype = next(model.parameters()).dtype
+    allowed = LOGIT_TOLERANCE.get(dtype, LOGIT_TOLERANCE[torch.float32]) * magnitude
+    off = (got - wanted).abs().nan_to_num(nan=0.0 if torch.equal(got.isnan(), wanted.isnan()) else torch.inf)
+    off = torch.where(got == wanted, 0.0, off)  # ∞ − ∞
+    share = (off > allowed).any(-1).float().mean().item()
+    if share <= (FLIPS if dtype in (torch.float16, torch.bfloat16) else 0.0):
+        return None
+    return f"logits from the cache differ by up to {off.max().item():.3g} from uncached ones (allowed: {allowed:.3g})"
