@@ -43,11 +43,11 @@ class Found:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def bundled_folder() -> Path:
-    """Where the bundled rewards lie: inside an installed wheel, or at the top of a checkout."""
+def bundled_folder(name: str = "rewards") -> Path:
+    """Where the bundled "rewards" or "recipes" lie: inside an installed wheel, or at the top of a checkout."""
     package = Path(__file__).resolve().parent.parent
-    installed = package / "bundled" / "rewards"
-    return installed if installed.is_dir() else package.parent / "rewards"
+    installed = package / "bundled" / name
+    return installed if installed.is_dir() else package.parent / name
 
 
 def named_files(search_root: Path) -> dict[str, list[Path]]:

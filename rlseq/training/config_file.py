@@ -13,12 +13,34 @@ import yaml
 from accelerate import PartialState
 
 from rlseq.errors import ConfigError, RlseqError, did_you_mean
+from rlseq.scoring.find import bundled_folder
 from rlseq.training.batch_sizes import batch_advice
 from rlseq.training.values import describe_choices, plain
 
 MOST_VALUES = 100_000  # of a YAML file with its aliases written out: ten lines may stand for billions
 # Orders to one process, and secrets: a file that repeats the run must hold neither.
 _NOT_WRITTEN = ("resume_from_checkpoint", "overwrite_output_dir", "dry_run", "hub_token")
+
+
+def find_config(path: str | os.PathLike) -> Path:
+    """A config file; one of recipes/ that the working directory lacks is the bundled one."""
+    return Path(_bundled(os.fspath(path)))
+
+
+def beside_config(value: Any, config: Path) -> Any:
+    """A value of a config file; the bundled ones name what lies beside them as recipes/..., which holds anywhere."""
+    if not config.resolve().is_relative_to(bundled_folder("recipes").resolve()):
+        return value
+    if isinstance(value, list):
+        return [beside_config(item, config) for item in value]
+    return _bundled(value) if isinstance(value, str) else value
+
+
+def _bundled(text: str) -> str:
+    path, colon, function = text.partition(":")  # path/to/file.py:function
+    inside = bundled_folder("recipes").parent / path
+    lacking = Path(path).parts[:1] == ("recipes",) and not os.path.exists(path) and os.path.exists(inside)
+    return f"{inside}{colon}{function}" if lacking else text
 
 
 def read_yaml_mapping(path: Path) -> tuple[dict[str, int], dict[str, Any]]:

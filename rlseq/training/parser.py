@@ -23,7 +23,14 @@ from trl import TrlParser
 
 from rlseq.errors import ConfigError, TrainingError, did_you_mean
 from rlseq.training.batch_sizes import working_batch_sizes
-from rlseq.training.config_file import construct, read_yaml_mapping, resolved_values, write_config
+from rlseq.training.config_file import (
+    beside_config,
+    construct,
+    find_config,
+    read_yaml_mapping,
+    resolved_values,
+    write_config,
+)
 from rlseq.training.faults import explained
 from rlseq.training.values import TypeMismatch, check_value, describe_choices, flag_type
 from rlseq.training.world import check_world
@@ -69,6 +76,9 @@ class RecipeParser(TrlParser):
             args: the command line; that of the process when None.
             default_config: the YAML file to read when the command line names none.
 
+        `--config recipes/...`, and paths recipes/... in the bundled configs, are those of the working directory where
+        it has them, and else the bundled ones.
+
         Raises:
             ConfigError: for anything that is not a known name with a value of its type, and for values that
                 the dataclasses refuse.
@@ -80,7 +90,7 @@ class RecipeParser(TrlParser):
             raise ConfigError(self._unknown_argument(unknown))
         flags = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
         config = flags.pop("config", default_config)
-        given = {**(self._read_yaml(Path(config)) if config else {}), **flags}
+        given = {**(self._read_yaml(find_config(config)) if config else {}), **flags}
         missing = [f"--{name}" for name in self._required if name not in given]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, as a flag or in the --config file.")
@@ -112,7 +122,7 @@ class RecipeParser(TrlParser):
             if name not in valid:
                 raise ConfigError(f"{where}: unknown key {name!r}.{did_you_mean(name, valid)}")
             try:
-                checked[name] = check_value(value, valid[name])
+                checked[name] = check_value(beside_config(value, path), valid[name])
             except TypeMismatch as mismatch:
                 raise ConfigError(f"{where}: {name} is {value!r}; expected {mismatch}") from None
         return checked

@@ -1,0 +1,79 @@
+"""GRPO: fine-tune a teacher-forced model on the sequences it samples, scored whole by rewards.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/grpo.py
+
+With no arguments it fine-tunes the bundled grapheme-to-phoneme base by `phoneme_accuracy` (recipes/g2p/grpo.yaml:
+about 4 minutes on 2 cores) and writes runs/g2p-grpo/: every rollout, every metric, the checkpoints, and in
+evaluation/report.html the contrast of the base with the result. `--config` and flags take any model, data and
+rewards; every field of TRL's GRPOConfig and ModelConfig is a flag under its TRL name:
+
+    accelerate launch recipes/grpo.py --config recipes/g2p/grpo.yaml \
+        --reward_funcs my_rewards.py:brevity phoneme_accuracy --reward_weights 0.1 1.0
+
+A step: P prompts, G samples each -> rewards -> advantages within each prompt's group -> clipped policy gradient.
+Other objectives are one flag away (docs/objectives.md): --advantage_baseline leave_one_out|greedy|batch,
+--objective minimum_risk|expected_accuracy|reference_exact, --reference_loss_coef, --reference_prefix. recipes/ppo.py
+takes the same flags and puts a critic in place of the group.
+"""
+
+import trl
+
+from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
+from rlseq.scoring.find import bundled_folder
+from rlseq.training.callbacks import MetricsWriter
+from rlseq.training.config import (
+    DataArguments,
+    GRPOConfig,
+    ModelArguments,
+    RewardArguments,
+    RunArguments,
+    TrainingEvaluationArguments,
+)
+from rlseq.training.dry_run import describe_rollouts
+from rlseq.training.grpo import GRPOTrainer
+from rlseq.training.models import load_model
+from rlseq.training.parser import RecipeParser, run_recipe
+from rlseq.training.recipe import announce, default_config, describe_round, open_run, say
+
+DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "grpo.yaml"
+
+
+def main() -> None:
+    parser = RecipeParser(
+        [DataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, GRPOConfig, ModelArguments],
+        description=__doc__.splitlines()[0],
+    )
+    data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))
+
+    # Everything that can be wrong is found before anything expensive starts: model path, rewards, data, directory.
+    prepared = prepare(data, rewards, evaluation, config, model_args)
+    task = prepared.task
+    if run.dry_run:
+        say(describe_rollouts(config, run, model_args, task.prompts))
+        prepared.close()
+        return
+    directory = open_run(config, run, data, rewards, evaluation, model_args)
+    announce(config, run, f"{len(task.prompts):,} prompts, {describe_round(config)}")
+
+    trainer = GRPOTrainer(
+        load_model(model_args),
+        config,
+        task.prompts,
+        task.suite,
+        task.tokenizer,
+        rollouts_dir=directory.rollouts,
+        probe=prepared.probe,
+        peft_config=trl.get_peft_config(model_args),
+        callbacks=[MetricsWriter(directory.metrics)],
+    )
+    ended = train(trainer, directory, prepared.probe)
+    if ended:
+        results = {}
+        if evaluation.evaluate:
+            results = contrast_with_base(prepared, directory, data, config, model_args, method="GRPO")
+        share(trainer, directory, data, model_args, results)
+    prepared.close()
+
+
+if __name__ == "__main__":
+    run_recipe(main)

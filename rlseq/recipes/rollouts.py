@@ -1,0 +1,150 @@
+"""What the recipes that train on rollouts, grpo and ppo, do in the same way before and after their trainer is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import Trainer
+
+from rlseq.data import build_prompts
+from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast_and_report, read_jsonl
+from rlseq.evaluation.documents import check_windows
+from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
+from rlseq.evaluation.plots import write_curves
+from rlseq.evaluation.report import write_plane
+from rlseq.scoring import RewardSuite
+from rlseq.training.averaging import WeightAverage
+from rlseq.training.callbacks import GracefulStop, Progress, Warnings
+from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
+from rlseq.training.model_card import publish
+from rlseq.training.recipe import Task, choose_best_by, finish, load_task
+from rlseq.training.run_directory import RunDirectory
+from rlseq.training.tracking import log_contrast
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run on rollouts whose settings were all found good; no model is loaded yet.
+
+    Attributes:
+        task: what is learnt, and the rows to evaluate on.
+        measured: the rewards of the evaluation, optimised or only measured, as one suite.
+        settings: of the contrast after training.
+        probe: the evaluation during training, or None.
+    """
+
+    task: Task
+    measured: RewardSuite
+    settings: ContrastSettings
+    probe: ValidationProbe | None
+
+    def close(self) -> None:
+        """End the rewards' worker processes."""
+        self.measured.close()
+        self.task.close()
+
+
+def prepare(
+    data: DataArguments,
+    rewards: RewardArguments,
+    evaluation: TrainingEvaluationArguments,
+    config: Any,
+    model_args: ModelArguments,
+) -> Prepared:
+    """Find everything that can be wrong with model path, rewards, data and evaluation.
+
+    Raises:
+        RlseqError: it says what was given, what was expected and what to do.
+    """
+    during = config.eval_strategy != "no"
+    task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
+    measured, _ = measured_together(task.suite, task.eval_suite)
+    settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
+    if evaluation.evaluate:
+        check_settings(settings, measured, task.eval_rows, data.prompt_options())
+        check_windows(settings, {"base": model_args.model_name_or_path})
+    probe = None
+    if during:
+        probe = ValidationProbe(
+            build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **data.prompt_options()),
+            task.tokenizer,
+            task.suite,
+            task.eval_suite,
+            max_new_tokens=config.max_completion_length,
+            seed=evaluation.eval_seed,
+        )
+        choose_best_by(config, probe.metrics, probe.best)
+    return Prepared(task, measured, settings, probe)
+
+
+def train(trainer: Trainer, directory: RunDirectory, probe: ValidationProbe | None) -> bool:
+    """Train to the end or a signal to stop, save the result, and draw the curves.
+
+    Returns:
+        True if training ran to its end.
+    """
+    config = trainer.args
+    Progress.replace_default(trainer)
+    trainer.add_callback(Warnings(partial(learning_warnings, eval_rewards=probe.eval_rewards if probe else ())))
+    trainer.add_callback(stop := GracefulStop())
+    if config.ema_decay:
+        trainer.add_callback(average := WeightAverage(trainer, config.ema_decay, config.start_weight))
+    trainer.train(resume_from_checkpoint=directory.resume_from)
+    if config.ema_decay and not stop.stopped:
+        average.apply()
+    ended = finish(trainer, directory, stop)
+    if trainer.is_world_process_zero():
+        write_curves(read_jsonl(directory.metrics), directory.curves)
+    return ended
+
+
+def contrast_with_base(
+    prepared: Prepared,
+    directory: RunDirectory,
+    data: DataArguments,
+    config: Any,
+    model_args: ModelArguments,
+    *,
+    method: str,
+) -> dict[str, Any]:
+    """Evaluate the result beside the model it started from, into the run's evaluation/.
+
+    Args:
+        prepared: as `prepare` returned it.
+        directory: the run's, with the result in it.
+        data, config, model_args: the run's settings.
+        method: what the report's title calls the training.
+
+    Returns:
+        The contents of results.json on the first process, an empty dict on others.
+    """
+    return contrast_and_report(
+        {"base": model_args.model_name_or_path, "rl": config.output_dir},
+        prepared.task.eval_rows,
+        prepared.measured,
+        settings=prepared.settings,
+        prompt_options=data.prompt_options(),
+        output_dir=directory.evaluation,
+        title=f"{method} on {data.dataset_name} ({data.eval_split})",
+        metrics_file=directory.metrics,
+    )
+
+
+def share(
+    trainer: Trainer,
+    directory: RunDirectory,
+    data: DataArguments,
+    model_args: ModelArguments,
+    results: Mapping[str, Any],
+) -> None:
+    """Log the contrast to the run's trackers, write the result's card and, where asked for, push both to the hub.
+
+    Args:
+        results: what `contrast_with_base` returned; empty where nothing was evaluated.
+    """
+    log_contrast(trainer, results, [directory.curves, write_plane(results, directory.evaluation / "plane.png")])
+    report = directory.evaluation / "report.md" if results else None
+    publish(trainer, base_model=model_args.model_name_or_path, dataset_name=data.dataset_name, report=report)

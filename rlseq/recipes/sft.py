@@ -1,0 +1,188 @@
+"""Teacher forcing: make the references, or a model's own best samples, likely; for an existing model or a new one.
+
+    accelerate launch --config_file accelerate_config.yaml recipes/sft.py --config recipes/g2p/sft.yaml
+
+One forward pass scores every prefix of a reference; the loss is the mean next-token loss over the completion, its
+EOS included. With no arguments it trains the bundled grapheme-to-phoneme base from scratch (35 minutes on 2 cores;
+recipes/g2p/README.md has the curve). `--config` and flags take any model and data; every field of TRL's SFTConfig
+and ModelConfig is a flag under its TRL name.
+
+Rejection-sampling fine-tuning trains on the model's own samples that scored best instead of the references: the
+baseline that tells whether sampling from the model *as it changes* (recipes/grpo.py) matters. The samples are those
+a run has logged, or are drawn afresh, and then logged in rollouts/000000.jsonl (`rlseq show RUN`):
+
+    accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D --from_rollouts runs/g2p-grpo
+    accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D \
+        --rejection_samples 16 --reward_funcs phoneme_accuracy --min_reward 1.0
+
+A prompt keeps its `--rejection_keep` best distinct completions; those that were cut are never kept. Validation stays
+on the references of `--eval_split`.
+"""
+
+from typing import Any
+
+import datasets
+import torch
+import trl
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, set_seed
+
+from rlseq.data import build_prompts, load_rows
+from rlseq.errors import ConfigError
+from rlseq.evaluation.contrast import read_jsonl
+from rlseq.evaluation.plots import write_curves
+from rlseq.scoring import load_rewards
+from rlseq.scoring.find import bundled_folder
+from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress
+from rlseq.training.config import (
+    DataArguments,
+    ModelArguments,
+    NewModelArguments,
+    RejectionArguments,
+    RunArguments,
+    SFTConfig,
+)
+from rlseq.training.dry_run import describe_examples, example_lengths
+from rlseq.training.memory import weightless_model
+from rlseq.training.model_card import publish
+from rlseq.training.models import build_model, build_tokenizer, check_model_path, load_model, load_tokenizer
+from rlseq.training.parser import RecipeParser, run_recipe
+from rlseq.training.recipe import announce, check_fit, default_config, finish, open_run, say, try_rewards
+from rlseq.training.rejection import Record, best_completions, draw_candidates, read_candidates, require_survivors
+from rlseq.training.rollout_log import write_rollouts
+from rlseq.training.sft import SFTTrainer
+from rlseq.types import Prompt
+
+DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "sft.yaml"
+
+
+def main() -> None:
+    parser = RecipeParser(
+        [DataArguments, NewModelArguments, RejectionArguments, RunArguments, SFTConfig, ModelArguments],
+        description=__doc__.splitlines()[0],
+    )
+    data, new, rejection, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))
+
+    # Everything that can be wrong is found before anything expensive starts.
+    if bool(new.new_model) == bool(model_args.model_name_or_path):
+        raise ConfigError("name either an existing model (--model_name_or_path) or a new one (new_model), not both")
+    if new.new_model and not new.new_tokenizer:
+        raise ConfigError("a new model needs new_tokenizer: a path or hub id, or path/to/file.py:function")
+    if not data.dataset_name:
+        raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
+    if rejection.rejection_samples and new.new_model:
+        raise ConfigError("--rejection_samples draws from the model as it starts; name one by --model_name_or_path")
+    if not new.new_model:
+        check_model_path(model_args.model_name_or_path)
+    tokenizer = build_tokenizer(new.new_tokenizer) if new.new_model else load_tokenizer(model_args.model_name_or_path)
+
+    def prompts_of(split: str, limit: int | None) -> list[Prompt]:
+        rows = load_rows(data.dataset_name, split, config_name=data.dataset_config)[:limit]
+        return build_prompts(rows, tokenizer, **data.prompt_options())
+
+    # One example a (prompt, reference): all of a prompt's references are right answers.
+    def references_of(prompts: list[Prompt]) -> datasets.Dataset:
+        pairs = [(p.messages_or_text, r) for p in prompts for r in p.columns["references"]]
+        if not pairs:
+            raise ConfigError(
+                f"no row of {data.dataset_name!r} has a reference in --reference_column {data.reference_column!r}"
+            )
+        return examples(pairs)
+
+    held_out = prompts_of(data.eval_split, data.eval_rows)
+    validation = references_of(held_out)
+    prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
+    if not new.new_model:
+        check_fit(config, model_args, tokenizer, prompts)
+    if rejection.from_rollouts:
+        candidates = read_candidates(rejection.from_rollouts)
+        train, what = select(candidates, rejection)
+    elif rejection.rejection_samples:
+        suite = load_rewards(
+            rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
+        )
+        try_rewards(suite, prompts[0])
+        what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"
+    else:
+        train = references_of(prompts)
+        what = f"{len(train):,} training examples"
+    if run.dry_run:
+        drawn = len(prompts) * rejection.rejection_samples if rejection.rejection_samples else 0
+        if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
+            longest = max(len(p.prompt_ids) for p in prompts) + rejection.rejection_max_new_tokens
+            lengths = [longest] * len(prompts) * min(rejection.rejection_keep, rejection.rejection_samples)
+        else:
+            lengths = example_lengths(train, tokenizer)
+        with torch.device("meta"):
+            model = build_model(new.new_model, tokenizer) if new.new_model else weightless_model(model_args)
+        say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn))
+        return
+    directory = open_run(config, run, data, new, rejection, model_args)
+    announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples")
+
+    set_seed(config.seed)
+    model = build_model(new.new_model, tokenizer) if new.new_model else load_model(model_args)
+    if rejection.rejection_samples:
+        drawn = directory.rollouts / "000000.jsonl"
+        if directory.resume_from and drawn.exists():
+            candidates = read_candidates([str(drawn)])  # by the weights the run started from
+        else:
+            candidates = draw_candidates(
+                model.to(PartialState().device),
+                prompts,
+                suite,
+                tokenizer,
+                num_samples=rejection.rejection_samples,
+                temperature=rejection.temperature,
+                max_new_tokens=rejection.rejection_max_new_tokens,
+                seed=config.seed,
+            )
+            if PartialState().is_main_process:
+                write_rollouts(directory.rollouts, 0, candidates)
+        suite.close()
+        train, what = select(candidates, rejection)
+        say(f"rlseq: trains on {what}")
+    callbacks = [MetricsWriter(directory.metrics)]
+    if config.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        peft_config=trl.get_peft_config(model_args),
+        callbacks=callbacks,
+    )
+    Progress.replace_default(trainer)
+    trainer.add_callback(stop := GracefulStop())
+    trainer.train(resume_from_checkpoint=directory.resume_from)
+    ended = finish(trainer, directory, stop)
+    if trainer.is_world_process_zero():
+        write_curves(read_jsonl(directory.metrics), directory.curves)
+    if ended:
+        publish(trainer, base_model=model_args.model_name_or_path, dataset_name=data.dataset_name)
+
+
+def examples(pairs: list[tuple[Any, str]]) -> datasets.Dataset:
+    """(prompt, completion text) pairs as TRL takes them: text, or for chat prompts an assistant's message."""
+    chat = not isinstance(pairs[0][0], str)
+    return datasets.Dataset.from_dict(
+        {
+            "prompt": [prompt for prompt, _ in pairs],
+            "completion": [[{"role": "assistant", "content": text}] if chat else text for _, text in pairs],
+        }
+    )
+
+
+def select(candidates: list[Record], rejection: RejectionArguments) -> tuple[datasets.Dataset, str]:
+    """The best of the samples as training examples, and a line that says how many there are."""
+    kept = best_completions(candidates, keep=rejection.rejection_keep, min_total=rejection.min_reward)
+    require_survivors(kept, candidates, rejection.min_reward)
+    mean = sum(record["total"] for record in kept) / len(kept)
+    what = f"the best {len(kept):,} of {len(candidates):,} samples (mean total {mean:.4g})"
+    return examples([(record["prompt"], record["completion"]) for record in kept]), what
+
+
+if __name__ == "__main__":
+    run_recipe(main)
