@@ -17,7 +17,7 @@ from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
 from rlseq.evaluation.study import rows_matrix
-from rlseq.scoring import RewardSuite
+from rlseq.scoring import Ratio, RewardSuite
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
             _CorpusAggregate(corpus),
             corpus.higher_is_better,
             corpus.description,
-            percent=True,
+            percent=isinstance(corpus, Ratio),  # any other has a scale of its own: corpus chrF goes to 100
             kind="corpus",
         )
     measured = COMPLETION_METRICS | GENERATION_METRICS
