@@ -6,6 +6,7 @@ model is of the hub, after their settings were read; evaluations are made of few
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
@@ -113,7 +114,8 @@ def run_benchmark(words: list[str]) -> None:
 
 def run(command: str, clone: Path, monkeypatch) -> None:
     if "<<'" in command:
-        subprocess.run(["bash", "-c", command], check=True, cwd=clone)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        subprocess.run(["bash", "-c", command], check=True, cwd=clone, env={**os.environ, "PATH": path})
         return
     words = [word for word in shlex.split(command.replace("\\\n", " "), comments=True) if word != "..."]
     variables = []
@@ -140,8 +142,8 @@ def run(command: str, clone: Path, monkeypatch) -> None:
         run_benchmark(words)
     elif words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], check=True, cwd=clone, capture_output=True)
-    elif words[0] == "mkdocs":
-        assert Path("mkdocs.yml").is_file()
+    elif words[0] in ("mkdocs", "export", "cd"):
+        pass  # the site is built below
     elif words[:2] in (["git", "clone"], ["pip", "install"], ["vllm", "serve"], ["trl", "vllm-serve"]):
         pass  # needs what no test has: a network, a GPU
     else:
@@ -156,3 +158,12 @@ def test_the_commands_of_a_page_run(page, clone, monkeypatch, capsys):
             run(command, clone, monkeypatch)
         except (AssertionError, SystemExit, subprocess.CalledProcessError) as error:
             pytest.fail(f"{command}\n{type(error).__name__}: {error}\n{capsys.readouterr().err[-2000:]}")
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("material", reason="the site needs mkdocs-material: pip install 'rlseq[docs]'")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert pages - {"index"} <= {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
