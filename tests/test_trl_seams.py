@@ -7,6 +7,7 @@ import inspect
 import pytest
 import trl
 from transformers import Trainer
+from transformers.integrations import TensorBoardCallback, TrackioCallback
 from trl.trainer import utils
 
 SEAMS = {
@@ -97,3 +98,30 @@ def test_a_generation_batch_is_derived_and_may_not_be_given_twice():
 def test_an_epoch_is_one_method_that_a_finished_run_can_skip():
     assert "max_steps" not in inspect.getsource(Trainer._run_epoch).split("for update_step")[0]
     assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
+
+
+@pytest.mark.parametrize("trainer", [trl.GRPOTrainer, trl.SFTTrainer])
+def test_a_card_is_written_by_one_method_before_each_checkpoint(trainer):
+    assert parameters(trainer.create_model_card) == ["model_name", "dataset_name", "tags"]
+    assert "self.create_model_card(" in inspect.getsource(trainer._save_checkpoint)
+
+
+def test_a_push_saves_and_uploads_the_output_directory():
+    for push in (Trainer.push_to_hub, Trainer._push_from_checkpoint):
+        source = inspect.getsource(push)
+        assert "self.args.output_dir" in source and "upload_folder(" in source
+    assert "self.create_model_card(" in inspect.getsource(Trainer.push_to_hub)
+    assert parameters(Trainer.push_to_hub)[:2] == ["commit_message", "blocking"]
+    assert parameters(Trainer.save_model) == ["output_dir", "_internal_call"]
+
+
+@pytest.mark.parametrize("key", ["prompt", "completion", "rewards", "extra", "advantages"])
+def test_the_table_of_completions_is_made_of_the_columns_kept(key):
+    assert f'self._logs["{key}"]' in called_in("log") and "self.log_completions" in called_in("log")
+
+
+def test_trackers_are_opened_again_as_they_were_opened():
+    assert parameters(TensorBoardCallback._init_summary_writer) == ["args"]
+    assert parameters(TrackioCallback.setup) == ["args", "state", "model", "kwargs"]
+    opened = inspect.getsource(TrackioCallback.setup)
+    assert "name=args.run_name" in opened and 'resume="allow"' in opened
