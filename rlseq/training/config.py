@@ -272,6 +272,9 @@ class DefaultsMixin:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"hub_token": None}  # transformers pickles settings into what is pushed
+
 
 @dataclass
 class SFTConfig(DefaultsMixin, trl.SFTConfig):
