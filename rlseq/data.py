@@ -93,7 +93,7 @@ def _load_task_module(path: Path) -> Callable[[str], Sequence[dict[str, Any]]]:
 
 @functools.cache  # a module may keep what it reads, for the next split
 def _run_task_module(path: Path, *version: Any) -> Callable[[str], Sequence[dict[str, Any]]]:
-    spec = importlib.util.spec_from_file_location(f"rlseq_task_{path.stem}", path)
+    spec: Any = importlib.util.spec_from_file_location(f"rlseq_task_{path.stem}", path)  # it ends in .py: not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
@@ -170,7 +170,7 @@ def _rows_of_split(
     dataset_name: str, splits: Mapping[str, Any], split: str | None, files: Mapping[str, list[Path]]
 ) -> list[dict[str, Any]]:
     def rows_in(name: str) -> list[dict[str, Any]]:
-        return rows_of(splits[name].to_list(), files[name]) if files else splits[name].to_list()
+        return [*rows_of(splits[name].to_list(), files[name])] if files else splits[name].to_list()
 
     if split is None:
         if list(splits) == ["train"]:

@@ -68,7 +68,7 @@ class Family(Strategy):
         return self.alternatives
 
     @property
-    def samples(self) -> bool:
+    def samples(self) -> bool:  # type: ignore[override]  # the class's own for others, of the alternatives here
         """Whether the alternatives draw."""
         return self.alternatives[0].samples
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def divergence(
     Raises:
         ValueError: as `score`, or vocabularies of different sizes.
     """
-    sizes = [m.config.get_text_config().vocab_size for m in (model, other)]
+    sizes = [_vocabulary(m) for m in (model, other)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; expected the same size")
 
@@ -201,7 +201,7 @@ def _score(
     packs = shared and all(supports_packing(m, longest)[0] for m in models)
     whole = [not _head_is_separate(m) for m in models]
     if any(whole):
-        batch_tokens = min(batch_tokens, max(1, _CHUNK_LOGITS // model.config.get_text_config().vocab_size))
+        batch_tokens = min(batch_tokens, max(1, _CHUNK_LOGITS // _vocabulary(model)))
 
     scores: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
     done = 0
@@ -379,7 +379,7 @@ def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Meas
     # Completions that begin alike share places: each is projected once.
     places, place_of = torch.unique(batch.token_rows * width + batch.token_columns, return_inverse=True)
     labels = batch.input_ids.flatten()[places]
-    step = max(1, _CHUNK_LOGITS // models[0].config.get_text_config().vocab_size)
+    step = max(1, _CHUNK_LOGITS // _vocabulary(models[0]))
     before = places - 1
     logits = [_logits(model, batch, before, alone, step) for model, alone in zip(models, whole, strict=True)]
     parts = zip(labels.split(step), *logits, strict=True)
@@ -400,9 +400,13 @@ def _logits(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, s
     yield from (head(part) for part in hidden.split(step))
 
 
-def _base(model: nn.Module) -> nn.Module:
+def _base(model: Any) -> Any:
     """The `transformers` model inside a PEFT one, adapters in place."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _vocabulary(model: Any) -> int:
+    return model.config.get_text_config().vocab_size
 
 
 def _head_is_separate(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -246,7 +247,8 @@ def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool
     Returns:
         (True, "") or (False, the reason).
     """
-    config = model.config.get_text_config()
+    whole_config: Any = model.config
+    config = whole_config.get_text_config()
     window = _attention_window(config)
     if window is not None and (longest is None or longest > window):
         found = "of unstated length" if longest is None else f"of {longest} tokens"
@@ -378,6 +380,7 @@ class _Layout:
         path = np.zeros(len(prompt) + max((len(c) for _, c, _ in block.completions), default=0), np.int64)  # columns
         still_seen: list[tuple[int, int, int]] = []  # runs: position and column of the first token, and tokens
         before: int | None = None  # tokens of the completion before
+        ids: Sequence[int]
         for index, completion, shared in block.completions:
             end = len(prompt) + len(completion)
             if before is None:

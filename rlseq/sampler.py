@@ -287,8 +287,8 @@ def _decode(
         beginnings.advance(sources, tokens)
 
     found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
-    ids, logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)
-    return list(ids), list(logprobs)
+    ids, their_logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)
+    return list(ids), list(their_logprobs)
 
 
 def _branch(slot: np.ndarray, drawn: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:

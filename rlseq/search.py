@@ -223,7 +223,7 @@ def modes(
     Log-probs are the model's own, by teacher forcing of what was found. Arguments as `rlseq.sampler.sample`;
     `batch_rows` is of the beam search.
     """
-    common = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
+    common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     starts = beam(model, prompts, strategy=Beam(width=strategy.width), batch_rows=batch_rows, **common)
     stops, found, proofs = frozenset(stop_ids), [], []
     for prompt, (start,) in zip(prompts, starts, strict=True):

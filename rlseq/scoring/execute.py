@@ -37,7 +37,7 @@ class Retry:
         return self.timeout * (self.retries + 1) + self.first_wait * (2**self.retries - 1)
 
 
-def is_async(function: Callable) -> bool:
+def is_async(function: Any) -> bool:
     """Whether calling it makes a coroutine."""
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
 
@@ -72,7 +72,8 @@ async def call_concurrently(function: Callable, calls: Sequence[Arguments], retr
                 except (Exception, SystemExit) as error:
                     result = failed(error)
                 except asyncio.CancelledError as error:  # of something the reward awaits, unless we are meant
-                    if asyncio.current_task().cancelling():
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
                         raise
                     result = failed(error)
                 if trial < retry.retries:

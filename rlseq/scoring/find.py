@@ -127,7 +127,7 @@ def find(spec: str | Callable, search_root: Path) -> Found:
 def describe_point(point: importlib.metadata.EntryPoint) -> dict[str, Any]:
     """As `describe_file`, of a reward that a package offers; its module is not imported (the package around it is)."""
     try:
-        spec = importlib.util.find_spec(point.module)
+        spec: Any = importlib.util.find_spec(point.module)
         about = describe_file(Path(spec.origin), point.attr)
     except Exception:  # whatever the package does when it is looked at: it still has a name
         about = {"description": "", "range": None, "extra": None, "scope": "sample"}
@@ -165,7 +165,7 @@ def load_file(path: Path) -> ModuleType:
     name = f"_rlseq_reward_{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec: Any = importlib.util.spec_from_file_location(name, path)  # never None: the file ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs, as dataclasses and pickle look there
     try:
@@ -192,7 +192,8 @@ def describe_file(path: Path, function: str | None = None) -> dict[str, Any]:
     functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     marked = [node for node in functions if any(_decorator_name(d) == "reward" for d in node.decorator_list)]
     if function is None:
-        node = next((n for n in marked or functions if n.name == path.stem), (marked or functions or [None])[0])
+        offered = marked or functions
+        node = next((n for n in offered if n.name == path.stem), offered[0] if offered else None)
     else:
         node = next((n for n in functions if n.name == function), None)
     about: dict[str, Any] = {"description": "", "range": None, "extra": None, "scope": "sample"}

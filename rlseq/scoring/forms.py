@@ -249,6 +249,6 @@ def _openrlhf(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str,
         "prompts": prompts,
     }
     if "labels" in rows.columns or "label" in rows.columns:
-        lists["labels"] = rows.columns.get("labels", rows.columns.get("label"))
+        lists["labels"] = rows.columns["labels" if "labels" in rows.columns else "label"]
     lists |= {name: rows.values(name) for name in parameters.named if name not in lists and rows.knows(name)}
     return {n: v for n, v in lists.items() if n in parameters.named or parameters.takes_any}

@@ -164,7 +164,7 @@ def compare(logged: Logged, totals: Sequence[float | None]) -> Comparison:
     if not rows:
         raise RewardError(_nothing_to_compare(logged, totals))
     old = {row: float(logged.records[row]["total"]) for row in rows}
-    new = {row: float(totals[row]) for row in rows}
+    new = {row: float(total) for row in rows if (total := totals[row]) is not None}
     signs = [
         pair
         for group in groups.values()

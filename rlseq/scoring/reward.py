@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from ..errors import RewardError, did_you_mean
 
@@ -86,6 +86,23 @@ class RewardInfo:
     marked: bool = False
 
 
+_F = TypeVar("_F", bound=Callable)
+
+
+@overload
+def reward(function: _F) -> _F: ...
+
+
+@overload
+def reward(
+    *,
+    range: tuple[float, float] | None = None,
+    extra: str | None = None,
+    scope: str = "sample",
+    corpus: Mapping[str, CorpusMetric | Ratio] | None = None,
+) -> Callable[[_F], _F]: ...
+
+
 def reward(
     function: Callable | None = None,
     *,
@@ -112,7 +129,7 @@ def reward(
     info = RewardInfo(range, extra, scope, dict(corpus or {}), marked=True)
 
     def mark(function: Callable) -> Callable:
-        function.rlseq_reward = info
+        function.rlseq_reward = info  # type: ignore[attr-defined]  # functions take any attribute
         return function
 
     return mark if function is None else mark(function)

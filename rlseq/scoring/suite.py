@@ -188,7 +188,7 @@ class RewardSuite:
     def _judge(self, parts: Sequence[Sequence[_Failures]]) -> None:
         """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is allowed."""
         for name, mine in zip(self.names, zip(*parts, strict=True), strict=True):
-            failed, count = sum(part.failed for part in mine), sum(part.count for part in mine)
+            failed, count = sum(part.failed for part in mine), sum(part.scored for part in mine)
             if failed > self.max_error_rate * count and (failed > 1 or self.max_error_rate == 0):
                 first = next(part.first for part in mine if part.failed)
                 raise RewardError(
@@ -209,19 +209,23 @@ class RewardSuite:
         if scored.total is None:
             raise ValueError("every reward abstained on this rollout; it has no rewards to spread")
         length = len(scored.rollout.completion_ids)
-        present = [(n, w) for n, w in zip(self.names, self.weights, strict=True) if scored.values[n] is not None]
-        everything, there = sum(map(abs, self.weights)), sum(abs(weight) for _, weight in present)
+        present = [
+            (name, weight, value)
+            for name, weight in zip(self.names, self.weights, strict=True)
+            if (value := scored.values[name]) is not None
+        ]
+        everything, there = sum(map(abs, self.weights)), sum(abs(weight) for _, weight, _ in present)
         scale = everything / there if there else 0.0
         spread = [0.0] * length
-        for name, weight in present:
+        for name, weight, value in present:
             per_token = scored.details[name].get(TOKEN_REWARDS)
             if per_token is not None:
-                for place, value in enumerate(per_token):
-                    spread[place] += scale * weight * value
+                for place, part in enumerate(per_token):
+                    spread[place] += scale * weight * part
             elif length:
-                spread[-1] += scale * weight * scored.values[name]
-            elif scored.values[name]:
-                raise ValueError(f"reward {name!r} gave {scored.values[name]} for a completion without tokens")
+                spread[-1] += scale * weight * value
+            elif value:
+                raise ValueError(f"reward {name!r} gave {value} for a completion without tokens")
         return spread
 
     def _check_lengths(self, rows: Rows) -> None:
@@ -270,9 +274,9 @@ def weighted_total(values: Sequence[float | None], weights: Sequence[float]) -> 
     So an abstention changes no scale. Where only rewards of weight 0 are present the total is None, unless
     every weight is 0: then it is 0.
     """
-    if None not in values:
-        return float(sum(w * v for w, v in zip(weights, values, strict=True)))
     present = [(w, v) for w, v in zip(weights, values, strict=True) if v is not None]
+    if len(present) == len(values):
+        return float(sum(w * v for w, v in present))
     if not present:
         return None
     everything, there = sum(map(abs, weights)), sum(abs(w) for w, _ in present)
@@ -285,7 +289,7 @@ class _Failures(NamedTuple):
     """How one reward failed on one process's part of a step: what the processes tell one another."""
 
     failed: int
-    count: int
+    scored: int
     first: str
 
 

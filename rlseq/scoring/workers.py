@@ -175,7 +175,7 @@ class WorkerPool:
             worker.loaded, worker.deadline = True, None
             return 0
         worker.task, worker.deadline = None, None
-        for i, result in zip(task.indices, answer, strict=True):
+        for i, result in zip(task.indices, answer, strict=True):  # type: ignore[union-attr]  # loaded: it had a task
             results[i] = result
         return len(answer)
 
