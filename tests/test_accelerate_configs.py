@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,13 @@ def test_sharded_models_are_loaded_and_saved_whole():
     assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_version"] == 2
     assert load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
     assert load_config_from_file(str(FOLDER / "zero3.yaml")).deepspeed_config["zero3_save_16bit_model"] is True
+
+
+def test_the_estimate_of_docs_scaling_is_what_its_snippet_prints():
+    page = (FOLDER.parent.parent / "docs/scaling.md").read_text(encoding="utf-8")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(page.split("```python\n")[1].split("```")[0], {})
+    lines = [re.findall(r"[\d.]+", line) for line in printed.getvalue().splitlines()]
+    rows = page.split("<!-- estimate -->\n")[1].split("<!-- end -->")[0].splitlines()
+    shown = [re.findall(r"[\d.]+", row.split("|", 2)[2]) for row in [rows[0], *rows[2:]]]
+    assert shown == [list(column) for column in zip(*lines, strict=True)]
