@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,7 @@ def test_the_recipe_pushes_once_its_result_was_contrasted(hub, tmp_path, monkeyp
         "disable_tqdm": True,
         "push_to_hub": True,
         "hub_strategy": "end",
+        "report_to": ["tensorboard"] if find_spec("tensorboard") else "none",
         "hub_model_id": "me/speller",
     }
     (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(settings))
@@ -248,3 +250,13 @@ def test_the_recipe_pushes_once_its_result_was_contrasted(hub, tmp_path, monkeyp
     finding = next(line for line in report.split("\n") if line.startswith("**"))
     assert finding in text.split("\n")
     assert (tmp_path / "run/README.md").read_text() == (hub.folder / "me/speller/README.md").read_text()
+    if find_spec("tensorboard"):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (folder,) = (tmp_path / "run/runs").iterdir()
+        read = EventAccumulator(str(folder)).Reload()
+        evaluated = json.loads((tmp_path / "run/evaluation/results.json").read_text())["models"]
+        for model in ("base", "rl"):
+            (event,) = read.Scalars(f"contrast/{model}/nll_per_token")
+            assert event.value == pytest.approx(evaluated[model]["likelihood"]["nll_per_token"]["value"], rel=1e-6)
+        assert read.Images("contrast/plane")[0].step == 1
