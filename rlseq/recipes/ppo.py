@@ -29,7 +29,7 @@ from rlseq.training.config import (
 )
 from rlseq.training.critic import check_critic_path
 from rlseq.training.dry_run import describe_rollouts
-from rlseq.training.models import load_model
+from rlseq.training.models import load_model, merge_result
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.ppo import PPOTrainer
 from rlseq.training.recipe import announce, default_config, describe_round, open_run, say
@@ -68,6 +68,7 @@ def main() -> None:
     )
     ended = train(trainer, directory, prepared.probe)
     if ended:
+        merge_result(config.output_dir, model_args)
         results = {}
         if evaluation.evaluate:
             results = contrast_with_base(prepared, directory, data, config, model_args, method="PPO")

@@ -45,7 +45,14 @@ from rlseq.training.config import (
 from rlseq.training.dry_run import describe_examples, example_lengths
 from rlseq.training.memory import weightless_model
 from rlseq.training.model_card import publish
-from rlseq.training.models import build_model, build_tokenizer, check_model_path, load_model, load_tokenizer
+from rlseq.training.models import (
+    build_model,
+    build_tokenizer,
+    check_model_path,
+    load_model,
+    load_tokenizer,
+    merge_result,
+)
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.recipe import announce, check_fit, default_config, finish, open_run, say, try_rewards
 from rlseq.training.rejection import Record, best_completions, draw_candidates, read_candidates, require_survivors
@@ -161,6 +168,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_curves(read_jsonl(directory.metrics), directory.curves)
     if ended:
+        merge_result(config.output_dir, model_args)
         publish(trainer, base_model=model_args.model_name_or_path, dataset_name=data.dataset_name)
 
 

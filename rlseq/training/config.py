@@ -13,6 +13,7 @@ import torch
 import trl
 
 from rlseq.errors import ConfigError
+from rlseq.training.adapters import check_adapter_settings
 from rlseq.training.checks import (
     check_objective,
     check_ppo,
@@ -229,8 +230,13 @@ class ModelArguments(trl.ModelConfig):
 
     _argument_group_name = "model (TRL's ModelConfig)"
 
+    merge_adapter: bool = _default(
+        False, "When training ends, also write the adapter merged into its base, a whole model, to RUN/merged."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_adapter_settings(self)
         target = self.lora_target_modules
         if isinstance(target, str) and target.isidentifier():
             self.lora_target_modules = [target]  # TRL unpacks a list of one, and peft takes a text for a whole path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
     CONFIG_MAPPING,
@@ -80,32 +80,39 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
     Raises:
         ModelError: the path is missing or holds no weights.
     """
-    check_model_path(model_args.model_name_or_path)
+    path = model_args.model_name_or_path
+    check_model_path(path)
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.is_file():
+        return _load_whole(path, model_args, model_args.model_revision, trl.get_quantization_config(model_args))
+    if model_args.use_peft:
+        raise ModelError(
+            f"{path!r} is an adapter, which trains on; leave out --use_peft (or merge it into its base first, and put "
+            "a new one on that)"
+        )
+    return _load_adapted(path, model_args, trl.get_quantization_config(model_args))
+
+
+def _load_adapted(path: str, model_args: trl.ModelConfig, quantization: Any) -> PeftModel:
+    base = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    check_model_path(base)
+    return PeftModel.from_pretrained(_load_whole(base, model_args, "main", quantization), path, is_trainable=True)
+
+
+def _load_whole(path: str, model_args: trl.ModelConfig, revision: str, quantization: Any) -> PreTrainedModel:
     dtype = getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
-    adapter = Path(model_args.model_name_or_path) / "adapter_config.json"
-    if adapter.is_file():
-        if model_args.use_peft:
-            raise ModelError(
-                f"{model_args.model_name_or_path!r} is an adapter, which trains on; leave out --use_peft (or merge it "
-                "into its base first, and put a new one on that)"
-            )
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = load_model(dataclasses.replace(model_args, model_name_or_path=base, model_revision="main"))
-        return PeftModel.from_pretrained(model, model_args.model_name_or_path, is_trainable=True)
     try:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        config = AutoConfig.from_pretrained(path, revision=revision)
         model = causal_class(config).from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
+            path,
+            revision=revision,
             dtype=dtype or torch.float32,
             attn_implementation=model_args.attn_implementation,
-            quantization_config=trl.get_quantization_config(model_args),
+            quantization_config=quantization,
             use_safetensors=True,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"cannot load a model from {model_args.model_name_or_path!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"cannot load a model from {path!r}: {str(error).splitlines()[0]}") from error
     freeze_other_senses(model)
     return model
 
@@ -132,6 +139,12 @@ def freeze_other_senses(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
+def merge_result(run: str, model_args: trl.ModelConfig) -> None:
+    """Where --merge_adapter asks for it, write the run's adapter merged into its base, from the first process."""
+    if model_args.merge_adapter and PartialState().is_main_process:
+        print(f"rlseq: the adapter merged into its base is in {write_merged(Path(run), model_args)}", flush=True)
+
+
 def write_merged(run: Path, model_args: trl.ModelConfig) -> Path:
     """Merge the adapter that a run saved into its base, and write the whole model, with its tokenizer, to RUN/merged.
 
@@ -147,9 +160,7 @@ def write_merged(run: Path, model_args: trl.ModelConfig) -> Path:
     Raises:
         ModelError: the base cannot be loaded.
     """
-    plain = {"load_in_4bit": False, "load_in_8bit": False, "use_peft": False, "merge_adapter": False}
-    model = load_model(dataclasses.replace(model_args, model_name_or_path=str(run), **plain))
-    merged = model.merge_and_unload()
+    merged = _load_adapted(str(run), model_args, None).merge_and_unload()
     merged.save_pretrained(run / MERGED)
     load_tokenizer(str(run)).save_pretrained(run / MERGED)
     return run / MERGED

@@ -1,0 +1,36 @@
+"""What settings of adapters and quantisation may not be; nothing is loaded to say so."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import trl
+
+from rlseq.errors import ConfigError
+
+
+def check_adapter_settings(model_args: trl.ModelConfig) -> None:
+    """Refuse quantised weights that nothing here can hold or train, and flags of an adapter where there is none.
+
+    Raises:
+        ConfigError: says what is missing, and what to do.
+    """
+    path = model_args.model_name_or_path
+    adapter = model_args.use_peft or (path is not None and (Path(path) / "adapter_config.json").is_file())
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if not getattr(model_args, name):
+            continue
+        if not adapter:
+            raise ConfigError(
+                f"--{name} rounds the weights, which cannot train then: train an adapter, --use_peft true"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"--{name} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+        if not torch.accelerator.is_available():
+            raise ConfigError(f"--{name} needs an accelerator, and this machine has none: leave it out (plain LoRA)")
+    if not adapter:
+        for name in ("merge_adapter", "use_dora", "use_rslora"):
+            if getattr(model_args, name):
+                raise ConfigError(f"--{name} is about an adapter, and the run trains none: give --use_peft true")
