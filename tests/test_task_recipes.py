@@ -248,7 +248,7 @@ def test_gsm8k_rows_are_chat_with_the_solution_as_reference_and_splits_by_questi
 
 def test_gsm8k_that_is_missing_or_of_other_fields_is_refused(gsm8k, tmp_path, monkeypatch):
     (gsm8k / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": "?", "answer": "2"}\n')
-    with pytest.raises(DataError, match=r"test\.jsonl, row 2: .*'#### number'"):
+    with pytest.raises(DataError, match=r"test\.jsonl, line 2: .*'#### number'"):
         load_rows(str(RECIPES / "gsm8k/data.py"), "test")
     monkeypatch.setenv("GSM8K_DIR", str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"nowhere/train\.jsonl; .* GSM8K_DIR"):

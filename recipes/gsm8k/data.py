@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.data import load_rows
+from rlseq.data_files import place_of
 from rlseq.errors import DataError
 
 FOLDER = "../shared/data/gsm8k"
@@ -49,17 +50,17 @@ def load(split: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"there is no {path}; name the folder of GSM8K's train.jsonl and test.jsonl in GSM8K_DIR")
     # a file of one split alone comes whole when no split is named (train), or when its own is (test)
-    rows = [
-        _row(row, path, number) for number, row in enumerate(load_rows(str(path), "test" if name == "test" else None))
-    ]
+    read = load_rows(str(path), "test" if name == "test" else None)
+    rows = [_row(row, number) for number, row in enumerate(read)]
     return rows if name == "test" else [row for row in rows if split_of(row["question"]) == split]
 
 
-def _row(row: dict[str, Any], path: Path, number: int) -> dict[str, Any]:
+def _row(row: dict[str, Any], number: int) -> dict[str, Any]:
     question, solution = row.get("question"), _CALCULATOR.sub("", row.get("answer") or "")
     _, mark, answer = solution.rpartition("####")
     if not question or not mark:
-        raise DataError(f"{path}, row {number + 1}: expected a `question`, and an `answer` that ends in '#### number'")
+        where = place_of(row, number)
+        raise DataError(f"{where}: expected a `question`, and an `answer` that ends in '#### number'")
     return {
         "prompt": [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}],
         "references": [solution],
