@@ -1,0 +1,107 @@
+"""What is installed: the wheel's contents and metadata, the types it declares, and a clean start from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from rlseq.scoring.find import bundled_folder, describe_file
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {name: [Requirement(line) for line in lines] for name, lines in PROJECT["optional-dependencies"].items()}
+NAMED = [*map(Requirement, PROJECT["dependencies"]), *(r for extra in EXTRAS.values() for r in extra)]
+OTHERS = [requirement for requirement in NAMED if requirement.name != "rlseq"]  # dev names rlseq's own extras
+
+
+def files_under(folder: Path) -> set[str]:
+    """Paths in a folder, without what Python compiles there."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in paths if "__pycache__" not in path.parts}
+
+
+def test_the_wheel_holds_the_package_and_the_bundled_rewards_and_recipes():
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="the build backend, of the extra dev, is absent")
+    held = [file.distribution_path for file in wheel.WheelBuilder(str(ROOT)).recurse_included_files()]
+    expected = {f"rlseq/{name}" for name in files_under(ROOT / "rlseq")}
+    for folder in ("rewards", "recipes"):
+        expected |= {f"rlseq/bundled/{folder}/{name}" for name in files_under(ROOT / folder)}
+    assert sorted(held) == sorted(expected)
+    for name in ("py.typed", "bundled/rewards/phoneme_accuracy.py", "bundled/recipes/g2p/base/model.safetensors"):
+        assert f"rlseq/{name}" in held
+
+
+def test_every_extra_that_a_reward_asks_for_is_offered():
+    asked = {describe_file(path)["extra"] for path in bundled_folder().glob("[!_]*.py")} - {None}
+    assert asked and asked <= set(EXTRAS)
+    assert {"g2p", "text", "math", "judge", "code", "tracking", "dev"} <= set(EXTRAS)
+
+
+def test_dev_takes_every_other_extra():
+    (own,) = [requirement for requirement in EXTRAS["dev"] if requirement.name == "rlseq"]
+    assert own.extras | {"dev"} == set(EXTRAS)
+
+
+def test_every_dependency_is_pinned_within_its_range():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for requirement in OTHERS:
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"constraints.txt has no {requirement.name}"
+        assert requirement.specifier.contains(version), f"{requirement}: constraints.txt has {version}"
+
+
+def test_only_trl_whose_inside_is_relied_on_has_an_upper_bound():
+    bounded = {r.name for r in OTHERS if any(s.operator not in (">=", "!=") for s in r.specifier)}
+    assert bounded == {"trl"}
+
+
+def test_the_public_modules_pass_a_type_checker():
+    pytest.importorskip("mypy", reason="mypy, of the extra dev, is absent")
+    ended = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+@pytest.mark.soak
+def test_a_wheel_installed_in_a_fresh_environment_works_from_an_empty_folder(tmp_path):
+    pytest.importorskip("hatchling", reason="the build backend, of the extra dev, is absent")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def call(*words: object) -> str:
+        ended = subprocess.run(list(map(str, words)), cwd=empty, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    call(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT)
+    (wheel,) = tmp_path.glob("rlseq-*.whl")
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    call(*pip, "--python", python, "install", "--no-deps", wheel)
+    site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    # Everything else is this environment's, by a path of which Python reads no .pth: not that of this checkout.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+
+    assert call(python, "-c", "import rlseq; print(rlseq.__file__)").strip() == str(site / "rlseq" / "__init__.py")
+    assert "usage: rlseq COMMAND" in call(python.parent / "rlseq", "--help")
+    listed = call(python.parent / "rlseq", "reward", "list")
+    assert all(path.stem in listed for path in (ROOT / "rewards").glob("[!_]*.py"))
+    for recipe in ("grpo", "evaluate"):
+        assert "[--config FILE.yaml]" in call(python, "-m", f"rlseq.recipes.{recipe}", "--help")
+    for recipe, options in (("grpo", []), ("ppo", ["--config", "recipes/g2p/ppo.yaml"]), ("sft", [])):
+        sizes = call(python, "-m", f"rlseq.recipes.{recipe}", *options, "--dry_run", "true")
+        assert "checkpoints on disk" in sizes
+    launched = [python, "-m", "accelerate.commands.launch", "-m", "rlseq.recipes.grpo", "--dry_run", "true"]
+    assert "checkpoints on disk" in call(*launched)
+    assert list(empty.iterdir()) == []
