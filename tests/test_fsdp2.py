@@ -19,7 +19,7 @@ from forks import end_of, fork, run_ranks
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import EOS, tiny_model
-from tiny_ppo import saved_model, tiny_ppo
+from tiny_ppo import load, saved_model, tiny_ppo
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -84,7 +84,7 @@ def probe(model):
 
 
 def trainer_of(kind, out, start, processes):
-    settings = {**COMMON, "per_device_train_batch_size": GLOBAL_ROWS // processes, "model": saved_model(start)}
+    settings = {**COMMON, "per_device_train_batch_size": GLOBAL_ROWS // processes, "model": load(start)}
     if kind == "ppo":
         more = {"probe": probe}
         return tiny_ppo(out, more=more, eval_strategy="steps", eval_steps=1, beta=0.1, **settings)
@@ -112,6 +112,7 @@ def run(kind, out, start, *, processes, resume=None):
         if trainer.accelerator.is_main_process:
             (out / "log.json").write_text(json.dumps(trainer.state.log_history))
 
+    saved_model(start)
     log = out.with_suffix(".log")
     if processes == 1:
         assert end_of(fork(act, log)) == 0, log.read_text()[-3000:]
