@@ -215,7 +215,7 @@ def test_headline_says_what_it_cost_in_coverage_and_diversity(results, samples, 
     for model, entropy in (("base", 0.9), ("rl", 0.6)):
         results["models"][model]["strategies"]["sample"]["logprob"] = value(-entropy)
     cost = make_headline(results).cost
-    assert "Coverage did not clearly change: 4 samples hold a right answer in 80.0% → 81.0% of rows" in cost
+    assert "Coverage did not clearly change: 4 samples hold a reference in 80.0% → 81.0% of rows" in cost
     assert "Samples are less varied: the entropy of a completion is 0.900 → 0.600 nats." in cost
     results["comparisons"][-2]["ci95"] = [0.005, 0.03]
     results["comparisons"][-1] |= {"difference": -0.3, "ci95": [-0.4, -0.2]}

@@ -102,7 +102,7 @@ def _likelihood_cost(nll: Comparison | None, accuracy: Comparison | None) -> str
         change = {"better": "rose", "worse": "fell", "equal": "is the same"}.get(
             accuracy.verdict, "did not clearly change"
         )
-        text += f" The exact chance that one sample is right {change}: {accuracy.value_a} → {accuracy.value_b}."
+        text += f" The exact chance that one sample is a reference {change}: {accuracy.value_a} → {accuracy.value_b}."
     return text
 
 
@@ -114,7 +114,7 @@ def _coverage_cost(by_name: Mapping[str, Comparison]) -> list[str]:
     largest = by_name[f"exact_pass_at_k.{max(ks)}"]
     words = {"better": "Coverage rose", "worse": "Coverage fell", "equal": "Coverage is the same"}
     return [
-        f"{words.get(largest.verdict, 'Coverage did not clearly change')}: {max(ks)} samples hold a right answer in "
+        f"{words.get(largest.verdict, 'Coverage did not clearly change')}: {max(ks)} samples hold a reference in "
         f"{largest.value_a} → {largest.value_b} of rows ({largest.interval} pp)."
     ]
 
