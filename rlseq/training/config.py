@@ -418,6 +418,11 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     pack_updates: bool = _default(
         True, "Compute a prompt once for all its completions in the update (exact; off where a model cannot)."
     )
+    tools: list[str] | None = _default(
+        None,
+        "Functions that the model may call while it answers: package.module:function or path/to/file.py:function; its "
+        "turns are drawn by TRL, and results are not trained (docs/models.md).",
+    )
     rlseq_sampler: bool = _default(
         True, "Draw rollouts by rlseq.sampler (shared prefill, counter-based noise); off: TRL's own generate."
     )

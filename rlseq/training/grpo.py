@@ -43,6 +43,7 @@ from rlseq.training.objectives import (
 )
 from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
+from rlseq.training.tools import check_tools, load_tools, refuse_images
 from rlseq.training.tracking import TrackingMixin
 from rlseq.types import Prompt
 
@@ -85,11 +86,16 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
     ):
         check_group_rewards(args, suite)
         check_prompts(args, prompts)
+        refuse_images(prompts)
+        check_tools(args, prompts)
+        if args.tools:
+            kwargs["tools"] = load_tools(args.tools)
         self.probe = probe
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
         self._rows, self._scored, self._rollouts, self._begun = [], [], None, None
+        self._tool_mask = None
         self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
         self._reference_rewards = {}
         self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions

@@ -38,6 +38,7 @@ class RolloutMixin(trl.GRPOTrainer):
     suite: RewardSuite
     _rows: list[dict[str, Any]]  # the data set rows of the local generation batch
     _rollouts: list[Rollout] | None  # drawn by rlseq's sampler; None where TRL generated
+    _tool_mask: list[list[int]] | None  # of TRL's turns: 0 where a token is a tool's, None without tools
     _begun: Begun | None  # the rewards that score while TRL goes on to the reference
     _scored: list[ScoredRollout]
     _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
@@ -146,6 +147,11 @@ class RolloutMixin(trl.GRPOTrainer):
             whole_weights(model, reshard_after_forward=bool(getattr(plugin, "reshard_after_forward", True))),
         ):
             yield model
+
+    def _generate(self, prompts):
+        found = super()._generate(prompts)
+        self._tool_mask = found[2]
+        return found
 
     def _begin_rewards(self, rollouts: list[Rollout]) -> None:
         """Let the rewards that run apart score what was drawn, while TRL goes on to score it by the reference model."""
@@ -257,8 +263,12 @@ class RolloutMixin(trl.GRPOTrainer):
             if isinstance(completion, str):
                 rollouts.append(dataclasses.replace(rollout, text=completion))
             else:
-                text = str(completion[-1]["content"])
+                answers = [message.get("content") for message in completion if message["role"] == "assistant"]
+                text = str(answers[-1] or "") if answers else ""  # a turn that only calls a tool says nothing
                 rollouts.append(dataclasses.replace(rollout, text=text, messages=tuple(completion)))
+        if self._tool_mask is not None:
+            pairs = zip(rollouts, self._tool_mask, strict=True)
+            rollouts = [dataclasses.replace(r, trained_mask=tuple(map(bool, mask))) for r, mask in pairs]
         return rollouts
 
     def _drawn_by_trl(self, inputs, completion_ids_list) -> list[Rollout]:

@@ -1,0 +1,81 @@
+"""What the model may call while it answers, and what it is not served: images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
+from rlseq.errors import ConfigError, DataError
+from rlseq.scoring.find import find
+from rlseq.types import Prompt
+
+IMAGE_COLUMNS = ("image", "images")
+IMAGE_PARTS = ("image", "image_url")
+
+
+def load_tools(specs: Sequence[str]) -> list[Callable]:
+    """The functions that tools are named by: `package.module:function` or `path/to/file.py:function`.
+
+    Raises:
+        RlseqError: one is not found, or its types and docstring do not say how it is called.
+    """
+    tools = [find(spec, Path.cwd()).function for spec in specs]
+    for spec, tool in zip(specs, tools, strict=True):
+        try:
+            get_json_schema(tool)
+        except (DocstringParsingException, TypeHintParsingException) as error:
+            raise ConfigError(
+                f"tools: {spec!r} does not tell a model how it is called: {str(error).splitlines()[0]} Give every "
+                "argument a type, and a line under Args: in a Google-style docstring."
+            ) from error
+    return tools
+
+
+def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
+    """Refuse what cannot be trained with tools: TRL's own loop draws, from prompts that tell of the tools.
+
+    Raises:
+        ConfigError: says which setting, and what to do.
+    """
+    if not config.tools:
+        return
+    wrong = {
+        "objective": config.objective != "policy_gradient",
+        "advantage_baseline greedy": config.advantage_baseline == "greedy",
+        "reference_prefix": config.reference_prefix > 0,
+        "reference_loss_coef": config.reference_loss_coef != 0,
+        "a critic (recipes/ppo.py)": hasattr(config, "critic"),
+    }
+    named = [name for name, is_set in wrong.items() if is_set]
+    if named:
+        raise ConfigError(f"tools do not go with {', '.join(named)}, which draws or scores without them: leave it out")
+    if any(isinstance(prompt.messages_or_text, str) for prompt in prompts):
+        raise ConfigError(
+            "tools are called in a chat, but a prompt is a text: give --prompt_column a column of messages"
+        )
+
+
+def refuse_images(prompts: Sequence[Prompt]) -> None:
+    """Refuse rows with images, which would be left out without a word.
+
+    Raises:
+        DataError: names the column, or the message, that holds one.
+    """
+    for prompt in prompts:
+        columns = [name for name in IMAGE_COLUMNS if prompt.columns.get(name)]
+        where = f"column {columns[0]!r}" if columns else None
+        if where is None and not isinstance(prompt.messages_or_text, str):
+            for message in prompt.messages_or_text:
+                parts = message["content"] if isinstance(message["content"], list) else []
+                kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+                if any(kind in IMAGE_PARTS for kind in kinds):
+                    where = f"a message of the role {message['role']!r}"
+        if where is not None:
+            raise DataError(
+                f"{where} holds an image, and text alone is served, of multimodal models too. Leave the column out, or "
+                "give rows without images."
+            )
