@@ -3,11 +3,13 @@
 #                report in runs/g2p-grpo/
 # make test      install, the whole suite
 # make soak      the long checks
+# make canary    the newest TRL in an environment of its own (.venv-canary): does it still have what rlseq relies on?
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+CANARY := .venv-canary/bin/python
 
-.PHONY: install demo test soak lint clean
+.PHONY: install demo test soak canary lint clean
 
 install: $(STAMP)
 
@@ -28,8 +30,23 @@ test: install
 soak: install
 	$(BIN)/python -m pytest -m soak
 
+# The newest of every dependency, without the upper bound; only torch as pinned, for its size. Where it passes with a TRL
+# that the bound leaves out, the whole suite decides whether the bound moves.
+canary:
+	rm -rf .venv-canary
+	$(PYTHON) -m venv .venv-canary
+	$(CANARY) -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(CANARY) -c 'import re, tomllib; print(*(re.sub(",?<[^,]*", "", d) for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]), sep="\n")' > .venv-canary/newest.txt
+	$(CANARY) -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -r .venv-canary/newest.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)" pytest
+	$(CANARY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@trl=$$($(CANARY) -c 'from importlib.metadata import version; print(version("trl"))'); \
+	echo "canary: the newest TRL is $$trl; pyproject.toml takes $$(sed -n 's/.*"\(trl>=[^"]*\)".*/\1/p' pyproject.toml)"; \
+	if $(CANARY) -m pytest tests/test_trl_seams.py --deselect tests/test_trl_seams.py::test_the_version_is_the_one_that_was_read; \
+	then echo "canary: TRL $$trl has everything that rlseq relies on"; \
+	else echo "canary: TRL $$trl moved what rlseq relies on (named above); keep the upper bound"; exit 1; fi
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-canary build dist .pytest_cache .ruff_cache

@@ -64,7 +64,8 @@ def help_text() -> str:
     return (
         "usage: rlseq COMMAND [options]\n\n"
         "Fine-tune language models on sampled rollouts, and contrast likelihood with generation.\n"
-        "Training is started with `accelerate launch recipes/{sft,grpo,evaluate}.py`.\n\n"
+        "Training is started with `accelerate launch -m rlseq.recipes.grpo` (or sft, ppo); in a checkout\n"
+        "`accelerate launch recipes/grpo.py` is the same.\n\n"
         f"{table}\n\nrlseq COMMAND --help describes a command; rlseq --version prints the version."
     )
 

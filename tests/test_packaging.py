@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from rlseq.scoring.find import bundled_folder, describe_file
+from rlseq.training.config_file import beside_config, find_config
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -38,6 +39,25 @@ def test_the_wheel_holds_the_package_and_the_bundled_rewards_and_recipes():
     assert sorted(held) == sorted(expected)
     for name in ("py.typed", "bundled/rewards/phoneme_accuracy.py", "bundled/recipes/g2p/base/model.safetensors"):
         assert f"rlseq/{name}" in held
+
+
+def test_what_the_bundled_configs_name_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo = find_config("recipes/g2p/demo.yaml")
+    assert demo == ROOT / "recipes/g2p/demo.yaml"
+    assert beside_config("recipes/g2p/base", demo) == str(ROOT / "recipes/g2p/base")
+    given = ["recipes/g2p/data.py:build_tokenizer", "recipes/none", "runs/g2p-grpo", "phoneme_accuracy", 0.5]
+    assert beside_config(given, demo) == [f"{ROOT}/recipes/g2p/data.py:build_tokenizer", *given[1:]]
+    own = tmp_path / "own.yaml"
+    assert find_config(own) == own and beside_config("recipes/g2p/base", own) == "recipes/g2p/base"
+
+
+def test_the_working_directorys_own_recipes_come_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes/g2p/base").mkdir(parents=True)
+    (tmp_path / "recipes/g2p/demo.yaml").touch()
+    assert find_config("recipes/g2p/demo.yaml") == Path("recipes/g2p/demo.yaml")
+    assert beside_config("recipes/g2p/base", ROOT / "recipes/g2p/demo.yaml") == "recipes/g2p/base"
 
 
 def test_every_extra_that_a_reward_asks_for_is_offered():
