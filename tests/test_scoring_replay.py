@@ -175,7 +175,7 @@ def test_what_is_written_is_json_whatever_the_details_hold(tmp_path):
 class Words:
     chat_template = None
 
-    def __call__(self, text):
+    def __call__(self, text, **_):
         return {"input_ids": [list(range(len(one.split()))) for one in text]}
 
 
