@@ -34,6 +34,7 @@ from rlseq.types import Prompt
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # To pandas the words "null", "nan" and "NA" are missing values; here only an empty field is.
 READ_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
 
 
@@ -211,8 +212,7 @@ def _hash_split(row: Mapping[str, Any]) -> str:
 
 
 def _digest(value: Any) -> bytes:
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.blake2b(canonical.encode(), digest_size=8).digest()
+    return hashlib.blake2b(_CANONICAL.encode(value).encode(), digest_size=8).digest()
 
 
 @keeping_all()

@@ -29,6 +29,7 @@ PHONEMES = tuple(
     "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split()
 )
 SEPARATOR = "="
+STRESS = str.maketrans("", "", "012")  # digits that are dropped
 SPLITS = ("train", "validation", "test")
 
 
@@ -61,7 +62,7 @@ def load(split: str) -> list[dict[str, Any]]:
     for word, found in pronunciations().items():
         if not set(word) <= allowed or split_of(word) != split:
             continue
-        without_stress = [" ".join(phone.rstrip("012") for phone in phones) for phones in found]
+        without_stress = [" ".join(phones).translate(STRESS) for phones in found]
         rows.append(
             {
                 "prompt": f"{' '.join(word)} {SEPARATOR} ",

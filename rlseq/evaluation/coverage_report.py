@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from rlseq.evaluation import plots, tables
 from rlseq.evaluation.study import Section, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _EXACT = "exact_pass_at_k"
 _LINES = ("-", "--", ":")  # of a family's curves, in turn
@@ -160,8 +161,8 @@ def _draw(
     """A line a model and curve over k on a logarithmic axis, with its band; the exact curve has none."""
     info, lines = family.info, dict(zip((curve for curve, _ in family.curves), _LINES, strict=False))
     ks = sorted({int(k) for cells in curves.values() for k in cells})
-    with matplotlib.rc_context(plots._STYLE):
-        figure = Figure(figsize=(5.6, 3.6))
+    with plots.styled():
+        figure = plots.new_figure(5.6, 3.6)
         axes = figure.subplots()
         for (model, curve), cells in curves.items():
             color, places = plots.color_of(models, model), [int(k) for k in cells]

@@ -11,13 +11,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from rlseq.evaluation.seeds import methods
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, MUTED, GRID, PAPER = "#1c1d21", "#6b6e76", "#dedfe3", "#fefefe"
 SERIES = ("#7d828c", "#1f5fbf", "#b8561a", "#27805c", "#8a4a9e", "#a3862b")  # the base is grey on purpose
@@ -66,10 +67,24 @@ TRAINING_SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
 _CURVES_PNG = ("Reward (mean", "NLL of", "Exact accuracy", "KL to", "Entropy", "Completion length")
 
 
+def styled(more: Mapping[str, Any] | None = None) -> Any:
+    """A context in which figures are drawn in the report's style."""
+    import matplotlib  # late: no run need wait for it to start
+
+    return matplotlib.rc_context({**_STYLE, **(more or {})})
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
 def to_svg(figure: Figure) -> str:
     """The figure as a standalone SVG document in its literal colours."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
@@ -116,8 +131,8 @@ def plane(
     """
     scale = 100.0 if y_percent else 1.0
     strategies = list(dict.fromkeys(strategy for _, strategy in points))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 4.0))
+    with styled():
+        figure = new_figure(5.6, 4.0)
         axes = figure.subplots()
         centre = {key: (x["value"], y["value"] * scale) for key, (x, y) in points.items()}
         for (model, strategy), (x, y) in points.items():
@@ -165,8 +180,8 @@ def pass_at_k_curves(
     models: Sequence[str],
 ) -> Figure:
     """Exact pass@k a model with its 95% band, and the estimate from drawn samples as open circles."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 3.6))
+    with styled():
+        figure = new_figure(5.6, 3.6)
         axes = figure.subplots()
         for model, curve in curves.items():
             ks = sorted(curve)
@@ -209,8 +224,8 @@ def curves(
         lines: (label, colour, line style, x -> `{"value", "ci95"}`) each; undefined values leave a gap.
     """
     scale = 100.0 if percent else 1.0
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 3.6))
+    with styled():
+        figure = new_figure(5.6, 3.6)
         axes = figure.subplots()
         for label, color, style, cells in lines:
             xs = sorted(cells)
@@ -245,8 +260,8 @@ def training_series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[lis
 
 def training_curve(title: str, steps: Sequence[float], values: Sequence[float]) -> Figure:
     """One logged quantity over optimiser steps: what was logged, and its running mean on top."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.7, 2.35))
+    with styled():
+        figure = new_figure(3.7, 2.35)
         _draw_curve(figure.subplots(), title, steps, values)
     return figure
 
@@ -263,8 +278,8 @@ def write_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         return None
     columns = min(3, len(series))
     rows = math.ceil(len(series) / columns)
-    with matplotlib.rc_context(_STYLE | {"figure.facecolor": "white", "savefig.facecolor": "white"}):
-        figure = Figure(figsize=(3.7 * columns, 2.5 * rows))
+    with styled({"figure.facecolor": "white", "savefig.facecolor": "white"}):
+        figure = new_figure(3.7 * columns, 2.5 * rows)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (title, (steps, values)) in zip(grid, series.items(), strict=False):
             _draw_curve(axes, title, steps, values)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from rlseq.evaluation import compression, plots, tables
 from rlseq.evaluation.headline import make_headline
 from rlseq.evaluation.sidebyside import SideBySide, monte_carlo_pass_at_k, side_by_side
 from rlseq.evaluation.studies import sections
 from rlseq.evaluation.tables import Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PASS_KS_IN_TABLE = (1, 2, 4, 8, 16, 64, 256)
 

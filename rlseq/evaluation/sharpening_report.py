@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from rlseq.evaluation import plots, tables
 from rlseq.evaluation.study import Section, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ONE = "1.0"
 _SHAPE = {
@@ -128,8 +128,8 @@ def _curves(block: Mapping[str, Any], info: tables.Metric) -> Figure:
     """A line a model in order of entropy, its temperatures beside the points, and the gaps at temperature 1."""
     scale = 100.0 if info.percent else 1.0
     models = list(block["models"])
-    with matplotlib.rc_context(plots._STYLE):
-        figure = Figure(figsize=(5.6, 4.0))
+    with plots.styled():
+        figure = plots.new_figure(5.6, 4.0)
         axes = figure.subplots()
         for place, (model, points) in enumerate(block["models"].items()):
             color = plots.color_of(models, model)

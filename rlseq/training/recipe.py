@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,7 @@ def load_task(
     for each in (suite, eval_suite):
         if each is not None:
             try_rewards(each, prompts[0])
+    gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
 
 
