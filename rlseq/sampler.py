@@ -54,16 +54,18 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = 
         uniform: (B,) in [0, 1).
         of: (B,) which of the U distributions each uniform draws from; None: each from its own, U = B.
     """
-    cdf = to_units(logprobs.to(torch.float64, copy=True).exp_()).cumsum_(-1)
+    device = logprobs.device
+    exact = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    cdf = to_units(logprobs.to(exact).to(torch.float64, copy=True).exp_()).cumsum_(-1)
     of = np.arange(len(cdf)) if of is None else of
     rank = _ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
     where = torch.from_numpy(of).to(cdf.device), torch.from_numpy(rank).to(cdf.device)
     total = cdf[:, -1][where[0]]
     wanted = cdf.new_zeros(len(cdf), int(rank.max()) + 1)
     # u·total may round up to the total
-    wanted[where] = torch.minimum((uniform * total).long(), total - 1)
+    wanted[where] = torch.minimum((uniform.to(exact) * total).long(), total - 1)
     index = torch.searchsorted(cdf, wanted, right=True)[where]
-    return index.clamp(max=logprobs.size(-1) - 1)  # beyond it only where a model gives no numbers
+    return index.clamp(max=logprobs.size(-1) - 1).to(device)  # beyond it only where a model gives no numbers
 
 
 def _ranks(of: np.ndarray) -> np.ndarray:
@@ -271,7 +273,7 @@ def _decode(
         slots, logits = torch.from_numpy(slot).to(device), beginnings.logits  # (B,), (U, V)
         if isinstance(strategy, Sample):
             logprobs = strategy.warp(logits)
-            token = pick(logprobs, torch.from_numpy(uniforms(keys[rows], step)).to(device), slot)
+            token = pick(logprobs, torch.from_numpy(uniforms(keys[rows], step)), slot)
         else:
             logprobs = torch.log_softmax(logits, dim=-1)
             token = logits.argmax(-1)[slots]

@@ -19,6 +19,7 @@ TOOLS = {
     "likelihood",
     "decoding",
     "kv_cache",
+    "model_class",
     "packing",
     "data",
     "data_files",

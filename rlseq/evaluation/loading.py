@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.errors import ModelError
+from rlseq.model_class import causal_class
 
 
 def load_tokenizer(name: str, path: str) -> Any:
@@ -26,7 +28,9 @@ def load_checkpoint(name: str, path: str) -> torch.nn.Module:
     Raises:
         ModelError: it cannot be loaded.
     """
-    model = _load(AutoModelForCausalLM, name, path, dtype=torch.float32, use_safetensors=True)
+    adapter = (Path(path) / "adapter_config.json").is_file()  # whose base transformers finds
+    kind = AutoModelForCausalLM if adapter else causal_class(_load(AutoConfig, name, path))
+    model = _load(kind, name, path, dtype=torch.float32, use_safetensors=True)
     return model.to(PartialState().device).eval()
 
 

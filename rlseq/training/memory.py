@@ -18,9 +18,10 @@ from transformers import AutoModel
 
 from rlseq.doctor.preflight import load_configs
 from rlseq.errors import ConfigError, ModelError
+from rlseq.model_class import causal_class
 from rlseq.sampler import cached_numbers
 from rlseq.training.critic import critic_folder, first_line
-from rlseq.training.models import causal_class, freeze_other_senses
+from rlseq.training.models import freeze_other_senses
 
 # Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", equation 1 without the
 # attention scores, which SDPA does not keep: 34 bytes a token, layer and hidden unit at 16 bits are 17 numbers.

@@ -16,18 +16,13 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from rlseq.errors import ConfigError, ModelError, did_you_mean
+from rlseq.model_class import causal_class
 
 MERGED = "merged"  # folder of a run that holds its adapter merged into the base
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -115,14 +110,6 @@ def _load_whole(path: str, model_args: trl.ModelConfig, revision: str, quantizat
         raise ModelError(f"cannot load a model from {path!r}: {str(error).splitlines()[0]}") from error
     freeze_other_senses(model)
     return model
-
-
-def causal_class(config: PreTrainedConfig) -> type:
-    """The auto class that makes a language model of a configuration: one for images too where there is no other."""
-    images_too = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    if images_too and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 def freeze_other_senses(model: PreTrainedModel) -> None:
