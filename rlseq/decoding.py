@@ -131,11 +131,12 @@ class Sample(Strategy):
 
 
 def to_units(probs: torch.Tensor) -> torch.Tensor:
-    """Return probabilities as whole numbers of 2⁻⁵², int64: their sums are exact, whatever the order of summation.
+    """Return probabilities (float32 or wider) as whole numbers of 2⁻⁵², int64: their sums are exact, in any order.
 
-    (A float cumsum on CUDA gives other last digits from call to call, and is refused under deterministic kernels.)
+    (Scaling by a power of two is exact. A float cumsum on CUDA gives other last digits from call to call, and is
+    refused under deterministic kernels.)
     """
-    return (probs.double() * 2.0**52).round_().long()
+    return (probs * 2.0**52).round_().long()
 
 
 class Rerank(Strategy):
