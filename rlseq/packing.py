@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
+from rlseq.layout import Group, Layout, arrange, fill_rows, ramps, split
 
-Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt ids, [completion ids, ...])
+IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
 
 # Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
 LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -110,19 +110,19 @@ def pack(
     for number, (prompt, _) in enumerate(groups):
         if len(prompt) == 0:
             raise ValueError(f"group {number} has an empty prompt; a completion needs a token to follow")
-    arranged = [_arrange(prompt, completions) for prompt, completions in groups]
+    arranged = [arrange(prompt, completions) for prompt, completions in groups]
     if row_tokens is not None and whole_groups:
         row_tokens = max(row_tokens, *(sum(shared.tokens) for shared in arranged))
-    rows = _fill_rows(_split(groups, arranged, row_tokens), row_tokens)
+    rows = fill_rows(split(groups, arranged, row_tokens), row_tokens)
 
-    layout = _Layout([len(completion) for _, completions in groups for completion in completions])
+    layout = Layout([len(completion) for _, completions in groups for completion in completions])
     for row, blocks in enumerate(rows):
         column = 0
         for block in blocks:
             column = layout.write(block, row, column)
     width = max(1, layout.width)
     row_of, column_of, length_of, position_of, unscored_of = np.asarray(layout.pieces, np.int64).reshape(-1, 5).T
-    ramp = _ramp(length_of)
+    ramp = ramps(length_of)
     places = np.repeat(row_of * width + column_of, length_of) + ramp  # of each token, in the flattened (R, S)
     tokens = np.fromiter(chain.from_iterable(layout.ids), np.int64, count=len(ramp))
     scored = ramp >= np.repeat(unscored_of, length_of)
@@ -134,7 +134,7 @@ def pack(
     labels[places[scored]] = tokens[scored]
     seen_until = np.tile(np.arange(1, width + 1, dtype=np.int32), len(rows))  # padding sees itself
     row_of, column_of, length_of, end_of = np.asarray(layout.seen, np.int64).reshape(-1, 4).T
-    seen_until[np.repeat(row_of * width + column_of, length_of) + _ramp(length_of)] = np.repeat(end_of, length_of)
+    seen_until[np.repeat(row_of * width + column_of, length_of) + ramps(length_of)] = np.repeat(end_of, length_of)
 
     shape = (len(rows), width)
     seen_RS = torch.from_numpy(seen_until).view(shape).to(device)
@@ -147,7 +147,7 @@ def pack(
         position_ids=torch.from_numpy(positions).view(shape).to(device),
         attention_mask=mask[:, None],
         labels=torch.from_numpy(labels).view(shape).to(device),
-        lengths=tuple(layout.lengths),
+        lengths=tuple(layout.lengths.tolist()),
         token_rows=torch.from_numpy(np.repeat(layout.row_of, layout.lengths)).to(device),
         token_columns=torch.from_numpy(np.concatenate(layout.columns_of)).to(device),
     )
@@ -157,7 +157,7 @@ def rows_of_group(
     prompt: Sequence[int], completions: Sequence[Sequence[int]], row_tokens: int | None
 ) -> list[tuple[int, list[int]]]:
     """How `pack` would split a group: for each row its tokens, and the indices of the completions that it holds."""
-    blocks = _split([(prompt, completions)], [_arrange(prompt, completions)], row_tokens)
+    blocks = split([(prompt, completions)], [arrange(prompt, completions)], row_tokens)
     return [(block.tokens, [index for index, _, _ in block.completions]) for block in blocks]
 
 
@@ -276,154 +276,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 _checked: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class _Shared:
-    """A group's completions in lexicographic order.
-
-    Attributes:
-        order: which completion stands at each place.
-        shared: tokens that the completion there shares with the one before it; 0 for the first.
-        tokens: those it adds to the row; the first adds the prompt's too.
-    """
-
-    order: list[int]
-    shared: list[int]
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """What of a group stands in one row: completions (their index in the batch, tokens, tokens shared) in order."""
-
-    prompt: Sequence[int]
-    completions: list[tuple[int, Sequence[int], int]]
-    tokens: int
-
-
-def _arrange(prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> _Shared:
-    keys = [tuple(completion) for completion in completions]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    shared, tokens = [], []
-    before: tuple[int, ...] | None = None
-    for index in order:
-        key = keys[index]
-        if before is None:
-            shared.append(0)
-            tokens.append(len(prompt) + len(key))
-        else:
-            pairs = enumerate(zip(before, key, strict=False))
-            common = next((n for n, (a, b) in pairs if a != b), min(len(before), len(key)))
-            shared.append(common)
-            tokens.append(len(key) - common + (common < len(before)))
-        before = key
-    return _Shared(order, shared, tokens)
-
-
-def _split(groups: Sequence[Group], arranged: Sequence[_Shared], row_tokens: int | None) -> list[_Block]:
-    """Groups as blocks that each fit a row, or hold a single completion."""
-    blocks: list[_Block] = []
-    first = 0
-    for (prompt, completions), places in zip(groups, arranged, strict=True):
-        members: list[tuple[int, Sequence[int], int]] = []
-        used = 0
-        for index, shared, tokens in zip(places.order, places.shared, places.tokens, strict=True):
-            if members and row_tokens is not None and used + tokens > row_tokens:
-                blocks.append(_Block(prompt, members, used))
-                members, used = [], 0
-            if not members:
-                shared, tokens = 0, len(prompt) + len(completions[index])
-            members.append((first + index, completions[index], shared))
-            used += tokens
-        blocks.append(_Block(prompt, members, used))
-        first += len(completions)
-    return blocks
-
-
-def _fill_rows(blocks: list[_Block], row_tokens: int | None) -> list[list[_Block]]:
-    if row_tokens is None:
-        return [[block] for block in blocks]
-    rows: list[list[_Block]] = []
-    room: list[int] = []
-    for block in sorted(blocks, key=lambda block: -block.tokens):  # stable: ties keep their order
-        row = next((r for r, left in enumerate(room) if left >= block.tokens), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(row_tokens)
-        rows[row].append(block)
-        room[row] -= block.tokens
-    return rows
-
-
-class _Layout:
-    """Where the tokens of blocks come to stand.
-
-    Attributes:
-        ids: the tokens of each piece, a run of tokens that follow each other in a row.
-        pieces: of each piece row, column, length, position of its first token, and tokens that are not scored.
-        seen: runs of tokens (row, column, length) and the column before which they are seen.
-        lengths, row_of, columns_of: of each completion, in the order given: tokens, their row, and their columns.
-        width: of the longest row.
-    """
-
-    def __init__(self, lengths: list[int]):
-        self.ids: list[Sequence[int]] = []
-        self.pieces: list[tuple[int, int, int, int, int]] = []
-        self.seen: list[tuple[int, int, int, int]] = []
-        self.lengths = np.array(lengths, np.int64)
-        self.row_of = np.zeros(len(lengths), np.int64)
-        self.columns_of = [np.zeros(0, np.int64)] * max(1, len(lengths))
-        self.width = 0
-
-    def write(self, block: _Block, row: int, column: int) -> int:
-        """Lay out a block from a column on, and return the column after it."""
-        prompt = block.prompt
-        path = np.zeros(len(prompt) + max((len(c) for _, c, _ in block.completions), default=0), np.int64)  # columns
-        still_seen: list[tuple[int, int, int]] = []  # runs: position and column of the first token, and tokens
-        before: int | None = None  # tokens of the completion before
-        ids: Sequence[int]
-        for index, completion, shared in block.completions:
-            end = len(prompt) + len(completion)
-            if before is None:
-                ids, position, unscored = (*prompt, *completion), 0, len(prompt)
-            elif shared < before:
-                last = completion[shared - 1] if shared else prompt[-1]
-                ids, position, unscored = (last, *completion[shared:]), len(prompt) + shared - 1, 1
-                self._hide(still_seen, position, row, column)
-            else:  # the one before, continued
-                ids, position, unscored = completion[shared:], len(prompt) + shared, 0
-            if ids:
-                self.ids.append(ids)
-                self.pieces.append((row, column, len(ids), position, unscored))
-                still_seen.append((position, column, len(ids)))
-                path[position + unscored : end] = np.arange(column + unscored, column + len(ids))
-                column += len(ids)
-            self.row_of[index], self.columns_of[index] = row, path[len(prompt) : end].copy()
-            before = len(completion)
-        self._hide(still_seen, 0, row, column)
-        self.width = max(self.width, column)
-        return column
-
-    def _hide(self, still_seen: list[tuple[int, int, int]], position: int, row: int, column: int) -> None:
-        """Tokens from a position on are not seen from a column on."""
-        while still_seen and still_seen[-1][0] + still_seen[-1][2] > position:
-            first, start, count = still_seen.pop()
-            kept = max(0, position - first)
-            self.seen.append((row, start + kept, count - kept, column))
-            if kept:
-                still_seen.append((first, start, kept))
-
-
-def _ramp(lengths: np.ndarray) -> np.ndarray:
-    """0..n-1 for each length n, one after the other."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-
 def _index(rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, device: torch.device | str | None) -> dict:
     """The fields of a batch that say where its completions are."""
     return {
         "lengths": tuple(lengths.tolist()),
         "token_rows": torch.from_numpy(np.repeat(rows, lengths)).to(device),
-        "token_columns": torch.from_numpy(np.repeat(starts, lengths) + _ramp(lengths)).to(device),
+        "token_columns": torch.from_numpy(np.repeat(starts, lengths) + ramps(lengths)).to(device),
     }
 
 

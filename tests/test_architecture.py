@@ -19,6 +19,7 @@ TOOLS = {
     "likelihood",
     "decoding",
     "kv_cache",
+    "layout",
     "model_class",
     "packing",
     "data",
@@ -28,12 +29,13 @@ TOOLS = {
     "evaluation.stats",
 }
 DRAWING = {"sampler", "search"}
-LOWER = LEAVES | TOOLS | DRAWING
+LOWER = LEAVES | TOOLS | DRAWING | {"beginnings"}
 # By room, the longest name that fits a module: what its modules may import beside the room itself.
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
     **{room: LEAVES for room in TOOLS},
+    "packing": LEAVES | {"layout"},
     "likelihood": LEAVES | {"packing"},
     "data": LEAVES | {"data_files"},
     "beginnings": LEAVES | {"kv_cache", "packing"},

