@@ -24,7 +24,7 @@ from transformers import TrainerState
 
 from rlseq.training.checkpoints import find_defect
 
-STEPS = 24
+STEPS = 36
 LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
 
 
@@ -271,13 +271,15 @@ def test_a_run_killed_ten_times_ends_as_the_undisturbed_one(task, tmp_path, name
     whole.wait_for(process, whole.run / "checkpoint-1")
     start_up = time.monotonic() - began
     assert process.wait(300) == 0, whole.log.read_text()[-3000:]
-    print(f"{name}, {processes} process(es): start-up {start_up:.1f} s, in all {time.monotonic() - began:.1f} s")
+    in_all = time.monotonic() - began
+    a_step = (in_all - start_up) / STEPS  # kills are so close that the run cannot end between them
+    print(f"{name}, {processes} process(es): start-up {start_up:.1f} s, in all {in_all:.1f} s")
 
     run = Killed(name, task / f"{name}.yaml", tmp_path / "killed", launcher, seed=processes)
     moments = ["start"] * 2 + ["step"] * 4 + ["save"] * 3
     run.draw.shuffle(moments)
     for moment in moments:
-        run.kill(moment, {"start": start_up, "step": 0.3, "save": 0.1}[moment])
+        run.kill(moment, {"start": start_up, "step": 1.5 * a_step, "save": a_step}[moment])
     if processes == 1:
         step = run.reached() + 2
         code = run.start("-c", UNMARKED.format(step=step)).wait(240)
