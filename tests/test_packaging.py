@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import rlseq
 from rlseq.scoring.find import bundled_folder, describe_file
 from rlseq.training.config_file import beside_config, find_config
 
@@ -89,6 +92,39 @@ def test_the_public_modules_pass_a_type_checker():
     pytest.importorskip("mypy", reason="mypy, of the extra dev, is absent")
     ended = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_public_names_have_the_types_of_what_they_load(tmp_path):
+    pytest.importorskip("mypy", reason="mypy, of the extra dev, is absent")
+    names = [name for name in rlseq.__all__ if name != "__version__"]
+    wrong = {  # call: what is wrong with it
+        "rlseq.smaple": "attr-defined",
+        "rlseq.Greedy('x')": "call-arg",
+        "rlseq.load_rewards(3)": "arg-type",
+        "rlseq.PPOConfig(critic='both')": "arg-type",
+        "rlseq.load_rewards(['exact_match']).score([], {}).no": "attr-defined",
+    }
+    right = ["rlseq.load_rewards(['exact_match']).score([], {})", "rlseq.PPOConfig(critic='shared', learning_rate=0.1)"]
+    lines = ["import rlseq", *(f"reveal_type(rlseq.{name})" for name in names), *wrong, *right]
+    (tmp_path / "user.py").write_text("\n".join(lines) + "\n")
+    mypy = [sys.executable, "-m", "mypy", "--no-error-summary", tmp_path / "user.py"]
+    ended = subprocess.run(mypy, cwd=ROOT, capture_output=True, text=True)
+    said = re.findall(r"user\.py:(\d+): (?:note: Revealed type is |error: .*\[)(.*?)\]?$", ended.stdout, re.M)
+    types = {name: dict(said)[str(i)] for i, name in enumerate(names, start=2)}
+    assert all(kind.startswith(('"def (', '"Overload(def ')) for kind in types.values()), types  # "Any" is neither
+    assert types["sample"].endswith('-> list[list[rlseq.types.Rollout]]"') and "num_samples: int" in types["sample"]
+    errors = [(lines[int(line) - 1], code) for line, code in said[len(names) :]]
+    assert errors == list(wrong.items()), ended.stdout
+
+
+def test_what_a_type_checker_sees_is_what_is_loaded():
+    (block,) = [
+        node
+        for node in ast.parse((ROOT / "rlseq/__init__.py").read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    seen = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
+    assert seen == {name: (module, name) for name, module in rlseq._PUBLIC.items()}
 
 
 @pytest.mark.soak
