@@ -15,6 +15,8 @@ PROJECT = ROOT.parent
 
 LEAVES = {"errors", "types"}
 TOOLS = {
+    "arguments",
+    "flags",
     "losses",
     "likelihood",
     "decoding",

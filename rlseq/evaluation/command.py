@@ -3,132 +3,75 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.seeds import methods, numbered
+from rlseq.flags import HelpFormatter, add_flags, from_flags
 
-DEFAULT_STRATEGIES = ("greedy", "sample", "beam")
-STRATEGIES_HELP = (
-    "Decoding strategies (default: greedy sample beam), with settings: sample:temperature=0.7, beam:width=10, "
-    "best_of:n=8, best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000. Of several numbers, "
-    "sample:temperature=0.5/0.7/1, the best is chosen for each model on --choose_split; see docs/evaluation.md."
-)
-MODELS_HELP = "Checkpoints; the first is the baseline, and a name repeated is one method with several training seeds."
-COMPARE_HELP = "Join finished evaluations (results.json or its folder) instead; NAME names the checkpoint in one."
-DEFAULT_STUDIES = ("ranking", "coverage", "sharpening", "prefixes", "distance")
-STUDIES_HELP = (
-    "What else is measured: ranking, coverage, sharpening, prefixes, distance (default: these), lookahead, or none "
-    "(docs/evaluation.md)."
-)
+# What an evaluation is told, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
+ARGUMENTS = (EvaluateArguments, DataArguments, RewardArguments, EvaluationArguments)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `rlseq evaluate`; names are those of recipes/evaluate.py."""
-    add = parser.add_argument
-    add("--models", nargs="+", metavar="NAME=PATH", help=MODELS_HELP)
-    add("--compare", nargs="+", metavar="[NAME=]RESULTS", help=COMPARE_HELP)
-    add("--dataset_name", help="Task module, local json/jsonl/csv/parquet file or folder, or hub id.")
-    add("--dataset_config", help="Configuration name of a hub data set.")
-    add("--reward_funcs", nargs="+", help="Rewards that measure quality.")
-    add("--output_dir", required=True, help="Where results.json and report.html go.")
-    add("--eval_split", default="validation", help="Split to evaluate on (default: validation).")
-    add("--eval_rows", type=int, help="Only the first so many rows.")
-    add("--prompt_column", default="prompt", help="Column of the prompt (default: prompt).")
-    add("--reference_column", default="references", help="Column of the right answer (default: references).")
-    add("--prompt_template", help="Jinja template over a row's columns that makes the prompt.")
-    add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
-    add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
-    add("--strategies", nargs="+", default=list(DEFAULT_STRATEGIES), help=STRATEGIES_HELP)
-    add("--choose_split", default="validation", help="Split on which strategies' numbers are chosen (validation).")
-    add("--choose_rows", type=int, default=500, help="Only its first so many rows (default: 500).")
-    add("--samples_per_row", type=int, default=4, help="Completions a row under sampling (default: 4).")
-    add("--max_new_tokens", type=int, default=256, help="Longest completion (default: 256).")
-    add("--eval_batch_size", type=int, default=256, help="Rows decoded together (default: 256).")
-    add("--max_kv_gb", type=float, help="Budget for the KV cache, in gigabytes: fewer rows together (default: none).")
-    add("--eval_seed", type=int, default=0, help="Seed of sampling and bootstrap (default: 0).")
-    add("--resamples", type=int, default=10_000, help="Bootstrap resamples (default: 10,000).")
-    add("--exact_map_rows", type=int, help="Rows on which exact search runs, the first ones (default: all).")
-    add("--studies", nargs="+", default=list(DEFAULT_STUDIES), help=STUDIES_HELP)
-    add("--study_rows", type=int, default=500, help="Rows that costly studies run on, the first ones (default: 500).")
-    add("--coverage_samples", type=int, default=32, help="Completions a row that coverage draws (default: 32).")
-    add("--temperatures", nargs="+", type=float, default=[0.3, 0.5, 0.7, 0.85, 1.0, 1.2], help="Those of sharpening.")
-    add("--prefix_lengths", nargs="+", type=int, default=[1, 2, 4, 8], help="Tokens that prefixes continues from.")
-    add("--likelihood_dataset", help="Text without prompts, for bits per byte: txt or data files, module, or hub id.")
-    add("--likelihood_config", help="Its configuration name, of a hub data set.")
-    add("--likelihood_split", help="Its split (default: validation; all of it where there is the split train alone).")
-    add("--likelihood_column", default="text", help="Its column (default: text).")
-    add("--likelihood_rows", type=int, help="Only the first so many of its documents.")
-    add("--likelihood_stride", type=int, help="Tokens that windows over it slide by (default: half the context).")
-    add("--likelihood_context", type=int, help="Longest window over it, in tokens (default: the model's).")
-    add("--primary", help="The one comparison with a claim, metric:strategy.")
-    add("--primary_against", help="The baseline's strategy in it, if another.")
+    """Declare the flags of `rlseq evaluate`: those of recipes/evaluate.py."""
+    parser.formatter_class = HelpFormatter
+    parser.usage = "%(prog)s --models NAME=PATH ... --dataset_name DATA --reward_funcs REWARD ... [--name value ...]"
+    for arguments in ARGUMENTS:
+        add_flags(parser, arguments)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 on success."""
-    from rlseq.evaluation.contrast import ContrastSettings
-
-    if args.compare:
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        refuse_beside_compare(vars(args), {name: parser.get_default(name) for name in vars(args)})
-        join_finished(args.compare, output_dir=args.output_dir, reward_funcs=args.reward_funcs)
-        return 0
-    evaluate(
-        args.models or [],
-        dataset_name=args.dataset_name,
-        split=args.eval_split,
-        limit=args.eval_rows,
-        config_name=args.dataset_config,
-        prompt_options={
-            name: getattr(args, name)
-            for name in (
-                "prompt_column",
-                "reference_column",
-                "prompt_template",
-                "reference_template",
-                "merge_references",
-            )
-        },
-        reward_funcs=args.reward_funcs,
-        settings=ContrastSettings(
-            strategies=tuple(args.strategies),
-            samples_per_row=args.samples_per_row,
-            max_new_tokens=args.max_new_tokens,
-            seed=args.eval_seed,
-            resamples=args.resamples,
-            batch_rows=args.eval_batch_size,
-            max_kv_gb=args.max_kv_gb,
-            primary=args.primary,
-            primary_against=args.primary_against,
-            exact_map_rows=args.exact_map_rows,
-            choose_split=args.choose_split,
-            choose_rows=args.choose_rows,
-            studies=tuple(name for name in args.studies if name != "none"),
-            study_rows=args.study_rows,
-            coverage_samples=args.coverage_samples,
-            temperatures=tuple(args.temperatures),
-            prefix_lengths=tuple(args.prefix_lengths),
-            likelihood_dataset=args.likelihood_dataset,
-            likelihood_config=args.likelihood_config,
-            likelihood_split=args.likelihood_split,
-            likelihood_column=args.likelihood_column,
-            likelihood_rows=args.likelihood_rows,
-            likelihood_stride=args.likelihood_stride,
-            likelihood_context=args.likelihood_context,
-        ),
-        output_dir=args.output_dir,
-    )
+    evaluate_or_join(*(from_flags(arguments, args) for arguments in ARGUMENTS))
     return 0
 
 
-def refuse_beside_compare(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def evaluate_or_join(
+    arguments: EvaluateArguments, data: DataArguments, rewards: RewardArguments, evaluation: EvaluationArguments
+) -> None:
+    """Contrast the models that these settings name, or join the evaluations that --compare names.
+
+    Raises:
+        ConfigError: nothing to evaluate is named, or --compare beside settings that it cannot heed.
+    """
+    measured = [*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])]  # all are only measured
+    if arguments.compare:
+        refuse_beside_compare(arguments, data, rewards, evaluation)
+        return join_finished(arguments.compare, output_dir=arguments.output_dir, reward_funcs=measured or None)
+    from rlseq.evaluation.settings import ContrastSettings
+
+    evaluate(
+        arguments.models or [],
+        dataset_name=data.dataset_name,
+        split=data.eval_split,
+        limit=data.eval_rows,
+        config_name=data.dataset_config,
+        prompt_options=data.prompt_options(),
+        reward_funcs=measured,
+        max_error_rate=rewards.max_error_rate,
+        settings=ContrastSettings(
+            **evaluation.contrast_values(arguments.max_new_tokens),
+            choose_split=arguments.choose_split,
+            choose_rows=arguments.choose_rows,
+        ),
+        output_dir=arguments.output_dir,
+    )
+
+
+def refuse_beside_compare(*settings: Any) -> None:
     """Raise ConfigError, beside --compare, for a setting that is not at its default and would change nothing."""
     kept = ("compare", "output_dir", "reward_funcs", "eval_reward_funcs")
-    given = [name for name, value in values.items() if name not in kept and value != defaults[name]]
+    given = [
+        field.name
+        for part in settings
+        for field in dataclasses.fields(part)
+        if field.name not in kept and getattr(part, field.name) != getattr(type(part)(), field.name)
+    ]
     if given:
         raise ConfigError(
             f"--compare joins what was evaluated before, and --{', --'.join(given)} cannot change it; leave out one or "

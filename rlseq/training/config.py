@@ -1,7 +1,8 @@
 """The settings of the recipes, as dataclasses that `RecipeParser` reads from YAML and flags.
 
-TRL's own fields keep TRL's names and meaning. Where a default differs from TRL's, it differs here, in
-`DefaultsMixin` and the two config classes below it, and nowhere else.
+Here are those that extend TRL's, whose fields keep TRL's names and meaning. Where a default differs from TRL's, it
+differs here, in `DefaultsMixin` and the config classes below it, and nowhere else. rlseq's own settings, which need no
+trl, come from `rlseq.arguments`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,16 @@ from typing import Any, Literal
 import torch
 import trl
 
+from rlseq.arguments import (
+    DataArguments,
+    EvaluateArguments,
+    EvaluationArguments,
+    NewModelArguments,
+    RejectionArguments,
+    RewardArguments,
+    RunArguments,
+    TrainingEvaluationArguments,
+)
 from rlseq.errors import ConfigError
 from rlseq.training.adapters import check_adapter_settings
 from rlseq.training.checks import (
@@ -21,6 +32,23 @@ from rlseq.training.checks import (
     refuse_warped_training,
     single_generation,
 )
+
+__all__ = [
+    "DataArguments",
+    "DefaultsMixin",
+    "EvaluateArguments",
+    "EvaluationArguments",
+    "GRPOConfig",
+    "ModelArguments",
+    "NewModelArguments",
+    "PPOConfig",
+    "RejectionArguments",
+    "RewardArguments",
+    "RunArguments",
+    "SFTConfig",
+    "TrainingEvaluationArguments",
+    "bf16_supported",
+]
 
 
 def bf16_supported() -> bool:
@@ -32,196 +60,6 @@ def bf16_supported() -> bool:
 
 def _default(value: Any, help: str) -> Any:
     return field(default=value, metadata={"help": help})
-
-
-@dataclass
-class DataArguments:
-    """Data: where the prompts and references come from."""
-
-    _argument_group_name = "data (rlseq)"
-
-    dataset_name: str | None = _default(
-        None, "Task module (path/to/task.py), local json/jsonl/csv/parquet file or folder, or hub id."
-    )
-    dataset_config: str | None = _default(None, "Configuration name of a hub data set.")
-    train_split: str = _default("train", "Split to train on.")
-    eval_split: str = _default("validation", "Split to evaluate on; test is touched only when named here.")
-    prompt_column: str = _default("prompt", "Column of the prompt: text or chat messages.")
-    reference_column: str = _default("references", "Column of the right answer: a text or a list of texts.")
-    prompt_template: str | None = _default(
-        None,
-        "Jinja template over a row's columns that makes the prompt, e.g. \"{{ word | list | join(' ') }} = \".",
-    )
-    reference_template: str | None = _default(None, "Jinja template over a row's columns that makes the reference.")
-    merge_references: bool = _default(False, "Make rows with equal prompts one row with all their references.")
-    train_rows: int | None = _default(None, "Use only the first so many rows of the training split.")
-    eval_rows: int | None = _default(None, "Use only the first so many rows of the evaluation split.")
-
-    def prompt_options(self) -> dict[str, Any]:
-        """The options of `rlseq.data.build_prompts` that these settings stand for."""
-        return {
-            "prompt_column": self.prompt_column,
-            "reference_column": self.reference_column,
-            "prompt_template": self.prompt_template,
-            "reference_template": self.reference_template,
-            "merge_references": self.merge_references,
-        }
-
-
-@dataclass
-class RewardArguments:
-    """Rewards: what is optimised (their weights: --reward_weights)."""
-
-    _argument_group_name = "rewards (rlseq)"
-
-    reward_funcs: list[str | dict] | None = field(
-        default=None,
-        metadata={
-            "help": "Rewards: bundled names, path/to/file.py:function or package.module:function. In YAML an entry may "
-            "also be a mapping {func, weight, kwargs, timeout, on_error, ...}."
-        },
-    )
-    eval_reward_funcs: list[str | dict] | None = field(
-        default=None,
-        metadata={"help": "Rewards that are measured in evaluation and never optimised, named as in reward_funcs."},
-    )
-    max_error_rate: float = _default(
-        0.05, "Stop when a reward fails (error, timeout, invalid) on more than this share of a step's completions."
-    )
-
-
-@dataclass
-class EvaluationArguments:
-    """Evaluation: likelihood against generation, at the end of a run or of any checkpoints."""
-
-    _argument_group_name = "evaluation (rlseq)"
-
-    strategies: list[str] = field(
-        default_factory=lambda: ["greedy", "sample", "beam"],
-        metadata={
-            "help": "Decoding strategies: greedy, sample, sample:temperature=0.7, beam:width=10, best_of:n=8, "
-            "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000; recipes/evaluate.py chooses "
-            "among several numbers, sample:temperature=0.5/0.7/1 (docs/evaluation.md)."
-        },
-    )
-    samples_per_row: int = _default(4, "Completions drawn a row under strategies that sample.")
-    eval_batch_size: int = _default(256, "Rows decoded together in evaluation (completions do not depend on it).")
-    max_kv_gb: float | None = _default(
-        None, "Budget for the KV cache of its decoding, in gigabytes: fewer rows together; default: none."
-    )
-    eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
-    resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
-    exact_map_rows: int | None = _default(None, "Rows on which exact search runs, the first ones; default: all.")
-    studies: list[str] = field(
-        default_factory=lambda: ["ranking", "coverage", "sharpening", "prefixes", "distance"],
-        metadata={"help": "What else is measured; there is also lookahead, or none (docs/evaluation.md)."},
-    )
-    study_rows: int = _default(500, "Rows that costly studies run on, the first ones.")
-    coverage_samples: int = _default(32, "Completions a row that the study of coverage draws.")
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.3, 0.5, 0.7, 0.85, 1.0, 1.2],
-        metadata={"help": "Temperatures of the study of sharpening."},
-    )
-    prefix_lengths: list[int] = field(
-        default_factory=lambda: [1, 2, 4, 8],
-        metadata={"help": "Tokens of the prefixes that the study of prefixes continues."},
-    )
-    likelihood_dataset: str | None = _default(
-        None, "Text without prompts, for bits per byte: txt, json, jsonl, csv or parquet, a task module, or hub id."
-    )
-    likelihood_config: str | None = _default(None, "Its configuration name, of a hub data set.")
-    likelihood_split: str | None = _default(
-        None, "Its split; default: validation, or all of it where there is the split train alone."
-    )
-    likelihood_column: str = _default("text", "Its column.")
-    likelihood_rows: int | None = _default(None, "Only the first so many of its documents.")
-    likelihood_stride: int | None = _default(None, "Tokens that windows over it slide by; default: half the context.")
-    likelihood_context: int | None = _default(None, "Longest window over it, in tokens; default: the model's.")
-    primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
-    primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
-
-    def contrast_values(self, max_new_tokens: int) -> dict[str, Any]:
-        """These settings by the names of `rlseq.evaluation.contrast.ContrastSettings`."""
-        return {
-            "strategies": tuple(self.strategies),
-            "samples_per_row": self.samples_per_row,
-            "max_new_tokens": max_new_tokens,
-            "seed": self.eval_seed,
-            "resamples": self.resamples,
-            "batch_rows": self.eval_batch_size,
-            "max_kv_gb": self.max_kv_gb,
-            "primary": self.primary,
-            "primary_against": self.primary_against,
-            "exact_map_rows": self.exact_map_rows,
-            "studies": tuple(name for name in self.studies if name != "none"),
-            "study_rows": self.study_rows,
-            "coverage_samples": self.coverage_samples,
-            "temperatures": tuple(self.temperatures),
-            "prefix_lengths": tuple(self.prefix_lengths),
-            "likelihood_dataset": self.likelihood_dataset,
-            "likelihood_config": self.likelihood_config,
-            "likelihood_split": self.likelihood_split,
-            "likelihood_column": self.likelihood_column,
-            "likelihood_rows": self.likelihood_rows,
-            "likelihood_stride": self.likelihood_stride,
-            "likelihood_context": self.likelihood_context,
-        }
-
-
-@dataclass
-class TrainingEvaluationArguments(EvaluationArguments):
-    """Evaluation around and during a training run."""
-
-    evaluate: bool = _default(True, "Evaluate the start against the result when training ends.")
-    studies: list[str] = field(
-        default_factory=lambda: ["ranking"],
-        metadata={
-            "help": "What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, "
-            "lookahead, or none (docs/evaluation.md)."
-        },
-    )
-    probe_rows: int = _default(
-        500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
-    )
-
-
-@dataclass
-class EvaluateArguments:
-    """What recipes/evaluate.py evaluates."""
-
-    _argument_group_name = "models (rlseq)"
-
-    models: list[str] | None = field(
-        default=None,
-        metadata={"help": "Checkpoints as NAME=PATH; the first is the baseline, a name repeated a method with seeds."},
-    )
-    compare: list[str] | None = field(
-        default=None,
-        metadata={"help": "Join finished evaluations instead: [NAME=]RESULTS, a results.json or its folder."},
-    )
-    output_dir: str = _default("runs/contrast", "Where results.json and report.html go.")
-    max_new_tokens: int = _default(256, "Longest completion, in tokens.")
-    choose_split: str = _default(
-        "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are chosen."
-    )
-    choose_rows: int = _default(500, "Only its first so many rows.")
-
-
-@dataclass
-class RunArguments:
-    """The run directory and the processor."""
-
-    _argument_group_name = "run (rlseq)"
-
-    overwrite_output_dir: bool = _default(
-        False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start anew."
-    )
-    dry_run: bool = _default(
-        False, "Check everything that needs no model, print what the run would do and need, and stop."
-    )
-    num_cpu_threads: int | None = _default(
-        None, "Threads of a process that trains on the CPU; default: the cores over the processes on this machine."
-    )
 
 
 @dataclass
@@ -292,82 +130,6 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     early_stopping_patience: int | None = _default(
         None, "Stop when validation NLL has not fallen for so many evaluations, and keep the best checkpoint."
     )
-
-
-@dataclass
-class NewModelArguments:
-    """A model from scratch, instead of --model_name_or_path."""
-
-    _argument_group_name = "new model (rlseq)"
-
-    new_model: dict | str | None = _default(
-        None, "Config of a new, randomly initialised model, e.g. {model_type: llama, hidden_size: 128, ...}."
-    )
-    new_tokenizer: str | None = _default(
-        None, "Tokenizer of the new model: a path or hub id, or path/to/file.py:function that builds it."
-    )
-
-
-@dataclass
-class RejectionArguments:
-    """Rejection sampling: references replaced by the model's own samples that scored best."""
-
-    _argument_group_name = "rejection sampling (rlseq)"
-
-    from_rollouts: list[str] | None = field(
-        default=None,
-        metadata={"help": "Take the samples from these runs (their rollouts/*.jsonl) or jsonl files, as scored there."},
-    )
-    rejection_samples: int | None = _default(
-        None, "Draw so many samples a prompt from --model_name_or_path and score them by --reward_funcs."
-    )
-    reward_funcs: list[str | dict] | None = field(
-        default=None,
-        metadata={
-            "help": "Rewards that score the samples drawn: bundled names, path/to/file.py:function or "
-            "package.module:function; in YAML also mappings, as for recipes/grpo.py."
-        },
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "A weight for each of --reward_funcs; default: 1 each."}
-    )
-    max_error_rate: float = _default(
-        0.05, "Stop when a reward fails on more than this share of the samples scored together."
-    )
-    temperature: float = _default(1.0, "Temperature of the samples that are drawn.")
-    rejection_max_new_tokens: int = _default(256, "Longest sample, in tokens; those cut there are not kept.")
-    rejection_keep: int = _default(1, "Keep so many distinct completions a prompt, those of the highest total.")
-    min_reward: float | None = _default(None, "Keep only completions whose total reward is at least this.")
-
-    @property
-    def active(self) -> bool:
-        """Whether training is on samples instead of references."""
-        return self.from_rollouts is not None or self.rejection_samples is not None
-
-    def __post_init__(self) -> None:
-        if self.from_rollouts is not None and self.rejection_samples is not None:
-            raise ConfigError(
-                "--from_rollouts takes samples that exist, --rejection_samples draws new ones: give one of them"
-            )
-        if self.from_rollouts is not None and not self.from_rollouts:
-            raise ConfigError("--from_rollouts names nothing; give run directories or jsonl files")
-        if not self.active and (self.min_reward is not None or self.rejection_keep != 1):
-            raise ConfigError(
-                "--min_reward and --rejection_keep choose among samples; say where they come from, by --from_rollouts "
-                "or --rejection_samples"
-            )
-        if self.rejection_samples is not None and not self.reward_funcs:
-            raise ConfigError("--rejection_samples needs --reward_funcs (`rlseq reward list` shows the bundled ones)")
-        if self.rejection_samples is None and (self.reward_funcs or self.reward_weights):
-            raise ConfigError(
-                "--reward_funcs score the samples of --rejection_samples, and nothing else here; --from_rollouts takes "
-                "the totals of the log (`rlseq reward score SPEC --rollouts F --output G` writes others)"
-            )
-        for name in ("rejection_samples", "rejection_keep", "rejection_max_new_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; expected at least 1")
-        if not self.temperature > 0:
-            raise ConfigError(f"--temperature is {self.temperature}; expected above 0")
 
 
 @dataclass

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, get_type_hints
 from trl import TrlParser
 
 from rlseq.errors import ConfigError, TrainingError, did_you_mean
+from rlseq.flags import HelpFormatter
 from rlseq.training.batch_sizes import working_batch_sizes
 from rlseq.training.config_file import (
     beside_config,
@@ -55,7 +56,7 @@ class RecipeParser(TrlParser):
             list(dataclass_types),
             allow_abbrev=False,
             description=description,
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
             usage="%(prog)s [--config FILE.yaml] [--name value ...]",
         )
         self.add_argument("--config", metavar="FILE.yaml", help="YAML file of `name: value`; flags override it.")
@@ -171,29 +172,6 @@ class RecipeParser(TrlParser):
         group = self.add_argument_group(title)
         group.rank = _LIBRARIES.get(library, 0)
         return group
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """One spelling a flag, the type in a word, defaults where they say something."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=40, width=110)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        option = action.option_strings[-1] if action.dest == "help" else action.option_strings[0]
-        if action.nargs == 0:
-            return option
-        kind = action.metavar or getattr(action.type, "__name__", "value")
-        if action.choices is not None:
-            kind = "|".join(map(str, action.choices)) if len(action.choices) <= 6 else "NAME"
-        names = {"string_to_bool": "true|false", "json_mapping": "JSON", "json_or_text": "JSON"}
-        kind = names.get(kind, kind.upper() if kind in ("int", "float", "str", "value") else kind)
-        return f"{option} {kind}{' ...' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, argparse.SUPPRESS, "", []) or action.nargs == 0:
-            return action.help
-        return f"{action.help or ''} (default: %(default)s)"
 
 
 def run_recipe(main: Callable[[], int | None]) -> NoReturn:
