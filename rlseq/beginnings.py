@@ -1,13 +1,14 @@
 """Beginnings that are decoded together, and the ways in which a model can go on from them.
 
-    padded        all in one batch, padded on the left, from a cache
+    captured      all in one batch, padded on the left, from a cache of fixed shape: on a GPU, each step is a CUDA graph
+    padded        the same from a cache that grows, its kernels launched one by one
     by length     the same without padding: a batch, and a cache, for each prompt length
     uncached      every step computes the whole sequences anew; no cache, no padding
 
-Attention with explicit positions allows the first. Layers that carry a state from token to token may take padding for
-text, or keep a cache of another kind. So a model that is not a plain attention model of transformers' own is tried
-once, on a few random tokens, against forwards of one sequence without a cache, and gets the first way that is right.
-All three give the same logits to rounding; they differ in time.
+Attention with explicit positions allows the second. Layers that carry a state from token to token may take padding for
+text, or keep a cache of another kind. So a model that is not a plain attention model of transformers' own, and any
+that is to be captured, is tried once, on a few random tokens, against forwards of one sequence without a cache, and
+gets the first way that is right. All give the same logits to rounding; they differ in time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlseq.fixed_shape import WARM, FixedShape, may_capture
 from rlseq.kv_cache import rearrange, with_room
 from rlseq.packing import LOGIT_TOLERANCE
 
@@ -30,7 +32,8 @@ Ids = Sequence[int]
 
 TRIED_LENGTHS = (5, 2, 7, 1)  # of the trial's prompts: shorter and longer than the usual convolution of 4 tokens
 # Of the trial's slots at each step, the one that each continues: rows move, are copied, leave.
-TRIED_SOURCES = (None, (0, 0, 2, 1, 3, 2), (5, 3, 1), None)
+TRIED_SOURCES = (None, (0, 0, 2, 1, 3, 2), (5, 3, 1), *(None,) * (WARM + 1))  # until a step is replayed
+WORTH_ROOM = 128  # tokens a row: on shorter ones a cache with room was slower than one that is copied (2 CPU cores)
 FLIPS = 0.1  # share of logits that may be off in 16 bits, where a router that rounds otherwise picks another expert
 
 
@@ -53,10 +56,11 @@ class Cached:
     Args:
         model: takes `past_key_values`, or as state-space models do, `cache_params`.
         beginnings: U token id lists.
-        most_rows: rows that there will be at most, where the cache shall have room for what comes; 0: it grows.
+        most_rows, most_tokens: rows, and tokens a row, that there will be at most; from WORTH_ROOM tokens on, the cache
+            has room for what comes.
     """
 
-    def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0):
+    def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0):
         self.model = model
         accepted = _parameters(model)
         self.device = next(model.parameters()).device
@@ -75,7 +79,7 @@ class Cached:
         self._forward(input_ids.to(self.device), self.mask, positions)
         # Layers that carry states move by `reorder_cache` alone, and that knows nothing of room.
         self.states = not all(map(_holds_tokens, self.cache.layers))
-        if most_rows and not self.states:
+        if most_tokens >= WORTH_ROOM and not self.states:
             self.cache = with_room(self.cache, most_rows)
 
     def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
@@ -108,7 +112,7 @@ class Cached:
 class Uncached:
     """Beginnings of one length, each step computed from the first token on; arguments as of `Cached`."""
 
-    def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0):
+    def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0):
         self.model = model
         self.ids = torch.tensor([list(ids) for ids in beginnings], device=next(model.parameters()).device)  # (U, L)
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
@@ -132,7 +136,12 @@ class ByLength:
     """
 
     def __init__(
-        self, kind: Callable[..., Beginnings], model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0
+        self,
+        kind: Callable[..., Beginnings],
+        model: nn.Module,
+        beginnings: Sequence[Ids],
+        most_rows: int = 0,
+        most_tokens: int = 0,
     ):
         lengths = np.array([len(ids) for ids in beginnings])
         distinct, self.part = np.unique(lengths, return_inverse=True)  # (U,) which batch a slot is in
@@ -141,7 +150,7 @@ class ByLength:
         for number in range(len(distinct)):
             here = np.flatnonzero(self.part == number)
             self.place[here] = np.arange(len(here))
-            self.parts.append(kind(model, [beginnings[u] for u in here], most_rows))
+            self.parts.append(kind(model, [beginnings[u] for u in here], most_rows, most_tokens))
         self._gather()
 
     def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
@@ -160,15 +169,33 @@ class ByLength:
         self.logits = torch.stack([found[n][i] for n, i in zip(self.part.tolist(), self.place.tolist(), strict=True)])
 
 
-def _by_length(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0) -> ByLength:
-    return ByLength(Cached, model, beginnings, most_rows)
+def _by_length(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0) -> ByLength:
+    return ByLength(Cached, model, beginnings, most_rows, most_tokens)
 
 
-def _uncached(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0) -> ByLength:
-    return ByLength(Uncached, model, beginnings, most_rows)
+def _uncached(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0) -> ByLength:
+    return ByLength(Uncached, model, beginnings, most_rows, most_tokens)
 
 
-WAYS: dict[str, Callable[..., Beginnings]] = {"padded": Cached, "by length": _by_length, "uncached": _uncached}
+def fixed(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0) -> FixedShape:
+    """As `Cached`, and every step of one shape.
+
+    Raises:
+        ModelError: the model's cache cannot be of a fixed shape.
+    """
+    first = Cached(model, beginnings)
+    most_rows, most_tokens = max(most_rows, len(beginnings)), max(most_tokens, first.mask.shape[1] + 1)
+    room = {"most_rows": most_rows, "most_tokens": most_tokens}
+    return FixedShape(model, first.cache, first.mask, first.position, first.options, first.logits, **room)
+
+
+WAYS: dict[str, Callable[..., Beginnings]] = {
+    "captured": fixed,
+    "padded": Cached,
+    "by length": _by_length,
+    "uncached": _uncached,
+}
+UNCAPTURED = "without a CUDA graph"
 COSTS = {
     "by length": "one prompt length at a time",
     "uncached": "without a cache, each step anew from the first token, which is slow",
@@ -178,23 +205,24 @@ COSTS = {
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
-def begin(model: nn.Module, beginnings: Sequence[Ids], *, most_rows: int = 0) -> Beginnings:
+def begin(model: nn.Module, beginnings: Sequence[Ids], *, most_rows: int = 0, most_tokens: int = 0) -> Beginnings:
     """Run a model over beginnings, in the first way that is right for it; in eval mode and without gradient.
 
     Args:
         model: a causal `transformers` model.
         beginnings: U token id lists, of one token at least.
-        most_rows: as of `Cached`.
+        most_rows, most_tokens: as of `Cached`.
     """
-    return WAYS[way_of(model)](model, beginnings, most_rows)
+    return WAYS[way_of(model)](model, beginnings, most_rows, most_tokens)
 
 
 def way_of(model: nn.Module) -> str:
-    """The key of `WAYS` that a model is decoded by. Where it is not the first, a line says so, once a model.
+    """The key of `WAYS` that a model is decoded by. Where it costs time (`COSTS`), a line says so, once a model.
 
     The answer is kept as long as the model lives. Logits may differ by what `supports_packing` allows.
     """
-    if is_plain(model):
+    plain, captures = is_plain(model), may_capture(model)
+    if plain and not captures:
         return "padded"
     known = _tried.setdefault(model, {})
     parameter = next(model.parameters())
@@ -202,13 +230,16 @@ def way_of(model: nn.Module) -> str:
     if key not in known:
         reason = ""
         for way, make in WAYS.items():
-            defect = _try(model, make) if way != "uncached" else None
+            if way == "captured" and not captures:
+                continue
+            known_right = way == "uncached" or (way == "padded" and plain)
+            defect = None if known_right else _try(model, make)
             if defect is None:
                 break
             reason = reason or defect
         known[key] = way
-        if way != "padded" and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            print(f"rlseq: {type(_base(model)).__name__} is decoded {COSTS[way]}: {reason}", flush=True)
+        if reason and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            print(f"rlseq: {type(_base(model)).__name__} is decoded {COSTS.get(way, UNCAPTURED)}: {reason}", flush=True)
     return known[key]
 
 
@@ -257,8 +288,10 @@ def _try(model: nn.Module, make: Callable[..., Beginnings]) -> str | None:
             tokens = noise.integers(vocabulary, size=len(held))
             held = [[*ids, token] for ids, token in zip(held, tokens.tolist(), strict=True)]
             beginnings.advance(index, tokens)
-            found.append(beginnings.logits)
+            found.append(beginnings.logits.clone())  # a graph writes the next step's over them
             expected.append(alone())
+        if getattr(beginnings, "refused", None):
+            return f"its step cannot be captured ({beginnings.refused})"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may refuse cache, mask or positions in any way; the reason is handed on

@@ -24,7 +24,6 @@ from rlseq.errors import ConfigError, ModelError
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
 
-WORTH_ROOM = 128  # tokens a row: on shorter ones a cache with room was slower than one that is copied (2 CPU cores)
 COMPACT_BELOW = 0.75  # what is finished leaves the batch when less than this share of it goes on
 
 
@@ -262,8 +261,8 @@ def _decode(
     # One prefill per unique prompt.
     unique: dict[tuple[int, ...], int] = {}
     slot = np.array([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids])  # (B,)
-    roomy = max(map(len, unique)) + max_new_tokens >= WORTH_ROOM
-    beginnings = begin(model, list(unique), most_rows=num_rows if roomy else 0)
+    longest = max(map(len, unique)) + max_new_tokens
+    beginnings = begin(model, list(unique), most_rows=num_rows, most_tokens=longest)
 
     all_ids = np.zeros((num_rows, max_new_tokens), np.int64)
     all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_model
 from transformers import DynamicCache
 
-from rlseq import sampler
+from rlseq import beginnings, sampler
 from rlseq.decoding import Sample
 from rlseq.kv_cache import LEAST_ROOM, RoomyLayer, rearrange, with_room
 from rlseq.types import Prompt
@@ -67,7 +67,7 @@ def test_completions_are_the_same_with_room_and_without(monkeypatch):
         settings = {"num_samples": 3, "max_new_tokens": 40, "strategy": Sample(), "seed": 0, "stop_ids": [2]}
         found = []
         for worth in (0, 10**9):
-            monkeypatch.setattr(sampler, "WORTH_ROOM", worth)
+            monkeypatch.setattr(beginnings, "WORTH_ROOM", worth)
             found.append(sampler.sample(model, prompts, **settings))
         assert [[r.completion_ids for r in group] for group in found[0]] == [
             [r.completion_ids for r in group] for group in found[1]
