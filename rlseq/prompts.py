@@ -1,0 +1,230 @@
+"""From rows to prompts: columns and templates make text or messages, the tokenizer makes ids, and each has its key."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rlseq.data_files import place_of
+from rlseq.errors import DataError, did_you_mean
+from rlseq.types import Prompt
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+
+
+@contextmanager
+def keeping_all() -> Iterator[None]:
+    """Without garbage collection: it would go through hundreds of thousands of new rows, again and again, for none."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def digest(value: Any) -> bytes:
+    """Return a hash of a value of JSON's types, 8 bytes, that depends on neither run nor order of keys."""
+    return hashlib.blake2b(_CANONICAL.encode(value).encode(), digest_size=8).digest()
+
+
+@keeping_all()
+def build_prompts(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    prompt_column: str = "prompt",
+    reference_column: str | None = "references",
+    prompt_template: str | None = None,
+    reference_template: str | None = None,
+    merge_references: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Prompt]:
+    """Turn rows into prompts.
+
+    Args:
+        rows: dicts that share their columns.
+        tokenizer: gives the prompt's ids; chat messages go through its chat template.
+        prompt_column: column of the prompt, text or a list of chat messages.
+        reference_column: column of the right answer, a text or a list of texts; the prompt's `references` column
+            holds it as a list. None, or the default name where no such column exists: no references.
+        prompt_template, reference_template: Jinja templates over the row's columns that replace the column's
+            text, for example `"{{ word | list | join(' ') }} = "`.
+        merge_references: rows with the same prompt become one, with all their references.
+
+    Raises:
+        DataError: a column is missing (the message names the nearest), a prompt is empty, without tokens or of a
+            wrong type.
+    """
+    rows = list(rows)
+    if not rows:
+        raise DataError("the data set is empty")
+    columns = list(rows[0])
+    if prompt_template is None:
+        _require_column(prompt_column, columns, "prompt_column")
+    if reference_column is not None and reference_template is None and reference_column not in columns:
+        if reference_column != "references":
+            _require_column(reference_column, columns, "reference_column")
+        reference_column = None
+    render_prompt = _template(prompt_template, "prompt_template")
+    render_reference = _template(reference_template, "reference_template")
+
+    merged: dict[str, dict[str, Any]] = {}
+    records: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        try:
+            prompt = _as_prompt(render_prompt(row) if render_prompt else row.get(prompt_column))
+            if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
+                raise DataError(f"the prompt is {_shown(prompt)}; text and chat messages cannot be mixed")
+            references = row.get(reference_column) if reference_column else []
+            references = _as_texts(render_reference(row) if render_reference else references)
+        except DataError as error:
+            raise DataError(f"{place_of(row, number)}: {error}") from error.__cause__
+        record = {**row, "prompt": prompt, "references": references}
+        if merge_references:
+            same = merged.setdefault(digest(prompt).hex(), record)
+            if same is not record:
+                same["references"] = list(dict.fromkeys(same["references"] + record["references"]))
+                continue
+        records.append(record)
+
+    all_ids = _tokenize([record["prompt"] for record in records], tokenizer, dict(chat_template_kwargs or {}))
+    seen: Counter[str] = Counter()
+    prompts = []
+    for record, ids in zip(records, all_ids, strict=True):
+        if not ids:
+            raise DataError(f"the prompt {_shown(record['prompt'])} has no tokens; a completion needs one to follow")
+        key = digest([record["prompt"], record["references"]]).hex()
+        seen[key] += 1
+        if seen[key] > 1:
+            key = f"{key}-{seen[key]}"
+        prompt = record.pop("prompt")
+        prompts.append(Prompt(key=key, messages_or_text=prompt, prompt_ids=tuple(ids), columns=record))
+    return prompts
+
+
+def reference_ids(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the token ids of a prompt's distinct references as completions, each ended by one stop id.
+
+    Prompt and reference are tokenised as one string, as teacher forcing sees them; where that moves the boundary
+    between the two, the reference is tokenised by itself. Of chat data, the answer is rendered by the chat template.
+    """
+    start = list(prompt.prompt_ids)
+    found = []
+    for reference in prompt.columns.get("references", ()):
+        if isinstance(prompt.messages_or_text, str):
+            whole = tokenizer(text=prompt.messages_or_text + reference)["input_ids"]
+        else:
+            answer = {"role": "assistant", "content": reference}
+            whole = tokenizer.apply_chat_template([*prompt.messages_or_text, answer], tokenize=True, return_dict=True)
+            whole = whole["input_ids"]
+        if list(whole[: len(start)]) == start:
+            ids = list(whole[len(start) :])
+        else:
+            ids = tokenizer(text=reference, add_special_tokens=False)["input_ids"]
+        end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+        found.append(tuple(ids[: end + 1]) if end is not None else (*ids, stop_ids[0]))
+    return list(dict.fromkeys(found))
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Return a hash of what is evaluated: the prompts' keys and token ids, in order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for prompt in prompts:
+        digest.update(f"{prompt.key}:{','.join(map(str, prompt.prompt_ids))};".encode())
+    return digest.hexdigest()
+
+
+def _require_column(name: str, columns: Sequence[str], flag: str) -> None:
+    if name not in columns:
+        raise DataError(
+            f"the data has no column {name!r} (--{flag}); its columns are {', '.join(columns)}."
+            + did_you_mean(name, columns)
+        )
+
+
+def _as_prompt(prompt: Any) -> Any:
+    if not prompt or not isinstance(prompt, (str, list)):
+        raise DataError(f"the prompt is {_shown(prompt)}; expected text or a list of chat messages")
+    for message in () if isinstance(prompt, str) else prompt:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise DataError(f"the prompt has the message {_shown(message)}; expected a mapping of role and content")
+    return _in_unicode(prompt, "prompt")
+
+
+def _as_texts(references: Any) -> list[str]:
+    if references is None:
+        return []
+    if isinstance(references, float) and not math.isfinite(references):
+        raise DataError(f"the reference is {references}; expected a text or a list of texts")
+    if isinstance(references, (str, int, float)):
+        return [_in_unicode(str(references), "reference")]
+    if isinstance(references, Sequence) and all(isinstance(r, str) for r in references):
+        return [_in_unicode(r, "reference") for r in dict.fromkeys(references)]
+    raise DataError(f"the reference is {_shown(references)}; expected a text or a list of texts")
+
+
+def _in_unicode(value: Any, what: str) -> Any:
+    """Refuse half of a surrogate pair, which Python's strings hold and no tokenizer reads."""
+    try:
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"the {what} is {_shown(value)}, with half of a surrogate pair; expected Unicode text"
+        ) from None
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _template(source: str | None, flag: str) -> Callable[[Mapping[str, Any]], str] | None:
+    if source is None:
+        return None
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import SandboxedEnvironment
+
+    try:
+        template = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+    except TemplateError as error:
+        raise DataError(f"--{flag} is not a valid template: {error}") from error
+
+    def render(row: Mapping[str, Any]) -> str:
+        try:
+            return template.render(**row)
+        except Exception as error:  # jinja's own, and whatever an operation on a value raises
+            raise DataError(f"--{flag} {source!r}: {error}; the columns are {', '.join(row)}") from error
+
+    return render
+
+
+def _tokenize(prompts: list[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[list[int]]:
+    if isinstance(prompts[0], str):
+        return tokenizer(text=prompts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("the prompts are chat messages, but the tokenizer has no chat template")
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **chat_template_kwargs}
+    try:
+        return tokenizer.apply_chat_template(prompts, **options)["input_ids"]
+    except Exception as error:  # a template refuses conversations by any error
+        raise DataError(
+            f"the tokenizer's chat template refuses {_refused(prompts, tokenizer, options)}: {error}"
+        ) from error
+
+
+def _refused(prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]) -> str:
+    for prompt in prompts:
+        try:
+            tokenizer.apply_chat_template([prompt], **options)
+        except Exception:
+            return f"the prompt {_shown(prompt)}"
+    return "the prompts"
