@@ -29,6 +29,7 @@ TOOLS = {
     "data_files",
     "prompts",
     "scoring",
+    "evaluation.estimators",
     "evaluation.metrics",
     "evaluation.stats",
 }
@@ -43,6 +44,7 @@ MAY_IMPORT = {
     "likelihood": LEAVES | {"packing"},
     "prompts": LEAVES | {"data_files"},
     "data": LEAVES | {"data_files", "prompts"},
+    "evaluation.stats": LEAVES | {"evaluation.estimators"},
     "fixed_shape": LEAVES | {"kv_cache"},
     "beginnings": LEAVES | {"fixed_shape", "kv_cache", "packing"},
     **{room: LEAVES | {"beginnings", "decoding", "kv_cache", "likelihood"} for room in DRAWING},
