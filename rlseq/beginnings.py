@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.fixed_shape import WARM, FixedShape, may_capture
 from rlseq.kv_cache import rearrange, with_room
-from rlseq.packing import LOGIT_TOLERANCE
+from rlseq.packing import LOGIT_TOLERANCE, attention_of
 
 Ids = Sequence[int]
 
@@ -226,7 +226,7 @@ def way_of(model: nn.Module) -> str:
         return "padded"
     known = _tried.setdefault(model, {})
     parameter = next(model.parameters())
-    key = (getattr(model.config.get_text_config(), "_attn_implementation", None), parameter.dtype)
+    key = (attention_of(model), parameter.dtype)
     if key not in known:
         reason = ""
         for way, make in WAYS.items():

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlseq.packing import PackedBatch, evaluating, pack, pad, rows_of_group, supports_packing
+from rlseq.packing import PackedBatch, attention_of, evaluating, pack, pad, rows_of_group, supports_packing
 
 _ROW_TOKENS = 1024  # attention costs the square of a row: completions of one prompt beyond this start another row
 _CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32
@@ -198,7 +198,9 @@ def _score(
     longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
     shared = share_prompts and len({tuple(p) for p in prompt_ids}) < len(prompt_ids)
     models = [model, *others]
-    packs = shared and all(supports_packing(m, longest)[0] for m in models)
+    attentions = {attention_of(m) for m in models}
+    # Models with unlike attention may take unlike masks.
+    packs = shared and len(attentions) == 1 and all(supports_packing(m, longest)[0] for m in models)
     whole = [not _head_is_separate(m) for m in models]
     if any(whole):
         batch_tokens = min(batch_tokens, max(1, _CHUNK_LOGITS // _vocabulary(model)))
@@ -215,7 +217,8 @@ def _score(
             completions = [[completion_ids[index] for index in indices] for _, indices in group]
             if packs:
                 groups = list(zip(prompts, completions, strict=True))
-                batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype)
+                layout = {"device": parameter.device, "dtype": parameter.dtype, "attention": attention_of(model)}
+                batch = pack(groups, pad_id=0, **layout)
             else:
                 batch = pad(prompts, [c for (c,) in completions], pad_id=0, device=parameter.device)
             tokens = _score_batch(models, batch, measure, whole)

@@ -18,7 +18,9 @@ could not do that for several; and where a copy saw its original, it would see t
 Equal completions thus cost nothing more than one, and samples of a group cost what they do not share: of a model that
 is sure of most tokens, little. In eval mode and in training without dropout that is exact; dropout would be shared.
 
-The mask is a float added to the attention scores: boolean masks are silently wrong under eager attention.
+The mask is a float added to the attention scores: boolean masks are silently wrong under eager attention. For a model
+with FlexAttention (Dong et al. 2024, arXiv:2412.05496) it is a rule instead, and blocks of the row in which nothing
+is seen are not computed.
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rlseq.layout import Group, Layout, arrange, fill_rows, ramps, split
 
+FLEX = "flex_attention"  # transformers' name of it
+FLEX_BLOCK = 128  # rows are a multiple of so many tokens: its kernels are compiled for few lengths, and none is ragged
 IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
 
 # Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
@@ -50,8 +55,8 @@ class PackedBatch:
         input_ids: (R, S) long.
         position_ids: (R, S) long; 0 at padding.
         attention_mask: (R, 1, S, S), 0 where a token (third axis) sees another (fourth axis), else the lowest
-            finite number of its dtype; padding sees itself, so that no softmax is empty. From `pad`: (R, S)
-            of 0 and 1.
+            finite number of its dtype; padding sees itself, so that no softmax is empty. For FlexAttention the same
+            as a BlockMask. From `pad`: (R, S) of 0 and 1.
         labels: (R, S) long, the token itself at completion tokens and IGNORED elsewhere (not yet shifted).
         lengths: tokens of each of the B completions, in the order given.
         token_rows, token_columns: (N,) long, row and column of each token of each completion in turn; completions
@@ -60,14 +65,14 @@ class PackedBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | BlockMask
     labels: Tensor
     lengths: tuple[int, ...]
     token_rows: Tensor
     token_columns: Tensor
 
     @property
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """The arguments of a model's forward; labels apart, since not every forward takes them."""
         return {
             "input_ids": self.input_ids,
@@ -84,6 +89,7 @@ def pack(
     dtype: torch.dtype = torch.float32,
     row_tokens: int | None = None,
     whole_groups: bool = False,
+    attention: str | None = None,
 ) -> PackedBatch:
     """Lay groups out in rows, each prompt once, and each beginning that completions share.
 
@@ -96,6 +102,7 @@ def pack(
             fit, longest first, and a longer group is split into several with the prompt repeated; a single
             completion that exceeds the budget gets a row of its own.
         whole_groups: no group is split: the budget is that of the longest where it is above `row_tokens`.
+        attention: the model's attention implementation (`attention_of`), which says what the mask is.
 
     Returns:
         The batch; its completions are the groups' in order, flattened.
@@ -121,6 +128,8 @@ def pack(
         for block in blocks:
             column = layout.write(block, row, column)
     width = max(1, layout.width)
+    if attention == FLEX:
+        width = -(-width // FLEX_BLOCK) * FLEX_BLOCK
     row_of, column_of, length_of, position_of, unscored_of = np.asarray(layout.pieces, np.int64).reshape(-1, 5).T
     ramp = ramps(length_of)
     places = np.repeat(row_of * width + column_of, length_of) + ramp  # of each token, in the flattened (R, S)
@@ -138,19 +147,36 @@ def pack(
 
     shape = (len(rows), width)
     seen_RS = torch.from_numpy(seen_until).view(shape).to(device)
-    columns = torch.arange(width, dtype=torch.int32, device=device)
-    visible = columns[:, None] < seen_RS[:, None, :]  # (R, S, S)
-    # 1 becomes 0 and 0 the lowest finite number: much faster than a masked fill
-    mask = visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)  # (R, S, S)
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids).view(shape).to(device),
         position_ids=torch.from_numpy(positions).view(shape).to(device),
-        attention_mask=mask[:, None],
+        attention_mask=_rule(seen_RS) if attention == FLEX else _added(seen_RS, dtype),
         labels=torch.from_numpy(labels).view(shape).to(device),
         lengths=tuple(layout.lengths.tolist()),
         token_rows=torch.from_numpy(np.repeat(layout.row_of, layout.lengths)).to(device),
         token_columns=torch.from_numpy(np.concatenate(layout.columns_of)).to(device),
     )
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of a model's attention implementation, as transformers has it; None where it has none."""
+    return getattr(model.config.get_text_config(), "_attn_implementation", None)
+
+
+def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, 1, S, S), from the column before which each token is seen, (R, S)."""
+    columns = torch.arange(seen_RS.shape[1], dtype=torch.int32, device=seen_RS.device)
+    visible = columns[:, None] < seen_RS[:, None, :]  # (R, S, S)
+    # 1 becomes 0 and 0 the lowest finite number: much faster than a masked fill
+    return visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None]
+
+
+def _rule(seen_RS: Tensor) -> BlockMask:
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < seen_RS[row, key])
+
+    rows, width = seen_RS.shape
+    return create_block_mask(visible, rows, None, width, width, device=seen_RS.device, BLOCK_SIZE=FLEX_BLOCK)
 
 
 def rows_of_group(
@@ -254,7 +280,7 @@ def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool
         found = "of unstated length" if longest is None else f"of {longest} tokens"
         return False, f"the model's attention window of {window} tokens may cut sequences {found}"
     known = _checked.setdefault(model, {})
-    key = (getattr(config, "_attn_implementation", None), next(model.parameters()).dtype)
+    key = (attention_of(model), next(model.parameters()).dtype)
     if key not in known:
         known[key] = _try_packing(model, config.vocab_size)
     return known[key]
@@ -322,7 +348,8 @@ def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
     ]
     groups[0][1].append([*groups[0][1][2][:3], 0, 1])  # two that begin alike
     parameter = next(model.parameters())
-    batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype, row_tokens=40)
+    layout = {"row_tokens": 40, "attention": attention_of(model)}
+    batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype, **layout)
     alone = [torch.tensor([*prompt, *c], device=parameter.device) for prompt, cs in groups for c in cs]
     try:
         with torch.no_grad(), evaluating(model):

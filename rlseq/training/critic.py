@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from rlseq.errors import ModelError
-from rlseq.packing import supports_packing
+from rlseq.packing import attention_of, supports_packing
 from rlseq.training.models import WEIGHT_FILES, check_model_path
 
 NAME = "rlseq_critic"  # of the submodule
@@ -174,7 +174,8 @@ def _copy_of_trunk(policy: PreTrainedModel) -> PreTrainedModel:
 
 def _load_backbone(name_or_path: str | Path, policy: PreTrainedModel) -> PreTrainedModel:
     try:
-        backbone = AutoModel.from_pretrained(str(name_or_path), dtype=policy.dtype, use_safetensors=True)
+        same = {"dtype": policy.dtype, "attn_implementation": attention_of(policy)}  # they are given one batch
+        backbone = AutoModel.from_pretrained(str(name_or_path), use_safetensors=True, **same)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a critic from {str(name_or_path)!r}: {first_line(error)}") from error
     sizes = [model.config.get_text_config().vocab_size for model in (backbone, policy)]

@@ -71,6 +71,7 @@ def forward(
     pad_id: int,
     dtype: torch.dtype,
     device: torch.device,
+    attention: str | None = None,
     values: bool = False,
 ) -> Scores:
     """Score a micro-batch: B rows, and the references of their prompts, by one call of `model`.
@@ -82,7 +83,7 @@ def forward(
         width: T of the result; no completion is longer.
         references: of each row; None: none.
         packs: whether the model can be given packed rows (`rlseq.packing.supports_packing`).
-        pad_id, dtype, device: of the batch; the model's own.
+        pad_id, dtype, device, attention: of the batch; the model's own.
         values: whether the critic is asked too.
     """
     rows_of: dict[tuple[Ids, tuple[Ids, ...]], list[int]] = {}  # (prompt, its references) -> rows
@@ -105,7 +106,8 @@ def forward(
         found.prompt_of += [number] * len(extra)
         places += range(place, place + len(extra))
         place += len(extra)
-    batch = _collate(groups, packs=packs, pad_id=pad_id, dtype=dtype, device=device)
+    layout = {"pad_id": pad_id, "dtype": dtype, "device": device, "attention": attention}
+    batch = _collate(groups, packs=packs, **layout)
     more = {"return_values": True} if values else {}
     outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True, **more)
     if places:
@@ -131,10 +133,10 @@ def forward(
     return scores
 
 
-def _collate(groups, *, packs: bool, pad_id: int, dtype: torch.dtype, device: torch.device) -> PackedBatch:
+def _collate(groups, *, packs: bool, pad_id: int, device: torch.device, **layout) -> PackedBatch:
     """The one place where a training batch is laid out: packed, or padded for models that packing cannot serve."""
     if packs:
-        return pack(groups, pad_id=pad_id, device=device, dtype=dtype, row_tokens=MIN_ROW_TOKENS, whole_groups=True)
+        return pack(groups, pad_id=pad_id, device=device, row_tokens=MIN_ROW_TOKENS, whole_groups=True, **layout)
     flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
     flat = flat or [(prompt, ()) for prompt, _ in groups]  # nothing to score, but a model that every rank calls
     return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
