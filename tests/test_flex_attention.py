@@ -13,8 +13,11 @@ from tiny_task import tiny_trainer
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations import flex_attention as in_transformers
 
+from rlseq.errors import ConfigError
 from rlseq.likelihood import score
 from rlseq.packing import FLEX, FLEX_BLOCK, pack, supports_packing, unpack
+from rlseq.training.config import ModelArguments
+from rlseq.training.models import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +100,9 @@ def test_a_step_of_training_has_the_loss_and_gradient_of_plain_attention(tmp_pat
     flex, plain = learned(FLEX), learned("sdpa")
     assert (plain - start).abs().max() > 1e-3
     torch.testing.assert_close(flex, plain, atol=2e-5, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it has a gradient")
+def test_training_with_it_is_refused_on_a_cpu_before_a_model_loads():
+    with pytest.raises(ConfigError, match="flex_attention has no gradient on a CPU"):
+        load_model(ModelArguments(model_name_or_path="recipes/g2p/base", attn_implementation=FLEX))

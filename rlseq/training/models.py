@@ -23,6 +23,7 @@ from transformers import (
 
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.model_class import causal_class
+from rlseq.packing import FLEX
 
 MERGED = "merged"  # folder of a run that holds its adapter merged into the base
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -66,6 +67,16 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     return tokenizer
 
 
+def check_attention(model_args: trl.ModelConfig) -> None:
+    """Refuse FlexAttention where it has no gradient.
+
+    Raises:
+        ConfigError: there is no GPU.
+    """
+    if model_args.attn_implementation == FLEX and not torch.cuda.is_available():
+        raise ConfigError(f"--attn_implementation {FLEX} has no gradient on a CPU; leave it out, which gives sdpa")
+
+
 def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
     """Load the causal language model that `model_args` names, in float32 unless a dtype is given.
 
@@ -74,9 +85,11 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
 
     Raises:
         ModelError: the path is missing or holds no weights.
+        ConfigError: the attention cannot be trained here.
     """
     path = model_args.model_name_or_path
     check_model_path(path)
+    check_attention(model_args)
     adapter = Path(path) / "adapter_config.json"
     if not adapter.is_file():
         return _load_whole(path, model_args, model_args.model_revision, trl.get_quantization_config(model_args))
