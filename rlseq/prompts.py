@@ -15,6 +15,8 @@ from rlseq.data_files import place_of
 from rlseq.errors import DataError, did_you_mean
 from rlseq.types import Prompt
 
+IMAGE_COLUMNS = ("image", "images")
+IMAGE_PARTS = ("image", "image_url")
 _CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
 
 
@@ -61,7 +63,7 @@ def build_prompts(
 
     Raises:
         DataError: a column is missing (the message names the nearest), a prompt is empty, without tokens or of a
-            wrong type.
+            wrong type, or a row holds an image.
     """
     rows = list(rows)
     if not rows:
@@ -83,6 +85,7 @@ def build_prompts(
             prompt = _as_prompt(render_prompt(row) if render_prompt else row.get(prompt_column))
             if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
                 raise DataError(f"the prompt is {_shown(prompt)}; text and chat messages cannot be mixed")
+            _refuse_images(row, prompt)
             references = row.get(reference_column) if reference_column else []
             references = _as_texts(render_reference(row) if render_reference else references)
         except DataError as error:
@@ -157,6 +160,20 @@ def _as_prompt(prompt: Any) -> Any:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise DataError(f"the prompt has the message {_shown(message)}; expected a mapping of role and content")
     return _in_unicode(prompt, "prompt")
+
+
+def _refuse_images(row: Mapping[str, Any], prompt: Any) -> None:
+    """Refuse a row with an image, which would be left out without a word."""
+    where = next((f"column {name!r}" for name in IMAGE_COLUMNS if row.get(name)), None)
+    for message in () if isinstance(prompt, str) else prompt:
+        parts = message["content"] if isinstance(message["content"], list) else []
+        if any(isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS for part in parts):
+            where = where or f"a message of the role {message['role']!r}"
+    if where is not None:
+        raise DataError(
+            f"{where} holds an image, and text alone is served, of multimodal models too. Leave the column out, or "
+            "give rows without images."
+        )
 
 
 def _as_texts(references: Any) -> list[str]:

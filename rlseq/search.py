@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.decoding import Beam, ExactMAP, Strategy
 from rlseq.errors import ConfigError, ModelError
@@ -118,6 +119,26 @@ def _rollouts(
     return rollouts
 
 
+def refuse_states(config: Any, accepts: Collection[str] = ("past_key_values",)) -> None:
+    """Refuse, for exact search, a model whose cache holds more than keys and values: it cannot go back to a prefix.
+
+    Args:
+        config: the model's; the model need not be loaded.
+        accepts: parameters of the model's forward, where they are known.
+
+    Raises:
+        ModelError: says what the cache holds, and what to use instead.
+    """
+    layers = {type(layer) for layer in DynamicCache(config=config).layers}
+    held = sorted(kind.__name__ for kind in layers - {DynamicLayer, DynamicSlidingWindowLayer})
+    if held or "past_key_values" not in accepts:
+        found = f"keeps states of its own ({', '.join(held)})" if held else "takes no cache of keys and values"
+        raise ModelError(
+            f"exact_map needs a cache of keys and values alone, and this model ({config.model_type}) {found}. Use beam "
+            "search, which runs for every model: the strategy beam, or rlseq.search.beam."
+        )
+
+
 class Exact(NamedTuple):
     """What an exact search found; unpacks as (completion_ids, log_prob, proven)."""
 
@@ -165,7 +186,8 @@ def exact_map(
 
     Raises:
         ConfigError: max_new_tokens, max_nodes, width or batch_rows below 1; no prompt or stop ids.
-        ModelError: no completion has a log-prob above −inf (are the logits NaN?).
+        ModelError: the model's cache holds states (`refuse_states`); or no completion has a log-prob above −inf (are
+            the logits NaN?).
     """
     for name, value in {"max_new_tokens": max_new_tokens, "max_nodes": max_nodes, "batch_rows": batch_rows}.items():
         if value < 1:
@@ -174,6 +196,7 @@ def exact_map(
     stops = frozenset(stop_ids)
     if not prompt or not stops:
         raise ConfigError(f"exact_map: {'prompt_ids' if not prompt else 'stop_ids'} is empty; expected at least one id")
+    refuse_states(model.config, _forward_parameters(model))
     if start is None:
         alone, of_width = [Prompt("", "", prompt)], Beam(width=width)
         [[found]] = beam(model, alone, max_new_tokens=max_new_tokens, strategy=of_width, stop_ids=stops)
@@ -223,6 +246,7 @@ def modes(
     Log-probs are the model's own, by teacher forcing of what was found. Arguments as `rlseq.sampler.sample`;
     `batch_rows` is of the beam search.
     """
+    refuse_states(model.config, _forward_parameters(model))
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     starts = beam(model, prompts, strategy=Beam(width=strategy.width), batch_rows=batch_rows, **common)
     stops, found, proofs = frozenset(stop_ids), [], []
@@ -267,8 +291,7 @@ class _BranchAndBound:
         self.best, self.bound = best, bound
         self.device = next(model.parameters()).device
         self.stops = torch.tensor(sorted(stops), device=self.device)
-        accepted = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
 
     def run(self, max_nodes: int, batch_rows: int) -> bool:
         """Explore until nothing can be better, which is proof (True), or until the budget is spent."""
@@ -323,6 +346,10 @@ class _BranchAndBound:
         rows, tokens = (children > self.bound + ROUNDING).nonzero(as_tuple=True)
         values, order = children[rows, tokens].sort(descending=True, stable=True)
         return _Level(output.past_key_values, prefixes, rows[order], tokens[order], values)
+
+
+def _forward_parameters(model: Any) -> Collection[str]:
+    return inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
 
 
 def _rows_of(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
+from tiny_shapes import tiny_shape
 from tiny_task import ROWS, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +25,11 @@ from rlseq.training.parser import run_recipe
 ROOT = Path(__file__).parent.parent
 
 
+def write(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A model of 0.2 million parameters, so that a checkpoint is more than its tokenizer, and data."""
@@ -31,9 +37,14 @@ def task(tmp_path_factory):
     wide = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 48, "initializer_range": 0.1}
     tiny_model(**wide).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "data").mkdir()
     for split in ("train", "validation"):
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        write(folder / "data" / f"{split}.jsonl", ROWS)
+    write(folder / "bare" / "train.jsonl", ROWS)
+    write(folder / "bare" / "validation.jsonl", [{"prompt": row["prompt"], "references": []} for row in ROWS])
+    write(folder / "images" / "train.jsonl", [ROWS[0], {**ROWS[1], "image": "x.png"}])
+    write(folder / "images" / "validation.jsonl", ROWS)
+    tiny_shape("mamba2").save_pretrained(folder / "states")
+    tiny_tokenizer().save_pretrained(folder / "states")
     config = {
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "data"),
@@ -194,6 +205,14 @@ BAD = {
         "group_diversity scores whole groups",
     ),
     "an average of all time": (["--ema_decay", "1.0"], "ema_decay is 1.0; expected a number in [0, 1)"),
+    "a claim about references that are not there": (
+        ["--dataset_name", "{task}/bare", "--evaluate", "true", "--primary", "exact_match:greedy"],
+        "--primary is 'exact_match:greedy', but the data has no references to match",
+    ),
+    "exact search of a model with states": (
+        ["--model_name_or_path", "{task}/states", "--evaluate", "true", "--strategies", "exact_map"],
+        "exact_map needs a cache of keys and values alone",
+    ),
     "a model that is not there": (["--model_name_or_path", "{task}/modle"], "model"),
 }
 
@@ -209,6 +228,15 @@ def test_what_a_run_would_refuse_is_refused(case, task, tmp_path, monkeypatch, c
     message = capsys.readouterr().err
     assert message.count("error:") == 1 and named in message and "Traceback" not in message
     assert sorted(task.rglob("*")) == before and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_images_are_refused_before_a_model_loads(name, task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    arguments = ["--config", task / f"{name}.yaml", "--dataset_name", task / "images", "--output_dir", tmp_path / "run"]
+    assert run(monkeypatch, name, *arguments) == 2
+    assert "train.jsonl, line 2: column 'image' holds an image, and text alone is served" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_in_use_is_refused_and_stays_claimed_by_its_run(task, tmp_path, monkeypatch, capsys):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from tiny import tiny_model
+from tiny_shapes import tiny_shape
 from tiny_task import ROWS, tiny_tokenizer
 
-from rlseq.errors import ModelError
+from rlseq.errors import DataError, ModelError
 from rlseq.evaluation import measure
 from rlseq.evaluation.contrast import ContrastSettings, contrast
 from rlseq.scoring import load_rewards
@@ -27,3 +28,27 @@ def test_a_checkpoint_that_cannot_read_the_data_is_refused_before_any_is_loaded(
     settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=())
     with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=message):
         contrast({"a": tmp_path / "a", "b": tmp_path / "b"}, ROWS, suite, settings=settings, quiet=True)
+
+
+def saved(folder, model):
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_exact_search_of_a_model_with_states_is_refused_before_any_is_loaded(tmp_path, monkeypatch):
+    models = {"a": saved(tmp_path / "a", tiny_model()), "b": saved(tmp_path / "b", tiny_shape("mamba2"))}
+    monkeypatch.setattr(measure, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
+    settings = ContrastSettings(strategies=("greedy", "exact_map"), max_new_tokens=4, studies=())
+    with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=r"\(mamba2\) keeps states.*Use beam"):
+        contrast(models, ROWS, suite, settings=settings, quiet=True)
+
+
+def test_images_are_refused_before_any_model_is_loaded(tmp_path, monkeypatch):
+    models = {"a": saved(tmp_path / "a", tiny_model())}
+    monkeypatch.setattr(measure, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
+    rows = [{**ROWS[0], "image": None}, {**ROWS[1], "image": "x.png"}]
+    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=())
+    said = r"^row 1: column 'image' holds an image, and text alone is served"
+    with load_rewards(["exact_match"]) as suite, pytest.raises(DataError, match=said):
+        contrast(models, rows, suite, settings=settings, quiet=True)

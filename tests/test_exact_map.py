@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from tiny import EOS, FAMILIES, tiny_model
+from tiny_shapes import tiny_shape
 
 from rlseq.decoding import Beam, ExactMAP, Greedy
 from rlseq.errors import ConfigError, ModelError
@@ -50,6 +51,15 @@ def log_probs(model, prompt, longest):
             places = range(len(prompt) - 1, len(prompt) - 1 + length)
             found[completion] = sum(table[row, at, token].item() for at, token in zip(places, completion, strict=True))
     return found
+
+
+def model_says(model, prompt, completion):
+    """Log-prob of one completion, in nats, by a plain forward without a cache."""
+    with torch.no_grad():
+        table = (
+            model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].double().log_softmax(-1)
+        )
+    return sum(table[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion))
 
 
 def prefixes_run(model):
@@ -249,6 +259,33 @@ def test_what_cannot_be_searched_is_refused(changes, message):
     settings = {"prompt_ids": (1,), "max_new_tokens": 3, "stop_ids": STOPS, **changes}
     with pytest.raises(ConfigError, match=message):
         exact_map(small(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("mamba", r"keeps states of its own \(LinearAttentionLayer\)"),
+        ("qwen3_5", r"keeps states of its own \(LinearAttentionLayer\)"),
+        ("falcon_h1", r"keeps states of its own \(LinearAttentionAndFullAttentionLayer\)"),
+        ("rwkv", "takes no cache of keys and values"),
+    ],
+)
+def test_a_cache_that_holds_states_is_refused_before_a_forward_pass(name, found):
+    model = tiny_shape(name)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(ModelError, match=f"{found}. Use beam search"):
+        exact_map(model, (1, 4), max_new_tokens=3, stop_ids=[EOS])
+    with pytest.raises(ModelError, match=f"{found}. Use beam search"):
+        modes(model, [Prompt("", "", (1, 4))], max_new_tokens=3, strategy=ExactMAP(), stop_ids=[EOS])
+
+
+def test_experts_and_windows_are_searched():
+    for name in ("mixtral", "gemma3_text"):
+        model = tiny_shape(name)
+        listed = [(model_says(model, (5, 6), ids), ids) for ids in ((EOS,), *((t, EOS) for t in range(23) if t != EOS))]
+        found = exact_map(model, (5, 6), max_new_tokens=2, stop_ids=[EOS])
+        assert found.proven and found.completion_ids == max(listed)[1]
+        assert found.log_prob == pytest.approx(max(listed)[0], abs=1e-4)
 
 
 def test_a_model_that_gives_no_numbers_is_named_as_such():

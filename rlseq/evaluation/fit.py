@@ -7,26 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.data import build_prompts
+from rlseq.decoding import ExactMAP
 from rlseq.doctor.finding import FAILED
 from rlseq.doctor.preflight import load_configs, preflight
-from rlseq.errors import ModelError
+from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.loading import load_tokenizer
+from rlseq.evaluation.references import OF_ANSWERS
+from rlseq.evaluation.settings import ContrastSettings
+from rlseq.search import refuse_states
+from rlseq.types import Prompt
 
 # What an evaluation cannot do without; the others are of training.
 CHECKS = {"padding", "stop tokens", "context", "vocabulary"}
 
 
 def check_models(
-    models: Mapping[str, str | Path], rows: Sequence[Mapping[str, Any]], prompt_options: Mapping[str, Any]
+    models: Mapping[str, str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    prompt_options: Mapping[str, Any],
+    settings: ContrastSettings,
 ) -> None:
-    """Refuse a checkpoint that cannot hold these prompts and references, whose tokens it lacks, or that never ends.
+    """Refuse rows that cannot be evaluated, and a checkpoint that cannot: it lacks tokens or room, or never ends.
 
     Raises:
-        ModelError: says which, what was found and what to do.
+        DataError: a row makes no prompt, or holds an image.
+        ConfigError: the primary comparison is of answers that the rows do not have.
+        ModelError: says which checkpoint, what was found and what to do.
     """
+    searched = any(isinstance(strategy, ExactMAP) for strategy in settings.parsed())
     for name, path in models.items():
         tokenizer = load_tokenizer(name, str(path))
         prompts = build_prompts(rows, tokenizer, **prompt_options)
+        check_answers(settings, prompts)
         try:
             model_config, generation_config = load_configs(str(path))
         except ModelError as error:
@@ -36,3 +48,19 @@ def check_models(
         if failed:
             said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]
             raise ModelError("\n  ".join([*said, *(f.sentence for f in failed)]))
+        if searched:
+            refuse_states(model_config)
+
+
+def check_answers(settings: ContrastSettings, prompts: Sequence[Prompt]) -> None:
+    """Refuse a primary comparison by a metric of references where no prompt has one.
+
+    Raises:
+        ConfigError: names the metric.
+    """
+    claims_answers = (settings.primary or "").partition(":")[0] in OF_ANSWERS
+    if claims_answers and not any(prompt.columns["references"] for prompt in prompts):
+        raise ConfigError(
+            f"--primary is {settings.primary!r}, but the data has no references to match. Name their column "
+            "(--reference_column), or another metric."
+        )

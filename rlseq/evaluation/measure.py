@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from rlseq.data import build_prompts, reference_ids
 from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy
-from rlseq.errors import ConfigError, RlseqError
+from rlseq.errors import RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
 from rlseq.evaluation.documents import Coding, DocumentStatistics, measure_documents
+from rlseq.evaluation.fit import check_answers
 from rlseq.evaluation.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.modes import add_mode_statistics
 from rlseq.evaluation.references import (
-    OF_ANSWERS,
     RowStatistics,
     agreement_rows,
     check_agreement,
@@ -102,9 +102,7 @@ def measure_checkpoint(
     tokenizer = load_tokenizer(name, path)
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(["prompt", *prompts[0].columns])
-    claims_answers = (settings.primary or "").partition(":")[0] in OF_ANSWERS
-    if claims_answers and not any(p.columns["references"] for p in prompts):
-        raise ConfigError(f"--primary is {settings.primary!r}, but the data has no references to match")
+    check_answers(settings, prompts)
     model = load_checkpoint(name, path)
 
     def first() -> torch.nn.Module:

@@ -13,6 +13,7 @@ from rlseq.data import build_prompts
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast_and_report, read_jsonl
 from rlseq.evaluation.documents import check_windows
 from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
+from rlseq.evaluation.fit import check_models
 from rlseq.evaluation.plots import write_curves
 from rlseq.evaluation.report import write_plane
 from rlseq.scoring import RewardSuite
@@ -66,6 +67,7 @@ def prepare(
     if evaluation.evaluate:
         check_settings(settings, measured, task.eval_rows, data.prompt_options())
         check_windows(settings, {"base": model_args.model_name_or_path})
+        check_models({"base": model_args.model_name_or_path}, task.eval_rows, data.prompt_options(), settings)
     probe = None
     if during:
         probe = ValidationProbe(

@@ -11,7 +11,6 @@ import trl
 
 from rlseq.errors import ConfigError
 from rlseq.scoring import RewardSuite
-from rlseq.training.tools import refuse_images
 from rlseq.types import Prompt
 
 
@@ -105,13 +104,11 @@ def check_objective(config: Any) -> None:
 
 
 def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse settings that these prompts leave without effect, and prompts that are not served.
+    """Refuse settings that these prompts leave without effect.
 
     Raises:
         ConfigError: fewer prompts than a batch takes, or none with the references that a setting asks for.
-        DataError: a prompt holds an image.
     """
-    refuse_images(prompts)
     wanted = config.generation_batch_size // config.num_generations
     if len(prompts) < wanted:
         raise ConfigError(
