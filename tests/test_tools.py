@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model
-from tiny_bytes import BYTES, EOS, FIRST, PAD
+from tiny_chat import chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from trl.chat_template_utils import qwen3_chat_template
 
 from rlseq.data import build_prompts
 from rlseq.errors import ConfigError, DataError, RlseqError
@@ -42,21 +38,6 @@ def says_42(completion: str) -> float:
     return float("42" in completion)
 
 
-def chat_tokenizer():
-    """A token a byte and one for each mark of a turn, with Qwen3's template; <eos> ends a turn."""
-    marks = ["<tool_call>", "</tool_call>", "<|im_start|>", "<think>", "</think>"]
-    vocabulary = {"<pad>": PAD, "<bos>": 1, "<eos>": EOS, **{c: FIRST + i for i, c in enumerate(BYTES)}}
-    tokens = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokens.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-    tokenizer.chat_template = qwen3_chat_template
-    return tokenizer
-
-
 class Scripted:
     """Stands in for `generate`: every other row calls the tool, and answers once it sees the result."""
 
@@ -78,8 +59,7 @@ def trained(tmp_path, monkeypatch):
     """A step with the tool: the trainer, what its losses were given, and its gradients."""
     CALLS.clear()
     tokenizer = chat_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.1)
-    model.generation_config.eos_token_id = EOS
+    model = chat_model(tokenizer)
     trainer = tiny_trainer(
         tmp_path,
         model=model,

@@ -8,6 +8,7 @@ import pytest
 import trl
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
 
 SEAMS = {
@@ -69,6 +70,26 @@ def test_a_seam_is_called_where_its_override_expects_it(caller, callee):
 @pytest.mark.parametrize("key", ["advantages", "old_per_token_logps", "completion_mask", "prompt_mask"])
 def test_the_loss_reads_what_is_put_into_the_batch(key):
     assert f'"{key}"' in called_in("_compute_loss")
+
+
+def test_environments_are_reset_by_row_and_looked_up_by_class():
+    made, used = called_in("__init__"), called_in("_generate_and_score_completions")
+    assert "environment_factory" in parameters(trl.GRPOTrainer.__init__)
+    assert "inspect.getmembers(type(instance), predicate=inspect.isfunction)" in made
+    assert "self.environments.append(pool[index])" in used and "environment.reset(**reset_kwargs)" in used
+    assert 'if member_name not in ("reset", "get_reward") and not member_name.startswith("_")' in used
+    # Its own reward is the last of TRL's lists, from which it is taken again.
+    lists = ("reward_funcs", "reward_func_names", "reward_processing_classes")
+    assert all(f"self.{name}.append(" in made for name in lists)
+    assert "self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])" in made
+    assert "self.async_loop" in made and "self.vllm_mode" in made
+    # A vLLM server draws a group from its first prompt.
+    assert "all_prompts[::num_generations]" in inspect.getsource(VLLMGeneration.generate)
+
+
+def test_turns_of_tools_come_with_a_mask():
+    order = "prompt_ids, completion_ids, tool_mask, completions, logprobs"
+    assert f"return {order}" in called_in("_generate")
 
 
 def test_the_fused_head_returns_log_probs_in_place_of_logits():

@@ -185,6 +185,11 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         "Functions that the model may call while it answers: package.module:function or path/to/file.py:function; its "
         "turns are drawn by TRL, and results are not trained (docs/models.md).",
     )
+    environment: str | None = _default(
+        None,
+        "Class or factory of an environment, one a rollout, whose methods the model calls as it does tools: "
+        "package.module:name or path/to/file.py:name. What its get_reward says is the reward environment_reward.",
+    )
     rlseq_sampler: bool = _default(
         True, "Draw rollouts by rlseq.sampler (shared prefill, counter-based noise); off: TRL's own generate."
     )

@@ -26,7 +26,6 @@ from rlseq.training.memory import (
 )
 from rlseq.training.recipe import check_checkpoint
 from rlseq.training.run_directory import check_available
-from rlseq.training.tools import check_tools, load_tools
 from rlseq.types import Prompt
 
 
@@ -158,8 +157,6 @@ def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments
     Raises:
         RlseqError: the run could not start; it says why.
     """
-    check_tools(config, prompts)
-    load_tools(config.tools or [])
     model = weightless_model(model_args)
     critic = 0
     if hasattr(config, "critic"):

@@ -12,6 +12,7 @@ How a step flows (TRL's method, and what happens there):
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rlseq.packing import supports_packing
 from rlseq.scoring import RewardSuite
 from rlseq.training.checks import check_group_rewards, check_prompts
 from rlseq.training.config import GRPOConfig
+from rlseq.training.environment import load_environment
 from rlseq.training.exact_state import ExactStateMixin
 from rlseq.training.forward import Ids, Scores, forward, ragged
 from rlseq.training.guard import RolloutGuardMixin
@@ -90,11 +92,13 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         if args.tools:
             kwargs["tools"] = load_tools(args.tools)
         self.probe = probe
+        if (environment := load_environment(args, prompts, suite)) is not None:
+            kwargs["environment_factory"] = environment
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
         self._rows, self._scored, self._rollouts, self._begun = [], [], None, None
-        self._tool_mask = None
+        self._tool_mask, self._asked = None, []
         self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
         self._reference_rewards = {}
         self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions
@@ -115,6 +119,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             **kwargs,
         )
         packs, reason = (
+        self._leave_rewards_to_suite()
             supports_packing(self.accelerator.unwrap_model(self.model), longest=self._longest())
             if args.pack_updates
             else (False, "pack_updates is off")
@@ -134,7 +139,9 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
                 f"max_completion_length ({args.max_completion_length}) tokens. Name their column (--reference_column)."
             )
 
-    def _longest(self) -> int:
+    def _longest(self) -> int | None:
+        if self.tools:
+            return None  # the template tells of them, and `reset` may add to a prompt: its own length says little
         return max(len(p.prompt_ids) for p in self.prompts) + self.args.max_completion_length
 
     @property
@@ -234,6 +241,9 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         output["rest_reward"] = self._local(elsewhere.repeat_interleave(groups.shape[1]))
         self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
 
+        if self.environments:  # what `reset` told the model belongs to the prompt
+            asked = zip(prompts, self._asked, strict=True)
+            prompts = [dataclasses.replace(prompt, messages_or_text=messages) for prompt, messages in asked]
     def _log_rollouts(self, advantages: Tensor) -> None:
         step = self.state.global_step + 1  # the first step they train
         rounds = self.args.gradient_accumulation_steps // (self.args.steps_per_generation * self.num_iterations)

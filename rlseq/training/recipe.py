@@ -22,11 +22,13 @@ from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checks import check_group_rewards, check_prompts
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
+from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.faults import writing
 from rlseq.training.models import check_model_path, load_tokenizer
 from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
 from rlseq.training.same_model import check_same_model, check_same_new_model
+from rlseq.training.tools import check_tools, load_tools
 from rlseq.types import Prompt, Rollout
 
 SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "--new_model")
@@ -89,9 +91,13 @@ def load_task(
     check_group_rewards(config, suite)
     check_prompts(config, prompts)
     check_fit(config, model_args, tokenizer, prompts)
+    check_tools(config, prompts)
+    load_tools(config.tools or [])
+    load_environment(config, prompts, suite)
     eval_rows = []
     if evaluates:
         eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
+        check_measured(config, suite, eval_suite)
     for each in (suite, eval_suite):
         if each is not None:
             try_rewards(each, prompts[0])

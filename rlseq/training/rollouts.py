@@ -19,6 +19,7 @@ from rlseq.errors import RewardError, RlseqError
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.suite import Begun
+from rlseq.training.environment import check_group_prompts, environment_rewards
 from rlseq.training.forward import Ids
 from rlseq.training.sharding import whole_weights
 from rlseq.types import Prompt, Rollout, ScoredRollout
@@ -39,6 +40,7 @@ class RolloutMixin(trl.GRPOTrainer):
     _rows: list[dict[str, Any]]  # the data set rows of the local generation batch
     _rollouts: list[Rollout] | None  # drawn by rlseq's sampler; None where TRL generated
     _tool_mask: list[list[int]] | None  # of TRL's turns: 0 where a token is a tool's, None without tools
+    _asked: list[Any]  # the prompts of the local generation batch, as an environment left them
     _begun: Begun | None  # the rewards that score while TRL goes on to the reference
     _scored: list[ScoredRollout]
     _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
@@ -148,7 +150,17 @@ class RolloutMixin(trl.GRPOTrainer):
         ):
             yield model
 
+    def _leave_rewards_to_suite(self) -> None:
+        """Take an environment's own reward off TRL's list again: the suite names and weighs it (environment.py)."""
+        count = len(self.suite.names)
+        self.reward_funcs, self.reward_func_names = self.reward_funcs[:count], self.reward_func_names[:count]
+        self.reward_processing_classes = self.reward_processing_classes[:count]
+        self.reward_weights = self.reward_weights[:count]
+
     def _generate(self, prompts):
+        self._asked = prompts
+        if self.environments and self.use_vllm and self.vllm_mode == "server":
+            check_group_prompts([row["index"] for row in self._rows], prompts)
         found = super()._generate(prompts)
         self._tool_mask = found[2]
         return found
@@ -179,7 +191,7 @@ class RolloutMixin(trl.GRPOTrainer):
         def score():
             table = self.suite.score(
                 rollouts,
-                columns,
+                columns | environment_rewards(self.environments, rollouts, getattr(self, "async_loop", None)),
                 context=_RewardContext(self),
                 gather=lambda mine: gather_object([mine]),
                 begun=begun,

@@ -25,23 +25,37 @@ def load_tools(specs: Sequence[str]) -> list[Callable]:
     """
     tools = [find(spec, Path.cwd()).function for spec in specs]
     for spec, tool in zip(specs, tools, strict=True):
-        try:
-            get_json_schema(tool)
-        except (DocstringParsingException, TypeHintParsingException) as error:
-            raise ConfigError(
-                f"tools: {spec!r} does not tell a model how it is called: {str(error).splitlines()[0]} Give every "
-                "argument a type, and a line under Args: in a Google-style docstring."
-            ) from error
+        check_schema(f"tools: {spec!r}", tool)
     return tools
 
 
+def check_schema(name: str, function: Callable, hint: str = "") -> None:
+    """Refuse a function that the model could not be told of.
+
+    Args:
+        name: of the function, for the message.
+        function: of its own or a method of an object.
+        hint: what else the user may do.
+
+    Raises:
+        ConfigError: its types and docstring do not say how it is called.
+    """
+    try:
+        get_json_schema(function)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ConfigError(
+            f"{name} does not tell a model how it is called: {str(error).splitlines()[0]} Give every argument a type, "
+            f"and a line under Args: in a Google-style docstring.{' ' * bool(hint)}{hint}"
+        ) from error
+
+
 def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse what cannot be trained with tools: TRL's own loop draws, from prompts that tell of the tools.
+    """Refuse what cannot be trained with tools or an environment: TRL's own loop draws, from prompts that tell of them.
 
     Raises:
         ConfigError: says which setting, and what to do.
     """
-    if not config.tools:
+    if not config.tools and not config.environment:
         return
     wrong = {
         "objective": config.objective != "policy_gradient",
@@ -52,10 +66,14 @@ def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
     }
     named = [name for name, is_set in wrong.items() if is_set]
     if named:
-        raise ConfigError(f"tools do not go with {', '.join(named)}, which draws or scores without them: leave it out")
+        raise ConfigError(
+            f"tools and an environment do not go with {', '.join(named)}, which draws or scores without them: leave it "
+            "out"
+        )
     if any(isinstance(prompt.messages_or_text, str) for prompt in prompts):
         raise ConfigError(
-            "tools are called in a chat, but a prompt is a text: give --prompt_column a column of messages"
+            "tools and an environment's methods are called in a chat, but a prompt is a text: give --prompt_column a "
+            "column of messages"
         )
 
 

@@ -1,0 +1,31 @@
+"""A tokenizer for chats with tools, and a tiny model that goes with it."""
+
+from __future__ import annotations
+
+from tiny import tiny_model
+from tiny_bytes import BYTES, EOS, FIRST, PAD
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from trl.chat_template_utils import qwen3_chat_template
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte and one for each mark of a turn, with Qwen3's template; <eos> ends a turn."""
+    marks = ["<tool_call>", "</tool_call>", "<|im_start|>", "<think>", "</think>"]
+    vocabulary = {"<pad>": PAD, "<bos>": 1, "<eos>": EOS, **{c: FIRST + i for i, c in enumerate(BYTES)}}
+    tokens = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokens.add_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    tokenizer.chat_template = qwen3_chat_template
+    return tokenizer
+
+
+def chat_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Random weights, with room for the template's words of a tool."""
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.1)
+    model.generation_config.eos_token_id = EOS
+    return model
