@@ -213,6 +213,7 @@ BAD = {
         ["--model_name_or_path", "{task}/states", "--evaluate", "true", "--strategies", "exact_map"],
         "exact_map needs a cache of keys and values alone",
     ),
+    "a router loss of a model without a router": (["--router_aux_loss_coef", "0.1"], "this model has no router"),
     "a model that is not there": (["--model_name_or_path", "{task}/modle"], "model"),
 }
 
@@ -228,6 +229,31 @@ def test_what_a_run_would_refuse_is_refused(case, task, tmp_path, monkeypatch, c
     message = capsys.readouterr().err
     assert message.count("error:") == 1 and named in message and "Traceback" not in message
     assert sorted(task.rglob("*")) == before and not (tmp_path / "run").exists()
+
+
+ROUTED = {  # recipe, flags, and whether the router's loss would be left out
+    "TRL's own loss": ("grpo", [], False),
+    "an objective of rlseq's": ("grpo", ["--reference_loss_coef", 0.1], True),
+    "the same without that loss": ("grpo", ["--reference_loss_coef", 0.1, "--router_aux_loss_coef", 0], False),
+    "PPO": ("ppo", [], True),
+}
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_a_router_loss_that_would_be_left_out_is_refused_before_a_model_loads(
+    case, task, tmp_path, monkeypatch, capsys
+):
+    name, flags, refused = ROUTED[case]
+    model = tiny_shape("qwen2_moe")
+    model.config.router_aux_loss_coef = 0.1
+    model.save_pretrained(tmp_path / "routed")
+    tiny_tokenizer().save_pretrained(tmp_path / "routed")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    arguments = ["--config", task / f"{name}.yaml", "--model_name_or_path", tmp_path / "routed", *flags]
+    for dry in ("true", "false") if refused else ("true",):
+        code = run(monkeypatch, name, *arguments, "--output_dir", tmp_path / "run", "--dry_run", dry)
+        said = "this mixture-of-experts model has a router loss" in capsys.readouterr().err
+        assert (code, said) == ((2, True) if refused else (0, False))
 
 
 @pytest.mark.parametrize("name", ["grpo", "sft"])

@@ -129,6 +129,30 @@ def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
         )
 
 
+def check_router(config: Any, model_config: Any) -> None:
+    """Refuse a router loss where the losses are rlseq's own, which leave it out; the model need not be loaded.
+
+    Args:
+        config: of a run on rollouts; its router_aux_loss_coef, where given, stands in for the model's.
+        model_config: the model's.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    text, coefficient = model_config.get_text_config(), config.router_aux_loss_coef
+    routed = hasattr(text, "output_router_logits")
+    if coefficient and not routed:
+        raise ConfigError(f"router_aux_loss_coef is {coefficient}, but this model has no router. Leave it out.")
+    if coefficient is None:
+        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+    own_losses = config.objective != "policy_gradient" or config.reference_loss_coef or config.kl_estimator
+    if routed and coefficient and (own_losses or not config.needs_group):
+        raise ConfigError(
+            "this mixture-of-experts model has a router loss, which TRL adds to its own losses only: leave out "
+            "objective, reference_loss_coef, kl_estimator and PPO, or set router_aux_loss_coef to 0."
+        )
+
+
 def check_group_rewards(config: Any, suite: RewardSuite) -> None:
     """Refuse a reward of whole groups where groups are torn, or where a completion is scored by itself.
 

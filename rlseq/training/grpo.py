@@ -29,7 +29,7 @@ from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
 from rlseq.packing import supports_packing
 from rlseq.scoring import RewardSuite
-from rlseq.training.checks import check_group_rewards, check_prompts
+from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import GRPOConfig
 from rlseq.training.environment import load_environment
 from rlseq.training.exact_state import ExactStateMixin
@@ -88,6 +88,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
     ):
         check_group_rewards(args, suite)
         check_prompts(args, prompts)
+        check_router(args, model.config)
         check_tools(args, prompts)
         if args.tools:
             kwargs["tools"] = load_tools(args.tools)
@@ -127,12 +128,6 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self.packs = packs
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
-        needs_scores = args.objective != "policy_gradient" or args.reference_loss_coef or args.kl_estimator
-        if self.aux_loss_enabled and (needs_scores or not args.needs_group):
-            raise ConfigError(
-                "this mixture-of-experts model has a router loss, which TRL adds to its own losses only: leave out "
-                "objective, reference_loss_coef, kl_estimator and PPO, or set router_aux_loss_coef to 0."
-            )
         if args.objective == "expected_accuracy" and not any(self._references_of(prompt) for prompt in prompts):
             raise ConfigError(
                 "objective expected_accuracy sums the chances of references, but no prompt has one of at most "

@@ -20,7 +20,7 @@ from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
-from rlseq.training.checks import check_group_rewards, check_prompts
+from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
 from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.faults import writing
@@ -114,10 +114,12 @@ def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: 
 
     Raises:
         ModelError: a check failed; the message says what to do.
+        ConfigError: the model has a router loss that the run would leave out.
     """
     model_config, generation_config = load_configs(model_args.model_name_or_path, model_args.model_revision)
     options: dict[str, Any] = {"needs_references": True}
     if hasattr(config, "max_completion_length"):
+        check_router(config, model_config)
         options = {
             "max_completion_length": config.max_completion_length,
             "disable_dropout": config.disable_dropout,
