@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from rlseq.data import reference_ids
 from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
-from rlseq.packing import supports_packing
+from rlseq.packing import attention_of, supports_packing
 from rlseq.scoring import RewardSuite
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import GRPOConfig
@@ -92,9 +92,9 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         check_tools(args, prompts)
         if args.tools:
             kwargs["tools"] = load_tools(args.tools)
-        self.probe = probe
         if (environment := load_environment(args, prompts, suite)) is not None:
             kwargs["environment_factory"] = environment
+        self.probe = probe
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
@@ -119,8 +119,8 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             processing_class=tokenizer,
             **kwargs,
         )
-        packs, reason = (
         self._leave_rewards_to_suite()
+        packs, reason = (
             supports_packing(self.accelerator.unwrap_model(self.model), longest=self._longest())
             if args.pack_updates
             else (False, "pack_updates is off")
@@ -236,14 +236,14 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         output["rest_reward"] = self._local(elsewhere.repeat_interleave(groups.shape[1]))
         self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
 
-        if self.environments:  # what `reset` told the model belongs to the prompt
-            asked = zip(prompts, self._asked, strict=True)
-            prompts = [dataclasses.replace(prompt, messages_or_text=messages) for prompt, messages in asked]
     def _log_rollouts(self, advantages: Tensor) -> None:
         step = self.state.global_step + 1  # the first step they train
         rounds = self.args.gradient_accumulation_steps // (self.args.steps_per_generation * self.num_iterations)
         part = self.draw % rounds if rounds > 1 else 0  # several rounds may share an optimizer step
         prompts = [self.prompts[row["index"]] for row in self._rows]
+        if self.environments:  # what `reset` told the model belongs to the prompt
+            asked = zip(prompts, self._asked, strict=True)
+            prompts = [dataclasses.replace(prompt, messages_or_text=messages) for prompt, messages in asked]
         records = gather_object(rollout_records(step, prompts, self._scored, advantages.tolist()))
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)
@@ -440,6 +440,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
                 pad_id=self.processing_class.pad_token_id,
                 dtype=self.model.dtype,
                 device=self.accelerator.device,
+                attention=attention_of(self.model),
                 **more,
             )
 

@@ -24,7 +24,7 @@ from rlseq.training.checks import check_group_rewards, check_prompts, check_rout
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
 from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.faults import writing
-from rlseq.training.models import check_model_path, load_tokenizer
+from rlseq.training.models import check_attention, check_model_path, load_tokenizer
 from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
 from rlseq.training.same_model import check_same_model, check_same_new_model
@@ -79,6 +79,7 @@ def load_task(
         RlseqError: it says what was given, what was expected and what to do.
     """
     check_model_path(model_args.model_name_or_path)
+    check_attention(model_args)
     if not data.dataset_name:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if not rewards.reward_funcs:
@@ -90,14 +91,14 @@ def load_task(
     prompts = build_prompts(rows, tokenizer, **data.prompt_options())
     check_group_rewards(config, suite)
     check_prompts(config, prompts)
-    check_fit(config, model_args, tokenizer, prompts)
     check_tools(config, prompts)
     load_tools(config.tools or [])
     load_environment(config, prompts, suite)
+    check_fit(config, model_args, tokenizer, prompts)
     eval_rows = []
     if evaluates:
-        eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
         check_measured(config, suite, eval_suite)
+        eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
     for each in (suite, eval_suite):
         if each is not None:
             try_rewards(each, prompts[0])
