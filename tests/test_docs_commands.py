@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 
 from rlseq.cli import main
@@ -148,6 +149,15 @@ def run(command: str, clone: Path, monkeypatch) -> None:
         pass  # needs what no test has: a network, a GPU
     else:
         raise AssertionError(f"no test knows how to run {command!r}")
+
+
+@pytest.mark.soak
+def test_the_benchmark_for_a_gpu_can_be_tried_without_one():
+    words = [sys.executable, ROOT / "benchmarks/gpu.py", "--tiny", "--repeats", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    for row in ("tokens/s, beside generate |", "beside continuous batching |", "steps/s, beside TRL |"):
+        assert row in done.stdout
+    assert ("flex_attention: left out" in done.stdout) == (not torch.cuda.is_available())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in TESTED_ELSEWHERE and commands(page)])
