@@ -101,11 +101,19 @@ def test_the_metadata_is_what_the_hub_reads():
 
 def test_local_names_are_in_the_text_and_not_in_the_metadata(tmp_path):
     (tmp_path / "base").mkdir()
-    given = GIVEN | {"base_model": str(tmp_path / "base"), "dataset_name": "data/gone.jsonl/train", "adapter": True}
+    given = GIVEN | {"base_model": str(tmp_path / "base"), "dataset_name": "data/gone.jsonl/train"}
+    given["adapter_of"] = str(tmp_path / "base")
     data, text = parsed(str(model_card(**given)))
     assert "base_model" not in data and "datasets" not in data
     assert f"`{tmp_path / 'base'}`" in text and "`data/gone.jsonl/train`" in text
-    assert data["library_name"] == "peft" and "`peft` loads them" in text
+    assert data["library_name"] == "peft" and f"`peft` loads them on top of their base, `{tmp_path}/base`." in text
+
+
+def test_of_an_adapter_the_metadata_name_what_it_is_loaded_on():
+    # Trained on from an adapter: what it began from is one thing, what it needs to be loaded another.
+    data, text = parsed(str(model_card(**GIVEN | {"base_model": "me/adapter", "adapter_of": "you/base"})))
+    assert data["base_model"] == "you/base"
+    assert "`me/adapter`, trained by GRPO" in text and "on top of their base, `you/base`." in text
 
 
 def test_the_text_has_rewards_command_and_versions():

@@ -4,8 +4,9 @@ create_model_card      the card, where TRL writes one of its own: at every check
 _push_from_checkpoint  a push while training goes on (`hub_strategy`)
 push_to_hub            the push of the result, by `publish` once it has been evaluated
 
-A model's repository gets the model, its tokenizer and the card. transformers uploads the folder it saves to, which in
-a run holds every rollout and evaluated row too, so pushes go by way of a folder of their own, RUN/hub/.
+A model's repository gets the model, its tokenizer and the card, of PPO the critic too. transformers uploads the folder
+it saves to, which in a run holds every rollout and evaluated row too, so pushes go by way of a folder of their own,
+RUN/hub/.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import importlib.metadata
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,9 +29,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
 from trl.trainer.utils import get_config_model_id
 
 from rlseq import __version__
+from rlseq.training.critic import FOLDER as CRITIC
 
 HUB_FOLDER = "hub"
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
@@ -62,6 +66,7 @@ class ModelCardMixin(Trainer):
     """For TRL's trainers: the card says what rlseq knows, and a push holds the model, its tokenizer and the card."""
 
     card_facts = CardFacts()
+    _pushing = False
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **_: Any) -> None:
         if not self.is_world_process_zero():
@@ -70,6 +75,7 @@ class ModelCardMixin(Trainer):
         method = type(self).__name__.removesuffix("Trainer")
         suite = getattr(self, "suite", None)
         given = [tags] if isinstance(tags, str) else list(tags or ())
+        given = [tag for tag in given if tag not in self._tag_names]  # TRL's, by which PPO here is its GRPO
         card = model_card(
             model_name=model_name or folder.absolute().name,
             method=method,
@@ -79,7 +85,7 @@ class ModelCardMixin(Trainer):
             report=facts.report,
             command=launch_command(),
             where=self.hub_model_id or str(self.args.output_dir),
-            adapter=is_peft_model(self.model),
+            adapter_of=_adapter_base(self.model),
             tags=["trl", method.lower(), *given],
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,18 +99,29 @@ class ModelCardMixin(Trainer):
             return super().push_to_hub(commit_message, blocking, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder):
+        if self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
         with self._output_into_hub_folder():
             self.create_model_card(_model_name(self.args))
+            if (critic := Path(checkpoint_folder) / CRITIC).is_dir():  # transformers takes the model's files alone
+                shutil.copytree(critic, Path(self.args.output_dir) / CRITIC, dirs_exist_ok=True)
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self._pushing and is_peft_model(self.model):
+            # The adapter as it began, to which KL is measured, serves the run, and nobody who loads its result.
+            for name in set(self.model.peft_config) - {self.model.active_adapter}:
+                shutil.rmtree(Path(output_dir or self.args.output_dir) / name, ignore_errors=True)
 
     @contextlib.contextmanager
     def _output_into_hub_folder(self) -> Iterator[None]:
         run = self.args.output_dir
-        self.args.output_dir = str(Path(run) / HUB_FOLDER)
+        self.args.output_dir, self._pushing = str(Path(run) / HUB_FOLDER), True
         try:
             yield
         finally:
-            self.args.output_dir = run
+            self.args.output_dir, self._pushing = run, False
 
 
 def publish(
@@ -138,7 +155,7 @@ def model_card(
     report: str,
     command: Sequence[str],
     where: str,
-    adapter: bool = False,
+    adapter_of: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
     """The card of one result.
@@ -150,12 +167,13 @@ def model_card(
         report: the text of report.md, from which headline, tables of values and signature are taken; or "".
         command: its words, the values of tokens left out.
         where: what to load it by, a hub id or path.
-        adapter: whether the weights are those of an adapter.
+        adapter_of: of an adapter's weights, the base that they are loaded on, a hub id or path, which the metadata
+            name as the base; "" where it has no name. None: the weights are a whole model's.
     """
     data = ModelCardData(
-        base_model=_hub_id(base_model),
+        base_model=_hub_id(adapter_of or base_model),
         datasets=_hub_id(dataset_name),
-        library_name="peft" if adapter else "transformers",
+        library_name="transformers" if adapter_of is None else "peft",
         model_name=model_name,
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["rlseq", "generated_from_trainer", *tags])),
@@ -175,7 +193,7 @@ def model_card(
         signature=found.get(_SIGNATURE, ""),
         command=shlex.join(command),
         where=where,
-        adapter=adapter,
+        adapter_of=adapter_of,
         versions={"rlseq": __version__} | {n: importlib.metadata.version(n) for n in _VERSIONS},
     )
     return ModelCard(text + "\n")
@@ -225,6 +243,13 @@ def _hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def _adapter_base(model: Any) -> str | None:
+    """What an adapter's weights are loaded on, as its configuration names it; None for a whole model."""
+    if not is_peft_model(model):
+        return None
+    return model.active_peft_config.base_model_name_or_path or ""
 
 
 def _model_name(args: Any) -> str:
