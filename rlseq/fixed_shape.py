@@ -200,7 +200,7 @@ def _sized(rows: int) -> int:
 
 def _moved(states: Tensor, index: Tensor, rows: int, width: int, held: int) -> Tensor:
     buffer = states.new_zeros(rows, states.shape[1], width, states.shape[3])  # masked is not enough for a NaN
-    buffer[: len(index), :, :held] = states[index, :, :held]
+    buffer[: len(index), :, :held] = states[:, :, :held].index_select(0, index)
     return buffer
 
 

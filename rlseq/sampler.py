@@ -146,6 +146,7 @@ def sample(
         longest = max(len(p.prompt_ids) + len(f) for p, f in zip(prompts, forced, strict=True)) + max_new_tokens
         batch_rows = min(batch_rows, rows_within(model, max_kv_gb, longest))
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
+    signature = strategy.signature
     with torch.no_grad(), evaluating(model):
         for batch in _batches(prompts, wanted, batch_rows):
             rows = [(index, s) for index, some in batch for s in some]
@@ -159,9 +160,8 @@ def sample(
             )
             ids = [[*forced[index], *sampled] for (index, _), sampled in zip(rows, ids, strict=True)]
             logprobs = [[0.0] * len(forced[index]) + drawn for (index, _), drawn in zip(rows, logprobs, strict=True)]
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if tokenizer is not None else [""] * len(ids)
-            raws = tokenizer.batch_decode(ids, skip_special_tokens=False) if tokenizer is not None else texts
-            for (index, s), row_ids, row_logprobs, text, raw in zip(rows, ids, logprobs, texts, raws, strict=True):
+            texts = _texts(tokenizer, ids)
+            for (index, s), row_ids, row_logprobs, (text, raw) in zip(rows, ids, logprobs, texts, strict=True):
                 prompt = prompts[index]
                 chat = not isinstance(prompt.messages_or_text, str)
                 rollouts[index].append(
@@ -175,12 +175,22 @@ def sample(
                         raw_text=raw,
                         messages=({"role": "assistant", "content": text},) if chat else None,
                         finish_reason="stop" if row_ids and row_ids[-1] in stop_ids else "length",
-                        strategy=strategy.signature,
+                        strategy=signature,
                     )
                 )
             if progress is not None:
                 progress(sum(len(rollouts[index]) == len(wanted[index]) for index, _ in batch))
     return rollouts
+
+
+def _texts(tokenizer: Any | None, ids: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+    """Of each completion its text and its raw text, special tokens left out and in; equal ones are decoded once."""
+    if tokenizer is None:
+        return [("", "")] * len(ids)
+    distinct = list(dict.fromkeys(map(tuple, ids)))
+    both = (tokenizer.batch_decode(distinct, skip_special_tokens=skipped) for skipped in (True, False))
+    decoded = dict(zip(distinct, zip(*both, strict=True), strict=True))
+    return [decoded[tuple(row)] for row in ids]
 
 
 def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1) -> int:
