@@ -217,8 +217,13 @@ def _score(
             completions = [[completion_ids[index] for index in indices] for _, indices in group]
             if packs:
                 groups = list(zip(prompts, completions, strict=True))
-                layout = {"device": parameter.device, "dtype": parameter.dtype, "attention": attention_of(model)}
-                batch = pack(groups, pad_id=0, **layout)
+                batch = pack(
+                    groups,
+                    pad_id=0,
+                    device=parameter.device,
+                    dtype=parameter.dtype,
+                    attention=attention_of(model),
+                )
             else:
                 batch = pad(prompts, [c for (c,) in completions], pad_id=0, device=parameter.device)
             tokens = _score_batch(models, batch, measure, whole)

@@ -348,8 +348,14 @@ def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
     ]
     groups[0][1].append([*groups[0][1][2][:3], 0, 1])  # two that begin alike
     parameter = next(model.parameters())
-    layout = {"row_tokens": 40, "attention": attention_of(model)}
-    batch = pack(groups, pad_id=0, device=parameter.device, dtype=parameter.dtype, **layout)
+    batch = pack(
+        groups,
+        pad_id=0,
+        device=parameter.device,
+        dtype=parameter.dtype,
+        row_tokens=40,
+        attention=attention_of(model),
+    )
     alone = [torch.tensor([*prompt, *c], device=parameter.device) for prompt, cs in groups for c in cs]
     try:
         with torch.no_grad(), evaluating(model):
