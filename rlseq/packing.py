@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from rlseq.attention import mark_causal
 from rlseq.layout import Group, Layout, arrange, fill_rows, ramps, split
 
 FLEX = "flex_attention"  # transformers' name of it
@@ -168,7 +169,7 @@ def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:
     columns = torch.arange(seen_RS.shape[1], dtype=torch.int32, device=seen_RS.device)
     visible = columns[:, None] < seen_RS[:, None, :]  # (R, S, S)
     # 1 becomes 0 and 0 the lowest finite number: much faster than a masked fill
-    return visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None]
+    return mark_causal(visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None])
 
 
 def _rule(seen_RS: Tensor) -> BlockMask:
