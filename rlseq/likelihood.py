@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlseq.double import to_double
 from rlseq.packing import PackedBatch, attention_of, evaluating, pack, pad, rows_of_group, supports_packing
 
 _ROW_TOKENS = 1024  # attention costs the square of a row: completions of one prompt beyond this start another row
@@ -346,7 +347,7 @@ def exact_pass_at_k(p: Tensor, k: int) -> Tensor:
         raise ValueError(f"exact_pass_at_k takes (rows,) and k >= 1, not {tuple(p.shape)} and k = {k}")
     if not ((p >= 0) & (p <= 1 + 1e-4)).all():
         raise ValueError("p is not within 0 and 1; are the references of a row distinct?")
-    miss = torch.log1p(-p.double().clamp(max=1))  # log(1 − p) without losing a small p
+    miss = torch.log1p(-to_double(p).clamp(max=1))  # log(1 − p) without losing a small p
     return -torch.expm1(k * miss).mean()
 
 

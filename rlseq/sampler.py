@@ -20,6 +20,7 @@ import torch
 
 from rlseq.beginnings import begin
 from rlseq.decoding import Greedy, Sample, Strategy, to_units
+from rlseq.double import double_device, to_double
 from rlseq.errors import ConfigError, ModelError
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
@@ -54,8 +55,9 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = 
         of: (B,) which of the U distributions each uniform draws from; None: each from its own, U = B.
     """
     device = logprobs.device
-    exact = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    cdf = to_units(logprobs.to(exact).to(torch.float64, copy=True).exp_()).cumsum_(-1)
+    exact = double_device(device)
+    probs = to_double(logprobs)
+    cdf = to_units(probs.exp() if probs is logprobs else probs.exp_()).cumsum_(-1)
     of = np.arange(len(cdf)) if of is None else of
     rank = _ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
     where = torch.from_numpy(of).to(cdf.device), torch.from_numpy(rank).to(cdf.device)

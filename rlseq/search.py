@@ -15,6 +15,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.decoding import Beam, ExactMAP, Strategy
+from rlseq.double import double_device, to_double
 from rlseq.errors import ConfigError, ModelError
 from rlseq.likelihood import evaluating, score
 from rlseq.types import Prompt, Rollout
@@ -203,7 +204,7 @@ def exact_map(
         start = found.completion_ids
     ends = bool(start) and start[-1] in stops and len(start) <= max_new_tokens
     best = tuple(start) if ends else ()
-    bound = score(model, [prompt], [best])[0].double().sum().item() if ends else -math.inf
+    bound = to_double(score(model, [prompt], [best])[0]).sum().item() if ends else -math.inf
     return _search(model, prompt, stops, max_new_tokens, best, bound, max_nodes=max_nodes, batch_rows=batch_rows)
 
 
@@ -290,14 +291,15 @@ class _BranchAndBound:
         self.model, self.prompt, self.longest = model, prompt, longest
         self.best, self.bound = best, bound
         self.device = next(model.parameters()).device
-        self.stops = torch.tensor(sorted(stops), device=self.device)
+        self.exact = double_device(self.device)  # where log-probs and the children chosen by them are
+        self.stops = torch.tensor(sorted(stops), device=self.exact)
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
 
     def run(self, max_nodes: int, batch_rows: int) -> bool:
         """Explore until nothing can be better, which is proof (True), or until the budget is spent."""
         cache = DynamicCache(config=self.model.config)
         ids = torch.tensor([self.prompt], device=self.device)
-        levels = [self._expand(cache, ids, [()], torch.zeros(1, dtype=torch.float64, device=self.device))]
+        levels = [self._expand(cache, ids, [()], torch.zeros(1, dtype=torch.float64, device=self.exact))]
         nodes = 1
         while levels:
             level = levels[-1]
@@ -318,7 +320,8 @@ class _BranchAndBound:
             else:
                 level.parents, level.tokens = level.parents[count:alive], level.tokens[count:alive]
                 level.logprobs = level.logprobs[count:alive]
-            levels.append(self._expand(_rows_of(level.cache, rows), tokens.unsqueeze(1), prefixes, logprobs))
+            cache, ids = _rows_of(level.cache, rows.to(self.device)), tokens.unsqueeze(1).to(self.device)
+            levels.append(self._expand(cache, ids, prefixes, logprobs))
         return True
 
     def _expand(
@@ -335,7 +338,7 @@ class _BranchAndBound:
             use_cache=True,
             **self.last_only,
         )
-        children = output.logits[:, -1].double().log_softmax(-1) + logprobs.unsqueeze(1)  # (B, V)
+        children = to_double(output.logits[:, -1]).log_softmax(-1) + logprobs.unsqueeze(1)  # (B, V)
         ends = children[:, self.stops]  # (B, S)
         if (likeliest := ends.max().item()) > self.bound + ROUNDING:
             row, stop = divmod(int(ends.argmax()), len(self.stops))

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import rlseq
+from rlseq.double import double_device, to_double
 
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
 
-LEAVES = {"errors", "types"}
+LEAVES = {"double", "errors", "types"}
 TOOLS = {
     "arguments",
     "flags",
@@ -38,6 +40,7 @@ DRAWING = {"sampler", "search"}
 LOWER = LEAVES | TOOLS | DRAWING | {"beginnings"}
 # By room, the longest name that fits a module: what its modules may import beside the room itself.
 MAY_IMPORT = {
+    "double": set(),
     "errors": set(),
     "types": set(),
     **{room: LEAVES for room in TOOLS},
@@ -226,3 +229,15 @@ def test_every_module_says_what_it_is(path):
 def test_a_name_that_is_not_public_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(rlseq, "no_such_" + "name")
+
+
+def test_float64_is_asked_for_where_every_device_has_it():
+    # Apple's GPU has none: only `rlseq.double` may turn a tensor into it, on a device that has.
+    for path in sources(ROOT):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        found = [call.lineno for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "double"]
+        assert not found or path.name == "double.py", f"{path}:{found[0]}"
+    mps = torch.device("mps")
+    assert double_device(mps) == torch.device("cpu") and double_device(torch.device("cuda:1")).index == 1
+    x = torch.ones(2)
+    assert to_double(x).dtype == torch.float64 and to_double(to_double(x)).device == x.device

@@ -8,9 +8,9 @@ from tiny_chat import chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 
 from rlseq.data import build_prompts
-from rlseq.errors import ConfigError, DataError, RlseqError
+from rlseq.errors import ConfigError, RlseqError
 from rlseq.training.config import GRPOConfig
-from rlseq.training.tools import check_tools, load_tools, refuse_images
+from rlseq.training.tools import check_tools, load_tools
 
 CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call><eos>'
 ANSWER = "It is 42.<eos>"
@@ -149,25 +149,3 @@ def test_what_cannot_go_with_tools_is_refused(settings, named):
     config = GRPOConfig(output_dir="x", tools=["a:b"], num_generations=2, per_device_train_batch_size=2, **settings)
     with pytest.raises(ConfigError, match=named):
         check_tools(config, build_prompts(ROWS, tiny_tokenizer()))
-
-
-@pytest.mark.parametrize(
-    ("row", "where"),
-    [
-        ({"prompt": "a = ", "image": "x.png"}, "column 'image'"),
-        ({"prompt": "a = ", "images": ["x.png"]}, "column 'images'"),
-    ],
-)
-def test_images_are_refused_by_name(row, where, tmp_path):
-    rows = [ROWS[0], {**row, "references": ["A"]}]
-    with pytest.raises(DataError, match=f"{where} holds an image, and text alone is served"):
-        tiny_trainer(tmp_path, rows=rows, per_device_train_batch_size=8)
-    refuse_images(build_prompts([{**ROWS[0], "image": None}], tiny_tokenizer()))
-
-
-def test_images_within_messages_are_refused():
-    content = [{"type": "image", "url": "x.png"}, {"type": "text", "text": "What is it?"}]
-    prompts = build_prompts(CHAT, chat_tokenizer())
-    object.__setattr__(prompts[0], "messages_or_text", ({"role": "user", "content": content},))
-    with pytest.raises(DataError, match="a message of the role 'user' holds an image"):
-        refuse_images(prompts)

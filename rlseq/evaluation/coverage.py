@@ -13,6 +13,7 @@ import scipy  # its stats load on first use, which takes a second
 import torch
 
 from rlseq.decoding import Sample
+from rlseq.double import to_double
 from rlseq.errors import ConfigError
 from rlseq.evaluation.coverage_report import section_of
 from rlseq.evaluation.decode import columns_of
@@ -209,7 +210,7 @@ def _chances(context: Context) -> list[float]:
         if len(ids) <= context.settings.max_new_tokens
     ]
     prompts = [context.prompts[row].prompt_ids for row, _ in fitting]
-    logprobs = [tokens.double().sum() for tokens in score(context.model, prompts, [ids for _, ids in fitting])]
+    logprobs = [to_double(tokens).sum() for tokens in score(context.model, prompts, [ids for _, ids in fitting])]
     total = torch.stack(logprobs).cpu() if logprobs else torch.zeros(0, dtype=torch.double)
     rows = torch.tensor([row for row, _ in fitting], dtype=torch.long)
     return reference_probability(total, rows, len(context.prompts)).tolist()

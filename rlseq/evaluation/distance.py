@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from rlseq.decoding import Sample
+from rlseq.double import to_double
 from rlseq.errors import ModelError
 from rlseq.evaluation import tables
 from rlseq.evaluation.seeds import crossed_bootstrap_many, methods
@@ -218,7 +219,9 @@ def _add(
         for rollout in group
     ]
     found = divergence(p, b, [prompt.prompt_ids for prompt, _ in flat], [ids for _, ids in flat])
-    sums = np.array([[*tokens.double().sum(0).tolist(), len(tokens)] for tokens in found])  # (B, 3): kl, ratio, tokens
+    sums = np.array(
+        [[*to_double(tokens).sum(0).tolist(), len(tokens)] for tokens in found]
+    )  # (B, 3): kl, ratio, tokens
     if not np.isfinite(sums).all():
         prompt, _ = flat[int(np.argwhere(~np.isfinite(sums))[0, 0])]
         raise ModelError(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from rlseq.data import FILE_FORMATS, load_rows
+from rlseq.double import to_double
 from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.study import RowStatistics
 from rlseq.likelihood import score
@@ -233,7 +234,7 @@ def document_logprobs(
     uniform = torch.full((1 if coding.start is None else 0,), -math.log(coding.vocabulary), dtype=torch.float64)
     parts = [[uniform[: len(ids)]] for ids in documents]
     for (document, *_), logprobs in zip(places, found, strict=True):
-        parts[document].append(logprobs.double().cpu())
+        parts[document].append(to_double(logprobs).cpu())
     return [torch.cat(part) for part in parts]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rlseq.double import double_device, to_double
 from rlseq.errors import ModelError
 from rlseq.evaluation import plots, tables
 from rlseq.evaluation.heads import chosen_head, cross_entropy, logits
@@ -127,7 +128,7 @@ class _Positions:
 
     def __init__(self, context: Context) -> None:
         self.pairs = [(row, ids) for row, found in enumerate(context.references) for ids in found]
-        self.device = next(context.model.parameters()).device
+        self.device = double_device(next(context.model.parameters()).device)
         texts = [repr(prompt.messages_or_text) for prompt in context.prompts]  # equal prompts fall on one side
         self._draws = [hashlib.blake2b(text.encode(), digest_size=2).digest() for text in texts]
         tokens = sorted({token for _, ids in self.pairs for token in ids})
@@ -183,7 +184,7 @@ def _states(model: torch.nn.Module, prompts: Sequence[Prompt], pairs: Sequence[t
                 if not states:
                     raise ModelError(f"{type(model).__name__} gives no hidden states, which the study lookahead reads")
                 hidden = states[-1]
-        parts = hidden[batch.token_rows, batch.token_columns - 1].double().split(batch.lengths)
+        parts = to_double(hidden[batch.token_rows, batch.token_columns - 1]).split(batch.lengths)
         for i, part in zip(chosen, parts, strict=True):
             found[i] = part
     return torch.cat(found)
@@ -216,7 +217,7 @@ def _add_head(statistics: list[RowStatistics], name: str, features: Tensor, posi
         weights = chosen_head(features[fitted], targets[fitted], judged, (size, positions.classes))
         scores, wanted = logits(features[tested], weights), targets[tested]
         losses = cross_entropy(scores, wanted, reduction="none").tolist()
-        rights = (scores.argmax(-1) == wanted).double().tolist()
+        rights = (scores.argmax(-1) == wanted).tolist()
         for i, loss, right in zip(tested.nonzero()[:, 0].tolist(), losses, rights, strict=True):
             mine = statistics[positions.rows[i]]
             for key, value in ((f"{name}|nll", loss), (f"{name}|right", right), ("count", float(name == MODEL))):
@@ -228,7 +229,7 @@ def _add_own_head(statistics: list[RowStatistics], context: Context, positions: 
     found = score(context.model, [context.prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs])
     for (row, _), logprobs in zip(pairs, found, strict=True):
         key = f"1|{HEAD}|nll"
-        statistics[row][key] = statistics[row].get(key, 0.0) - logprobs.double().sum().item()
+        statistics[row][key] = statistics[row].get(key, 0.0) - to_double(logprobs).sum().item()
 
 
 def _metrics(distances: Sequence[int]) -> dict[tuple[int, str, str], StudyMetric]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rlseq.decoding import Sample, Strategy
+from rlseq.double import to_double
 from rlseq.errors import ConsistencyError
 from rlseq.likelihood import TeacherForced, teacher_force
 from rlseq.types import Prompt, Rollout
@@ -70,7 +71,7 @@ def likelihood_rows(prompts: Sequence[Prompt], forced: Sequence[Sequence[Teacher
     for prompt, found, mine in zip(prompts, forced, statistics, strict=True):
         if not found:
             continue
-        logprobs = [reference.logprobs.double().sum().item() for reference in found]
+        logprobs = [to_double(reference.logprobs).sum().item() for reference in found]
         right = [int(reference.right.sum()) for reference in found]
         lengths = [len(reference.logprobs) for reference in found]
         p = sum(math.exp(logprob) for logprob in logprobs)
@@ -110,7 +111,7 @@ def generation_rows(
         if not found:
             continue
         tokens = [reference.logprobs if place is None else reference.warped[place] for reference in found]
-        logprobs = [t.double().sum().item() if len(t) <= max_new_tokens else -math.inf for t in tokens]
+        logprobs = [to_double(t).sum().item() if len(t) <= max_new_tokens else -math.inf for t in tokens]
         never = sum(logprob == -math.inf for logprob in logprobs)
         mine |= {
             "p_reference": sum(math.exp(logprob) for logprob in logprobs),

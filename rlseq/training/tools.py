@@ -1,4 +1,4 @@
-"""What the model may call while it answers, and what it is not served: images."""
+"""What the model may call while it answers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-from rlseq.errors import ConfigError, DataError
+from rlseq.errors import ConfigError
 from rlseq.scoring.find import find
 from rlseq.types import Prompt
-
-IMAGE_COLUMNS = ("image", "images")
-IMAGE_PARTS = ("image", "image_url")
 
 
 def load_tools(specs: Sequence[str]) -> list[Callable]:
@@ -75,25 +72,3 @@ def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
             "tools and an environment's methods are called in a chat, but a prompt is a text: give --prompt_column a "
             "column of messages"
         )
-
-
-def refuse_images(prompts: Sequence[Prompt]) -> None:
-    """Refuse rows with images, which would be left out without a word.
-
-    Raises:
-        DataError: names the column, or the message, that holds one.
-    """
-    for prompt in prompts:
-        columns = [name for name in IMAGE_COLUMNS if prompt.columns.get(name)]
-        where = f"column {columns[0]!r}" if columns else None
-        if where is None and not isinstance(prompt.messages_or_text, str):
-            for message in prompt.messages_or_text:
-                parts = message["content"] if isinstance(message["content"], list) else []
-                kinds = [part.get("type") for part in parts if isinstance(part, dict)]
-                if any(kind in IMAGE_PARTS for kind in kinds):
-                    where = f"a message of the role {message['role']!r}"
-        if where is not None:
-            raise DataError(
-                f"{where} holds an image, and text alone is served, of multimodal models too. Leave the column out, or "
-                "give rows without images."
-            )
