@@ -18,7 +18,7 @@ JSON_LINES = {
     "UTF-16": ('{"prompt": "a"}\n'.encode("utf-16"), "line 1: byte 0xff is not UTF-8; expected text in UTF-8"),
     "a key twice": (b'{"prompt": "a"}\n{"x": 1, "x": 2}\n', r"line 2: not valid JSON \('x' is given twice\)"),
     "half a pair": (b'{"prompt": "a"}\n{"prompt": "\\ud800"}\n', "line 2: not valid JSON .half of a surrogate pair"),
-    "nested": (b'{"prompt": "a"}\n' + b"[" * 9000 + b"\n", "line 2: not valid JSON .nested too deeply"),
+    "nested": (b'{"prompt": "a"}\n' + b"[" * 200_000 + b"\n", "line 2: not valid JSON .nested too deeply"),
     "no columns": (b"{}\n{}\n", "line 1: the row has no columns"),
     "blank": (b"\n\n \n", "is empty; expected rows"),
     "empty": (b"", "is empty; expected rows"),

@@ -239,6 +239,8 @@ def test_preflight_of_100_000_prompts_takes_less_than_a_second():
 def settings(**changes):
     fields = {"max_completion_length": 8, "disable_dropout": True, "rlseq_sampler": True, "use_vllm": False}
     fields |= {"use_transformers_continuous_batching": False, "uses_references": False}
+    fields |= {"router_aux_loss_coef": None, "objective": "policy_gradient", "reference_loss_coef": 0.0}
+    fields |= {"kl_estimator": None, "needs_group": True}
     return SimpleNamespace(**fields | changes)
 
 

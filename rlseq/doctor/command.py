@@ -140,7 +140,8 @@ def examine_model(name_or_path: str) -> Iterator[Finding]:
     path = Path(name_or_path)
     adapter = (path / "adapter_config.json").is_file()
     model, missing = _load(name_or_path, adapter)
-    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+    # A build for CUDA names an accelerator on machines that have none, too.
+    model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
     files = sorted(path.glob("*.safetensors"))
     yield _attempt("weights", forward.check_weights, model, missing, files)
     yield _attempt("left padding", forward.check_left_padding, model)

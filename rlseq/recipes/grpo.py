@@ -74,6 +74,7 @@ def main() -> None:
             results = contrast_with_base(prepared, directory, data, config, model_args, method="GRPO")
         share(trainer, directory, data, model_args, results)
     prepared.close()
+    directory.release()
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def main() -> None:
     if ended:
         merge_result(config.output_dir, model_args)
         publish(trainer, base_model=model_args.model_name_or_path, dataset_name=data.dataset_name)
+    directory.release()
 
 
 def examples(pairs: list[tuple[Any, str]]) -> datasets.Dataset:
