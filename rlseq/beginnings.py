@@ -1,7 +1,8 @@
 """Beginnings that are decoded together, and the ways in which a model can go on from them.
 
     captured      all in one batch, padded on the left, from a cache of fixed shape: on a GPU, each step is a CUDA graph
-    padded        the same from a cache that grows, its kernels launched one by one
+    padded        the same from a cache that grows, its kernels launched one by one; long prompts that several samples
+                  follow are held once
     by length     the same without padding: a batch, and a cache, for each prompt length
     uncached      every step computes the whole sequences anew; no cache, no padding
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlseq.attention import Groups, SharedPrompt, take_over_sdpa
+from rlseq.errors import ModelError
 from rlseq.fixed_shape import WARM, FixedShape, may_capture
 from rlseq.kv_cache import rearrange, with_room
 from rlseq.packing import LOGIT_TOLERANCE, attention_of
@@ -33,6 +36,7 @@ Ids = Sequence[int]
 TRIED_LENGTHS = (5, 2, 7, 1)  # of the trial's prompts: shorter and longer than the usual convolution of 4 tokens
 # Of the trial's slots at each step, the one that each continues: rows move, are copied, leave.
 TRIED_SOURCES = (None, (0, 0, 2, 1, 3, 2), (5, 3, 1), *(None,) * (WARM + 1))  # until a step is replayed
+WORTH_SHARING = 128  # tokens of a prompt: shorter ones are copied to each row that follows them, as fast (2 CPU cores)
 WORTH_ROOM = 128  # tokens a row: on shorter ones a cache with room was slower than one that is copied (2 CPU cores)
 FLIPS = 0.1  # share of logits that may be off in 16 bits, where a router that rounds otherwise picks another expert
 
@@ -107,6 +111,46 @@ class Cached:
         )
         self.cache = getattr(output, self.cache_name)
         self.logits = output.logits[:, -1].float()
+
+
+class AfterPrompts(Cached):
+    """As `Cached`, and the keys and values of a prompt are held once for all that follow it.
+
+    Raises:
+        ModelError: the model's cache, or its attention, cannot be shared.
+    """
+
+    def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0):
+        super().__init__(model, beginnings)
+        if attention_of(model) != "sdpa" or not all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            raise ModelError("its prompts cannot be held apart")
+        take_over_sdpa()
+        rows = len(beginnings)
+        keys = self.cache.layers[0].keys
+        hidden = torch.zeros(self.mask.shape, dtype=torch.promote_types(keys.dtype, torch.float32), device=self.device)
+        hidden = hidden.masked_fill_(self.mask == 0, torch.finfo(hidden.dtype).min)[:, None, None]  # (P, 1, 1, L)
+        self.cache.layers = [SharedPrompt(x.keys, x.values, rows, max(most_rows, rows)) for x in self.cache.layers]
+        self._group(np.arange(rows), hidden)
+
+    def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
+        if sources is not None:
+            rearrange(self.cache, sources)
+            self.position = self.position[torch.from_numpy(sources).to(self.device)]
+            self._group(self.groups.prompt_of[sources], self.groups.hidden)
+        self.position = self.position + 1
+        unread = self.groups.hidden.new_zeros(1, 1, 1, 1)  # a mask of four dimensions is taken for whole
+        self._forward(torch.from_numpy(tokens).to(self.device).unsqueeze(1), unread, self.position.unsqueeze(1))
+
+    def _group(self, prompt_of: np.ndarray, hidden: Tensor) -> None:
+        kept = np.unique(prompt_of)
+        if 2 * len(kept) <= len(hidden):  # the others are finished
+            index = torch.from_numpy(kept).to(self.device)
+            for layer in self.cache.layers:
+                layer.keep_prompts(index)
+            prompt_of, hidden = np.searchsorted(kept, prompt_of), hidden[index]
+        self.groups = Groups(prompt_of, hidden)
+        for layer in self.cache.layers:
+            layer.groups = self.groups
 
 
 class Uncached:
@@ -201,7 +245,7 @@ COSTS = {
     "uncached": "without a cache, each step anew from the first token, which is slow",
 }
 
-# The way of each model that was tried, by attention implementation and dtype.
+# The way of each model that was tried, by attention implementation and dtype; and why prompts are not shared, if so.
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 
 
@@ -213,7 +257,11 @@ def begin(model: nn.Module, beginnings: Sequence[Ids], *, most_rows: int = 0, mo
         beginnings: U token id lists, of one token at least.
         most_rows, most_tokens: as of `Cached`.
     """
-    return WAYS[way_of(model)](model, beginnings, most_rows, most_tokens)
+    way = way_of(model)
+    make = WAYS[way]
+    if way == "padded" and 2 * len(beginnings) <= most_rows and max(map(len, beginnings)) >= WORTH_SHARING:
+        make = AfterPrompts if holds_prompts_once(model) else make
+    return make(model, beginnings, most_rows, most_tokens)
 
 
 def way_of(model: nn.Module) -> str:
@@ -241,6 +289,15 @@ def way_of(model: nn.Module) -> str:
         if reason and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             print(f"rlseq: {type(_base(model)).__name__} is decoded {COSTS.get(way, UNCAPTURED)}: {reason}", flush=True)
     return known[key]
+
+
+def holds_prompts_once(model: nn.Module) -> bool:
+    """Whether `AfterPrompts` is right for a model, by one trial; remembered as `way_of` is."""
+    known = _tried.setdefault(model, {})
+    key = ("prompts", attention_of(model), next(model.parameters()).dtype)
+    if key not in known:
+        known[key] = _try(model, AfterPrompts) or ""
+    return not known[key]
 
 
 def is_plain(model: nn.Module) -> bool:
