@@ -49,13 +49,9 @@ def test_groups_by_hand():
 
 def test_softmax_by_hand():
     # Scores 0, ln 2 and a hidden one: weights 1/3 and 2/3, the sum of exponentials 3.
-    query, keys = (
-        torch.ones(1, 1),
-        torch.tensor([[0.0], [2.0]]).log1p().mul(torch.tensor([[1.0], [np.log(2) / np.log(3)]])),
-    )
-    keys = torch.cat([keys, torch.tensor([[5.0]])])
+    query, keys = torch.ones(1, 1), torch.tensor([[0.0], [np.log(2)], [5.0]], dtype=torch.float32)
     hidden = torch.tensor([0.0, 0.0, torch.finfo(torch.float32).min])
-    found, weight = _softmax(query, keys.float(), torch.tensor([[3.0], [6.0], [100.0]]), hidden)
+    found, weight = _softmax(query, keys, torch.tensor([[3.0], [6.0], [100.0]]), hidden)
     assert found.item() == pytest.approx(5) and weight.item() == pytest.approx(np.log(3))
 
 
