@@ -214,17 +214,10 @@ def test_what_cannot_train_is_refused_before_anything_loads(folders, monkeypatch
     with pytest.raises(ConfigError, match="--load_in_4bit rounds the weights"):
         ModelArguments(model_name_or_path=base, load_in_4bit=True)
     find = importlib.util.find_spec
-    for present in (False, True):
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, present=present: (present or None) if name == "bitsandbytes" else find(name),
-        )
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-        missing = "this machine has none" if present else "needs bitsandbytes, which is not installed"
-        for flags in ({"model_name_or_path": base, "use_peft": True}, {"model_name_or_path": sft}):
-            with pytest.raises(ConfigError, match=missing):
-                ModelArguments(load_in_4bit=True, **flags)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    for flags in ({"model_name_or_path": base, "use_peft": True}, {"model_name_or_path": sft}):
+        with pytest.raises(ConfigError, match="needs bitsandbytes, which is not installed"):
+            ModelArguments(load_in_4bit=True, **flags)
     for flag in ("merge_adapter", "use_dora"):
         with pytest.raises(ConfigError, match=f"--{flag} is about an adapter"):
             ModelArguments(model_name_or_path=base, **{flag: True})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import torch
 import trl
 
 from rlseq.errors import ConfigError
@@ -27,9 +26,7 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
                 f"--{name} rounds the weights, which cannot train then: train an adapter, --use_peft true"
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(f"--{name} needs bitsandbytes, which is not installed: pip install bitsandbytes")
-        if not torch.accelerator.is_available():
-            raise ConfigError(f"--{name} needs an accelerator, and this machine has none: leave it out (plain LoRA)")
+            raise ConfigError(f"--{name} needs bitsandbytes, which is not installed: pip install 'rlseq[quantization]'")
     if not adapter:
         for name in ("merge_adapter", "use_dora", "use_rslora"):
             if getattr(model_args, name):

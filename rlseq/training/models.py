@@ -122,6 +122,11 @@ def _load_whole(path: str, model_args: trl.ModelConfig, revision: str, quantizat
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a model from {path!r}: {str(error).splitlines()[0]}") from error
     freeze_other_senses(model)
+    for module in model.modules():
+        # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradient, and they give none after
+        # it: a run would draw, and then train nothing.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -1,0 +1,92 @@
+"""Adapters on rounded weights (QLoRA, LLM.int8): what is drawn, trained, saved and evaluated, on a CPU."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import trl
+from tiny import tiny_model
+from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
+from transformers import AutoModelForCausalLM
+
+from rlseq.data import build_prompts
+from rlseq.decoding import Sample
+from rlseq.evaluation.loading import load_checkpoint
+from rlseq.sampler import sample
+from rlseq.training.config import ModelArguments
+from rlseq.training.models import load_model
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'rlseq[quantization]'")
+KINDS = {"load_in_4bit": "Linear4bit", "load_in_8bit": "Linear8bitLt"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "initializer_range": 0.1}
+    tiny_model(**sizes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def arguments(base, kind):
+    lora = {"use_peft": True, "lora_r": 4, "lora_alpha": 32, "lora_target_modules": ["q_proj", "up_proj"]}
+    return ModelArguments(model_name_or_path=str(base), dtype="float32", **lora, **{kind: True})
+
+
+def rounded(model, base):
+    """A plain model with the weights that the quantised one's stand for, as bitsandbytes itself gives them."""
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data = weight.float()
+    return plain.eval()
+
+
+def test_four_bits_give_the_log_probs_of_the_weights_that_they_stand_for(base):
+    model = load_model(arguments(base, "load_in_4bit")).eval()
+    plain = rounded(model, base)
+    prompts = build_prompts(ROWS[:3], tiny_tokenizer())
+    settings = {"num_samples": 4, "max_new_tokens": 8, "strategy": Sample(), "seed": 0, "stop_ids": [2]}
+    exact = AutoModelForCausalLM.from_pretrained(base).eval()
+    far = 0.0
+    for prompt, group in zip(prompts, sample(model, prompts, **settings), strict=True):
+        for rollout in group:
+            ids = torch.tensor([[*prompt.prompt_ids, *rollout.completion_ids]])
+            drawn = torch.tensor([rollout.completion_ids]).T
+            with torch.no_grad():
+                ours, theirs = (
+                    m(input_ids=ids).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1).gather(-1, drawn)[:, 0]
+                    for m in (plain, exact)
+                )
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), ours, atol=1e-4, rtol=1e-4)
+            far = max(far, (ours - theirs).abs().max().item())
+    assert far > 1e-2  # rounding shows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_adapter_trains_and_the_rounded_weights_stay(kind, base, tmp_path):
+    asked = arguments(base, kind)
+    model = load_model(asked)
+    assert {type(m).__name__ for name, m in model.named_modules() if name.endswith("_proj")} == {KINDS[kind]}
+    trainer = tiny_trainer(tmp_path, model=model, peft_config=trl.get_peft_config(asked), max_steps=3, beta=0.05)
+    before = {name: copy.deepcopy(p.data) for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p.data, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert all(line["grad_norm"] > 0 for line in trainer.state.log_history if "grad_norm" in line)
+
+    trainer.save_model(str(tmp_path / "saved"))
+    tiny_tokenizer().save_pretrained(tmp_path / "saved")
+    saved = load_checkpoint("saved", str(tmp_path / "saved"))  # on the base's own weights
+    trained = {name.removeprefix("base_model.model."): p for name, p in trainer.model.named_parameters()}
+    parameters = dict(saved.named_parameters())
+    adapter = {name for name in parameters if "lora_" in name}
+    assert adapter == {name.removeprefix("base_model.model.") for name in moved}
+    assert all(torch.equal(parameters[name], trained[name].float()) for name in adapter)
+    weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    whole = {name.replace(".base_layer", ""): p for name, p in parameters.items() if name not in adapter}
+    assert len(whole) > 10 and all(torch.equal(p, weights[name]) for name, p in whole.items())
