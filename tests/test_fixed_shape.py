@@ -115,6 +115,17 @@ def test_rows_do_not_go_to_and_fro_between_two_sizes():
         assert len(state._hidden) == 40
 
 
+def compare(model, prompts, found):
+    """The log-probs of rollouts with those of one plain forward a sequence."""
+    for prompt, group in zip(prompts, found, strict=True):
+        for rollout in group:
+            ids = torch.tensor([[*prompt.prompt_ids, *rollout.completion_ids]])
+            with torch.no_grad():
+                rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1)
+            expected = rows.gather(-1, torch.tensor([rollout.completion_ids]).T)[:, 0]
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def drawn(model, strategy, **changes):
     prompts = [Prompt(str(i), "", tuple(range(3, 4 + i)), {}) for i in range(4)]
@@ -128,13 +139,7 @@ def test_completions_have_the_log_probs_of_plain_forwards(strategy, tapes, capsy
     prompts, found = drawn(model, strategy)
     assert beginnings.way_of(model) == "captured" and capsys.readouterr().out == ""
     assert sum(tape.replays for tape in tapes) > 20
-    for prompt, group in zip(prompts, found, strict=True):
-        for rollout in group:
-            ids = torch.tensor([[*prompt.prompt_ids, *rollout.completion_ids]])
-            with torch.no_grad():
-                rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1)
-            expected = rows.gather(-1, torch.tensor([rollout.completion_ids]).T)[:, 0]
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=1e-4)
+    compare(model, prompts, found)
 
 
 def test_weights_that_change_between_steps_count(tapes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_fixed_shape import HELD, SOURCES, follow
+from test_fixed_shape import HELD, SOURCES, compare, follow
 from tiny import tiny_model
 
 from rlseq import beginnings
@@ -66,13 +66,7 @@ def test_samples_of_long_prompts_have_the_log_probs_of_plain_forwards(attention,
     settings = {"max_new_tokens": 20, "strategy": Sample(), "seed": 0, "stop_ids": [2]}
     found = sample(model, prompts, num_samples=5, **settings)
     assert len(made) == (2 if attention == "sdpa" else 1)  # a trial, and the work where it was passed
-    for prompt, group in zip(prompts, found, strict=True):
-        for rollout in group:
-            ids = torch.tensor([[*prompt.prompt_ids, *rollout.completion_ids]])
-            with torch.no_grad():
-                rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1)
-            expected = rows.gather(-1, torch.tensor([rollout.completion_ids]).T)[:, 0]
-            torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=1e-4, rtol=1e-4)
+    compare(model, prompts, found)
     del made[:]
     sample(model, prompts, num_samples=1, **settings)  # a prompt to a row: nothing to share
     assert not made
