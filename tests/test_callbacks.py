@@ -141,6 +141,7 @@ def test_the_death_of_the_launcher_stops_the_run_but_not_that_of_a_shell(monkeyp
         monkeypatch.delenv(name, raising=False)
     if launched:
         monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(os, "getppid", lambda: 4242)
     stop, control = GracefulStop(), TrainerControl()
     args = SimpleNamespace(device=torch.device("cpu"), save_strategy="steps")
     stop.on_step_end(args, TrainerState(), control)

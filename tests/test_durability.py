@@ -5,16 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from forks import end_of, fork
+from accelerate import Accelerator, PartialState
+from forks import end_of, fork, run_ranks
 from test_faults import checkpointed, contents, ppo, tiny_sft
 from test_run_directory import make_checkpoint, open_run, steps, tear_state
 from transformers import TrainerState, trainer
 
 from rlseq.errors import RunDirectoryError, TrainingError
+from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checkpoints import find_defect, newest_whole_checkpoint
+from rlseq.training.recipe import finish
 from rlseq.training.run_directory import append_jsonl, prepare
 
 
@@ -136,3 +141,21 @@ def test_a_process_killed_in_a_second_save_costs_nothing(tmp_path):
     assert newest_whole_checkpoint(tmp_path) == (tmp_path / ".checkpoint-2.earlier", [])
     run = prepare(tmp_path, resume="latest", overwrite=False, main_process=True)
     assert run.resume_from == tmp_path / "checkpoint-2" and contents(run.resume_from) == whole
+
+
+def test_no_rank_goes_on_to_evaluate_a_result_that_is_still_being_written(tmp_path):
+    result = tmp_path / "weights"
+
+    def slow_save(folder, **_):
+        if PartialState().is_main_process:
+            time.sleep(0.5)
+            result.write_text("whole")
+
+    def act():
+        settings = SimpleNamespace(output_dir=str(tmp_path), load_best_model_at_end=False)
+        state = SimpleNamespace(global_step=3, best_metric=None, best_model_checkpoint=None)
+        ended = SimpleNamespace(args=settings, state=state, accelerator=Accelerator(cpu=True), save_model=slow_save)
+        assert finish(ended, None, GracefulStop())
+        assert result.read_text() == "whole"
+
+    run_ranks(2, act, tmp_path / "log")

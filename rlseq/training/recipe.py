@@ -272,6 +272,7 @@ def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> boo
         return False
     with writing(trainer.args.output_dir, "Make room, and go on from the last checkpoint, if one was saved."):
         trainer.save_model(trainer.args.output_dir, _internal_call=True)  # `publish` pushes it, once evaluated
+    trainer.accelerator.wait_for_everyone()  # else another rank may read it for the evaluation while it is written
     args, state = trainer.args, trainer.state
     best = f"{args.metric_for_best_model} {state.best_metric:.4g}" if state.best_metric is not None else ""
     if args.load_best_model_at_end and state.best_model_checkpoint:
