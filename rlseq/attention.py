@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlseq.kv_cache import RoomyLayer
+from rlseq.layout import ranks
 
 BLOCK = 256  # queries; 128 and 512 were slower (2 CPU cores)
 _CAUSAL = "rlseq_causal"
@@ -57,10 +58,7 @@ class Groups:
 
     def __init__(self, prompt_of: np.ndarray, hidden: Tensor):
         self.prompt_of, self.hidden = prompt_of, hidden
-        order = np.argsort(prompt_of, kind="stable")
-        ordered = prompt_of[order]
-        rank = np.empty_like(prompt_of)
-        rank[order] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        rank = ranks(prompt_of)
         most = int(rank.max()) + 1
         rows = np.zeros((len(hidden), most), np.int64)  # of a prompt with fewer, some row again: its result is not read
         rows[prompt_of, rank] = np.arange(len(rank))

@@ -153,3 +153,11 @@ class Layout:
 def ramps(lengths: np.ndarray) -> np.ndarray:
     """0..n-1 for each length n, one after the other."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def ranks(of: np.ndarray) -> np.ndarray:
+    """Of each entry, how many equal ones stand before it."""
+    order = np.argsort(of, kind="stable")
+    rank = np.empty_like(of)
+    rank[order] = np.arange(len(of)) - np.searchsorted(of[order], of[order])
+    return rank

@@ -22,6 +22,7 @@ from rlseq.beginnings import begin
 from rlseq.decoding import Greedy, Sample, Strategy, to_units
 from rlseq.double import double_device, to_double
 from rlseq.errors import ConfigError, ModelError
+from rlseq.layout import ranks
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
 
@@ -59,7 +60,7 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = 
     probs = to_double(logprobs)
     cdf = to_units(probs.exp() if probs is logprobs else probs.exp_()).cumsum_(-1)
     of = np.arange(len(cdf)) if of is None else of
-    rank = _ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
+    rank = ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
     where = torch.from_numpy(of).to(cdf.device), torch.from_numpy(rank).to(cdf.device)
     total = cdf[:, -1][where[0]]
     wanted = cdf.new_zeros(len(cdf), int(rank.max()) + 1)
@@ -67,14 +68,6 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = 
     wanted[where] = torch.minimum((uniform.to(exact) * total).long(), total - 1)
     index = torch.searchsorted(cdf, wanted, right=True)[where]
     return index.clamp(max=logprobs.size(-1) - 1).to(device)  # beyond it only where a model gives no numbers
-
-
-def _ranks(of: np.ndarray) -> np.ndarray:
-    """Of each entry, how many equal ones stand before it."""
-    order = np.argsort(of, kind="stable")
-    rank = np.empty_like(of)
-    rank[order] = np.arange(len(of)) - np.searchsorted(of[order], of[order])
-    return rank
 
 
 def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:

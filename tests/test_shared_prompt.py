@@ -22,6 +22,7 @@ def test_each_slot_goes_on_as_its_sequence_alone(family):
     with torch.no_grad():
         state = beginnings.AfterPrompts(model, HELD, 6, 30)
     follow(model, state, SOURCES)
+    assert all(len(layer.prompt_keys) <= len(HELD) < 6 == layer.most_rows for layer in state.cache.layers)
 
 
 def test_queries_that_share_keys_by_heads():
@@ -29,6 +30,7 @@ def test_queries_that_share_keys_by_heads():
     with torch.no_grad():
         state = beginnings.AfterPrompts(model, HELD, 6, 30)
     follow(model, state, SOURCES)
+    assert all(len(layer.prompt_keys) <= len(HELD) < 6 == layer.most_rows for layer in state.cache.layers)
 
 
 def test_prompts_that_nobody_follows_are_let_go():
