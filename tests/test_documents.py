@@ -33,6 +33,7 @@ from rlseq.evaluation.documents import (
     windows,
 )
 from rlseq.scoring import load_rewards
+from rlseq.training.parser import run_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [
@@ -395,4 +396,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_recipe(lambda: main(Path(sys.argv[1])))

@@ -25,6 +25,7 @@ from rlseq.errors import DataError, RewardError
 from rlseq.evaluation.during import ValidationProbe, learning_warnings
 from rlseq.sampler import sample
 from rlseq.scoring import load_rewards
+from rlseq.training.parser import run_recipe
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
@@ -325,4 +326,4 @@ def test_a_measured_reward_that_falls_while_the_optimised_one_rises_is_warned_of
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_recipe(lambda: main(Path(sys.argv[1])))

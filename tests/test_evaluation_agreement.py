@@ -21,6 +21,7 @@ from rlseq.evaluation.measure import measure
 from rlseq.evaluation.references import agreement, agreement_rows, check_agreement
 from rlseq.likelihood import TeacherForced
 from rlseq.scoring import load_rewards
+from rlseq.training.parser import run_recipe
 from rlseq.types import Rollout
 
 ROOT = Path(__file__).parent.parent
@@ -218,4 +219,4 @@ def test_the_note_is_among_the_results(checkpoint):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    run_recipe(lambda: main(sys.argv[1], Path(sys.argv[2])))

@@ -80,3 +80,39 @@ def test_two_cpu_processes_that_accelerate_makes_one_are_refused(tmp_path):
     assert ended.returncode != 0
     assert "error: accelerate launch was asked for 2 processes (NO), but 1 runs." in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+LEAVING = """
+import os, sys
+from pathlib import Path
+import torch
+from rlseq.training.parser import run_recipe
+
+class Trainer: pass
+
+def main():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    trainer = Trainer()
+    trainer.itself, trainer.group = trainer, torch.distributed.group.WORLD
+    del trainer
+    torch.distributed.all_gather_object([None], "the last collective")
+    return 1 // int(sys.argv[1])
+
+try:
+    run_recipe(main)
+finally:
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    print(torch.distributed.is_initialized(), sum("gloo" in name for name in names))
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads that Linux lists in /proc")
+@pytest.mark.parametrize(("divisor", "left"), [(1, True), (0, False)], ids=["ends well", "fails"])
+def test_a_recipe_that_ends_well_leaves_no_thread_of_gloo_behind(divisor, left):
+    ended = subprocess.run(
+        [sys.executable, "-c", LEAVING, str(divisor)], capture_output=True, text=True, check=True, timeout=240
+    )
+    initialized, threads = ended.stdout.split()
+    assert (initialized == "False", int(threads) == 0) == (left, left), ended.stdout

@@ -14,6 +14,7 @@ import torch
 from tiny_task import shares_letters, tiny_trainer
 
 from rlseq.training.config import GRPOConfig
+from rlseq.training.parser import run_recipe
 
 # global rows; in halves, groups of 4 straddle the processes with 12, as minimum risk's may not
 RUNS = {
@@ -51,4 +52,4 @@ def run(output: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
+    run_recipe(lambda: run(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])))

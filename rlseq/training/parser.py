@@ -34,7 +34,7 @@ from rlseq.training.config_file import (
 )
 from rlseq.training.faults import explained
 from rlseq.training.values import TypeMismatch, check_value, describe_choices, flag_type
-from rlseq.training.world import check_world
+from rlseq.training.world import check_world, leave_world
 
 __all__ = ["RecipeParser", "resolved_values", "run_recipe", "working_batch_sizes", "write_config"]
 
@@ -186,6 +186,7 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
     try:
         check_world()
         code = main() or 0
+        leave_world()
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
