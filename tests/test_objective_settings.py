@@ -36,6 +36,7 @@ REFUSED = {
     "a negative prefix": ({"reference_prefix": -1}, "reference_prefix is -1"),
     "a prefix drawn by TRL": ({"reference_prefix": 1, "rlseq_sampler": False}, "rlseq's sampler"),
     "greedy drawn by TRL": ({"advantage_baseline": "greedy", "rlseq_sampler": False}, "rlseq's sampler"),
+    "weights of ZeRO-3 left sharded": ({"ds3_gather_for_generation": False}, "for ever.*--rlseq_sampler false"),
     "a baseline of separate rewards": (
         {"advantage_baseline": "batch", "multi_objective_aggregation": "normalize_then_sum"},
         "multi_objective_aggregation",

@@ -92,6 +92,12 @@ def check_objective(config: Any) -> None:
     by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
     if by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
         raise ConfigError("reference_prefix and the greedy baseline are drawn by rlseq's sampler; leave it on.")
+    if not by_trl and not config.ds3_gather_for_generation:
+        raise ConfigError(
+            "ds3_gather_for_generation false leaves the weights of ZeRO-3 sharded while rlseq's sampler draws: "
+            "processes whose completions end at different steps would wait for each other for ever. Leave it out, or "
+            "draw by TRL (--rlseq_sampler false)."
+        )
     if config.advantage_baseline != "mean" and config.multi_objective_aggregation != "sum_then_normalize":
         raise ConfigError("advantage_baseline is of the summed reward; leave out multi_objective_aggregation.")
     if config.objective == "minimum_risk" and config.per_device_train_batch_size % config.num_generations:
