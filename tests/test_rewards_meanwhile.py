@@ -62,6 +62,28 @@ def test_what_has_begun_is_waited_for_and_not_called_again(length):
         assert suite.score(other, columns, begun=begun).values["length"] == [4.0, 1.0, 1.0]  # it was of other rollouts
 
 
+SLOW_TO_LOAD = """
+import os
+import time
+time.sleep(1)
+
+def process(completion):
+    time.sleep(0.2)
+    return float(os.getpid())
+"""
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"timeout": 30}])
+def test_workers_that_began_a_step_serve_the_next(tmp_path, options):
+    (tmp_path / "slow.py").write_text(SLOW_TO_LOAD)
+    drawn, columns, ids = rollouts("a", "b", "c"), {"prompt": ["q"] * 3}, set()
+    with load_rewards([{"func": f"{tmp_path / 'slow.py'}:process", **options}]) as suite:
+        for _ in range(3):
+            ids.update(suite.score(drawn, columns, begun=suite.begin(drawn, columns)).totals)
+            time.sleep(0.1)  # a worker that was to be killed is
+    assert len(ids) <= 2
+
+
 def test_what_went_wrong_meanwhile_is_raised_where_it_is_asked_for(length):
     address, _ = length
     drawn, columns = rollouts("a", "raise"), {"prompt": ["q"] * 2}

@@ -20,6 +20,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -120,7 +121,7 @@ class WorkerPool:
             "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
         }
         with theirs:
-            process = subprocess.Popen(
+            process = _popen(
                 [sys.executable, "-P", "-m", "rlseq.scoring.worker", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -199,6 +200,16 @@ class WorkerPool:
     def _kill(self, worker: _Worker) -> int:
         self._workers.remove(worker)
         return _end([worker])
+
+
+_starters: dict[int, ThreadPoolExecutor] = {}  # by process id: a fork has none of its parent's threads
+
+
+def _popen(arguments: Sequence[str], **options: Any) -> subprocess.Popen:
+    """`subprocess.Popen` on a thread that lasts: the kernel ends a worker with the *thread* that started it (prctl(2)),
+    and rewards may score on one that ends with the step."""
+    starter = _starters.setdefault(os.getpid(), ThreadPoolExecutor(1, "rlseq-workers"))
+    return starter.submit(lambda: subprocess.Popen(arguments, **options)).result()
 
 
 def _end_own(workers: list[_Worker], owner: int) -> None:
