@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -351,8 +352,8 @@ def load_rewards(
 
 
 def _number(weight: Any, spec: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise RewardError(f"the weight of {spec!r} is {weight!r}; expected a number.")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise RewardError(f"the weight of {spec!r} is {weight!r}; expected a finite number.")
     return float(weight)
 
 
