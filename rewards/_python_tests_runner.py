@@ -4,10 +4,12 @@ A file of its own, so that nothing but the standard library is imported beside t
 """
 
 import builtins
+import ctypes
 import json
 import math
 import os
 import resource
+import signal
 import sys
 
 # RLIMIT_NPROC does not bind the root user: processes are also refused where Python announces them
@@ -19,6 +21,9 @@ _STARTING = (
     "os.system",
     "subprocess.Popen",
 )
+
+
+PR_SET_PDEATHSIG = 1
 
 
 def _limit(task: dict) -> None:
@@ -42,6 +47,8 @@ def _limit(task: dict) -> None:
 
 
 def main(descriptor: int) -> None:
+    if sys.platform == "linux":  # a reward with a timeout may be killed while it waits for this process
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     task = json.load(sys.stdin)
     write, leave = os.write, os._exit  # kept from the code's reach, should it replace them by mistake
     _limit(task)

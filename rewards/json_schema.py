@@ -19,7 +19,10 @@ def json_schema(completion: str, schema: dict | str) -> tuple[float, dict]:
         value = json.loads(completion, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         return 0.0, {"problem": f"no JSON: {error}"}
-    problem = next((f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)), None)
+    try:
+        problem = next((f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)), None)
+    except (RecursionError, OverflowError) as error:  # nested too deep, or a number that overflows, to be checked
+        problem = f"cannot be checked: {error}"
     return float(problem is None), {"problem": problem}
 
 

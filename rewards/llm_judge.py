@@ -21,6 +21,9 @@ Answer:
 {references}
 Give your reasons in a sentence or two, then a last line `Score: N` with N from {low:g} to {high:g}."""
 
+# no bracket between: "Score (0-10): 7" names the scale there
+_SCORE = re.compile(r"score[^\w(]{0,6}?([-−]?(?:\d+(?:\.\d+)?|\.\d+))", re.IGNORECASE)
+
 
 @reward(range=(0, 1), extra="judge")
 async def llm_judge(
@@ -66,10 +69,11 @@ async def llm_judge(
     )
     response.raise_for_status()
     verdict = response.json()["choices"][0]["message"]["content"]
-    found = re.findall(r"score\W{0,6}(-?\d+(?:\.\d+)?)", verdict, re.IGNORECASE)
-    if not found or not low <= float(found[-1]) <= high:
+    found = _SCORE.findall(verdict)
+    score = float(found[-1].replace("−", "-")) if found else None
+    if score is None or not low <= score <= high:
         raise ValueError(f"the judge gave no score from {low:g} to {high:g}: {verdict[:200]!r}")
-    return (float(found[-1]) - low) / (high - low), {"verdict": verdict}
+    return (score - low) / (high - low), {"verdict": verdict}
 
 
 def _text(prompt: Any) -> str:

@@ -6,6 +6,7 @@ from fractions import Fraction
 from rlseq.scoring import reward
 from rlseq.scoring.distance import as_list
 
+LONGEST = 4300  # characters of a number: Python reads no more digits
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?<=\d)")
 
 
@@ -16,7 +17,7 @@ def number_match(completion: str, references: list[str] | str) -> tuple[float, d
 
     The final number is the first after the last `####` if that mark is there, else the last in the text. A
     minus sign counts where no digit stands before it. Details: the number found. A reference without a
-    number is an error.
+    number is an error. A number of more than 4,300 characters counts as none.
     """
     targets = [final_number(reference) for reference in as_list(references)]
     if None in targets:
@@ -35,4 +36,4 @@ def final_number(text: str) -> Fraction | None:
     digits = match[0].replace(",", "").replace("−", "-")
     if match.start() and answer[match.start() - 1].isdigit():  # "48-24": a difference, not minus 24
         digits = digits.lstrip("+-")
-    return Fraction(digits)
+    return Fraction(digits) if len(digits) <= LONGEST else None

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from rlseq.scoring import reward
 from rlseq.scoring.distance import as_list
 
 _RUNNER = Path(__file__).with_name("_python_tests_runner.py")
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```[\w+#.-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 
 
 @reward(range=(0, 1))
@@ -30,10 +31,10 @@ def python_tests(
     """The share of `tests` (Python statements, as `assert f(2) == 4`) that pass after the completion's code
     has run.
 
-    The code is the last fenced block of the completion, or all of it. It runs in a fresh process, in a
-    temporary folder that is deleted afterwards, without this process's environment variables and without
-    input, with limits on: wall-clock and CPU time (`seconds`), memory (`memory`, MiB of address space), the
-    size of a file it writes (`file_size`, MiB), and processes (it may start none).
+    The code is the last fenced block of the completion, whatever its language, or all of it. It runs in a
+    fresh process, in a temporary folder that is deleted afterwards, without this process's environment
+    variables and without input, with limits on: wall-clock and CPU time (`seconds`), memory (`memory`, MiB of
+    address space), the size of a file it writes (`file_size`, MiB), and processes (it may start none).
     Its whole process group is killed at the end. Leaving early (sys.exit, os._exit) passes no test. Use
     `workers` to run several at once.
 
@@ -45,10 +46,11 @@ def python_tests(
     Details: passed, tests, and how the process ended ("finished", "timeout", or what went wrong).
     """
     statements = as_list(tests)
-    code = (_FENCE.findall(completion) or [completion])[-1]
+    blocks = _FENCE.findall(completion)
+    code = textwrap.dedent(blocks[-1]) if blocks else completion
     nonce = secrets.token_hex(16)
     task = {"code": code, "tests": statements, "seconds": seconds, "memory": memory, "file_size": file_size}
-    with tempfile.TemporaryDirectory(prefix="rlseq-tests-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rlseq-tests-", ignore_cleanup_errors=True) as folder:
         report, ended = _run(json.dumps(task | {"nonce": nonce}), folder, seconds)
     passed = 0
     if report.startswith(f"{nonce} "):

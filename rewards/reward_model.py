@@ -5,6 +5,8 @@ from typing import Any
 
 from rlseq.scoring import reward
 
+_ANY = 10**30  # tokens, of a model that states no limit; a tokenizer that states none says as many
+
 
 @reward
 def reward_model(
@@ -29,9 +31,12 @@ def reward_model(
     import torch
 
     network, tokenizer = _load(model, dtype, device)
-    limit = max_length or getattr(network.config, "max_position_embeddings", None)
+    # of some models (RoBERTa) the tokenizer alone knows: they have more positions than they can use
+    limit = max_length or min(
+        getattr(network.config, "max_position_embeddings", None) or _ANY, tokenizer.model_max_length
+    )
     rows = [
-        _token_ids(tokenizer, prompt, completion, added)[-limit if limit else None :]
+        _token_ids(tokenizer, prompt, completion, added)[-limit:]
         for prompt, completion, added in zip(prompts, completions, messages, strict=True)
     ]
     scores: list[float] = []

@@ -217,6 +217,13 @@ def test_rouge_l_by_hand():
     assert bundled("rouge")("a b c", "a b d", kind="rouge2")[0] == 0.5
 
 
+def test_rouge_refuses_references_in_which_it_knows_no_word():
+    with pytest.raises(ValueError, match="finds no word in '你好 世界'"):
+        bundled("rouge")("你好 世界", ["你好 世界"])
+    assert bundled("rouge")("a", ["你好", "a"])[0] == 1.0
+    assert bundled("rouge")("a", [""])[0] == 0.0
+
+
 # Mathematics
 
 
@@ -235,6 +242,8 @@ def test_rouge_l_by_hand():
         ("180", "18", 0.0),
         ("none", "18", 0.0),
         ("", "18", 0.0),
+        ("9" * 10_000, "18", 0.0),  # more digits than Python reads
+        ("0." + "3" * 10_000, "18", 0.0),
     ],
 )
 def test_number_match(completion, reference, expected):
@@ -303,6 +312,9 @@ def test_json_schema():
     assert reward('{"n": NaN}', schema)[0] == 0.0
     assert reward('{"n": 3', schema)[0] == 0.0
     assert reward("[" * 100_000, schema)[0] == 0.0
+    value, details = reward("[" * 500 + "]" * 500, {"type": "array", "items": {"$ref": "#"}})
+    assert value == 0.0 and details["problem"].startswith("cannot be checked: ")
+    assert reward("1e999", {"type": "number", "multipleOf": 0.5})[0] == 0.0
 
 
 def test_length_target_by_hand():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +36,40 @@ def test_python_tests_gives_the_share_that_passes():
     assert details["passed"] == 1
     assert "AssertionError" in details["ended"]
     assert bundled("python_tests")("def add(a, b):\n  return a + b", "assert add(1, 2) == 3")[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "```python3\ndef f(): return 1\n```",
+        "```Python\r\ndef f(): return 1\r\n```",
+        "Install it:\n```bash\npip install x\n```\nThen\n```python\ndef f(): return 1\n```\nDone.",
+        "1. So:\n   ```py\n   def f():\n       return 1\n   ```",
+        "Read `x`, ``y`` and ```z```:\n```\ndef f(): return 1\n```",
+    ],
+)
+def test_the_last_fenced_block_is_the_code(completion):
+    assert bundled("python_tests")(completion, "assert f() == 1")[0] == 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal is Linux's")
+def test_code_ends_with_a_worker_that_is_killed(tmp_path):
+    code = f"import os, time\nopen({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid()))\nwhile True: time.sleep(1)"
+    spec = {"func": "python_tests", "kwargs": {"seconds": 600}, "timeout": 2, "on_error": "abstain"}
+    with load_rewards([spec]) as suite:
+        table = suite.score([rollout(code)], {"prompt": ["?"], "tests": [["assert True"]]})
+    assert table.status["python_tests"] == ["timeout"]
+    process = int((tmp_path / "id").read_text())
+    end = time.monotonic() + 10
+    while time.monotonic() < end and Path(f"/proc/{process}").exists():
+        time.sleep(0.05)
+    assert not Path(f"/proc/{process}").exists()
+
+
+def test_code_that_removes_its_folder_for_a_file_is_scored(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = "import os; folder = os.getcwd(); os.chdir('/'); os.rmdir(folder); open(folder, 'w').close()"
+    assert bundled("python_tests")(code, "assert os.path.isfile(folder)")[0] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -162,6 +197,17 @@ def test_reward_model_keeps_the_end_of_a_text_that_is_too_long(model_folder):
     assert totals == pytest.approx([logit(model_folder, "b c d")], abs=1e-5)
 
 
+def test_reward_model_heeds_the_limit_that_the_tokenizer_alone_knows(tmp_path, model_folder):
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=8, num_labels=1, max_position_embeddings=10, pad_token_id=1, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)  # positions start at 2: it can use 8
+    AutoTokenizer.from_pretrained(model_folder, model_max_length=8, pad_token="<eos>").save_pretrained(tmp_path)
+    totals = load_rewards([str(tmp_path)]).score([rollout("c d " * 8)], {"prompt": ["a "]}).totals
+    assert totals == pytest.approx([logit(str(tmp_path), "c d c d c d c d")], abs=1e-5)
+
+
 def test_reward_model_computes_in_the_dtype_it_is_told(model_folder):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -266,6 +312,20 @@ def test_the_judges_score_is_scaled_and_its_reasons_are_kept(judge, monkeypatch)
     assert headers["Authorization"] == "Bearer k-1"
     question = "".join(request[2]["messages"][0]["content"] for request in judge.requests)
     assert all(part in question for part in ("Is it short?", "why?", "user: how?", "because"))
+
+
+def test_the_judges_score_keeps_its_sign_and_its_decimals(judge):
+    suite = load_rewards([judge_spec(judge, kwargs={"low": -10, "high": 10}, retries=0)])
+    texts = ["-5", "**-5**", "−5", ".5", "8/10"]
+    assert suite.score([rollout(text) for text in texts], {"prompt": ["q"] * 5}).totals == [
+        0.25,
+        0.25,
+        0.25,
+        0.525,
+        0.9,
+    ]
+    with pytest.raises(RewardError, match="gave no score"):
+        suite.score([rollout("none, though I would score (0-10) it")], {"prompt": ["q"]})
 
 
 def test_the_judge_is_asked_again_after_a_server_error(judge):
