@@ -231,6 +231,17 @@ def test_headline_says_how_much_of_the_gain_a_lower_temperature_gives(results):
         "In plain sampling exact match gains +5.00 pp: +4.00 pp of it base gains, too, at a lower temperature of equal "
         "entropy; the rest is +1.00 pp (95% interval −2.00 to +4.00)."
     )
+    nothing = {"value": None, "ci95": [None, None]}
+    gap |= {"sharpening": nothing, "rest": nothing}  # cooled as far as was tried, base stays the more varied
+    assert make_headline(results).source == (
+        "In plain sampling exact match differs by +5.00 pp: how much of it a lower temperature gives base is not "
+        "known, as none of those studied makes its samples as little varied as those of rl."
+    )
+    gap |= {"total": value(-0.02), "sharpening": value(0.01), "rest": {"value": -0.03, "ci95": [-0.04, -0.02]}}
+    assert make_headline(results).source == (
+        "In plain sampling exact match differs by −2.00 pp, and a lower temperature of equal entropy gives base "
+        "+1.00 pp; the rest is −3.00 pp (95% interval −4.00 to −2.00)."
+    )
     del gap["rest"]
     assert make_headline(results).source == ""
 
@@ -240,6 +251,22 @@ def test_headline_does_not_claim_what_the_interval_does_not_show(results):
     headline = make_headline(results)
     assert headline.finding.startswith("No clear difference: WER under sample")
     assert "the interval holds zero" in headline.certainty and "p = 0.200" in headline.certainty
+
+
+def test_an_interval_that_p_does_not_bear_out_is_no_finding(results):
+    # one row that is better: every resample is that row, and so is every swap but for its sign
+    results["comparisons"][3] |= {"difference": -1.0, "ci95": [-1.0, -1.0], "p_value": 1.0}
+    headline = make_headline(results)
+    assert headline.verdict == "unclear" and headline.finding.startswith("No clear difference: ")
+    assert "p = 1.000" in headline.certainty and "holds zero" not in headline.certainty
+    assert headline.certainty.endswith("random swaps of a and b give as much in more than one of twenty.")
+
+
+def test_references_are_more_likely_too_only_beside_a_gain(results):
+    results["comparisons"][0] |= {"difference": -0.04, "ci95": [-0.05, -0.03]}
+    assert make_headline(results).cost.startswith("The references became more likely too: ")
+    results["comparisons"][3] |= {"difference": 0.02, "ci95": [0.01, 0.03]}
+    assert make_headline(results).cost.startswith("The references became more likely: ")
 
 
 def test_worse_is_called_worse(results):

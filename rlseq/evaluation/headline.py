@@ -55,7 +55,7 @@ def make_headline(results: Results) -> Headline:
     certainty = (
         f"Difference {lead.difference}, 95% interval {lead.interval}{p}, on the same {results['rows']:,} rows"
         + (f" and {lead.seeds}" if lead.of_methods else "")
-        + (": the interval holds zero." if lead.verdict == "unclear" else ".")
+        + (_why_unclear(lead) if lead.verdict == "unclear" else ".")
     )
     if undefined:
         certainty = f"There is no difference to report: {lead.metric.label} has no value on one side at least."
@@ -77,7 +77,7 @@ def make_headline(results: Results) -> Headline:
         certainty=certainty,
         cost=" ".join(
             [
-                _likelihood_cost(by_name.get("nll_per_token"), by_name.get("exact_accuracy")),
+                _likelihood_cost(by_name.get("nll_per_token"), by_name.get("exact_accuracy"), lead.verdict == "better"),
                 *_coverage_cost(by_name),
                 *_diversity_cost(others),
             ]
@@ -88,12 +88,19 @@ def make_headline(results: Results) -> Headline:
     )
 
 
-def _likelihood_cost(nll: Comparison | None, accuracy: Comparison | None) -> str:
+def _why_unclear(lead: Comparison) -> str:
+    low, high = lead.raw["ci95"]
+    if None in (low, high) or low <= 0 <= high:
+        return ": the interval holds zero."
+    return ": the interval excludes zero, but random swaps of a and b give as much in more than one of twenty."
+
+
+def _likelihood_cost(nll: Comparison | None, accuracy: Comparison | None, gained: bool) -> str:
     if nll is None:
         return "Likelihood was skipped: no references."
     words = {
         "worse": "The references became less likely",
-        "better": "The references became more likely too",
+        "better": "The references became more likely" + (" too" if gained else ""),
         "unclear": "The likelihood of the references shows no clear change",
         "equal": "The likelihood of the references is the same",
     }[nll.verdict]
@@ -138,10 +145,20 @@ def _source(results: Results, a: str, b: str) -> str:
         if (gap["a"], gap["b"]) == (a, b) and "rest" in gap and gap["total"]["value"] is not None:
             info = tables.metric(results, gap["metric"])
             total, sharpening, rest = (info.difference(gap[part]["value"]) for part in ("total", "sharpening", "rest"))
+            label, interval = info.label.lower(), info.difference_interval(gap["rest"]["ci95"])
+            if gap["rest"]["value"] is None:
+                return (
+                    f"In plain sampling {label} differs by {total}: how much of it a lower temperature gives {a} is "
+                    f"not known, as none of those studied makes its samples as little varied as those of {b}."
+                )
+            if gap["total"]["value"] <= 0:
+                return (
+                    f"In plain sampling {label} differs by {total}, and a lower temperature of equal entropy gives {a} "
+                    f"{sharpening}; the rest is {rest} (95% interval {interval})."
+                )
             return (
-                f"In plain sampling {info.label.lower()} gains {total}: {sharpening} of it {a} gains, too, at a lower "
-                f"temperature of equal entropy; the rest is {rest} (95% interval "
-                f"{info.difference_interval(gap['rest']['ci95'])})."
+                f"In plain sampling {label} gains {total}: {sharpening} of it {a} gains, too, at a lower temperature "
+                f"of equal entropy; the rest is {rest} (95% interval {interval})."
             )
     return ""
 

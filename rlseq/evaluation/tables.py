@@ -15,6 +15,7 @@ from rlseq.evaluation.metrics import NOTHING as NOTHING  # these two for the stu
 from rlseq.evaluation.metrics import number as number
 
 Results = Mapping[str, Any]
+LEVEL = 0.05  # below which p bears out an interval that excludes zero
 GENERATION = ("p_reference", "unreachable", "unreachable_references")  # exact chances, in a table of their own
 
 
@@ -280,6 +281,8 @@ def _verdict(raw: Mapping[str, Any], better: bool | None) -> str:
     if low == high == 0:
         return "equal"
     if low is None or high is None or not (low > 0 or high < 0):  # undefined, or the interval holds 0
+        return "unclear"
+    if (raw.get("p_value") or 0.0) >= LEVEL:  # bootstrap intervals of a handful of rows are too narrow
         return "unclear"
     rose = raw["difference"] > 0
     if better is None:
