@@ -254,6 +254,30 @@ def test_a_worker_that_dies_or_raises_is_an_error_of_that_completion(slow, text,
     assert message in only(table, "messages")[1]
 
 
+def test_a_worker_that_dies_in_the_middle_of_its_answer_is_an_error_of_that_completion(tmp_path):
+    path = tmp_path / "half.py"
+    path.write_text(
+        "import os, struct, sys\n"
+        "def f(completion):\n"
+        "    if completion == 'half':\n"
+        "        os.write(int(sys.argv[1]), struct.pack('!i', 1000) + b'half')\n"
+        "        os._exit(7)\n"
+        "    return 1\n"
+    )
+    table = score({"func": f"{path}:f", "workers": 1, "on_error": "abstain"}, ["a", "half", "b"])
+    assert only(table, "status") == ["ok", "error", "ok"]
+
+
+def test_an_async_call_that_ends_the_process_spoils_no_other(tmp_path):
+    path = tmp_path / "dies.py"
+    path.write_text(
+        "import os\nasync def f(completion):\n    if completion == 'die': os._exit(7)\n    return len(completion)\n"
+    )
+    table = score({"func": f"{path}:f", "workers": 1, "on_error": "abstain"}, ["a", "die", "bb", "ccc"])
+    assert only(table, "values") == [1.0, None, 2.0, 3.0]
+    assert "exited with status 7" in only(table, "messages")[1]
+
+
 def test_what_cannot_leave_its_process_is_invalid(slow):
     table = score({"func": f"{slow}:slow", "timeout": 5, "on_error": "abstain"}, ["unsendable", "a"])
     assert only(table, "status") == ["invalid", "ok"]

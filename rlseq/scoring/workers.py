@@ -155,20 +155,22 @@ class WorkerPool:
         now, done = time.monotonic(), 0
         for worker in list(self._workers):
             if worker.connection in ready:
-                done += self._receive(worker, results)
+                done += self._receive(worker, waiting, results)
             elif worker.deadline is not None and now >= worker.deadline:
                 done += self._expire(worker, waiting, results)
         return done
 
-    def _receive(self, worker: _Worker, results: list[Any]) -> int:
+    def _receive(self, worker: _Worker, waiting: deque[_Task], results: list[Any]) -> int:
         task = worker.task
         try:
             answer = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # the latter where it died in the middle of its answer
             code = self._kill(worker)
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
             if not worker.loaded:
                 raise RewardError(f"reward {self.name!r}: its worker process {how} while loading it.") from None
+            if self._apart(task, waiting):
+                return 0
             return self._fail(task, results, "error", f"its worker process {how}")
         if not worker.loaded:
             if isinstance(answer, Failed):
@@ -184,11 +186,18 @@ class WorkerPool:
         self._kill(worker)
         if worker.task is None:
             raise RewardError(f"reward {self.name!r} took more than {LOAD_LIMIT:g} s to load in a worker process.")
-        if len(worker.task.indices) > 1:  # an async reward blocked the loop: find out which, one at a time
-            waiting.extend(_Task([i], 1) for i in worker.task.indices)
+        if self._apart(worker.task, waiting):
             return 0
         limit = "" if self.timeout is None else f" (timeout: {self.timeout:g} s a completion)"
         return self._fail(worker.task, results, "timeout", f"was killed{limit}")
+
+    def _apart(self, task: _Task | None, waiting: deque[_Task]) -> bool:
+        """Whether calls of an async reward were made together: one of them blocked the loop or ended the process, and
+        each is made again by itself, which tells which."""
+        if task is None or len(task.indices) == 1:
+            return False
+        waiting.extend(_Task([i], 1) for i in task.indices)
+        return True
 
     def _fail(self, task: _Task | None, results: list[Any], status: str, message: str) -> int:
         if task is None:
