@@ -17,7 +17,8 @@ from rlseq.scoring import reward
 from rlseq.scoring.distance import as_list
 
 _RUNNER = Path(__file__).with_name("_python_tests_runner.py")
-_FENCE = re.compile(r"```[\w+#.-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```([\w+#.-]*)[ \t]*\r?\n(.*?)```", re.DOTALL)
+_PYTHON = re.compile(r"(?:python|py)[\d.]*", re.IGNORECASE)
 
 
 @reward(range=(0, 1))
@@ -31,8 +32,8 @@ def python_tests(
     """The share of `tests` (Python statements, as `assert f(2) == 4`) that pass after the completion's code
     has run.
 
-    The code is the last fenced block of the completion, whatever its language, or all of it. It runs in a
-    fresh process, in a temporary folder that is deleted afterwards, without this process's environment
+    The code is the last block of the completion fenced as Python, else the last fenced block, else all of it. It
+    runs in a fresh process, in a temporary folder that is deleted afterwards, without this process's environment
     variables and without input, with limits on: wall-clock and CPU time (`seconds`), memory (`memory`, MiB of
     address space), the size of a file it writes (`file_size`, MiB), and processes (it may start none).
     Its whole process group is killed at the end. Leaving early (sys.exit, os._exit) passes no test. Use
@@ -47,7 +48,9 @@ def python_tests(
     """
     statements = as_list(tests)
     blocks = _FENCE.findall(completion)
-    code = textwrap.dedent(blocks[-1]) if blocks else completion
+    python = [block for language, block in blocks if _PYTHON.fullmatch(language)]
+    fenced = python or [block for _, block in blocks]
+    code = textwrap.dedent(fenced[-1]) if fenced else completion
     nonce = secrets.token_hex(16)
     task = {"code": code, "tests": statements, "seconds": seconds, "memory": memory, "file_size": file_size}
     with tempfile.TemporaryDirectory(prefix="rlseq-tests-", ignore_cleanup_errors=True) as folder:

@@ -23,7 +23,8 @@ def ter(completion: str, references: list[str] | str, normalized: bool = False) 
     """One minus the translation edit rate (Snover et al. 2006) by sacrebleu, at least 0.
 
     The rate is edits, shifts of blocks among them, to the closest reference over the mean length of the
-    references. Details: both numbers.
+    references. Details: both numbers. The search for shifts takes long on long texts (over ten seconds for
+    several hundred words that hardly match): set `timeout` where completions may be that long.
     """
     score = _metric(normalized).sentence_score(completion, as_list(references))
     edits, length = float(score.num_edits), float(score.ref_length)

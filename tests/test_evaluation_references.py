@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_data import EOS, VOCABULARY, word_tokenizer
@@ -12,6 +13,7 @@ from rlseq.decoding import Beam, Greedy, Sample, parse_strategy
 from rlseq.evaluation.contrast import ContrastSettings, contrast
 from rlseq.evaluation.references import (
     completion_statistics,
+    drawn_and_exact,
     force_references,
     generation_rows,
     solution_note,
@@ -219,3 +221,27 @@ def test_likelihoods_of_solutions_are_said_to_be_of_their_style():
     assert solution_note(["x"], 64, ["rouge"]) is None
     assert solution_note([solution, "4"], 12, ["math_equal"]) is None  # not most of them
     assert solution_note([], 0, ["rouge"]) is None
+
+
+def test_the_drawn_share_is_compared_with_the_exact_chance_by_the_error_of_sampling():
+    rows = [{"with_references": 4.0, "exact_match": hits, "p_reference": p} for hits, p in ((3.0, 0.5), (0.0, 0.1))]
+    found = drawn_and_exact([*rows, {}, {"p_reference": 0.5}])  # a row without references, and one not drawn
+    # (3 − 2 + 0 − 0.4) / 8 and √(4 · 0.25 + 4 · 0.09) / 8
+    assert found == {
+        "difference": pytest.approx(0.075),
+        "standard_error": pytest.approx(0.1457738),
+        "agrees": True,
+    }
+    never = [{"with_references": 4.0, "exact_match": 0.0, "p_reference": 0.0005}] * 200
+    assert drawn_and_exact(never)["agrees"]  # 0.4 hits are expected: that there was none tells nothing
+    faulty = [{"with_references": 4.0, "exact_match": 0.0, "p_reference": 0.05}] * 200
+    assert not drawn_and_exact(faulty)["agrees"]
+    assert drawn_and_exact([{}, {"with_references": 4.0, "exact_match": 1.0}]) is None
+
+
+def test_the_error_of_the_drawn_share_is_what_simulation_has():
+    generator = np.random.default_rng(0)
+    p = generator.uniform(0, 1, 30)
+    simulated = generator.binomial(4, p, (20_000, 30))
+    rows = [{"with_references": 4.0, "exact_match": 0.0, "p_reference": chance} for chance in p]
+    assert drawn_and_exact(rows)["standard_error"] == pytest.approx((simulated.sum(1) / 120).std(), rel=0.03)

@@ -259,7 +259,7 @@ def test_an_interval_that_p_does_not_bear_out_is_no_finding(results):
     headline = make_headline(results)
     assert headline.verdict == "unclear" and headline.finding.startswith("No clear difference: ")
     assert "p = 1.000" in headline.certainty and "holds zero" not in headline.certainty
-    assert headline.certainty.endswith("random swaps of a and b give as much in more than one of twenty.")
+    assert headline.certainty.endswith("the interval excludes zero, but p is not below 0.05.")
 
 
 def test_references_are_more_likely_too_only_beside_a_gain(results):
@@ -331,6 +331,13 @@ def test_the_exact_chance_is_checked_against_the_samples_drawn_under_every_strat
     assert f"| sample:top_k=3 | base | 59.5% (58.5 to 60.5) | 60.0% (59.0 to 61.0) | yes | {never}" in cut
     assert f"| sample:top_k=3 | rl | 63.0% (62.0 to 64.0) | 60.0% (59.0 to 61.0) | no | {never}" in cut
     assert "base 59.5% 58.5 to 60.5 60.0% 59.0 to 61.0 yes 10.0% 9.0 to 11.0 20.0% 19.0 to 21.0" in page.text
+    # where the error of the sampling is known, it decides
+    for model, agrees in (("base", True), ("rl", False)):
+        gap = {"difference": 0.1, "standard_error": 0.05, "agrees": agrees}
+        results["models"][model]["drawn_and_exact"] = {"sample": gap}
+    again = report(results, samples, tmp_path)[2]
+    assert f"| sample | base | 50.0% (49.0 to 51.0) | 60.0% (59.0 to 61.0) | yes | {never}" in again
+    assert f"| sample | rl | 64.0% (63.0 to 65.0) | 64.0% (63.0 to 65.0) | no | {never}" in again
 
 
 def test_missing_likelihood_is_said_visibly(results, samples, tmp_path):

@@ -45,10 +45,11 @@ def test_python_tests_gives_the_share_that_passes():
         "```Python\r\ndef f(): return 1\r\n```",
         "Install it:\n```bash\npip install x\n```\nThen\n```python\ndef f(): return 1\n```\nDone.",
         "1. So:\n   ```py\n   def f():\n       return 1\n   ```",
+        "```python\ndef f(): return 1\n```\nIt prints\n```\n1\n```\nor, as JSON,\n```json\n1\n```",
         "Read `x`, ``y`` and ```z```:\n```\ndef f(): return 1\n```",
     ],
 )
-def test_the_last_fenced_block_is_the_code(completion):
+def test_the_last_block_of_python_else_the_last_block_is_the_code(completion):
     assert bundled("python_tests")(completion, "assert f() == 1")[0] == 1.0
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from rlseq.decoding import Greedy, parse_strategy
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
-from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement
+from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement, drawn_and_exact
 from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
@@ -241,6 +241,9 @@ def model_results(
             block = mode_results(rows, quality, seed=settings.seed, resamples=settings.resamples)
             if block is not None:
                 results[name]["strategies"][strategy]["modes"] = block
+            gap = drawn_and_exact(rows)
+            if gap is not None:
+                results[name].setdefault("drawn_and_exact", {})[strategy] = gap
     return results
 
 

@@ -18,6 +18,7 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation.coverage_report import section_of
 from rlseq.evaluation.decode import columns_of
 from rlseq.evaluation.majority import win_chances
+from rlseq.evaluation.references import SAMPLING_ROUNDING
 from rlseq.evaluation.stats import RatioOfSums, best_of_k, pass_at_k
 from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, summarise
 from rlseq.likelihood import exact_pass_at_k, reference_probability, score
@@ -25,7 +26,6 @@ from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 
 DRAW = 1001  # names the noise: not that of any strategy, and the same for every model
-_ROUNDING = 1e-9
 LARGEST = 256  # samples a row, and the largest k of the exact curve
 _CURVES = {"pass": "pass_at_k", "exact": "exact_pass_at_k", "majority_right": "majority.exact_match"}
 _HELD_TOKENS = 2**22  # completions of at most so many tokens are held at once, one row at least
@@ -197,7 +197,7 @@ def row_statistics(
 
 def sign_changes(differences: Mapping[str, Mapping[str, Any]]) -> list[list[int]]:
     """The pairs of neighbouring k between which the difference changes its sign; where it is 0, k is passed over."""
-    signs = [(int(k), d["difference"] > 0) for k, d in differences.items() if abs(d["difference"]) > _ROUNDING]
+    signs = [(int(k), d["difference"] > 0) for k, d in differences.items() if abs(d["difference"]) > SAMPLING_ROUNDING]
     return [[k, after] for (k, sign), (after, other) in itertools.pairwise(signs) if sign != other]
 
 
@@ -252,5 +252,5 @@ def _agreement(rows: Sequence[RowStatistics]) -> dict[str, Any]:
             gap = sum(row[key] - row[f"exact:{k}"] for row in judged) / len(judged)
             error = math.sqrt(sum(row[f"variance:{k}"] for row in judged)) / len(judged)
             differences[k] = {"difference": gap, "standard_error": error}
-    agrees = all(abs(d["difference"]) <= 3 * d["standard_error"] + _ROUNDING for d in differences.values())
+    agrees = all(abs(d["difference"]) <= 3 * d["standard_error"] + SAMPLING_ROUNDING for d in differences.values())
     return {"differences": differences, "agrees": agrees}

@@ -92,7 +92,7 @@ def _why_unclear(lead: Comparison) -> str:
     low, high = lead.raw["ci95"]
     if None in (low, high) or low <= 0 <= high:
         return ": the interval holds zero."
-    return ": the interval excludes zero, but random swaps of a and b give as much in more than one of twenty."
+    return f": the interval excludes zero, but p is not below {tables.LEVEL:g}."
 
 
 def _likelihood_cost(nll: Comparison | None, accuracy: Comparison | None, gained: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ NEAR_TIE = 1e-3
 TOLERATED_ROWS, TOLERATED_SHARE = 1, 0.001
 LONG_REFERENCE = 64  # mean tokens a reference from which it is a text rather than an answer
 _ANSWER_MARKS = ("####", "\\boxed")
+SAMPLING_ROUNDING = 1e-9  # of an exact chance against a share, beside its standard errors
 _AGREEMENT = "agreement:"  # prefix of the statistics of a row under greedy decoding
 RowStatistics = dict[str, float]  # name of a statistic -> its sum over the row's references or samples
 
@@ -121,6 +123,31 @@ def generation_rows(
             "references": float(len(found)),
         }
     return statistics
+
+
+def drawn_and_exact(rows: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+    """How far the share of drawn samples that are references is from the exact chance of it.
+
+        d = Σ_i (hits_i − n_i p_i) / Σ_i n_i,   standard error √(Σ_i n_i p_i (1 − p_i)) / Σ_i n_i
+
+    over rows of n_i samples, of which hits_i are references. The error is that of the sampling alone, and comes from
+    the exact chances: it is right where nothing was hit, too.
+
+    Returns:
+        {"difference", "standard_error", "agrees": within 3 of these, and rounding}; None without such rows.
+    """
+    found = [row for row in rows if "p_reference" in row and row.get("with_references")]
+    if not found:
+        return None
+    n, hits, p = (np.array([row[key] for row in found]) for key in ("with_references", "exact_match", "p_reference"))
+    p = p.clip(0, 1)
+    difference = float((hits - n * p).sum() / n.sum())
+    error = float(np.sqrt((n * p * (1 - p)).sum()) / n.sum())
+    return {
+        "difference": difference,
+        "standard_error": error,
+        "agrees": abs(difference) <= 3 * error + SAMPLING_ROUNDING,
+    }
 
 
 def completion_statistics(ids: Sequence[int], references: Sequence[Sequence[int]]) -> RowStatistics:
