@@ -9,10 +9,14 @@ import pytest
 import torch
 import trl
 from tiny import EOS, tiny_model
+from tiny_chat import chat_model, chat_tokenizer
 from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 
+from rlseq.data import build_prompts
 from rlseq.errors import ConfigError, RewardError
+from rlseq.scoring import load_rewards
 from rlseq.training.config import GRPOConfig
+from rlseq.training.grpo import GRPOTrainer
 
 
 def padded_batch():
@@ -267,6 +271,46 @@ def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
 def test_truncated_sampling_is_refused_in_training(tmp_path, setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
         tiny_trainer(tmp_path, **setting)
+
+
+def test_settings_of_a_generator_that_does_not_draw_or_would_warp_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="rlseq's sampler does not read"):
+        tiny_trainer(tmp_path, generation_kwargs={"num_beams": 1})
+    for warp in ({"top_k": 1}, {"temperature": 0.2}):
+        with pytest.raises(ConfigError, match=r"\(generation_kwargs\) cannot be used in training"):
+            tiny_trainer(tmp_path, rlseq_sampler=False, generation_kwargs=warp)
+    tiny_trainer(tmp_path, rlseq_sampler=False, generation_kwargs={"num_beams": 1})
+
+
+def chat_trainer(path, rendered, given):
+    tokenizer = chat_tokenizer()
+    rows = [{"prompt": [{"role": "user", "content": letter}]} for letter in "abcd"]
+    return GRPOTrainer(
+        chat_model(tokenizer),
+        GRPOConfig(
+            output_dir=str(path),
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=4,
+            use_cpu=True,
+            chat_template_kwargs=given,
+        ),
+        build_prompts(rows, tokenizer, chat_template_kwargs=rendered),
+        load_rewards([lambda completion: float(len(completion))]),
+        tokenizer,
+    )
+
+
+def test_the_update_scores_the_prompts_that_were_sampled_from(tmp_path):
+    silent = {"enable_thinking": False}
+    trainer = chat_trainer(tmp_path, silent, silent)
+    output = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4])
+    for row, index in enumerate(output["prompt_index"].tolist()):
+        scored = output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist()
+        assert tuple(scored) == tuple(trainer.prompts[index].prompt_ids)
+    for rendered, given in ((None, silent), (silent, None)):
+        with pytest.raises(ConfigError, match="rendered otherwise"):
+            chat_trainer(tmp_path, rendered, given)
 
 
 def test_trl_s_own_generation_path_gives_the_same_kind_of_rollouts(tmp_path):

@@ -21,7 +21,7 @@ from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
 from rlseq.training.model_card import publish
-from rlseq.training.recipe import Task, choose_best_by, finish, load_task
+from rlseq.training.recipe import Task, choose_best_by, finish, load_task, prompt_options
 from rlseq.training.run_directory import RunDirectory
 from rlseq.training.tracking import log_contrast
 
@@ -65,13 +65,13 @@ def prepare(
     measured, _ = measured_together(task.suite, task.eval_suite)
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
     if evaluation.evaluate:
-        check_settings(settings, measured, task.eval_rows, data.prompt_options())
+        check_settings(settings, measured, task.eval_rows, prompt_options(data, config))
         check_windows(settings, {"base": model_args.model_name_or_path})
-        check_models({"base": model_args.model_name_or_path}, task.eval_rows, data.prompt_options(), settings)
+        check_models({"base": model_args.model_name_or_path}, task.eval_rows, prompt_options(data, config), settings)
     probe = None
     if during:
         probe = ValidationProbe(
-            build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **data.prompt_options()),
+            build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **prompt_options(data, config)),
             task.tokenizer,
             task.suite,
             task.eval_suite,
@@ -128,7 +128,7 @@ def contrast_with_base(
         prepared.task.eval_rows,
         prepared.measured,
         settings=prepared.settings,
-        prompt_options=data.prompt_options(),
+        prompt_options=prompt_options(data, config),
         output_dir=directory.evaluation,
         title=f"{method} on {data.dataset_name} ({data.eval_split})",
         metrics_file=directory.metrics,

@@ -187,8 +187,15 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
     """Refuse truncated sampling in training: a token that leaves the nucleus has log-prob −∞ and no gradient.
 
     Raises:
-        ConfigError: top_k, top_p, min_p or repetition_penalty is set.
+        ConfigError: top_k, top_p, min_p or repetition_penalty is set, or generation_kwargs does so or is not read.
     """
+    more = config.generation_kwargs or {}
+    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
+    if more and not (by_trl or config.tools or config.environment):
+        raise ConfigError(
+            f"generation_kwargs is {more}, which rlseq's sampler does not read. Leave it out, or let TRL draw "
+            "(--rlseq_sampler false)."
+        )
     set_to = {
         "top_k": config.top_k not in (None, 0, -1),
         "top_p": config.top_p not in (None, 1.0),
@@ -196,10 +203,11 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
         "repetition_penalty": config.repetition_penalty not in (None, 1.0),
     }
     wrong = [name for name, is_set in set_to.items() if is_set]
+    wrong += [f"{name} (generation_kwargs)" for name in more if name in (*set_to, "temperature")]
     if wrong:
         raise ConfigError(
             f"{', '.join(wrong)} cannot be used in training: the log-probs that are optimised would not be those of "
-            "the distribution sampled from. Leave it out (temperature is supported), or use it in evaluation "
+            "the distribution sampled from. Leave it out (--temperature is supported), or use it in evaluation "
             "(--strategies)."
         )
 

@@ -120,6 +120,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             **kwargs,
         )
         self._leave_rewards_to_suite()
+        self._check_rendering()
         packs, reason = (
             supports_packing(self.accelerator.unwrap_model(self.model), longest=self._longest())
             if args.pack_updates
@@ -132,6 +133,18 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             raise ConfigError(
                 "objective expected_accuracy sums the chances of references, but no prompt has one of at most "
                 f"max_completion_length ({args.max_completion_length}) tokens. Name their column (--reference_column)."
+            )
+
+    def _check_rendering(self) -> None:
+        """Refuse prompts with other tokens than the update would score: those of a template otherwise filled, say."""
+        if self.tools or self.environment_factories is not None:
+            return  # TRL draws, from what it renders itself
+        (ids,), _, _ = self._tokenize_prompts([self.prompts[0].messages_or_text])
+        if tuple(ids) != tuple(self.prompts[0].prompt_ids):
+            raise ConfigError(
+                "the prompts were rendered otherwise than the trainer renders them, whose update would score other "
+                "prompts than were sampled from. Build them with the trainer's tokenizer and its chat_template_kwargs "
+                f"({self.args.chat_template_kwargs})."
             )
 
     def _longest(self) -> int | None:

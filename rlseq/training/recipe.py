@@ -88,7 +88,7 @@ def load_task(
     eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
-    prompts = build_prompts(rows, tokenizer, **data.prompt_options())
+    prompts = build_prompts(rows, tokenizer, **prompt_options(data, config))
     check_group_rewards(config, suite)
     check_prompts(config, prompts)
     check_tools(config, prompts)
@@ -104,6 +104,12 @@ def load_task(
             try_rewards(each, prompts[0])
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
+
+
+def prompt_options(data: DataArguments, config: Any) -> dict[str, Any]:
+    """How rows become prompts, in training and in the evaluation of its result."""
+    given = config.chat_template_kwargs
+    return data.prompt_options() | ({"chat_template_kwargs": given} if given else {})
 
 
 def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
