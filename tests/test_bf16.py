@@ -35,3 +35,23 @@ def test_a_step_in_bfloat16(make, autocast, tmp_path):
         torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, atol=NEAR, rtol=0)
         far = max(far, (torch.tensor(rollout.logprobs) - expected).abs().max().item())
     assert far > 1e-5  # it was not float32
+
+
+def test_under_autocast_old_log_probs_are_those_of_a_forward_like_the_update_s(tmp_path):
+    # Nothing moves, so every ratio is 1. Of those to the sampler's own log-probs, a quarter leaves GSPO's narrow clip.
+    trainer = tiny_trainer(
+        tmp_path,
+        model=tiny_model("llama", initializer_range=0.3),
+        bf16=True,
+        steps_per_generation=2,
+        max_steps=2,
+        learning_rate=0.0,
+        logging_steps=1,
+        loss_type="grpo",
+        importance_sampling_level="sequence",
+        epsilon=3e-4,
+        epsilon_high=4e-4,
+    )
+    trainer.train()
+    clipped = [line["clip_ratio/region_mean"] for line in trainer.state.log_history if "loss" in line]
+    assert len(clipped) == 2 and max(clipped) < 0.1

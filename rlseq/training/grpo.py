@@ -169,8 +169,10 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
         output["prompt_index"] = prompt_index
-        if "old_per_token_logps" in output and self._rollouts is not None and self.model.dtype == torch.float32:
-            # The sampler recorded them as it drew: the same numbers as a fresh forward, to rounding.
+        exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+        if "old_per_token_logps" in output and self._rollouts is not None and exact:
+            # The sampler recorded them as it drew: the same numbers as a fresh forward, to rounding. bfloat16's, under
+            # autocast, would leave GSPO's narrow clip: there they stay those of a forward like the update's.
             output["old_per_token_logps"] = output["sampling_per_token_logps"]
         if self.args.reference_prefix:
             self._leave_out_prefixes(output)
