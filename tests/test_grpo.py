@@ -267,6 +267,23 @@ def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
     assert len({tuple(sorted(first)) for first, _ in rounds}) > 8  # of 2⁴
 
 
+@pytest.mark.parametrize("accumulation, per_round", [(3, 2), (5, 2), (4, 2), (2, 3)])
+def test_every_round_is_logged_however_rounds_fall_on_optimizer_steps(tmp_path, accumulation, per_round):
+    trainer = tiny_trainer(
+        tmp_path,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_round,
+        max_steps=4,
+    )
+    rounds, score = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: (rounds.append(len(rows)), score(rows))[1]
+    trainer.train()
+    files = list((tmp_path / "rollouts").glob("*.jsonl"))
+    assert len(files) == len(rounds)
+    assert sum(len(file.read_text().splitlines()) for file in files) == sum(rounds)
+
+
 @pytest.mark.parametrize("setting", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.2}])
 def test_truncated_sampling_is_refused_in_training(tmp_path, setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):

@@ -101,6 +101,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self._rows, self._scored, self._rollouts, self._begun = [], [], None, None
         self._tool_mask, self._asked = None, []
         self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
+        self._logged_round = 0, 0  # the optimizer step of the last round that was logged, and which of its rounds
         self._reference_rewards = {}
         self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions
         self._scores: Scores | None = None  # what the last forward gave
@@ -253,8 +254,9 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
 
     def _log_rollouts(self, advantages: Tensor) -> None:
         step = self.state.global_step + 1  # the first step they train
-        rounds = self.args.gradient_accumulation_steps // (self.args.steps_per_generation * self.num_iterations)
-        part = self.draw % rounds if rounds > 1 else 0  # several rounds may share an optimizer step
+        last, part = self._logged_round
+        part = part + 1 if last == step else 0  # several rounds may share an optimizer step
+        self._logged_round = step, part
         prompts = [self.prompts[row["index"]] for row in self._rows]
         if self.environments:  # what `reset` told the model belongs to the prompt
             asked = zip(prompts, self._asked, strict=True)
