@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -163,6 +164,18 @@ def test_a_truncated_completion_may_lose_a_penalty(tmp_path, monkeypatch):
     lost = [0.75 if row == CUT else 0.0 for row in ROWS]
     rewards = [at_the_end(REWARDS[y] - lost[row], len(y)) for row, y in enumerate(COMPLETIONS)]
     assert_targets(trainer, output, rewards)
+
+
+def test_the_advantage_that_is_logged_is_the_mean_over_all_trained_tokens(tmp_path):
+    trainer = tiny_ppo(tmp_path, head=0, lam=0.0, whiten_advantages=False, max_steps=1)
+    outputs, score = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda rows: (outputs.append(score(rows)), outputs[-1])[1]
+    trainer.train()
+    advantages, mask = outputs[0]["advantages"], outputs[0]["completion_mask"].bool()
+    assert (advantages[mask] == 0).any()  # with one value for every state, all but a completion's last token
+    rows = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
+    for row, mine, counted in zip(rows, advantages, mask, strict=True):
+        assert row["advantage"] == pytest.approx(mine[counted].mean().item(), abs=1e-6)
 
 
 def test_an_abstention_gives_advantage_0_and_leaves_the_critic_s_loss(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self._add_objective_inputs(output)
         advantages = output["advantages"]
         if advantages.ndim > 1:  # one a token: their mean
-            advantages = advantages.sum(1) / (advantages != 0).sum(1).clamp(min=1)
+            advantages = advantages.sum(1) / self._mask(output).sum(1).clamp(min=1)
         self.keep_for_table(advantages, self._totals)
         if self._mode == "train" and self.rollouts_dir is not None:
             self._log_rollouts(advantages)
