@@ -57,6 +57,19 @@ def test_a_resumed_run_goes_on_with_its_average(tmp_path):
         torch.testing.assert_close(resumed.average[name], value, atol=1e-6, rtol=0)
 
 
+def test_the_average_of_bfloat16_weights_is_not_rounded_to_bfloat16(tmp_path):
+    model = tiny_model("llama", initializer_range=0.1, dtype=torch.bfloat16)
+    expected = [p.detach().double() for p in model.parameters()]
+    trainer, weights, average = train(tmp_path, 0.995, model=model, max_steps=20, learning_rate=3e-3)
+    for theta in weights:
+        expected = [0.995 * mean + 0.005 * p.double() for mean, p in zip(expected, theta, strict=True)]
+    for mean, kept in zip(expected, average.average.values(), strict=True):
+        torch.testing.assert_close(kept.double(), mean, atol=1e-6, rtol=0)
+    average.apply()
+    for mean, p in zip(expected, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), mean.to(torch.bfloat16), atol=0, rtol=1e-2)
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.5])
 def test_a_decay_outside_its_range_is_refused(tmp_path, decay):
     with pytest.raises(ConfigError, match="ema_decay"):

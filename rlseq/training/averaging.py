@@ -21,7 +21,8 @@ class WeightAverage(TrainerCallback):
 
     Policy gradients are noisy, and a constant learning rate keeps the weights wandering around where they are
     headed; their average is nearer to it (Polyak & Juditsky 1992; Tarvainen & Valpola 2017). Training itself does
-    not see the average: checkpoints hold the weights as trained, with the average beside them for a resumed run.
+    not see the average: checkpoints hold the weights as trained, with the average beside them for a resumed run. It is
+    kept in float32 or wider, since bfloat16 would round most of a step of 1 − d away.
 
     Args:
         trainer: the trainer whose model is averaged; not for sharded models.
@@ -55,16 +56,16 @@ class WeightAverage(TrainerCallback):
         saved = None if resumed is None else resumed / FILE
         if saved is not None and saved.is_file():
             loaded = load_file(saved)
-            self.average = {name: loaded[name].to(p.device) for name, p in self._trained().items()}
+            self.average = {name: loaded[name].to(p.device, _wide(p)) for name, p in self._trained().items()}
         else:
-            self.average = {name: p.detach().clone() for name, p in self._trained().items()}
+            self.average = {name: p.detach().to(_wide(p), copy=True) for name, p in self._trained().items()}
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.step_was_refused:
             return
         for name, p in self._trained().items():
-            self.average[name].lerp_(p, 1 - self.decay)
+            self.average[name].lerp_(p.to(_wide(p)), 1 - self.decay)
 
     def save_into(self, checkpoint: Path) -> None:
         """Write the average beside the weights; the trainer calls it before it marks the checkpoint as whole."""
@@ -74,6 +75,11 @@ class WeightAverage(TrainerCallback):
     def apply(self) -> None:
         """Give the model the averaged weights; called once, when training has ended."""
         for name, p in self._trained().items():
-            p.copy_(self.average[name])
+            result = self.average[name]
             if self.start_weight:
-                p.lerp_(self.start[name], self.start_weight)
+                result = result.lerp(self.start[name].to(result), self.start_weight)
+            p.copy_(result)
+
+
+def _wide(p: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)
