@@ -25,7 +25,15 @@ WALL_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_s
 
 
 def grpo(path, **settings):
-    return tiny_trainer(path, **settings)
+    return tiny_trainer(path, model=start_of(path), **settings)
+
+
+def start_of(path):
+    """The model that a run starts from; the reference model is loaded from where it came from."""
+    model = tiny_model("llama", initializer_range=0.1)
+    model.save_pretrained(path.parent / "start")
+    model.config._name_or_path = str(path.parent / "start")
+    return model
 
 
 def ppo(path, **settings):
@@ -42,12 +50,9 @@ def ppo(path, **settings):
         "critic_learning_rate": 3e-2,
         "critic_warmup_steps": 2,
     }
-    model = tiny_model("llama", initializer_range=0.1)
-    model.save_pretrained(path.parent / "start")  # the reference model is loaded from where the policy came from
-    model.config._name_or_path = str(path.parent / "start")
     tokenizer = tiny_tokenizer()
     return PPOTrainer(
-        model,
+        start_of(path),
         PPOConfig(**{**common, **settings}),
         build_prompts(ROWS, tokenizer),
         load_rewards([shares_letters]),
@@ -106,6 +111,10 @@ CASES = {
     "with accumulation that straddles nothing, every step a round": (
         grpo,
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "logging_steps": 2},
+    ),
+    "with a reference that follows the policy": (
+        grpo,
+        {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.9},
     ),
     "PPO with an adaptive KL, epochs and an early end of a round": (
         ppo,

@@ -183,6 +183,7 @@ REFUSED = {
     "k1 in the loss": ({"beta": 0.1, "kl_estimator": "k1", "kl_in_reward": False}, "gradient zero"),
     "a target without a penalty": ({"kl_target": 1.0}, "give --beta"),
     "a target of a KL in the loss": ({"kl_target": 1.0, "beta": 0.1, "kl_in_reward": False}, "the KL penalty in the"),
+    "a reference that moves": ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model moves the reference"),
     "a target of 0 nats": ({"kl_target": 0.0, "beta": 0.1}, "expected nats above 0"),
     "a limit of 0 nats": ({"target_kl": 0.0}, "expected nats above 0"),
     "gamma above 1": ({"gamma": 1.5}, "gamma is 1.5; expected 0 to 1"),

@@ -267,6 +267,11 @@ def check_ppo(config: Any) -> None:
         raise ConfigError(
             "use_vllm sends every weight of the policy to vLLM, and PPO's policy holds the critic. Leave it out."
         )
+    if config.sync_ref_model:
+        raise ConfigError(
+            "sync_ref_model moves the reference to the policy parameter by parameter, and PPO's policy holds a critic. "
+            "Leave it out."
+        )
     if config.critic_trunk_gradient and config.critic != "shared":
         raise ConfigError("critic_trunk_gradient is of --critic shared; a separate critic has no part of the policy")
     if config.target_kl is not None:

@@ -1,7 +1,8 @@
 """What a checkpoint of a run on rollouts must also hold, so that the resumed run is the undisturbed one, bit for bit.
 
 TRL 1.16 saves weights, optimizer, scheduler and random states. It leaves out its count of micro-batches, the rollouts
-that are still to be trained on, the metrics and losses not yet logged, and the order of any epoch but the first.
+that are still to be trained on, the metrics and losses not yet logged, the order of any epoch but the first, and a
+reference model that has moved (`sync_ref_model`).
 Each rank writes its own to `checkpoint-N/exact_state/`, before the trainer's state, which marks a checkpoint as whole.
 """
 
@@ -14,14 +15,17 @@ from typing import Any
 
 import torch
 import trl
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
+from rlseq.errors import ConfigError
 from rlseq.training.checkpoints import FinishedRunMixin, newest_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "exact_state"
+REFERENCE_FILE = "reference.safetensors"
 
 
 class EpochSampler(RepeatSampler):
@@ -38,6 +42,11 @@ class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.sync_ref_model and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                "sync_ref_model moves the reference, which a checkpoint must then hold whole; leave it out under FSDP "
+                "or DeepSpeed"
+            )
         self.add_callback(_Restore(self))
 
     def train(self, resume_from_checkpoint=None, **kwargs: Any):
@@ -86,6 +95,19 @@ class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
         self._total_loss_since = 0
         self._globalstep_last_logged = state["last_logged"]
 
+    @torch.no_grad()
+    def restore_reference(self, checkpoint: Path) -> None:
+        """Take up the reference model as it was when the checkpoint was written, where it moves."""
+        file = checkpoint / FOLDER / REFERENCE_FILE
+        if not self.args.sync_ref_model:
+            return
+        if not file.is_file():
+            logger.warning("%s is missing: the reference is the start again", file)
+            return
+        saved = load_file(file)
+        for name, p in self.ref_model.named_parameters():
+            p.copy_(saved[name])
+
     def log(self, logs, start_time=None):
         if "train_loss" in logs:  # transformers divides the loss of the whole run by the steps since it was resumed
             steps = self.state.global_step - self._total_loss_since
@@ -108,6 +130,9 @@ class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
         folder = Path(output_dir) / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.exact_state(), folder / f"rank-{self.accelerator.process_index}.pt")
+        if self.args.sync_ref_model and self.args.should_save:
+            reference = {name: p.detach().contiguous().cpu() for name, p in self.ref_model.named_parameters()}
+            save_file(reference, Path(output_dir) / FOLDER / REFERENCE_FILE)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "save_into") and self.args.should_save:
                 callback.save_into(Path(output_dir))
@@ -125,6 +150,7 @@ class _Restore(TrainerCallback):
         trainer._total_loss_since = state.global_step
         if trainer.resumed_from is None:
             return
+        trainer.restore_reference(trainer.resumed_from)
         file = trainer.resumed_from / FOLDER / f"rank-{trainer.accelerator.process_index}.pt"
         if not file.is_file():
             logger.warning("%s is missing: the run goes on, but not bit for bit", file)
