@@ -165,6 +165,18 @@ def test_the_last_step_is_said_to_be_the_last_and_the_best_is_spared(task, tmp_p
     assert capsys.readouterr().out.strip().splitlines()[-1] == "result: the last step, 1"
 
 
+@pytest.mark.parametrize("saving", [["--save_strategy", "no"], ["--save_steps", 4]], ids=str)
+def test_a_run_whose_best_was_not_saved_ends_well_and_says_so(task, tmp_path, monkeypatch, capsys, saving):
+    out = tmp_path / "run"
+    more = [*EVALUATED, "--metric_for_best_model", "sample/letters", "--max_steps", 4, *saving]
+    run_in_process(monkeypatch, "grpo", *arguments(task, out, *more))
+    marks = [line["eval_sample/letters"] for line in read_lines(out / "metrics.jsonl") if "eval_sample/letters" in line]
+    assert marks.index(max(marks)) < 3  # the first of equals is the best: of its step there is no checkpoint
+    message = capsys.readouterr().out.strip().splitlines()[-1]
+    best = f"the best on validation was not saved (eval_sample/letters {max(marks):.4g})"
+    assert message == f"result: the last step, 4; {best}: evaluate where you save"
+
+
 def test_a_wrong_critic_is_refused_before_a_model_loads(task, tmp_path, monkeypatch):
     recipe = load_recipe("ppo")
     monkeypatch.setattr(recipe, "load_model", lambda *_: pytest.fail("a model was loaded"))

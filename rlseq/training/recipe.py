@@ -281,11 +281,15 @@ def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> boo
     trainer.accelerator.wait_for_everyone()  # else another rank may read it for the evaluation while it is written
     args, state = trainer.args, trainer.state
     best = f"{args.metric_for_best_model} {state.best_metric:.4g}" if state.best_metric is not None else ""
-    if args.load_best_model_at_end and state.best_model_checkpoint:
-        say(f"result: the best on validation, {Path(state.best_model_checkpoint).name} ({best})")
+    saved = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else ""
+    unsaved = ""
+    if best and saved != f"checkpoint-{state.best_global_step}":
+        unsaved = f"; the best on validation was not saved ({best}): evaluate where you save"
+    if args.load_best_model_at_end and saved:
+        say(f"result: the best on validation{' of what was saved' * bool(unsaved)}, {saved}{unsaved or f' ({best})'}")
     elif getattr(args, "ema_decay", 0):
         say(f"result: the average of the weights up to the last step, {state.global_step}")
     else:
-        kept = f"; the best on validation is {Path(state.best_model_checkpoint).name} ({best})" if best else ""
+        kept = unsaved or (f"; the best on validation is {saved} ({best})" if best else "")
         say(f"result: the last step, {state.global_step}{kept}")
     return True
