@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.data_files import check_csv, find_fault, rows_of
+from rlseq.data_files import check_csv, csv_width, find_fault, numbers_as_written, rows_of
 from rlseq.errors import DataError, RlseqError, did_you_mean
 from rlseq.prompts import build_prompts, digest, fingerprint, keeping_all, reference_ids
 from rlseq.types import Prompt
@@ -30,8 +30,6 @@ from rlseq.types import Prompt
 __all__ = ["FILE_FORMATS", "build_prompts", "fingerprint", "keeping_all", "load_prompts", "load_rows", "reference_ids"]
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# To pandas the words "null", "nan" and "NA" are missing values; here only an empty field is.
-READ_OPTIONS = {"csv": {"keep_default_na": False, "na_values": [""]}}
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
 
 
@@ -158,7 +156,10 @@ def _read(
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, too, what it raises
     try:
-        return dict(datasets.load_dataset(kind, data_files=named, **READ_OPTIONS.get(kind, {})))
+        options: dict[str, Any] = {}
+        if kind == "csv":  # every field as text: pandas would read 007 as 7, and 5 as 5.0 where a field is empty
+            options = {"converters": dict.fromkeys(range(max(map(csv_width, files))), str), "keep_default_na": False}
+        return dict(datasets.load_dataset(kind, data_files=named, **options))
     finally:
         datasets.logging.set_verbosity(verbosity)
 
@@ -167,7 +168,10 @@ def _rows_of_split(
     dataset_name: str, splits: Mapping[str, Any], split: str | None, files: Mapping[str, list[Path]]
 ) -> list[dict[str, Any]]:
     def rows_in(name: str) -> list[dict[str, Any]]:
-        return [*rows_of(splits[name].to_list(), files[name])] if files else splits[name].to_list()
+        rows = splits[name].to_list()
+        if not files:
+            return rows
+        return [*rows_of(numbers_as_written(rows) if files[name][0].suffix == ".csv" else rows, files[name])]
 
     if split is None:
         if list(splits) == ["train"]:

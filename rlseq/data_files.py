@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -85,6 +86,39 @@ def check_csv(file: Path) -> None:
     found = _csv_fault(file, strict=False)
     if found:
         raise DataError(found)
+
+
+def csv_width(file: Path) -> int:
+    """Number of columns in the header of a csv file that `check_csv` found no fault in."""
+    return len(next(_csv_records(file, strict=False))[1])
+
+
+def numbers_as_written(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Type the columns of a csv file, whose fields are text, so that `str` of every value is what stands in the file.
+
+    A column is numbers where each is written as Python writes it, so 007, 1.50 and 1e5 stay text; likewise True and
+    False. An empty field is None in every column.
+    """
+    readers = {}
+    for column in rows[0] if rows else ():
+        fields = {row[column] for row in rows} - {"", None}
+        readers[column] = next((read for read in (_number, _truth) if all(read(f) is not None for f in fields)), str)
+    return [{name: readers[name](field) if field else None for name, field in row.items()} for row in rows]
+
+
+def _number(field: str) -> int | float | None:
+    for read in (int, float):
+        try:
+            value = read(field)
+        except ValueError:
+            continue
+        if str(value) == field and math.isfinite(value):
+            return value
+    return None
+
+
+def _truth(field: str) -> bool | None:
+    return {"True": True, "False": False}.get(field)
 
 
 def _fault(file: Path) -> str | None:
@@ -199,6 +233,8 @@ def _csv_fault(file: Path, *, strict: bool) -> str | None:
             last = line
             if header is None:
                 header = fields
+                if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+                    return f"{file}, line {line}: the one column {header[0]!r}; expected commas between columns"
             elif len(fields) != len(header):
                 columns = ", ".join(header)
                 return (

@@ -133,6 +133,22 @@ def test_words_that_pandas_takes_for_missing_values_stay_words(tmp_path):
     ]
 
 
+def test_a_number_in_a_csv_is_the_text_that_stands_there(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("zip,price,sum,share,on,off\n00501,1.50,5,1,True,true\n90210,2.25,,0.5,False,false\n")
+    assert load_rows(str(path), "test") == [
+        {"zip": "00501", "price": "1.50", "sum": 5, "share": 1, "on": True, "off": "true"},
+        {"zip": "90210", "price": "2.25", "sum": None, "share": 0.5, "on": False, "off": "false"},
+    ]
+
+
+def test_a_csv_column_of_numbers_may_end_in_a_word(tmp_path):
+    rows = 20_000  # pandas settles a column's type on the first of several blocks
+    path = tmp_path / "test.csv"
+    path.write_text("n\n" + "".join(f"{i}\n" for i in range(rows)) + "many\n")
+    assert [row["n"] for row in load_rows(str(path), "test")] == [*map(str, range(rows)), "many"]
+
+
 def test_a_task_module_is_asked_for_its_split_and_may_hold_dataclasses(tmp_path):
     path = tmp_path / "task.py"
     path.write_text(

@@ -60,6 +60,10 @@ CSV = {
     "not UTF-8": (b"prompt,references\na,b\n\xff\xfe,c\n", "train.csv, line 3: byte 0xff is not UTF-8"),
     "no rows": (b"prompt,references\n", "has a line of column names and no rows"),
     "empty": (b"", "is empty; expected a line of column names"),
+    "semicolons": (
+        b"prompt;references\na;b\n",
+        "line 1: the one column 'prompt;references'; expected commas",
+    ),
 }
 
 
