@@ -22,7 +22,7 @@ from tiny import tiny_model
 from rlseq.data import build_prompts
 from rlseq.decoding import Sample
 from rlseq.errors import DataError, RewardError
-from rlseq.evaluation.during import ValidationProbe, learning_warnings
+from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
 from rlseq.sampler import sample
 from rlseq.scoring import load_rewards
 from rlseq.training.parser import run_recipe
@@ -163,6 +163,13 @@ def test_a_measured_reward_that_is_optimised_too_is_measured_once_and_another_of
     found = other(policy())
     assert other.eval_rewards == ("letters-2",) and other.best == "greedy/letters-2"
     assert found["greedy/letters-2"] == -1.0 and found["greedy/letters"] > 0
+
+
+def test_rewards_that_are_measured_together_keep_the_specs_that_find_them_again():
+    other = {"func": "token_f1", "name": "exact_match"}
+    together, _ = measured_together(load_rewards(["exact_match"]), load_rewards(["exact_match", other]))
+    assert together.names == ["exact_match", "exact_match-2"]
+    assert together.specs == ["exact_match", other]
 
 
 def test_a_reward_called_reward_is_not_taken_for_the_total():

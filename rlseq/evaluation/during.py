@@ -183,17 +183,20 @@ def measured_together(suite: RewardSuite, eval_suite: RewardSuite | None) -> tup
 
     Those that `suite` does not hold already come with weight 0: they leave every total what it was.
     """
-    rewards, known, names = list(suite.rewards), _decisive(suite), []
-    for reward in eval_suite.rewards if eval_suite is not None else ():
+    rewards, specs, known, names = list(suite.rewards), list(suite.specs), _decisive(suite), []
+    for reward, spec in zip(eval_suite.rewards, eval_suite.specs, strict=True) if eval_suite is not None else ():
         name = reward.name
         if known.get(name) != _decisive(eval_suite)[name]:
             taken, number = {other.name for other in rewards}, 2
             while name in taken:
                 name, number = f"{reward.name}-{number}", number + 1
             rewards.append(reward.renamed(name))
+            specs.append(spec)
         names.append(name)
     weights = [*suite.weights, *[0.0] * (len(rewards) - len(suite.rewards))]
-    return RewardSuite(rewards, weights, max_error_rate=1.0), names
+    together = RewardSuite(rewards, weights, max_error_rate=1.0)
+    together.specs = specs
+    return together, names
 
 
 def _decisive(suite: RewardSuite) -> dict[str, dict[str, Any]]:
