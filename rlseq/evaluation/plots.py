@@ -53,7 +53,7 @@ _STYLE = {
 # What a training run may log, in the order shown: title, and keys it may go by (the first present is drawn).
 TRAINING_SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward (mean over rollouts)", ("reward",)),
-    ("Reward within groups (standard deviation)", ("reward_std",)),
+    ("Reward (standard deviation over rollouts)", ("reward_std",)),
     ("NLL of references (nats per token)", ("reference_nll", "eval_reference_nll", "eval_nll_per_token")),
     ("Exact accuracy", ("exact_accuracy", "eval_exact_accuracy")),
     ("KL to the reference model (nats)", ("kl", "objective/kl")),
@@ -273,7 +273,7 @@ def write_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         The path, or None when nothing was logged that could be drawn.
     """
     series = {t: s for t, s in training_series(metrics).items() if t.startswith(("Reward ", *_CURVES_PNG))}
-    series.pop("Reward within groups (standard deviation)", None)
+    series.pop("Reward (standard deviation over rollouts)", None)
     if not series:
         return None
     columns = min(3, len(series))
