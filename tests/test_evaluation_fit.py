@@ -36,6 +36,15 @@ def saved(folder, model):
     return folder
 
 
+def test_a_model_without_room_for_the_longest_completion_is_refused_before_any_is_loaded(tmp_path, monkeypatch):
+    models = {"a": saved(tmp_path / "a", tiny_model("gpt2", n_positions=20))}
+    monkeypatch.setattr(measure, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
+    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=17, studies=())
+    said = r"3 of 8 rows may exceed 20 tokens .*lower max_new_tokens to 16"  # a prompt of 4 tokens leaves 16
+    with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=said):
+        contrast(models, ROWS, suite, settings=settings, quiet=True)
+
+
 def test_exact_search_of_a_model_with_states_is_refused_before_any_is_loaded(tmp_path, monkeypatch):
     models = {"a": saved(tmp_path / "a", tiny_model()), "b": saved(tmp_path / "b", tiny_shape("mamba2"))}
     monkeypatch.setattr(measure, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
