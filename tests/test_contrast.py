@@ -243,7 +243,7 @@ def test_comparisons_are_b_minus_a(measured):
 
 
 def quick(models, rewards=(letters,), rows=ROWS, options=None, **changes):
-    settings = dataclasses.replace(SETTINGS, resamples=20, **changes)
+    settings = dataclasses.replace(SETTINGS, **{"resamples": 20} | changes)
     with load_rewards(list(rewards)) as suite:
         return contrast(models, rows, suite, settings=settings, prompt_options=options, quiet=True)
 

@@ -296,8 +296,11 @@ def check_settings(
     if len(set(measured)) < len(measured):
         raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
     check_choosers(settings.parsed(), suite)
-    if settings.batch_rows < 1:
-        raise ConfigError(f"--eval_batch_size is {settings.batch_rows}; expected at least 1")
+    sizes = {"eval_batch_size": settings.batch_rows}
+    sizes |= {name: getattr(settings, name) for name in ("samples_per_row", "max_new_tokens", "resamples")}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"--{name} is {size}; expected at least 1")
     if settings.max_kv_gb is not None and not settings.max_kv_gb > 0:
         raise ConfigError(f"--max_kv_gb is {settings.max_kv_gb:g}; expected a number above 0")
     if settings.exact_map_rows is not None and settings.exact_map_rows < 1:

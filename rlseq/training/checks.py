@@ -9,7 +9,7 @@ from typing import Any
 
 import trl
 
-from rlseq.errors import ConfigError
+from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
@@ -34,12 +34,50 @@ def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
         config.num_generations = 1
 
 
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
+# The least that each may be; what TRL, transformers and torch would say late, by a traceback, or not at all.
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 1,
+    "num_generations": 1,
+    "num_iterations": 1,
+    "max_completion_length": 1,
+    "seed": 0,
+    "learning_rate": 0,
+    "adam_epsilon": 0,
+    "epsilon": 0,
+    "beta": 0,
+}
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse numbers that nothing can be done with, of any recipe's settings.
+
+    Raises:
+        ConfigError: names the first, with what it may be.
+    """
+    for name, least in LEAST.items():
+        value = getattr(config, name, None)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}; expected at least {least}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}; expected a number in [0, 1)")
+    if getattr(config, "temperature", 1) <= 0:
+        raise ConfigError(f"temperature is {config.temperature}; expected a number above 0")
+
+
 def check_objective(config: Any) -> None:
     """Refuse settings of the objective that contradict each other or would be ignored.
 
     Raises:
         ConfigError: says which, and what to do.
     """
+    if config.loss_type not in LOSS_TYPES:
+        near = did_you_mean(config.loss_type, LOSS_TYPES)
+        raise ConfigError(f"loss_type is {config.loss_type!r}; expected one of {', '.join(LOSS_TYPES)}.{near}")
     if config.num_generations < 2 and config.needs_group:
         what = config.objective if config.objective != "policy_gradient" else f"baseline {config.advantage_baseline!r}"
         raise ConfigError(

@@ -26,6 +26,7 @@ from rlseq.arguments import (
 from rlseq.errors import ConfigError
 from rlseq.training.adapters import check_adapter_settings
 from rlseq.training.checks import (
+    check_numbers,
     check_objective,
     check_ppo,
     refuse_other_objectives,
@@ -104,6 +105,7 @@ class DefaultsMixin:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.max_refused_steps < 1:
             raise ConfigError(f"max_refused_steps is {self.max_refused_steps}; expected 1 (end at the first) or more")
         if self.use_cpu is None:
