@@ -23,7 +23,7 @@ from rlseq.doctor.preflight import (
     preflight,
 )
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
-from rlseq.errors import ModelError
+from rlseq.errors import ModelError, RewardError
 from rlseq.training.config import DataArguments, GRPOConfig, ModelArguments, RewardArguments, SFTConfig
 from rlseq.training.recipe import check_fit, load_task
 from rlseq.types import Prompt
@@ -283,6 +283,21 @@ def test_recipes_make_these_checks_before_they_start(tmp_path):
     config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=32, use_cpu=True)
     with pytest.raises(ModelError, match=r"context: \d of \d rows may exceed 20 tokens"):
         load_task(data, rewards, model, config, evaluates=False)
+
+
+@pytest.mark.parametrize("first", ["answered", "unanswered"])
+def test_a_reward_is_tried_on_the_row_that_lacks_what_it_asks_for(tmp_path, first):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "data").mkdir()
+    rows = [*ROWS, {**ROWS[0], "references": []}][:: 1 if first == "answered" else -1]
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataArguments(dataset_name=str(tmp_path / "data"))
+    model = ModelArguments(model_name_or_path=str(tmp_path))
+    config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True)
+    with pytest.raises(RewardError, match="references is empty"):
+        load_task(data, RewardArguments(reward_funcs=["exact_match"]), model, config, evaluates=False)
 
 
 def test_teacher_forcing_makes_these_checks_too(tmp_path, capsys):

@@ -101,7 +101,8 @@ def load_task(
         eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
     for each in (suite, eval_suite):
         if each is not None:
-            try_rewards(each, prompts[0])
+            for prompt in _unlike(prompts):
+                try_rewards(each, prompt)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
 
@@ -237,6 +238,15 @@ def describe_round(config: Any) -> str:
         return f"the references of {prompts} prompts a step, nothing drawn"
     samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
     return f"{prompts} prompts × {samples} a generation round"
+
+
+def _unlike(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Of each column the first prompt with a value and the first without one, where a reward may fail alone."""
+    first: dict[tuple[str, bool], int] = {}
+    for number, prompt in enumerate(prompts):
+        for column, value in prompt.columns.items():
+            first.setdefault((column, value is None or value == []), number)
+    return [prompts[number] for number in sorted({0, *first.values()})]
 
 
 def try_rewards(suite: RewardSuite, prompt: Prompt) -> None:
