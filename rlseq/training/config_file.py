@@ -182,6 +182,13 @@ def write_config(path: str | os.PathLike, *configs: Any) -> None:
     temporary.replace(path)
 
 
+def changed_values(path: Path, *configs: Any) -> list[str]:
+    """Which settings are not those of a config.yaml that `write_config` wrote: `"beta 0.0 -> 0.1"` for each."""
+    _, had = read_yaml_mapping(path)
+    has = {name: value for config in configs for name, value in resolved_values(config).items()}
+    return [f"{name} {had[name]} -> {has[name]}" for name in has if name in had and had[name] != has[name]]
+
+
 def _present_values(config: Any) -> dict[str, Any]:
     fields = [field for field in dataclasses.fields(config) if field.init and field.name not in _NOT_WRITTEN]
     return {field.name: plain(getattr(config, field.name)) for field in fields}

@@ -22,6 +22,7 @@ from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
+from rlseq.training.config_file import changed_values
 from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.faults import writing
 from rlseq.training.models import check_attention, check_model_path, load_tokenizer
@@ -188,8 +189,27 @@ def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunD
     with state.main_process_first():
         directory = prepare(config.output_dir, **asked, main_process=state.is_main_process)
         if state.is_main_process:
+            if directory.resume_from is not None:
+                _warn_of_changes(directory, config, run, *others)
             write_config(directory.config, config, run, *others)
     return directory
+
+
+OF_THE_START = {"resume_from_checkpoint", "overwrite_output_dir", "output_dir"}  # of a start and not of the run
+
+
+def _warn_of_changes(directory: RunDirectory, *configs: Any) -> None:
+    """Say which settings a run goes on with that it did not have, as config.yaml will hold the new ones alone."""
+    try:
+        changed = [c for c in changed_values(directory.config, *configs) if c.partition(" ")[0] not in OF_THE_START]
+    except ConfigError:  # config.yaml is gone or was edited: nothing to compare with
+        return
+    if changed:
+        say(
+            f"rlseq: warning: the run goes on with other settings than it had: {'; '.join(changed)}. config.yaml holds "
+            "the new ones alone. Optimizer and learning rate go on as the checkpoint has them: a new learning_rate or "
+            "weight_decay has no effect."
+        )
 
 
 def check_checkpoint(checkpoint: Path, settings: Sequence[Any]) -> None:
