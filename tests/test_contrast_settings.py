@@ -80,6 +80,15 @@ def test_no_models_and_models_that_do_not_load_are_named(checkpoints, tmp_path):
         quick({"x": str(tmp_path / "hollow")})
 
 
+def test_a_folder_that_cannot_be_made_is_found_before_anything_is_measured(no_model, checkpoints, tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a = ", "references": ["A"]}\n')
+    (tmp_path / "file").touch()
+    given = {"dataset_name": str(tmp_path / "test.jsonl"), "split": "test", "limit": None, "config_name": None}
+    given |= {"prompt_options": {}, "reward_funcs": ["phoneme_accuracy"], "settings": SETTINGS}
+    with pytest.raises(ConfigError, match=r"cannot make .*Give another --output_dir"):
+        evaluate([f"x={checkpoints['one']}"], **given, output_dir=str(tmp_path / "file/out"))
+
+
 def test_models_are_named_or_called_after_their_folder(checkpoints):
     one, two = checkpoints.values()
     assert parse_models([f"start={one}", two]) == {"start": one, "two": two}

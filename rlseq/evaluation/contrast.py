@@ -111,6 +111,8 @@ def _contrast(
     documents = load_documents(settings)
     state = PartialState()
     folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        _make(folder)
     chosen, chosen_on = {}, []
     if families(settings):
         options = {"quiet": quiet, "output_dir": folder}
@@ -146,6 +148,14 @@ def _contrast(
     if folder is not None:
         write_results(results, found, folder, rows_of=data)
     return results
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = error.strerror or error
+        raise ConfigError(f"cannot make {str(folder)!r}: {said}. Give another --output_dir.") from error
 
 
 def assemble(
