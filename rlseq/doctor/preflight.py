@@ -82,7 +82,9 @@ def preflight(
     chat = bool(prompts) and not isinstance(prompts[0].messages_or_text, str)
     stops = _stop_ids(generation_config, tokenizer)
     pairs = list(reference_pairs(prompts, tokenizer, stops))
-    longest = max((len(ids) for _, ids in pairs), default=0) if max_completion_length is None else max_completion_length
+    longest, setting = max_completion_length, "max_completion_length"
+    if longest is None:
+        longest, setting = max((len(ids) for _, ids in pairs), default=0), None
     return [
         check_padding(tokenizer, rows, elsewhere=elsewhere),
         check_stops(tokenizer, generation_config, rows, chat=chat, template=chat or elsewhere),
@@ -92,7 +94,7 @@ def preflight(
         else Finding("chat template", SKIPPED, "the prompts are text"),
         check_dropout(model_config, disabled=disable_dropout),
         check_generation_config(generation_config, ignored=own_sampler),
-        check_context(model_config, prompts, longest),
+        check_context(model_config, prompts, longest, setting=setting),
         check_references(prompts, pairs, tokenizer, stops, needed=needs_references),
         check_vocabulary(tokenizer, rows),
         check_dtype(model_config),

@@ -39,9 +39,9 @@ def check_bos(tokenizer: Any, prompts: Sequence[Prompt] = ()) -> Finding:
 
 
 def check_context(
-    config: Any, prompts: Sequence[Prompt], completion_tokens: int, *, setting: str = "max_completion_length"
+    config: Any, prompts: Sequence[Prompt], completion_tokens: int, *, setting: str | None = "max_completion_length"
 ) -> Finding:
-    """Prompt and completion fit the positions that the model has; `setting` is what bounds the completion."""
+    """Prompt and completion fit the positions that the model has; `setting` bounds the completion, None: the data."""
     values = config.get_text_config().to_dict()
     known = ("max_position_embeddings", "n_positions", "max_seq_len")
     context = next((values[name] for name in known if values.get(name)), None)
@@ -59,7 +59,9 @@ def check_context(
     found = f"{over:,} of {len(prompts):,} rows may exceed {context:,} tokens ({said})"
     if longest >= context:
         return Finding("context", FAILED, found, "shorten those prompts or leave them out: some have no room to answer")
-    todo = f"lower {setting} to {context - longest:,}, or shorten the prompts"
+    todo = "shorten the prompts or the references"
+    if setting is not None:
+        todo = f"lower {setting} to {context - longest:,}, or shorten the prompts"
     if relative:
         return Finding("context", WARNING, found, f"{todo}: beyond it the model was not trained")
     return Finding("context", FAILED, found, f"{todo}: positions beyond it do not exist, a run would crash")

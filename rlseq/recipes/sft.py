@@ -42,7 +42,7 @@ from rlseq.training.config import (
     RunArguments,
     SFTConfig,
 )
-from rlseq.training.dry_run import describe_examples, example_lengths
+from rlseq.training.dry_run import describe_examples
 from rlseq.training.memory import weightless_model
 from rlseq.training.model_card import publish
 from rlseq.training.models import (
@@ -54,10 +54,19 @@ from rlseq.training.models import (
     merge_result,
 )
 from rlseq.training.parser import RecipeParser, run_recipe
-from rlseq.training.recipe import announce, check_fit, default_config, finish, open_run, say, try_rewards
+from rlseq.training.recipe import (
+    announce,
+    check_fit,
+    choose_best_by,
+    default_config,
+    finish,
+    open_run,
+    say,
+    try_rewards,
+)
 from rlseq.training.rejection import Record, best_completions, draw_candidates, read_candidates, require_survivors
 from rlseq.training.rollout_log import write_rollouts
-from rlseq.training.sft import SFTTrainer
+from rlseq.training.sft import MEASURED, SFTTrainer, check_examples
 from rlseq.types import Prompt
 
 DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "sft.yaml"
@@ -79,6 +88,8 @@ def main() -> None:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if rejection.rejection_samples and new.new_model:
         raise ConfigError("--rejection_samples draws from the model as it starts; name one by --model_name_or_path")
+    if config.metric_for_best_model is not None:
+        choose_best_by(config, MEASURED, "loss")
     if not new.new_model:
         check_model_path(model_args.model_name_or_path)
     tokenizer = build_tokenizer(new.new_tokenizer) if new.new_model else load_tokenizer(model_args.model_name_or_path)
@@ -96,11 +107,20 @@ def main() -> None:
             )
         return examples(pairs)
 
+    # TRL cuts what is longer than max_length without a word.
+    def measure(examples: datasets.Dataset, name: str, batch: int = 1) -> list[int]:
+        lengths, cut = check_examples(config, examples, tokenizer, name=name, batch=batch)
+        if cut:
+            say(f"rlseq: warning: {cut}. Raise --max_length, or shorten them.")
+        return lengths
+
+    batch = config.per_device_train_batch_size * PartialState().num_processes
     held_out = prompts_of(data.eval_split, data.eval_rows)
     validation = references_of(held_out)
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
     if not new.new_model:
-        check_fit(config, model_args, tokenizer, prompts)
+        drawn = rejection.rejection_max_new_tokens if rejection.rejection_samples else None
+        check_fit(config, model_args, tokenizer, prompts, drawn=drawn)
     if rejection.from_rollouts:
         candidates = read_candidates(rejection.from_rollouts)
         train, what = select(candidates, rejection)
@@ -113,13 +133,14 @@ def main() -> None:
     else:
         train = references_of(prompts)
         what = f"{len(train):,} training examples"
+    if config.eval_strategy != "no":
+        measure(validation, data.eval_split)
+    lengths = [] if rejection.rejection_samples else measure(train, "training", batch)
     if run.dry_run:
         drawn = len(prompts) * rejection.rejection_samples if rejection.rejection_samples else 0
         if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
             longest = max(len(p.prompt_ids) for p in prompts) + rejection.rejection_max_new_tokens
             lengths = [longest] * len(prompts) * min(rejection.rejection_keep, rejection.rejection_samples)
-        else:
-            lengths = example_lengths(train, tokenizer)
         with torch.device("meta"):
             model = build_model(new.new_model, tokenizer) if new.new_model else weightless_model(model_args)
         say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn))
@@ -148,6 +169,7 @@ def main() -> None:
                 write_rollouts(directory.rollouts, 0, candidates)
         suite.close()
         train, what = select(candidates, rejection)
+        measure(train, "training", batch)
         say(f"rlseq: trains on {what}")
     callbacks = [MetricsWriter(directory.metrics)]
     if config.early_stopping_patience is not None:

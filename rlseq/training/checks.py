@@ -69,6 +69,23 @@ def check_numbers(config: Any) -> None:
         raise ConfigError(f"temperature is {config.temperature}; expected a number above 0")
 
 
+def check_early_stopping(config: Any) -> None:
+    """Refuse a patience that nothing is held against, or whose best checkpoint would not be there.
+
+    Raises:
+        ConfigError: says what to give.
+    """
+    evaluates, saves = (str(getattr(s, "value", s)) for s in (config.eval_strategy, config.save_strategy))
+    if config.early_stopping_patience < 1:
+        raise ConfigError(f"early_stopping_patience is {config.early_stopping_patience}; expected at least 1")
+    if evaluates == "no" or saves not in (evaluates, "best"):
+        raise ConfigError(
+            "early_stopping_patience counts evaluations and ends with the best checkpoint, but eval_strategy is "
+            f"{evaluates} and save_strategy {saves}. Give both alike: epoch, or steps (with --eval_steps and "
+            "--save_steps)."
+        )
+
+
 def check_objective(config: Any) -> None:
     """Refuse settings of the objective that contradict each other or would be ignored.
 

@@ -26,6 +26,7 @@ from rlseq.arguments import (
 from rlseq.errors import ConfigError
 from rlseq.training.adapters import check_adapter_settings
 from rlseq.training.checks import (
+    check_early_stopping,
     check_numbers,
     check_objective,
     check_ppo,
@@ -130,8 +131,16 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
 
     completion_only_loss: bool | None = _default(True, "Loss on the completion only.")
     early_stopping_patience: int | None = _default(
-        None, "Stop when validation NLL has not fallen for so many evaluations, and keep the best checkpoint."
+        None,
+        "Stop when validation NLL (or metric_for_best_model) has not got better for so many evaluations; the best "
+        "checkpoint is the result.",
     )
+
+    def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None:
+            check_early_stopping(self)
+            self.load_best_model_at_end = True
+        super().__post_init__()
 
 
 @dataclass

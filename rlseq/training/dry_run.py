@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
 
 from rlseq.training.config import ModelArguments, RunArguments
 from rlseq.training.memory import (
@@ -140,15 +138,6 @@ def count_checkpoints(config: Any, plan: Plan) -> int:
     limit = config.save_total_limit or written
     spared = limit == 1 and bool(config.metric_for_best_model)  # the best beside the newest
     return min(written, limit + spared)
-
-
-def example_lengths(train: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each (prompt, completion) as teacher forcing sees it, with the EOS that ends it."""
-    if isinstance(train[0]["prompt"], str):
-        texts = [prompt + completion for prompt, completion in zip(train["prompt"], train["completion"], strict=True)]
-        return [len(ids) + 1 for ids in tokenizer(text=texts)["input_ids"]]
-    turns = [[*prompt, *completion] for prompt, completion in zip(train["prompt"], train["completion"], strict=True)]
-    return [len(ids) for ids in tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]]
 
 
 def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments, prompts: Sequence[Prompt]) -> str:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from rlseq.data import build_prompts, keeping_all, load_rows
 from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
+from rlseq.doctor.prompts import check_context
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.training.callbacks import GracefulStop
@@ -114,12 +115,15 @@ def prompt_options(data: DataArguments, config: Any) -> dict[str, Any]:
     return data.prompt_options() | ({"chat_template_kwargs": given} if given else {})
 
 
-def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+def check_fit(
+    config: Any, model_args: ModelArguments, tokenizer: Any, prompts: Sequence[Prompt], *, drawn: int | None = None
+) -> None:
     """Make the doctor's checks that run no model; warnings are printed.
 
     Args:
         config: of a run on rollouts, or of teacher forcing: its completions are the references, its dropout acts as
             the model declares it, and no generation configuration matters.
+        drawn: tokens of the longest sample that teacher forcing draws for itself.
 
     Raises:
         ModelError: a check failed; the message says what to do.
@@ -138,6 +142,8 @@ def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: 
             "needs_references": config.uses_references,
         }
     findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config, **options)
+    if drawn is not None:
+        findings.append(check_context(model_config, prompts, drawn, setting="rejection_max_new_tokens"))
     lines = {status: [f.sentence for f in findings if f.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
