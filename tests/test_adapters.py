@@ -18,6 +18,7 @@ from rlseq.evaluation.loading import load_checkpoint
 from rlseq.likelihood import score
 from rlseq.sampler import sample
 from rlseq.training import models
+from rlseq.training.adapters import ignored_adapter_settings
 from rlseq.training.config import ModelArguments
 from rlseq.training.memory import checkpoint_bytes, optimizer_bytes, size_of, weightless_model
 from rlseq.training.models import load_model, write_merged
@@ -222,6 +223,16 @@ def test_what_cannot_train_is_refused_before_anything_loads(folders, monkeypatch
         with pytest.raises(ConfigError, match=f"--{flag} is about an adapter"):
             ModelArguments(model_name_or_path=base, **{flag: True})
         ModelArguments(model_name_or_path=sft, **{flag: True})
+
+
+def test_settings_of_an_adapter_that_come_to_nothing_are_named(folders):
+    base, sft = str(folders / "base"), str(folders / "sft")
+    said = ignored_adapter_settings(ModelArguments(model_name_or_path=base, lora_r=4, lora_target_modules="q_proj"))
+    assert said.startswith("lora_r, lora_target_modules come to nothing: the run trains all weights")
+    said = ignored_adapter_settings(ModelArguments(model_name_or_path=sft, lora_dropout=0.0, use_dora=True))
+    assert said.startswith("lora_dropout, use_dora come to nothing: the adapter") and said.endswith("as it is")
+    for given in ({"use_peft": True, "lora_r": 4}, {"lora_r": 16}, {}):
+        assert ignored_adapter_settings(ModelArguments(model_name_or_path=base, **given)) is None
 
 
 def test_an_adapter_draws_what_its_merged_model_draws(folders, tmp_path):

@@ -8,9 +8,11 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
 from test_report import HOSTILE
 from tiny_task import ROWS, tiny_trainer
 
+from rlseq.errors import ConfigError
 from rlseq.evaluation import plots
 from rlseq.training.config import GRPOConfig, PPOConfig, SFTConfig
 from rlseq.training.models import load_tokenizer
@@ -60,6 +62,8 @@ def test_no_code_of_a_models_repository_runs_unless_asked():
         assert given is None or not is_true(given), file
     for settings in (GRPOConfig, PPOConfig, SFTConfig):
         assert {field.name: field.default for field in dataclasses.fields(settings)}["trust_remote_code"] is False
+        with pytest.raises(ConfigError, match="trust_remote_code is not served"):
+            settings(trust_remote_code=True)
     assert inspect.signature(load_tokenizer).parameters["trust_remote_code"].default is False
 
 

@@ -21,6 +21,7 @@ from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
 from rlseq.training.model_card import publish
+from rlseq.training.models import named_alone
 from rlseq.training.recipe import Task, choose_best_by, finish, load_task, prompt_options
 from rlseq.training.run_directory import RunDirectory
 from rlseq.training.tracking import log_contrast
@@ -66,8 +67,9 @@ def prepare(
     settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
     if evaluation.evaluate:
         check_settings(settings, measured, task.eval_rows, prompt_options(data, config))
-        check_windows(settings, {"base": model_args.model_name_or_path})
-        check_models({"base": model_args.model_name_or_path}, task.eval_rows, prompt_options(data, config), settings)
+        base = {"base": named_alone(model_args)}
+        check_windows(settings, base)
+        check_models(base, task.eval_rows, prompt_options(data, config), settings)
     probe = None
     if during:
         probe = ValidationProbe(
@@ -124,7 +126,7 @@ def contrast_with_base(
         The contents of results.json on the first process, an empty dict on others.
     """
     return contrast_and_report(
-        {"base": model_args.model_name_or_path, "rl": config.output_dir},
+        {"base": named_alone(model_args), "rl": config.output_dir},
         prepared.task.eval_rows,
         prepared.measured,
         settings=prepared.settings,

@@ -92,7 +92,9 @@ def main() -> None:
         choose_best_by(config, MEASURED, "loss")
     if not new.new_model:
         check_model_path(model_args.model_name_or_path)
-    tokenizer = build_tokenizer(new.new_tokenizer) if new.new_model else load_tokenizer(model_args.model_name_or_path)
+        tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+    else:
+        tokenizer = build_tokenizer(new.new_tokenizer)
 
     def prompts_of(split: str, limit: int | None) -> list[Prompt]:
         rows = load_rows(data.dataset_name, split, config_name=data.dataset_config)[:limit]

@@ -1,7 +1,8 @@
-"""What settings of adapters and quantisation may not be; nothing is loaded to say so."""
+"""What settings of adapters and quantisation may not be, or come to nothing; nothing is loaded to say so."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -17,7 +18,13 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
         ConfigError: says what is missing, and what to do.
     """
     path = model_args.model_name_or_path
-    adapter = model_args.use_peft or (path is not None and (Path(path) / "adapter_config.json").is_file())
+    adapter = model_args.use_peft or _is_adapter(path)
+    if model_args.use_peft and model_args.model_revision not in (None, "main") and not Path(path or "").is_dir():
+        raise ConfigError(
+            f"--model_revision is {model_args.model_revision}, but an adapter's folder names its base without one: the "
+            f"result would be evaluated and merged on another. Give a local copy as --model_name_or_path (hf download "
+            f"{path} --revision {model_args.model_revision} --local-dir DIR)"
+        )
     for name in ("load_in_4bit", "load_in_8bit"):
         if not getattr(model_args, name):
             continue
@@ -31,3 +38,24 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
         for name in ("merge_adapter", "use_dora", "use_rslora"):
             if getattr(model_args, name):
                 raise ConfigError(f"--{name} is about an adapter, and the run trains none: give --use_peft true")
+
+
+def ignored_adapter_settings(model_args: trl.ModelConfig) -> str | None:
+    """A sentence about flags of a new adapter, where the run makes none; None where nothing is ignored."""
+    if model_args.use_peft:
+        return None
+    given = [
+        field.name
+        for field in dataclasses.fields(model_args)
+        if field.name.startswith(("lora_", "use_dora", "use_rslora"))
+        and getattr(model_args, field.name) != field.default
+    ]
+    if not given:
+        return None
+    if _is_adapter(model_args.model_name_or_path):
+        return f"{', '.join(given)} come to nothing: the adapter {model_args.model_name_or_path} trains on as it is"
+    return f"{', '.join(given)} come to nothing: the run trains all weights and no adapter (--use_peft true)"
+
+
+def _is_adapter(path: str | None) -> bool:
+    return path is not None and (Path(path) / "adapter_config.json").is_file()

@@ -107,6 +107,8 @@ class DefaultsMixin:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        if self.trust_remote_code:
+            raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
         if self.max_refused_steps < 1:
             raise ConfigError(f"max_refused_steps is {self.max_refused_steps}; expected 1 (end at the first) or more")
         if self.use_cpu is None:

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.model_class import causal_class
@@ -48,7 +49,17 @@ def check_model_path(name_or_path: str | None) -> None:
         raise ModelError(f"there is no model at {name_or_path!r}.{near}")
 
 
-def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def named_alone(model_args: trl.ModelConfig) -> str:
+    """The model that a run starts from by a name that needs no revision: that revision's folder in the hub's cache."""
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    if revision in (None, "main") or Path(name).is_dir():
+        return name
+    return str(Path(cached_file(name, "config.json", revision=revision)).parent)
+
+
+def load_tokenizer(
+    name_or_path: str, *, revision: str | None = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer for generation: left padding, and a pad token (EOS where it has none).
 
     Raises:
@@ -56,7 +67,11 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code
+            name_or_path,
+            revision=revision or "main",
+            padding_side="left",
+            truncation_side="left",
+            trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a tokenizer from {name_or_path!r}: {str(error).splitlines()[0]}") from error

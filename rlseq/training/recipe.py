@@ -20,6 +20,7 @@ from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.doctor.prompts import check_context
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
+from rlseq.training.adapters import ignored_adapter_settings
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
@@ -88,7 +89,7 @@ def load_task(
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
     suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
     eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
     prompts = build_prompts(rows, tokenizer, **prompt_options(data, config))
     check_group_rewards(config, suite)
@@ -129,6 +130,8 @@ def check_fit(
         ModelError: a check failed; the message says what to do.
         ConfigError: the model has a router loss that the run would leave out.
     """
+    if ignored := ignored_adapter_settings(model_args):
+        say(f"rlseq: warning: {ignored}")
     model_config, generation_config = load_configs(model_args.model_name_or_path, model_args.model_revision)
     options: dict[str, Any] = {"needs_references": True}
     if hasattr(config, "max_completion_length"):
