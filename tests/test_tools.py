@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny_chat import chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 
 from rlseq.data import build_prompts
-from rlseq.errors import ConfigError, RlseqError
+from rlseq.errors import ConfigError, DataError, RlseqError
+from rlseq.scoring.rescore import read_rollouts
 from rlseq.training.config import GRPOConfig
+from rlseq.training.rejection import read_candidates
 from rlseq.training.tools import check_tools, load_tools
 
 CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call><eos>'
@@ -109,6 +113,22 @@ def test_a_rollout_holds_every_turn_and_trains_none_of_the_tools_words(trained):
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
     tokens = {tuple(ids[kept].tolist()) for ids, kept in zip(batch["completion_ids"], mask, strict=True)}
     assert tokens == {tuple(trainer.processing_class(text=said).input_ids) for said in (CALL + ANSWER, PLAIN)}
+
+
+def test_the_log_holds_every_turn_and_rescoring_gets_them(trained, tmp_path):
+    trainer, _, _ = trained
+    logged = read_rollouts(trainer.rollouts_dir)
+    assert [rollout.messages for rollout in logged.rollouts] == [
+        json.loads(json.dumps(scored.rollout.messages)) for scored in trainer._scored
+    ]
+    assert [len(rollout.messages) for rollout in logged.rollouts] == [3, 1, 3, 1]
+    assert logged.rollouts[0].messages[0]["tool_calls"][0]["function"]["arguments"] == {"a": 6, "b": 7}
+
+
+def test_rollouts_with_calls_are_not_learnt_as_if_without_them(trained):
+    trainer, _, _ = trained
+    with pytest.raises(DataError, match=r"record 1, has 3 turns: tools were called in it"):
+        read_candidates([str(trainer.rollouts_dir.parent)])
 
 
 def test_the_log_probs_of_the_tools_words_have_no_gradient(trained):

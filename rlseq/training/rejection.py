@@ -88,7 +88,7 @@ def read_candidates(paths: Sequence[str]) -> list[Record]:
 
     Raises:
         RlseqError: a path has no rollouts, a line is no record of a rollout (the message has its number), has no
-            total, or text prompts and chat prompts are mixed.
+            total or calls tools, or text prompts and chat prompts are mixed.
     """
     records: list[Record] = []
     for path in map(Path, paths):
@@ -100,6 +100,12 @@ def read_candidates(paths: Sequence[str]) -> list[Record]:
                     raise DataError(
                         f"{file}, record {number}: total is {total!r}; expected a number, or null where every reward "
                         "abstained. `rlseq reward score --output` gives rollouts totals."
+                    )
+                if len(record.get("messages") or ()) > 1:
+                    raise DataError(
+                        f"{file}, record {number}, has {len(record['messages'])} turns: tools were called in it. Its "
+                        "last answer alone would be trained, as if it could be known without the calls. Take rollouts "
+                        "of runs without tools and environment."
                     )
                 records.append(record)
     if len({isinstance(record["prompt"], str) for record in records}) > 1:

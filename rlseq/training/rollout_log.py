@@ -17,6 +17,9 @@ def rollout_records(
 ) -> list[dict[str, Any]]:
     """One record a rollout: what was asked, what came back, and what it earned.
 
+    The `completion` is what rewards score. Where tools were called that is the last answer alone, and `messages` are
+    all turns.
+
     Args:
         step: the first optimizer step that trains on them.
         prompts: the prompt of each rollout.
@@ -31,6 +34,7 @@ def rollout_records(
             "prompt": prompt.messages_or_text,
             "references": prompt.columns.get("references", []),
             "completion": one.rollout.text,
+            **({"messages": json_ready(one.rollout.messages)} if len(one.rollout.messages or ()) > 1 else {}),
             "values": dict(one.values),
             "status": dict(one.status),
             "details": json_ready({name: dict(details) for name, details in one.details.items()}),
