@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import tiny_chat
 from tiny import EOS, PAD, VOCAB, tiny_config, tiny_model
 from tiny_task import ROWS, tiny_tokenizer
 from tokenizers import normalizers, processors
@@ -217,6 +218,18 @@ def test_references():
     uncased.backend_tokenizer.normalizer = normalizers.Lowercase()
     told(references([fine], uncased), "failed", "1 of 1 references decode to another text: 'A'")
     told(check_references([], [], tiny_tokenizer(), [EOS]), "skipped", "no data")
+
+
+def test_what_a_chat_template_puts_before_an_answer_is_no_fault_of_the_reference():
+    tokenizer = tiny_chat.chat_tokenizer()  # Qwen3's template, with <think>\n\n</think>\n\n before the last answer
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<eos>")
+    rows = [{"prompt": [{"role": "user", "content": "6 times 7?"}], "references": ["42", "It is 42."]}] * 2
+    prompts = build_prompts(rows, tokenizer)
+    found = check_references(prompts, list(reference_pairs(prompts, tokenizer, [EOS])), tokenizer, [EOS])
+    told(found, "warning", r"puts '<think>\n\n</think>\n\n' before 2 of 2 references")
+    silent = build_prompts(rows, tokenizer, chat_template_kwargs={"enable_thinking": False})
+    found = check_references(silent, list(reference_pairs(silent, tokenizer, [EOS])), tokenizer, [EOS])
+    told(found, "ok", "2 looked at")
 
 
 def test_vocabulary_and_dtype():

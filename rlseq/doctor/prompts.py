@@ -113,8 +113,23 @@ def check_references(
         "hold a special token": [t for t, ids in zip(texts, alone, strict=True) if special & set(ids)],
     }
     said = {text for found in cases.values() for text in found}
-    changed = [t for t, ids in pairs if t not in said and _decoded(ids, tokenizer, stop_ids) != t.strip()]
+    chat = not isinstance(prompts[0].messages_or_text, str)
+    changed: list[str] = []
+    opened: list[str] = []  # what the template puts before an answer, such as an empty block of thought
+    for text, ids in pairs:
+        own, decoded = text.strip(), _decoded(ids, tokenizer, stop_ids)
+        if chat and own and decoded != own and decoded.endswith(own):
+            opened.append(decoded.removesuffix(own))
+        elif decoded != own and text not in said:
+            changed.append(text)
     cases["decode to another text"] = changed
+    if opened:
+        found = f"the chat template puts {_short(opened[0])} before {len(opened):,} of {len(pairs):,} references"
+        todo = (
+            "it is learnt and scored as a part of the completion; grpo and ppo have it in the prompt by "
+            """--chat_template_kwargs '{"enable_thinking": false}'"""
+        )
+        problems.append((WARNING, found, todo))
     for what, found in cases.items():
         if found:
             status = FAILED if needed and 2 * len(found) > len(pairs) else WARNING
