@@ -17,6 +17,18 @@ def _default(value: Any, help: str, **more: Any) -> Any:
     return field(default=value, metadata={"help": help, **more})
 
 
+def _check_counts(settings: Any, *names: str) -> None:
+    """Refuse counts below 1, which a slice would take from the end."""
+    for name in names:
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; expected at least 1")
+
+
+def _check_error_rate(rate: float) -> None:
+    if not 0 <= rate <= 1:
+        raise ConfigError(f"--max_error_rate is {rate}; expected a share, 0 to 1")
+
+
 def _defaults(*values: Any, help: str) -> Any:
     return field(default_factory=lambda: list(values), metadata={"help": help})
 
@@ -68,6 +80,9 @@ class DataArguments:
     train_rows: int | None = _default(None, "Use only the first so many rows of the training split.")
     eval_rows: int | None = _default(None, "Use only the first so many rows of the evaluation split.")
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "train_rows", "eval_rows")
+
     def prompt_options(self) -> dict[str, Any]:
         """The options of `rlseq.data.build_prompts` that these settings stand for."""
         return {
@@ -96,6 +111,9 @@ class RewardArguments:
     max_error_rate: float = _default(
         0.05, "Stop when a reward fails (error, timeout, invalid) on more than this share of a step's completions."
     )
+
+    def __post_init__(self) -> None:
+        _check_error_rate(self.max_error_rate)
 
 
 @dataclass
@@ -193,6 +211,9 @@ class TrainingEvaluationArguments(EvaluationArguments):
         500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
     )
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "probe_rows")
+
 
 @dataclass
 class RunArguments:
@@ -209,6 +230,9 @@ class RunArguments:
     num_cpu_threads: int | None = _default(
         None, "Threads of a process that trains on the CPU; default: the cores over the processes on this machine."
     )
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "num_cpu_threads")
 
 
 @dataclass
@@ -275,8 +299,7 @@ class RejectionArguments:
                 "--reward_funcs score the samples of --rejection_samples, and nothing else here; --from_rollouts takes "
                 "the totals of the log (`rlseq reward score SPEC --rollouts F --output G` writes others)"
             )
-        for name in ("rejection_samples", "rejection_keep", "rejection_max_new_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; expected at least 1")
-        if not self.temperature > 0:
-            raise ConfigError(f"--temperature is {self.temperature}; expected above 0")
+        _check_counts(self, "rejection_samples", "rejection_keep", "rejection_max_new_tokens")
+        _check_error_rate(self.max_error_rate)
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"--temperature is {self.temperature}; expected a finite number above 0")

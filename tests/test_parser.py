@@ -12,6 +12,16 @@ import pytest
 import trl
 
 from rlseq.errors import ConfigError, RewardError
+from rlseq.training.config import (
+    DataArguments,
+    GRPOConfig,
+    ModelArguments,
+    RejectionArguments,
+    RewardArguments,
+    RunArguments,
+    SFTConfig,
+    TrainingEvaluationArguments,
+)
 from rlseq.training.parser import RecipeParser, run_recipe, working_batch_sizes
 from rlseq.training.values import TypeMismatch, check_value
 
@@ -351,3 +361,31 @@ def test_a_recipe_process_prints_no_traceback_and_no_usage(tmp_path):
     ended = subprocess.run([sys.executable, str(script), "--row", "1"], capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "error: Unknown flag --row. Did you mean '--rows'?\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "message"),
+    [
+        (DataArguments, {"train_rows": -1}, "--train_rows is -1; expected at least 1"),
+        (DataArguments, {"eval_rows": 0}, "--eval_rows is 0"),
+        (TrainingEvaluationArguments, {"probe_rows": -5}, "--probe_rows is -5"),
+        (RunArguments, {"num_cpu_threads": 0}, "--num_cpu_threads is 0"),
+        (RewardArguments, {"max_error_rate": 5}, "--max_error_rate is 5; expected a share, 0 to 1"),
+        (RejectionArguments, {"max_error_rate": -1}, "--max_error_rate is -1"),
+        (GRPOConfig, {"temperature": float("inf")}, "temperature is inf; expected a finite number"),
+        (GRPOConfig, {"num_generations": None}, "num_generations is null"),
+        (GRPOConfig, {"max_steps": 0}, "max_steps is 0; expected at least 1, or -1"),
+        (SFTConfig, {"num_train_epochs": 0}, "num_train_epochs is 0; expected a number above 0"),
+        (SFTConfig, {"max_length": -5}, "max_length is -5; expected at least 1"),
+        (SFTConfig, {"save_total_limit": -1}, "save_total_limit is -1; expected at least 1"),
+        (ModelArguments, {"use_peft": True, "lora_r": 0}, "--lora_r is 0; expected at least 1"),
+        (
+            ModelArguments,
+            {"use_peft": True, "lora_dropout": 2.0},
+            "--lora_dropout is 2.0; expected a number",
+        ),
+    ],
+)
+def test_numbers_that_would_be_taken_for_something_else_are_refused(settings, values, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(**values)

@@ -60,6 +60,44 @@ REFUSED = {
 }
 
 
+NEW = {
+    "a misspelt value": ({"model_type": "llama", "hidden_sise": 16}, "new_model.hidden_sise is no value"),
+    "values that do not go together": (
+        {"model_type": "llama", "hidden_size": 15, "num_attention_heads": 4},
+        "new_model makes no 'llama'",
+    ),
+    "no mapping": ("llama", "new_model is 'llama'; expected a mapping"),
+    "no room for the data": (
+        {"model_type": "gpt2", "n_positions": 4, "n_embd": 16, "n_layer": 1, "n_head": 2},
+        "some have no room to answer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NEW)
+def test_a_new_model_that_cannot_be_is_refused(case, task, tmp_path, monkeypatch, capsys):
+    values, named = NEW[case]
+    settings = yaml.safe_load((task / "sft.yaml").read_text())
+    settings |= {"new_tokenizer": settings.pop("model_name_or_path"), "new_model": values}
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["--config", tmp_path / "new.yaml", "--output_dir", tmp_path / "run"]
+    assert run(monkeypatch, "sft", *arguments) == 2
+    assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_needs_references_is_tried_on_a_row_without_before_samples_are_drawn(
+    task, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "own.py").write_text("def own(completion, references):\n    return float(len(references[0]))\n")
+    for split in ("train", "validation"):
+        write(tmp_path / "data" / f"{split}.jsonl", [*ROWS, {"prompt": "a b = ", "references": []}])
+    arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", "--dataset_name", tmp_path / "data"]
+    arguments += ["--rejection_samples", 2, "--reward_funcs", f"{tmp_path}/own.py:own"]
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert run(monkeypatch, "sft", *arguments) == 2
+    assert "IndexError" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dry", [False, True], ids=["run", "dry run"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_train_nothing_is_refused_before_a_model_loads(case, dry, task, tmp_path, monkeypatch, capsys):

@@ -52,6 +52,7 @@ from rlseq.training.models import (
     load_model,
     load_tokenizer,
     merge_result,
+    new_config,
 )
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.recipe import (
@@ -63,6 +64,7 @@ from rlseq.training.recipe import (
     open_run,
     say,
     try_rewards,
+    unlike,
 )
 from rlseq.training.rejection import Record, best_completions, draw_candidates, read_candidates, require_survivors
 from rlseq.training.rollout_log import write_rollouts
@@ -120,9 +122,9 @@ def main() -> None:
     held_out = prompts_of(data.eval_split, data.eval_rows)
     validation = references_of(held_out)
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
-    if not new.new_model:
-        drawn = rejection.rejection_max_new_tokens if rejection.rejection_samples else None
-        check_fit(config, model_args, tokenizer, prompts, drawn=drawn)
+    drawn = rejection.rejection_max_new_tokens if rejection.rejection_samples else None
+    made = new_config(new.new_model, tokenizer) if new.new_model else None
+    check_fit(config, model_args, tokenizer, prompts, drawn=drawn, new=made)
     if rejection.from_rollouts:
         candidates = read_candidates(rejection.from_rollouts)
         train, what = select(candidates, rejection)
@@ -130,7 +132,8 @@ def main() -> None:
         suite = load_rewards(
             rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
         )
-        try_rewards(suite, prompts[0])
+        for prompt in unlike(prompts):
+            try_rewards(suite, prompt)
         what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"
     else:
         train = references_of(prompts)

@@ -19,6 +19,10 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
     """
     path = model_args.model_name_or_path
     adapter = model_args.use_peft or _is_adapter(path)
+    if model_args.use_peft and model_args.lora_r < 1:
+        raise ConfigError(f"--lora_r is {model_args.lora_r}; expected at least 1")
+    if model_args.use_peft and not 0 <= model_args.lora_dropout < 1:
+        raise ConfigError(f"--lora_dropout is {model_args.lora_dropout}; expected a number in [0, 1)")
     if model_args.use_peft and model_args.model_revision not in (None, "main") and not Path(path or "").is_dir():
         raise ConfigError(
             f"--model_revision is {model_args.model_revision}, but an adapter's folder names its base without one: the "

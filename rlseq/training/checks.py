@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ LEAST = {
     "num_generations": 1,
     "num_iterations": 1,
     "max_completion_length": 1,
+    "max_length": 1,
+    "save_total_limit": 1,
     "seed": 0,
     "learning_rate": 0,
     "adam_epsilon": 0,
@@ -65,8 +68,14 @@ def check_numbers(config: Any) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected a number in [0, 1)")
-    if getattr(config, "temperature", 1) <= 0:
-        raise ConfigError(f"temperature is {config.temperature}; expected a number above 0")
+    if not 0 < getattr(config, "temperature", 1) < math.inf:
+        raise ConfigError(f"temperature is {config.temperature}; expected a finite number above 0")
+    if config.max_steps == 0:  # transformers takes it for unset
+        raise ConfigError("max_steps is 0; expected at least 1, or -1, where num_train_epochs says how long")
+    if config.max_steps < 0 and not config.num_train_epochs > 0:
+        raise ConfigError(f"num_train_epochs is {config.num_train_epochs}; expected a number above 0")
+    if getattr(config, "num_generations", 1) is None:
+        raise ConfigError("num_generations is null; expected a whole number")
 
 
 def check_early_stopping(config: Any) -> None:

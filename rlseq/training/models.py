@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -200,12 +201,16 @@ def disable_dropout(model: torch.nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def build_model(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Build a randomly initialised model from a config with `model_type`; its vocabulary is the tokenizer's.
+def new_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """The configuration of a new model from values with `model_type`; its vocabulary is the tokenizer's.
 
     Raises:
-        ConfigError: `model_type` is missing or unknown.
+        ConfigError: `model_type` is missing or unknown, or a value is none of its configuration, or not of its kind.
     """
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"new_model is {config!r}; expected a mapping such as {{model_type: llama, hidden_size: 128}}"
+        )
     values = dict(config)
     model_type = values.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
@@ -213,10 +218,30 @@ def build_model(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> P
             f"new_model.model_type is {model_type!r}; expected a transformers model type such as 'llama'."
             + did_you_mean(str(model_type), CONFIG_MAPPING.keys())
         )
+    kind = CONFIG_MAPPING[model_type]
+    default = kind()
+    for name in values:  # transformers keeps what it does not know, and builds the default in its place
+        if not hasattr(default, name):
+            near = did_you_mean(name, default.to_dict())
+            raise ConfigError(f"new_model.{name} is no value of the configuration of {model_type!r}.{near}")
     special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[model_type](**{"vocab_size": len(tokenizer), **special, **values}), dtype=torch.float32
-    )
+    try:
+        return kind(**{"vocab_size": len(tokenizer), **special, **values})
+    except Exception as error:  # configurations check their values by errors of many kinds
+        raise ConfigError(f"new_model makes no {model_type!r}: {' '.join(str(error).split())}") from error
+
+
+def build_model(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build a randomly initialised model from a config with `model_type`; its vocabulary is the tokenizer's.
+
+    Raises:
+        ConfigError: as `new_config`, or the values make no causal language model.
+    """
+    made = new_config(config, tokenizer)
+    try:
+        return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    except ValueError as error:
+        raise ConfigError(f"new_model makes no causal language model: {str(error).splitlines()[0]}") from error
 
 
 def build_tokenizer(spec: str) -> PreTrainedTokenizerBase:

@@ -104,7 +104,7 @@ def load_task(
         eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
     for each in (suite, eval_suite):
         if each is not None:
-            for prompt in _unlike(prompts):
+            for prompt in unlike(prompts):
                 try_rewards(each, prompt)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
@@ -117,7 +117,13 @@ def prompt_options(data: DataArguments, config: Any) -> dict[str, Any]:
 
 
 def check_fit(
-    config: Any, model_args: ModelArguments, tokenizer: Any, prompts: Sequence[Prompt], *, drawn: int | None = None
+    config: Any,
+    model_args: ModelArguments,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    drawn: int | None = None,
+    new: Any = None,
 ) -> None:
     """Make the doctor's checks that run no model; warnings are printed.
 
@@ -125,6 +131,7 @@ def check_fit(
         config: of a run on rollouts, or of teacher forcing: its completions are the references, its dropout acts as
             the model declares it, and no generation configuration matters.
         drawn: tokens of the longest sample that teacher forcing draws for itself.
+        new: the configuration of a model that is built anew, instead of the one that model_args name.
 
     Raises:
         ModelError: a check failed; the message says what to do.
@@ -132,7 +139,9 @@ def check_fit(
     """
     if ignored := ignored_adapter_settings(model_args):
         say(f"rlseq: warning: {ignored}")
-    model_config, generation_config = load_configs(model_args.model_name_or_path, model_args.model_revision)
+    model_config, generation_config = new, None
+    if new is None:
+        model_config, generation_config = load_configs(model_args.model_name_or_path, model_args.model_revision)
     options: dict[str, Any] = {"needs_references": True}
     if hasattr(config, "max_completion_length"):
         check_router(config, model_config)
@@ -269,7 +278,7 @@ def describe_round(config: Any) -> str:
     return f"{prompts} prompts × {samples} a generation round"
 
 
-def _unlike(prompts: Sequence[Prompt]) -> list[Prompt]:
+def unlike(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Of each column the first prompt with a value and the first without one, where a reward may fail alone."""
     first: dict[tuple[str, bool], int] = {}
     for number, prompt in enumerate(prompts):
