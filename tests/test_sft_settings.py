@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 from test_dry_run import lines, run, write
-from tiny import tiny_model
+from tiny import EOS, tiny_model
 from tiny_task import ROWS, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -167,3 +168,20 @@ def test_a_patience_keeps_the_best_checkpoint(task, tmp_path, monkeypatch, capsy
 def test_a_patience_below_1_is_refused():
     with pytest.raises(ConfigError, match="early_stopping_patience is 0; expected at least 1"):
         SFTConfig(early_stopping_patience=0, eval_strategy="epoch", save_strategy="epoch")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_validation_loss_is_the_mean_over_all_tokens_whatever_the_batch(size, task, tmp_path, monkeypatch):
+    arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", "--max_steps", 1]
+    arguments += ["--learning_rate", 0, "--eval_strategy", "steps", "--eval_steps", 1]
+    assert run(monkeypatch, "sft", *arguments, "--per_device_eval_batch_size", size) == 0
+    (found,) = (line["eval_loss"] for line in lines(tmp_path / "run/metrics.jsonl") if "eval_loss" in line)
+    model, nats, tokens = AutoModelForCausalLM.from_pretrained(task / "llama"), 0.0, 0
+    for row in ROWS:
+        prompt, answer = (tiny_tokenizer()(text=text)["input_ids"] for text in (row["prompt"], row["references"][0]))
+        answer.append(EOS)
+        with torch.no_grad():
+            table = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        nats -= sum(table[len(prompt) + t - 1, token].item() for t, token in enumerate(answer))
+        tokens += len(answer)
+    assert found == pytest.approx(nats / tokens, rel=1e-6)

@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 import torch
 import trl
+from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -57,7 +58,28 @@ class LengthGroupedBatches(Sampler[int]):
 
 
 class SFTTrainer(GuardMixin, FinishedRunMixin, ModelCardMixin, trl.SFTTrainer):
-    """TRL's SFTTrainer whose `train_sampling_strategy: group_by_length` gives `LengthGroupedBatches`."""
+    """TRL's SFTTrainer with `LengthGroupedBatches` as `train_sampling_strategy: group_by_length`.
+
+    Its `eval_loss` is the mean over all tokens of the completions. transformers takes the mean of batches, each by its
+    rows, which depends on the batch size where completions have different lengths. (On several processes the rows that
+    fill up the last batch count twice.)
+    """
+
+    _evaluated: tuple[float, int] = (0.0, 0)  # Σ NLL and tokens of the evaluation under way, of this process
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        tokens = int((inputs["labels"][:, 1:] != -100).sum())
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if tokens:
+            self._evaluated = self._evaluated[0] + found[0].item() * tokens, self._evaluated[1] + tokens
+        return found
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._evaluated = 0.0, 0
+        output = super().evaluation_loop(*args, **kwargs)
+        nll, tokens = map(sum, zip(*gather_object([self._evaluated]), strict=True))
+        output.metrics.update({name: nll / tokens for name in output.metrics if name.endswith("_loss") and tokens})
+        return output
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
