@@ -14,6 +14,7 @@ from rlseq.errors import ConfigError, DataError, RlseqError
 from rlseq.scoring.rescore import read_rollouts
 from rlseq.training.config import GRPOConfig
 from rlseq.training.rejection import read_candidates
+from rlseq.training.rollout_log import calls_tools
 from rlseq.training.tools import check_tools, load_tools
 
 CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call><eos>'
@@ -125,9 +126,16 @@ def test_the_log_holds_every_turn_and_rescoring_gets_them(trained, tmp_path):
     assert logged.rollouts[0].messages[0]["tool_calls"][0]["function"]["arguments"] == {"a": 6, "b": 7}
 
 
+def test_a_call_alone_is_a_turn_that_is_logged():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}
+    answer = {"role": "assistant", "content": "It is 42."}
+    assert calls_tools([call]) and calls_tools([call, {"role": "tool", "content": "42"}, answer])
+    assert not calls_tools([answer]) and not calls_tools(()) and not calls_tools(None)
+
+
 def test_rollouts_with_calls_are_not_learnt_as_if_without_them(trained):
     trainer, _, _ = trained
-    with pytest.raises(DataError, match=r"record 1, has 3 turns: tools were called in it"):
+    with pytest.raises(DataError, match="record 1: tools were called in it"):
         read_candidates([str(trainer.rollouts_dir.parent)])
 
 

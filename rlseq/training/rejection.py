@@ -25,7 +25,7 @@ from rlseq.errors import DataError, RlseqError
 from rlseq.sampler import sample, stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.rescore import read_rollouts
-from rlseq.training.rollout_log import rollout_records
+from rlseq.training.rollout_log import calls_tools, rollout_records
 from rlseq.types import Prompt
 
 Record = Mapping[str, Any]  # of a rollout, as a run's rollouts/*.jsonl has it
@@ -101,11 +101,10 @@ def read_candidates(paths: Sequence[str]) -> list[Record]:
                         f"{file}, record {number}: total is {total!r}; expected a number, or null where every reward "
                         "abstained. `rlseq reward score --output` gives rollouts totals."
                     )
-                if len(record.get("messages") or ()) > 1:
+                if calls_tools(record.get("messages")):
                     raise DataError(
-                        f"{file}, record {number}, has {len(record['messages'])} turns: tools were called in it. Its "
-                        "last answer alone would be trained, as if it could be known without the calls. Take rollouts "
-                        "of runs without tools and environment."
+                        f"{file}, record {number}: tools were called in it. Its last answer alone would be trained, as "
+                        "if it could be known without the calls. Take rollouts of runs without tools and environment."
                     )
                 records.append(record)
     if len({isinstance(record["prompt"], str) for record in records}) > 1:

@@ -34,7 +34,7 @@ def rollout_records(
             "prompt": prompt.messages_or_text,
             "references": prompt.columns.get("references", []),
             "completion": one.rollout.text,
-            **({"messages": json_ready(one.rollout.messages)} if len(one.rollout.messages or ()) > 1 else {}),
+            **({"messages": json_ready(one.rollout.messages)} if calls_tools(one.rollout.messages) else {}),
             "values": dict(one.values),
             "status": dict(one.status),
             "details": json_ready({name: dict(details) for name, details in one.details.items()}),
@@ -46,6 +46,11 @@ def rollout_records(
         }
         for prompt, one, advantage in zip(prompts, scored, advantages, strict=True)
     ]
+
+
+def calls_tools(messages: Sequence[Mapping[str, Any]] | None) -> bool:
+    """Whether the turns of a rollout are more than one answer; a call whose result found no room is a turn alone."""
+    return any(message.get("role") != "assistant" or message.get("tool_calls") for message in messages or ())
 
 
 def trained_records(
