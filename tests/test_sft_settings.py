@@ -185,3 +185,22 @@ def test_the_validation_loss_is_the_mean_over_all_tokens_whatever_the_batch(size
         nats -= sum(table[len(prompt) + t - 1, token].item() for t, token in enumerate(answer))
         tokens += len(answer)
     assert found == pytest.approx(nats / tokens, rel=1e-6)
+
+
+def test_a_patience_counts_on_where_a_run_is_resumed(task, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    arguments = ["--config", task / "sft.yaml", "--output_dir", out, "--early_stopping_patience", 3]
+    arguments += ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--num_train_epochs", 60]
+    arguments += ["--learning_rate", 0.3, "--lr_scheduler_type", "constant"]
+    assert run(monkeypatch, "sft", *arguments) == 0
+    metrics = [line for line in lines(out / "metrics.jsonl") if "eval_loss" in line]
+    weights = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    last = metrics[-1]["step"]
+    best = min(metrics, key=lambda line: line["eval_loss"])["step"]
+    assert last == best + 6 < 120  # three epochs of two steps, of which two are left after the first without a better
+    for start in (best + 2, last):
+        checkpoint = out / f"checkpoint-{start}"
+        assert run(monkeypatch, "sft", *arguments, "--resume_from_checkpoint", checkpoint) == 0
+        again = [line for line in lines(out / "metrics.jsonl") if "eval_loss" in line]
+        assert [(m["step"], m["eval_loss"]) for m in again] == [(m["step"], m["eval_loss"]) for m in metrics]
+        assert all(weights[name].equal(w) for name, w in AutoModelForCausalLM.from_pretrained(out).state_dict().items())

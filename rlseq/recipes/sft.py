@@ -25,7 +25,7 @@ import datasets
 import torch
 import trl
 from accelerate import PartialState
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import set_seed
 
 from rlseq.data import build_prompts, load_rows
 from rlseq.errors import ConfigError
@@ -33,7 +33,7 @@ from rlseq.evaluation.contrast import read_jsonl
 from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
 from rlseq.scoring.find import bundled_folder
-from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress
+from rlseq.training.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
 from rlseq.training.config import (
     DataArguments,
     ModelArguments,
@@ -178,7 +178,7 @@ def main() -> None:
         say(f"rlseq: trains on {what}")
     callbacks = [MetricsWriter(directory.metrics)]
     if config.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+        callbacks.append(EarlyStopping(config.early_stopping_patience))
     trainer = SFTTrainer(
         model=model,
         args=config,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import (
+    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -73,6 +74,19 @@ class Warnings(TrainerCallback):
             if text not in self.said:
                 self.said.add(text)
                 print(f"warning, step {state.global_step}: {text}", file=sys.stderr, flush=True)
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' EarlyStoppingCallback, whose count goes on where the checkpoint has it; there it begins anew."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **more)
+        held = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = held["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 class GracefulStop(TrainerCallback):
