@@ -119,6 +119,15 @@ def test_samples_that_just_fit_are_drawn(task, tmp_path, monkeypatch):
     assert len(lines(tmp_path / "run/rollouts/000000.jsonl")) == 16
 
 
+def test_a_dry_run_counts_the_cache_of_the_samples_that_are_drawn(task, tmp_path, monkeypatch, capsys):
+    """8 prompts of at most 4 tokens, 2 samples of at most 12; keys and values of 2 layers, 1 head of 8: 32 numbers."""
+    arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", *DRAW, "--dry_run", "true"]
+    assert run(monkeypatch, "sft", *arguments, "--rejection_max_new_tokens", 12) == 0
+    assert "256 tokens × 32 numbers × 4 bytes" in capsys.readouterr().out
+    assert run(monkeypatch, "sft", *arguments[:4], "--dry_run", "true") == 0
+    assert "KV cache" not in capsys.readouterr().out
+
+
 def test_references_that_are_too_long_name_no_setting_that_is_not_there(task, tmp_path, monkeypatch, capsys):
     write(tmp_path / "data" / "train.jsonl", [{"prompt": "a = ", "references": [" ".join("A" * 63)]}] * 4)
     write(tmp_path / "data" / "validation.jsonl", ROWS)

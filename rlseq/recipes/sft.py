@@ -66,7 +66,14 @@ from rlseq.training.recipe import (
     try_rewards,
     unlike,
 )
-from rlseq.training.rejection import Record, best_completions, draw_candidates, read_candidates, require_survivors
+from rlseq.training.rejection import (
+    Record,
+    best_completions,
+    draw_candidates,
+    prompts_together,
+    read_candidates,
+    require_survivors,
+)
 from rlseq.training.rollout_log import write_rollouts
 from rlseq.training.sft import MEASURED, SFTTrainer, check_examples
 from rlseq.types import Prompt
@@ -142,13 +149,15 @@ def main() -> None:
         measure(validation, data.eval_split)
     lengths = [] if rejection.rejection_samples else measure(train, "training", batch)
     if run.dry_run:
-        drawn = len(prompts) * rejection.rejection_samples if rejection.rejection_samples else 0
+        drawn, cached = len(prompts) * (rejection.rejection_samples or 0), 0
         if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
             longest = max(len(p.prompt_ids) for p in prompts) + rejection.rejection_max_new_tokens
             lengths = [longest] * len(prompts) * min(rejection.rejection_keep, rejection.rejection_samples)
+            own = -(-len(prompts) // PartialState().num_processes)
+            cached = longest * rejection.rejection_samples * min(own, prompts_together(rejection.rejection_samples))
         with torch.device("meta"):
             model = build_model(new.new_model, tokenizer) if new.new_model else weightless_model(model_args)
-        say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn))
+        say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn, cached_tokens=cached))
         return
     directory = open_run(config, run, data, new, rejection, model_args)
     announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples")

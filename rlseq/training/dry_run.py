@@ -151,22 +151,35 @@ def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments
     if hasattr(config, "critic"):
         critic = critic_parameters(model, config.critic, config.critic_name_or_path)
     plan = plan_rollouts(config, prompts, PartialState().num_processes)
-    return _describe(config, run, model_args, size_of(model, critic), plan)
+    return _describe(config, run, model_args, size_of(model, critic), plan, plan.generations_a_process * plan.longest)
 
 
 def describe_examples(
-    config: Any, run: RunArguments, model_args: ModelArguments, model: Any, lengths: Sequence[int], *, rollouts: int = 0
+    config: Any,
+    run: RunArguments,
+    model_args: ModelArguments,
+    model: Any,
+    lengths: Sequence[int],
+    *,
+    rollouts: int = 0,
+    cached_tokens: int = 0,
 ) -> str:
     """The same of teacher forcing; `model` is on the meta device.
+
+    Args:
+        lengths, rollouts: as `plan_examples` takes them.
+        cached_tokens: of the samples that a process draws together, before training.
 
     Raises:
         RlseqError: the run could not start; it says why.
     """
     plan = plan_examples(config, lengths, PartialState().num_processes, rollouts=rollouts)
-    return _describe(config, run, model_args, size_of(model), plan)
+    return _describe(config, run, model_args, size_of(model), plan, cached_tokens)
 
 
-def _describe(config: Any, run: RunArguments, model_args: ModelArguments, size: ModelSize, plan: Plan) -> str:
+def _describe(
+    config: Any, run: RunArguments, model_args: ModelArguments, size: ModelSize, plan: Plan, cached_tokens: int
+) -> str:
     asked = {"resume": config.resume_from_checkpoint, "overwrite": run.overwrite_output_dir}
     checkpoint = check_available(config.output_dir, **asked)
     if checkpoint is not None:
@@ -182,7 +195,7 @@ def _describe(config: Any, run: RunArguments, model_args: ModelArguments, size: 
         quantized_bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
         compute_bytes=2 if half else 4,
         update_tokens=config.per_device_train_batch_size * plan.longest,
-        cached_tokens=plan.generations_a_process * plan.longest,
+        cached_tokens=cached_tokens,
         checkpointing=bool(config.gradient_checkpointing),
         logits=not hasattr(config, "max_completion_length"),
     )

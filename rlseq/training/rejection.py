@@ -112,6 +112,11 @@ def read_candidates(paths: Sequence[str]) -> list[Record]:
     return records
 
 
+def prompts_together(num_samples: int) -> int:
+    """Prompts whose samples a process draws and scores together."""
+    return max(1, CHUNK_ROWS // num_samples)
+
+
 def draw_candidates(
     model: torch.nn.Module,
     prompts: Sequence[Prompt],
@@ -142,7 +147,7 @@ def draw_candidates(
     state = PartialState()
     mine = list(range(state.process_index, len(prompts), state.num_processes))
     stops = stop_ids_of(model, tokenizer)
-    size = max(1, CHUNK_ROWS // num_samples)
+    size = prompts_together(num_samples)
     drawn: list[tuple[int, Record]] = []  # (place of the prompt, record)
     error: RlseqError | None = None
     try:
@@ -188,4 +193,4 @@ def _key(record: Record) -> str:
     return str(key) if key is not None else json.dumps(record["prompt"], sort_keys=True, ensure_ascii=False)
 
 
-__all__ = ["best_completions", "draw_candidates", "read_candidates", "require_survivors"]
+__all__ = ["best_completions", "draw_candidates", "prompts_together", "read_candidates", "require_survivors"]
