@@ -164,6 +164,12 @@ def attention_of(model: Any) -> str | None:
     return getattr(model.config.get_text_config(), "_attn_implementation", None)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given: batches of ever new shapes would be compiled anew, and its forward names no
+    arguments."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, 1, S, S), from the column before which each token is seen, (R, S)."""
     columns = torch.arange(seen_RS.shape[1], dtype=torch.int32, device=seen_RS.device)

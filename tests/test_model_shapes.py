@@ -118,6 +118,13 @@ def test_a_model_that_takes_padding_for_text_is_decoded_one_length_at_a_time(cap
             assert torch.allclose(torch.tensor(rollout.logprobs), expected, atol=1e-4)
 
 
+def test_a_compiled_model_is_decoded_as_what_was_compiled(capsys):
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager")
+    assert draw(compiled) == draw(model) and beginnings.way_of(compiled) == "padded"
+    assert capsys.readouterr().out == ""
+
+
 def test_slots_may_go_on_from_another_length():
     # By brute force: every slot's logits are those of its own sequence, wherever it came from.
     model = tiny_model()
