@@ -118,6 +118,23 @@ def test_a_model_that_takes_padding_for_text_is_decoded_one_length_at_a_time(cap
             assert torch.allclose(torch.tensor(rollout.logprobs), expected, atol=1e-4)
 
 
+def likeliest_pair(model, ids):
+    """The likeliest completion of two tokens at most, by enumeration: one that ends with a stop id, or is cut."""
+    first = alone(model, ids)[-1]
+    chances = {(EOS,): first[EOS].item()}
+    for token in set(range(len(first))) - {EOS}:
+        second = alone(model, (*ids, token))[-1]
+        chances |= {(token, other): (first[token] + second[other]).item() for other in range(len(second))}
+    return max(chances, key=chances.get)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "xlstm", "recurrent_gemma", "takes padding for text"])
+def test_beam_search_pads_and_caches_only_where_that_is_right(name):
+    model = TakesPaddingForText(tiny_model().config).eval() if name not in SHAPES else tiny_shape(name)
+    found = beam(model, PROMPTS, max_new_tokens=2, strategy=Beam(width=23), stop_ids=STOPS)
+    assert [one.completion_ids for (one,) in found] == [likeliest_pair(model, p.prompt_ids) for p in PROMPTS]
+
+
 def test_a_compiled_model_is_decoded_as_what_was_compiled(capsys):
     model = tiny_model()
     compiled = torch.compile(model, backend="eager")
