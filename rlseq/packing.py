@@ -282,7 +282,7 @@ def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool
     """
     whole_config: Any = model.config
     config = whole_config.get_text_config()
-    window = _attention_window(config)
+    window = attention_window(config)
     if window is not None and (longest is None or longest > window):
         found = "of unstated length" if longest is None else f"of {longest} tokens"
         return False, f"the model's attention window of {window} tokens may cut sequences {found}"
@@ -328,7 +328,7 @@ def _completion_tokens(per_token: Tensor, batch: PackedBatch, shifted: bool | No
     return per_token[batch.token_rows, batch.token_columns - (width - per_token.shape[1])]  # (N,)
 
 
-def _attention_window(config) -> int | None:
+def attention_window(config) -> int | None:
     """The shortest attention window that a text config declares; 0 where windows follow the row's columns."""
     layers = getattr(config, "layer_types", None)
     windows = []
