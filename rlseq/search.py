@@ -51,7 +51,12 @@ def beam(
     """Return the best hypothesis of beam search for each prompt (a list of one), by `transformers.generate`.
 
     Log-probs are the model's own, by teacher forcing of the hypothesis. Arguments as `rlseq.sampler.sample`.
+
+    Raises:
+        ConfigError: no stop ids, or a prompt has no tokens.
     """
+    if not stop_ids or any(len(prompt.prompt_ids) == 0 for prompt in prompts):
+        raise ConfigError(f"beam: {'a prompt' if stop_ids else 'stop_ids'} is empty; expected at least one id")
     stops = sorted(stop_ids)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -8,10 +8,10 @@ import json
 
 import pytest
 import torch
-from tiny import EOS, tiny_model
+from tiny import EOS, VOCAB, tiny_model
 from tiny_shapes import SHAPES, tiny_shape
 from tiny_task import tiny_tokenizer, tiny_trainer
-from transformers import AutoModelForImageTextToText, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma4TextConfig, LlamaForCausalLM
 
 from rlseq import beginnings
 from rlseq.decoding import Beam, Greedy, Sample
@@ -163,6 +163,16 @@ def test_a_model_without_numbers_is_not_judged(capsys):
     model.lm_head.weight.data.fill_(torch.nan)
     draw(model, PROMPTS[:1])
     assert beginnings.way_of(model) == "padded" and capsys.readouterr().out == ""
+
+
+def test_layers_of_unlike_heads_are_counted_one_by_one():
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    inputs = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 16}
+    config = Gemma4TextConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, **layers, **inputs, **heads)
+    cache = AutoModelForCausalLM.from_config(config)(input_ids=torch.tensor([[3]])).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert cached_numbers(config) == held
 
 
 def test_states_need_no_budget_that_grows_with_the_text():
