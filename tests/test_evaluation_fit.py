@@ -14,6 +14,10 @@ from rlseq.scoring import load_rewards
 
 BAD = {
     "too short a context": ({"n_positions": 4}, r"'b' .*\n  context: \d of \d rows may exceed 4 tokens"),
+    "too short for a completion": (
+        {"n_positions": 9},
+        r"may exceed 9 tokens .* completion 7\)\. To do: lower max_new_tok",
+    ),
     "fewer rows than tokens": ({"vocab_size": 20}, r"'b' .*\n  vocabulary: 23 tokens, but an embedding of 20 rows"),
 }
 
@@ -25,7 +29,7 @@ def test_a_checkpoint_that_cannot_read_the_data_is_refused_before_any_is_loaded(
         tiny_model("gpt2", **kind).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
     monkeypatch.setattr(measure, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
-    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=())
+    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=7, studies=())
     with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=message):
         contrast({"a": tmp_path / "a", "b": tmp_path / "b"}, ROWS, suite, settings=settings, quiet=True)
 

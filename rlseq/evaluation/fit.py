@@ -10,7 +10,6 @@ from rlseq.data import build_prompts
 from rlseq.decoding import ExactMAP
 from rlseq.doctor.finding import FAILED
 from rlseq.doctor.preflight import load_configs, preflight
-from rlseq.doctor.prompts import check_context
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.loading import load_tokenizer
 from rlseq.evaluation.references import OF_ANSWERS
@@ -44,8 +43,8 @@ def check_models(
             model_config, generation_config = load_configs(str(path))
         except ModelError as error:
             raise ModelError(f"cannot load model {name!r} from {str(path)!r}: {error}") from error
-        findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config)
-        findings.append(check_context(model_config, prompts, settings.max_new_tokens, setting="max_new_tokens"))
+        options = {"generation_config": generation_config, "max_new_tokens": settings.max_new_tokens}
+        findings = preflight(model_config, tokenizer, prompts, **options)
         failed = [f for f in findings if f.status == FAILED and f.check in CHECKS]
         if failed:
             said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]
