@@ -6,6 +6,7 @@ import pytest
 from tiny import tiny_model
 from tiny_shapes import tiny_shape
 from tiny_task import ROWS, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rlseq.errors import DataError, ModelError
 from rlseq.evaluation import measure
@@ -32,6 +33,17 @@ def test_a_checkpoint_that_cannot_read_the_data_is_refused_before_any_is_loaded(
     settings = ContrastSettings(strategies=("greedy",), max_new_tokens=7, studies=())
     with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=message):
         contrast({"a": tmp_path / "a", "b": tmp_path / "b"}, ROWS, suite, settings=settings, quiet=True)
+
+
+def test_prompts_that_end_with_the_end_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    end = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 2)])
+    tokenizer.backend_tokenizer.post_processor = end
+    tokenizer.save_pretrained(tmp_path)
+    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=())
+    with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=r"BOS: 8 of 8 prompts end with <eos>"):
+        contrast({"a": tmp_path}, ROWS, suite, settings=settings, quiet=True)
 
 
 def saved(folder, model):

@@ -18,7 +18,7 @@ from rlseq.search import refuse_states
 from rlseq.types import Prompt
 
 # What an evaluation cannot do without; the others are of training.
-CHECKS = {"padding", "stop tokens", "context", "vocabulary"}
+CHECKS = {"padding", "stop tokens", "BOS", "context", "vocabulary"}
 
 
 def check_models(
