@@ -7,6 +7,7 @@ from tiny import tiny_model
 from tiny_shapes import tiny_shape
 from tiny_task import ROWS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
+from transformers import RobertaConfig
 
 from rlseq.errors import DataError, ModelError
 from rlseq.evaluation import measure
@@ -77,3 +78,14 @@ def test_images_are_refused_before_any_model_is_loaded(tmp_path, monkeypatch):
     said = r"^row 1: column 'image' holds an image, and text alone is served"
     with load_rewards(["exact_match"]) as suite, pytest.raises(DataError, match=said):
         contrast(models, rows, suite, settings=settings, quiet=True)
+
+
+def test_encoders_whose_positions_are_counted_otherwise_are_refused_before_they_load(tmp_path):
+    RobertaConfig(vocab_size=23, hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=())
+    with (
+        load_rewards(["exact_match"]) as suite,
+        pytest.raises(ModelError, match="'roberta' count positions from their padding id on"),
+    ):
+        contrast({"a": tmp_path}, ROWS, suite, settings=settings, quiet=True)

@@ -14,6 +14,7 @@ from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.loading import load_tokenizer
 from rlseq.evaluation.references import OF_ANSWERS
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.model_class import causal_class
 from rlseq.search import refuse_states
 from rlseq.types import Prompt
 
@@ -41,6 +42,7 @@ def check_models(
         check_answers(settings, prompts)
         try:
             model_config, generation_config = load_configs(str(path))
+            causal_class(model_config)  # refuses some
         except ModelError as error:
             raise ModelError(f"cannot load model {name!r} from {str(path)!r}: {error}") from error
         options = {"generation_config": generation_config, "max_new_tokens": settings.max_new_tokens}
