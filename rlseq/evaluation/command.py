@@ -51,7 +51,7 @@ def evaluate_or_join(
         split=data.eval_split,
         limit=data.eval_rows,
         config_name=data.dataset_config,
-        prompt_options=data.prompt_options(),
+        prompt_options=data.prompt_options() | arguments.template_options(),
         reward_funcs=measured,
         max_error_rate=rewards.max_error_rate,
         settings=ContrastSettings(
