@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "evaluation": LOWER | {"doctor"},
 }
 # On top: commands use whatever they show, by its public names.
-TOP = {"cli", "show", "doctor.command", "recipes", "__init__"}
+TOP = {"cli", "show", "doctor.command", "scoring.commands", "recipes", "__init__"}
 
 
 def sources(folder):

@@ -193,6 +193,25 @@ def test_check_samples_from_a_model_to_see_whether_grpo_would_learn(tmp_path, ca
     assert "FAIL samples of a prompt differ in reward 0 of 4 groups" in " ".join(capsys.readouterr().out.split())
 
 
+def test_check_samples_from_a_model_on_the_made_up_rows_too(tmp_path, capsys):
+    folder = save_tiny_model(tmp_path / "model")
+    main(["reward", "check", "token_f1", "--model_name_or_path", folder, "--max_completion_length", "6"])
+    assert "samples of a prompt differ in reward 0 of 8 groups" in " ".join(capsys.readouterr().out.split())
+
+
+def test_check_refuses_a_model_without_room_for_the_samples_before_it_loads(tmp_path, data, capsys, monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = save_tiny_model(tmp_path / "model")
+    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    monkeypatch.setattr("rlseq.scoring.commands._spread", lambda *_: pytest.fail("the model was loaded"))
+    assert main(["reward", "check", "exact_match", "--dataset_name", data, "--model_name_or_path", folder]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "may exceed 64 tokens" in err  # said at once, not below a table
+    assert "lower max_completion_length to 59" in err  # a prompt of 5 words: "sum of 1 and 1:"
+
+
 def test_check_names_a_model_that_cannot_be_loaded(capsys, tmp_path):
     assert main(["reward", "check", "constant", "--model_name_or_path", str(tmp_path / "none")]) == 2
     assert "cannot load --model_name_or_path" in capsys.readouterr().err
