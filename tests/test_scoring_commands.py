@@ -155,6 +155,23 @@ def test_check_finds_options_that_a_run_would_refuse(options, message):
     assert "'cache'" not in found["it loads"].finding  # what the check itself adds is not the user's
 
 
+@pytest.mark.parametrize("answers", [["it is 7"], ["it is 7", "it is 7"]])
+def test_check_does_not_call_the_one_answer_of_all_rows_a_hack(answers):
+    rows = [Prompt(f"k{i}", f"question {i}?", (), {"references": [answer]}) for i, answer in enumerate(answers)]
+    found = findings({"func": "exact_match"}, rows)
+    assert all(check.passed is not False for check in found.values())
+    assert found["hackable by the most frequent completion?"].passed is None
+    other = findings({"func": "exact_match"}, [*rows, Prompt("k", "question?", (), {"references": ["it is 8"]})])
+    assert other["hackable by the most frequent completion?"].passed is True
+
+
+@pytest.mark.parametrize("flag", ["--rows", "--num_generations", "--max_completion_length"])
+def test_check_refuses_numbers_that_nothing_can_be_done_with(flag, data, capsys):
+    for number in ("0", "-3"):
+        assert main(["reward", "check", "exact_match", "--dataset_name", data, flag, number]) == 2
+        assert capsys.readouterr().err == f"error: {flag} is {number}; expected at least 1\n"
+
+
 def test_check_gives_the_same_advice_once(capsys):
     assert main(["reward", "check", "constant"]) == 1
     assert capsys.readouterr().out.count("Training will find this") == 1

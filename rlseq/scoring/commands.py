@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..types import Prompt
 from .check import Check, run_checks, spread
 from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
@@ -90,6 +90,9 @@ def _range(limits: Any) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
+    for name in ("rows", "num_generations", "max_completion_length"):
+        if (value := getattr(args, name)) < 1:
+            raise ConfigError(f"--{name} is {value}; expected at least 1")
     given = parse_spec(args.spec)
     spec = given if isinstance(given, dict) else {"func": given}
     tokenizer = None
