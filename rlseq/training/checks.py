@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl
+from transformers.integrations import integration_utils
 
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring import RewardSuite
@@ -67,6 +68,23 @@ def check_numbers(config: Any) -> None:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected a number in [0, 1)")
     if getattr(config, "temperature", 1) <= 0:
         raise ConfigError(f"temperature is {config.temperature}; expected a number above 0")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse to report to what transformers does not know, or to what is not installed.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    known = list(integration_utils.INTEGRATION_TO_CALLBACK)
+    modules = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}  # where the name is another
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"--report_to is {name!r}; expected one of {', '.join(known)}, all or none.{near}")
+        if not getattr(integration_utils, f"is_{modules.get(name, name)}_available")():
+            extra = "rlseq[tracking]" if name in ("tensorboard", "trackio", "wandb") else name
+            raise ConfigError(f"--report_to {name} needs {name}, which is not installed: pip install '{extra}'")
 
 
 def check_objective(config: Any) -> None:

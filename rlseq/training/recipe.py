@@ -25,6 +25,7 @@ from rlseq.training.config import DataArguments, ModelArguments, NewModelArgumen
 from rlseq.training.config_file import changed_values
 from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.faults import writing
+from rlseq.training.memory import weightless_model
 from rlseq.training.models import check_attention, check_model_path, load_tokenizer
 from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
@@ -123,7 +124,7 @@ def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: 
 
     Raises:
         ModelError: a check failed; the message says what to do.
-        ConfigError: the model has a router loss that the run would leave out.
+        ConfigError: the model has a router loss that the run would leave out, or the adapter does not fit it.
     """
     model_config, generation_config = load_configs(model_args.model_name_or_path, model_args.model_revision)
     options: dict[str, Any] = {"needs_references": True}
@@ -141,6 +142,8 @@ def check_fit(config: Any, model_args: ModelArguments, tokenizer: Any, prompts: 
     lines = {status: [f.sentence for f in findings if f.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
+    if model_args.use_peft:
+        weightless_model(model_args)  # says where the adapter does not fit
     for line in lines[WARNING]:
         say(f"rlseq: warning: {line}")
 
