@@ -107,7 +107,7 @@ def _contrast(
     check_settings(settings, suite, rows, prompt_options)
     chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
     check_windows(settings, models)
-    check_models(models, rows, prompt_options, settings)
+    check_models(models, rows, prompt_options, settings, suite, choice_rows)
     documents = load_documents(settings)
     state = PartialState()
     folder = None if output_dir is None else Path(output_dir)

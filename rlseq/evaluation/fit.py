@@ -15,6 +15,8 @@ from rlseq.evaluation.loading import load_tokenizer
 from rlseq.evaluation.references import OF_ANSWERS
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.model_class import causal_class
+from rlseq.scoring import RewardSuite
+from rlseq.scoring.trial import try_rewards
 from rlseq.search import refuse_states
 from rlseq.types import Prompt
 
@@ -27,19 +29,26 @@ def check_models(
     rows: Sequence[Mapping[str, Any]],
     prompt_options: Mapping[str, Any],
     settings: ContrastSettings,
+    suite: RewardSuite,
+    choice_rows: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Refuse rows that cannot be evaluated, and a checkpoint that cannot: it lacks tokens or room, or never ends.
 
     Raises:
+        RewardError: a reward fails on a row that has something, or nothing, in a column.
         DataError: a row makes no prompt, or holds an image.
         ConfigError: the primary comparison is of answers that the rows do not have.
         ModelError: says which checkpoint, what was found and what to do.
     """
     searched = any(isinstance(strategy, ExactMAP) for strategy in settings.parsed())
-    for name, path in models.items():
+    for number, (name, path) in enumerate(models.items()):
         tokenizer = load_tokenizer(name, str(path))
         prompts = build_prompts(rows, tokenizer, **prompt_options)
         check_answers(settings, prompts)
+        if number == 0:  # of another checkpoint the prompts differ in their ids alone
+            try_rewards(suite, prompts)
+            if choice_rows:
+                try_rewards(suite, build_prompts(choice_rows, tokenizer, **prompt_options))
         try:
             model_config, generation_config = load_configs(str(path))
             causal_class(model_config)  # refuses some

@@ -17,6 +17,7 @@ from rlseq.evaluation.fit import check_models
 from rlseq.evaluation.plots import write_curves
 from rlseq.evaluation.report import write_plane
 from rlseq.scoring import RewardSuite
+from rlseq.scoring.trial import try_rewards
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
@@ -67,11 +68,15 @@ def prepare(
     if evaluation.evaluate:
         check_settings(settings, measured, task.eval_rows, prompt_options(data, config))
         check_windows(settings, {"base": model_args.model_name_or_path})
-        check_models({"base": model_args.model_name_or_path}, task.eval_rows, prompt_options(data, config), settings)
+        base = {"base": model_args.model_name_or_path}
+        check_models(base, task.eval_rows, prompt_options(data, config), settings, measured)
     probe = None
     if during:
+        prompts = build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **prompt_options(data, config))
+        if not evaluation.evaluate:
+            try_rewards(measured, prompts)
         probe = ValidationProbe(
-            build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **prompt_options(data, config)),
+            prompts,
             task.tokenizer,
             task.suite,
             task.eval_suite,

@@ -33,6 +33,7 @@ from rlseq.evaluation.contrast import read_jsonl
 from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
 from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.trial import try_rewards
 from rlseq.training.callbacks import GracefulStop, MetricsWriter, Progress
 from rlseq.training.config import (
     DataArguments,
@@ -54,7 +55,7 @@ from rlseq.training.models import (
     merge_result,
 )
 from rlseq.training.parser import RecipeParser, run_recipe
-from rlseq.training.recipe import announce, check_fit, default_config, finish, open_run, say, try_rewards
+from rlseq.training.recipe import announce, check_fit, default_config, finish, open_run, say
 from rlseq.training.rejection import Record, best_completions, draw_candidates, read_candidates, require_survivors
 from rlseq.training.rollout_log import write_rollouts
 from rlseq.training.sft import SFTTrainer
@@ -108,7 +109,7 @@ def main() -> None:
         suite = load_rewards(
             rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
         )
-        try_rewards(suite, prompts[0])
+        try_rewards(suite, prompts)
         what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"
     else:
         train = references_of(prompts)

@@ -19,6 +19,7 @@ from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
+from rlseq.scoring.trial import try_rewards
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
@@ -31,7 +32,7 @@ from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
 from rlseq.training.same_model import check_same_model, check_same_new_model
 from rlseq.training.tools import check_tools, load_tools
-from rlseq.types import Prompt, Rollout
+from rlseq.types import Prompt
 
 SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "--new_model")
 
@@ -103,8 +104,7 @@ def load_task(
         eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
     for each in (suite, eval_suite):
         if each is not None:
-            for prompt in _unlike(prompts):
-                try_rewards(each, prompt)
+            try_rewards(each, prompts)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
 
@@ -261,40 +261,6 @@ def describe_round(config: Any) -> str:
         return f"the references of {prompts} prompts a step, nothing drawn"
     samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
     return f"{prompts} prompts × {samples} a generation round"
-
-
-def _unlike(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Of each column the first prompt with a value and the first without one, where a reward may fail alone."""
-    first: dict[tuple[str, bool], int] = {}
-    for number, prompt in enumerate(prompts):
-        for column, value in prompt.columns.items():
-            first.setdefault((column, value is None or value == []), number)
-    return [prompts[number] for number in sorted({0, *first.values()})]
-
-
-def try_rewards(suite: RewardSuite, prompt: Prompt) -> None:
-    """Score one row before any model loads: its first reference, or an empty completion where it has none.
-
-    Raises:
-        RewardError: a reward asks for a column that is not there, or fails.
-    """
-    references = prompt.columns.get("references") or [""]
-    chat = not isinstance(prompt.messages_or_text, str)
-    rollout = Rollout(
-        prompt_key=prompt.key,
-        sample=0,
-        completion_ids=(),
-        trained_mask=(),
-        logprobs=(),
-        text=references[0],
-        raw_text=references[0],
-        messages=({"role": "assistant", "content": references[0]},) if chat else None,
-        finish_reason="stop",
-        strategy="reference",
-    )
-    columns = {name: [value] for name, value in prompt.columns.items()} | {"prompt": [prompt.messages_or_text]}
-    suite.check_columns(columns)
-    suite.score([rollout], columns)
 
 
 def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> bool:
