@@ -137,6 +137,7 @@ def contrast_with_base(
         output_dir=directory.evaluation,
         title=f"{method} on {data.dataset_name} ({data.eval_split})",
         metrics_file=directory.metrics,
+        data_name=f"{data.dataset_name} ({data.eval_split})",
     )
 
 
