@@ -89,16 +89,19 @@ def main() -> None:
         return build_prompts(rows, tokenizer, **data.prompt_options())
 
     # One example a (prompt, reference): all of a prompt's references are right answers.
-    def references_of(prompts: list[Prompt]) -> datasets.Dataset:
+    def references_of(prompts: list[Prompt], split: str) -> datasets.Dataset:
         pairs = [(p.messages_or_text, r) for p in prompts for r in p.columns["references"]]
         if not pairs:
             raise ConfigError(
                 f"no row of {data.dataset_name!r} has a reference in --reference_column {data.reference_column!r}"
             )
+        if without := sum(not p.columns["references"] for p in prompts):
+            count = f"{without:,} of {len(prompts):,} {split} rows"
+            say(f"rlseq: warning: {count} are left out: they have no reference, which teacher forcing needs")
         return examples(pairs)
 
     held_out = prompts_of(data.eval_split, data.eval_rows)
-    validation = references_of(held_out)
+    validation = references_of(held_out, data.eval_split)
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
     if not new.new_model:
         check_fit(config, model_args, tokenizer, prompts)
@@ -112,7 +115,7 @@ def main() -> None:
         try_rewards(suite, prompts)
         what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"
     else:
-        train = references_of(prompts)
+        train = references_of(prompts, data.train_split)
         what = f"{len(train):,} training examples"
     if run.dry_run:
         drawn = len(prompts) * rejection.rejection_samples if rejection.rejection_samples else 0
