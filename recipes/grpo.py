@@ -4,8 +4,11 @@ The recipe itself, which explains what it does and what it takes, is rlseq/recip
 without a checkout, `accelerate launch -m rlseq.recipes.grpo` is the same.
 """
 
-from rlseq.recipes.grpo import main
-from rlseq.training.parser import run_recipe
+from rlseq.interrupts import ending_quietly
+
+with ending_quietly():
+    from rlseq.recipes.grpo import main
+    from rlseq.training.parser import run_recipe
 
 if __name__ == "__main__":
     run_recipe(main)

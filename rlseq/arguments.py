@@ -7,6 +7,8 @@ metadata is what argparse is told of its flag.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +57,26 @@ class EvaluateArguments:
         "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are chosen."
     )
     choose_rows: int = _default(500, "Only its first so many rows.")
+    chat_template_kwargs: str | dict[str, Any] | None = _default(
+        None, "What chat templates are told besides, as in training.", metavar='{"enable_thinking":false}'
+    )
+
+    def template_options(self) -> dict[str, Any]:
+        """The options of `rlseq.data.build_prompts` that these settings stand for.
+
+        Raises:
+            ConfigError: chat_template_kwargs is no mapping.
+        """
+        given = self.chat_template_kwargs
+        try:
+            given = json.loads(given) if isinstance(given, str) else given
+        except ValueError as error:
+            raise ConfigError(f"--chat_template_kwargs {given!r} is not JSON: {error}") from None
+        if given is not None and not isinstance(given, Mapping):
+            raise ConfigError(
+                f'--chat_template_kwargs is {given!r}; expected a mapping, as {{"enable_thinking":false}}'
+            )
+        return {"chat_template_kwargs": dict(given)} if given else {}
 
 
 @dataclass

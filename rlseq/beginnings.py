@@ -29,7 +29,7 @@ from rlseq.attention import Groups, SharedPrompt, take_over_sdpa
 from rlseq.errors import ModelError
 from rlseq.fixed_shape import WARM, FixedShape, may_capture
 from rlseq.kv_cache import rearrange, with_room
-from rlseq.packing import LOGIT_TOLERANCE, attention_of
+from rlseq.packing import LOGIT_TOLERANCE, attention_of, attention_window, uncompiled
 
 Ids = Sequence[int]
 
@@ -225,8 +225,11 @@ def fixed(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_
     """As `Cached`, and every step of one shape.
 
     Raises:
-        ModelError: the model's cache cannot be of a fixed shape.
+        ModelError: the model's cache cannot be of a fixed shape, or its attention windows are counted from the end of
+            the buffer (a trial is shorter than they are).
     """
+    if attention_window(_base(model).config.get_text_config()) == 0:
+        raise ModelError("its attention windows are counted from the end of the buffer")
     first = Cached(model, beginnings)
     most_rows, most_tokens = max(most_rows, len(beginnings)), max(most_tokens, first.mask.shape[1] + 1)
     room = {"most_rows": most_rows, "most_tokens": most_tokens}
@@ -257,6 +260,7 @@ def begin(model: nn.Module, beginnings: Sequence[Ids], *, most_rows: int = 0, mo
         beginnings: U token id lists, of one token at least.
         most_rows, most_tokens: as of `Cached`.
     """
+    model = uncompiled(model)
     way = way_of(model)
     make = WAYS[way]
     if way == "padded" and 2 * len(beginnings) <= most_rows and max(map(len, beginnings)) >= WORTH_SHARING:
@@ -269,6 +273,7 @@ def way_of(model: nn.Module) -> str:
 
     The answer is kept as long as the model lives. Logits may differ by what `supports_packing` allows.
     """
+    model = uncompiled(model)
     plain, captures = is_plain(model), may_capture(model)
     if plain and not captures:
         return "padded"

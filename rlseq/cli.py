@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from rlseq import __version__
 from rlseq.errors import ConfigError, RlseqError, did_you_mean
+from rlseq.interrupts import INTERRUPTED, ending_quietly
 
 
 class Command(NamedTuple):
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # `rlseq show RUN | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -101,7 +102,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
         raise ConfigError(
             f"there is no command {name!r}; there are {', '.join(COMMANDS)}.{did_you_mean(name, COMMANDS)}"
         )
-    module = importlib.import_module(COMMANDS[name].module)
+    with ending_quietly():
+        module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(prog=f"rlseq {name}", description=COMMANDS[name].help)
     module.add_arguments(parser)
     return module.run(parser.parse_args(argv)) or 0

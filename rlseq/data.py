@@ -24,10 +24,19 @@ from typing import Any
 
 from rlseq.data_files import check_csv, csv_width, find_fault, numbers_as_written, rows_of
 from rlseq.errors import DataError, RlseqError, did_you_mean
-from rlseq.prompts import build_prompts, digest, fingerprint, keeping_all, reference_ids
+from rlseq.prompts import build_prompts, digest, fingerprint, keeping_all, reference_ids, reference_texts
 from rlseq.types import Prompt
 
-__all__ = ["FILE_FORMATS", "build_prompts", "fingerprint", "keeping_all", "load_prompts", "load_rows", "reference_ids"]
+__all__ = [
+    "FILE_FORMATS",
+    "build_prompts",
+    "fingerprint",
+    "keeping_all",
+    "load_prompts",
+    "load_rows",
+    "reference_ids",
+    "reference_texts",
+]
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}

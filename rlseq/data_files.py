@@ -76,9 +76,10 @@ def find_fault(files: Iterable[Path]) -> str | None:
 
 
 def check_csv(file: Path) -> None:
-    """Refuse a csv file with a row that has fewer or more fields than there are columns, as a file cut short has.
+    """Refuse a csv file with a row that has fewer or more fields than there are columns, as a file cut short has, and
+    one with two columns of a name.
 
-    pandas fills the missing ones in silence.
+    pandas fills the missing fields, and renames the second column, in silence.
 
     Raises:
         DataError: names the file and the line.
@@ -235,6 +236,9 @@ def _csv_fault(file: Path, *, strict: bool) -> str | None:
                 header = fields
                 if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
                     return f"{file}, line {line}: the one column {header[0]!r}; expected commas between columns"
+                twice = next((name for name in header if name and header.count(name) > 1), None)
+                if twice is not None:
+                    return f"{file}, line {line}: {twice!r} names two columns; expected a name for each, once"
             elif len(fields) != len(header):
                 columns = ", ".join(header)
                 return (

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from rlseq.double import to_double
-from rlseq.packing import PackedBatch, attention_of, evaluating, pack, pad, rows_of_group, supports_packing
+from rlseq.packing import (
+    PackedBatch,
+    attention_of,
+    evaluating,
+    pack,
+    pad,
+    rows_of_group,
+    supports_packing,
+    uncompiled,
+)
 
 _ROW_TOKENS = 1024  # attention costs the square of a row: completions of one prompt beyond this start another row
 _CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32
@@ -198,7 +207,8 @@ def _score(
     parameter = next(model.parameters())
     longest = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
     shared = share_prompts and len({tuple(p) for p in prompt_ids}) < len(prompt_ids)
-    models = [model, *others]
+    models = [uncompiled(m) for m in (model, *others)]
+    model = models[0]
     attentions = {attention_of(m) for m in models}
     # Models with unlike attention may take unlike masks.
     packs = shared and len(attentions) == 1 and all(supports_packing(m, longest)[0] for m in models)
@@ -399,7 +409,8 @@ def _logits(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, s
     """The logits (n, V) at places of the flattened batch, `step` of them at a time."""
     base = _base(model)
     inputs = batch.model_inputs | {"use_cache": False}
-    if "position_ids" not in inspect.signature(base.forward).parameters:
+    padded = isinstance(batch.attention_mask, Tensor) and batch.attention_mask.ndim == 2
+    if padded and "position_ids" not in inspect.signature(base.forward).parameters:
         del inputs["position_ids"]  # padded on the right, where a model's own positions are these
     if whole:
         yield from model(**inputs).logits.flatten(0, 1)[places].split(step)
@@ -430,6 +441,8 @@ def _try_head(model: nn.Module) -> bool:
     if not hasattr(base, "get_decoder") or not hasattr(base, "get_output_embeddings"):
         return False
     decoder, head = base.get_decoder(), base.get_output_embeddings()
+    if "input_ids" not in inspect.signature(decoder.forward).parameters:
+        return False  # ModernBERT's is the head itself
     # Under FSDP2 only the outermost forward gathers current weights: call no part alone, even while they are whole.
     if decoder is base or head is None or any(hasattr(m, "set_reshard_after_forward") for m in model.modules()):
         return False

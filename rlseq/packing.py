@@ -164,6 +164,12 @@ def attention_of(model: Any) -> str | None:
     return getattr(model.config.get_text_config(), "_attn_implementation", None)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given: batches of ever new shapes would be compiled anew, and its forward names no
+    arguments."""
+    return getattr(model, "_orig_mod", model)
+
+
 def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, 1, S, S), from the column before which each token is seen, (R, S)."""
     columns = torch.arange(seen_RS.shape[1], dtype=torch.int32, device=seen_RS.device)
@@ -276,7 +282,7 @@ def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool
     """
     whole_config: Any = model.config
     config = whole_config.get_text_config()
-    window = _attention_window(config)
+    window = attention_window(config)
     if window is not None and (longest is None or longest > window):
         found = "of unstated length" if longest is None else f"of {longest} tokens"
         return False, f"the model's attention window of {window} tokens may cut sequences {found}"
@@ -322,7 +328,7 @@ def _completion_tokens(per_token: Tensor, batch: PackedBatch, shifted: bool | No
     return per_token[batch.token_rows, batch.token_columns - (width - per_token.shape[1])]  # (N,)
 
 
-def _attention_window(config) -> int | None:
+def attention_window(config) -> int | None:
     """The shortest attention window that a text config declares; 0 where windows follow the row's columns."""
     layers = getattr(config, "layer_types", None)
     windows = []

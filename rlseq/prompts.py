@@ -114,13 +114,20 @@ def build_prompts(
 
 
 def reference_ids(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the token ids of a prompt's distinct references as completions, each ended by one stop id.
+    """Return the token ids of a prompt's distinct references: the keys of `reference_texts`."""
+    return list(reference_texts(prompt, tokenizer, stop_ids))
+
+
+def reference_texts(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> dict[tuple[int, ...], str]:
+    """Return a prompt's references by their token ids as completions, each ended by one stop id.
+
+    Of texts that the tokenizer cannot tell apart the first stands for all.
 
     Prompt and reference are tokenised as one string, as teacher forcing sees them; where that moves the boundary
     between the two, the reference is tokenised by itself. Of chat data, the answer is rendered by the chat template.
     """
     start = list(prompt.prompt_ids)
-    found = []
+    found: dict[tuple[int, ...], str] = {}
     for reference in prompt.columns.get("references", ()):
         if isinstance(prompt.messages_or_text, str):
             whole = tokenizer(text=prompt.messages_or_text + reference)["input_ids"]
@@ -133,8 +140,8 @@ def reference_ids(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> li
         else:
             ids = tokenizer(text=reference, add_special_tokens=False)["input_ids"]
         end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-        found.append(tuple(ids[: end + 1]) if end is not None else (*ids, stop_ids[0]))
-    return list(dict.fromkeys(found))
+        found.setdefault(tuple(ids[: end + 1]) if end is not None else (*ids, stop_ids[0]), reference)
+    return found
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:

@@ -124,7 +124,7 @@ def sample(
 
     Raises:
         ConfigError: the strategy cannot be sampled, or asks for several equal completions; the numbers of prefixes
-            and prompts differ; or the budget does not hold a row.
+            and prompts differ; a prompt has no tokens; or the budget does not hold a row.
     """
     if not isinstance(strategy, (Greedy, Sample)):
         raise ConfigError(f"{strategy.signature!r} is a search, not a sampler; use rlseq.search.beam")
@@ -137,6 +137,8 @@ def sample(
     if prefixes is not None and len(prefixes) != len(prompts):
         raise ConfigError(f"{len(prefixes)} prefixes were given for {len(prompts)} prompts; expected one each")
     forced = [tuple(prefix) for prefix in prefixes] if prefixes is not None else [()] * len(prompts)
+    if not all(p.prompt_ids or f for p, f in zip(prompts, forced, strict=True)):
+        raise ConfigError("a prompt has no tokens; a completion needs one to follow")
     if max_kv_gb is not None and prompts:
         longest = max(len(p.prompt_ids) + len(f) for p, f in zip(prompts, forced, strict=True)) + max_new_tokens
         batch_rows = min(batch_rows, rows_within(model, max_kv_gb, longest))
@@ -218,11 +220,16 @@ def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1)
 def cached_numbers(config: Any) -> int:
     """Numbers that the KV cache holds of a token: layers · 2 · key-value heads · head dimension."""
     config = config.get_text_config()
+    differ = getattr(config, "per_layer_attributes", None)  # of Gemma 4 the head dimension
+    return sum(map(_layer_numbers, config.per_layer_config if differ else [config] * config.num_hidden_layers))
+
+
+def _layer_numbers(config: Any) -> int:
     if not getattr(config, "num_attention_heads", None):
         return 0  # states alone, of one size at any length
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers * 2 * heads * width
+    return 2 * heads * width
 
 
 def _batches(

@@ -14,6 +14,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlseq.beginnings import way_of
 from rlseq.decoding import Beam, ExactMAP, Strategy
 from rlseq.double import double_device, to_double
 from rlseq.errors import ConfigError, ModelError
@@ -50,7 +51,12 @@ def beam(
     """Return the best hypothesis of beam search for each prompt (a list of one), by `transformers.generate`.
 
     Log-probs are the model's own, by teacher forcing of the hypothesis. Arguments as `rlseq.sampler.sample`.
+
+    Raises:
+        ConfigError: no stop ids, or a prompt has no tokens.
     """
+    if not stop_ids or any(len(prompt.prompt_ids) == 0 for prompt in prompts):
+        raise ConfigError(f"beam: {'a prompt' if stop_ids else 'stop_ids'} is empty; expected at least one id")
     stops = sorted(stop_ids)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -62,12 +68,12 @@ def beam(
         eos_token_id=stops,
         pad_token_id=stops[0],
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids))
     device = next(model.parameters()).device
     found: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad(), evaluating(model), only_generation_config(model, config):
-        for start in range(0, len(order), batch_rows):
-            batch = order[start : start + batch_rows]
+        way = way_of(model)
+        config.use_cache = way != "uncached"
+        for batch in _batches([len(p.prompt_ids) for p in prompts], batch_rows, padded=way in ("captured", "padded")):
             width = max(len(prompts[i].prompt_ids) for i in batch)
             input_ids = torch.full((len(batch), width), stops[0])  # (P, L)
             attention_mask = torch.zeros_like(input_ids)
@@ -86,6 +92,18 @@ def beam(
                 progress(len(batch))
     logprobs = score(model, [p.prompt_ids for p in prompts], found)
     return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy)
+
+
+def _batches(lengths: Sequence[int], batch_rows: int, *, padded: bool) -> Iterator[list[int]]:
+    """Yield places of prompts, shortest first: at most `batch_rows`, and unless `padded` of one length."""
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_rows or (not padded and lengths[place] != lengths[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
 
 
 def _rollouts(

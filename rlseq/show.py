@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.errors import RunDirectoryError
+from rlseq.errors import ConfigError, RunDirectoryError
+
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # these make text run the other way
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +26,11 @@ def run(args: argparse.Namespace) -> int:
     """Print what the flags ask for; returns the exit status 0.
 
     Raises:
+        ConfigError: `--limit` is below 0.
         RunDirectoryError: the run, its rollouts, the step or a prompt with that text does not exist.
     """
+    if args.limit < 0:
+        raise ConfigError(f"--limit is {args.limit}; expected a number of prompts, or 0 for all")
     rollouts = load_step(args.run_directory, args.step)
     groups = by_prompt(rollouts)
     if args.prompt is not None:
@@ -109,9 +115,9 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
     for group in shown:
         first = group[0]
         console.print()
-        console.print(Text(_text(first["prompt"]), style="bold cyan"))
+        console.print(Text(_visible(_text(first["prompt"])), style="bold cyan"))
         for reference in first.get("references") or ():
-            console.print(Text(f"reference  {reference}", style="dim"))
+            console.print(Text(f"reference  {_visible(str(reference))}", style="dim"))
         names = list(dict.fromkeys(name for rollout in group for name in rollout.get("values") or ()))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("#", justify="right")
@@ -120,7 +126,9 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
             table.add_column(Text(name), justify="right", overflow="fold")
         for rollout in group:
             values, status = rollout.get("values") or {}, rollout.get("status") or {}
-            completion = Text(rollout["completion"] or "(empty)", style="" if rollout["completion"] else "dim")
+            completion = Text(
+                _visible(rollout["completion"] or "") or "(empty)", style="" if rollout["completion"] else "dim"
+            )
             if rollout.get("finish_reason") == "length":
                 completion.append(" (cut)", style="yellow")
             advantage = rollout.get("advantage")
@@ -163,6 +171,16 @@ def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
+
+
+def _visible(text: str) -> str:
+    """The text with what would act on a terminal, or cannot be encoded, written as an escape: ESC as \\x1b."""
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if character not in "\n\t" and (unicodedata.category(character) in ("Cc", "Cs") or character in _TURNING)
+        else character
+        for character in text
+    )
 
 
 def _ranges(steps: set[int]) -> str:

@@ -13,16 +13,18 @@ from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlseq.data import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.loading import load_checkpoint
 from rlseq.likelihood import score
 from rlseq.sampler import sample
 from rlseq.training import models
 from rlseq.training.adapters import ignored_adapter_settings
-from rlseq.training.config import ModelArguments
+from rlseq.training.config import GRPOConfig, ModelArguments, SFTConfig
 from rlseq.training.memory import checkpoint_bytes, optimizer_bytes, size_of, weightless_model
 from rlseq.training.models import load_model, write_merged
 from rlseq.training.parser import run_recipe
+from rlseq.training.recipe import check_fit
 
 IDS = torch.tensor([[5, 6, 7, 4, 14, 15]])
 
@@ -235,8 +237,25 @@ def test_settings_of_an_adapter_that_come_to_nothing_are_named(folders):
         assert ignored_adapter_settings(ModelArguments(model_name_or_path=base, **given)) is None
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lora_r": 0}, "--lora_r is 0; expected at least 1"),
+        ({"lora_alpha": 0}, "--lora_alpha is 0; expected at least 1"),
+        ({"lora_dropout": 1.0}, r"--lora_dropout is 1.0; expected a number in \[0, 1\)"),
+        ({"lora_target_modules": "q_porj"}, r"the adapter does not fit .*'q_porj'.* layers: .*, o_proj, q_proj"),
+    ],
+)
+@pytest.mark.parametrize("config", [SFTConfig, GRPOConfig])
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(config, flags, message, folders, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    prompts = build_prompts(ROWS, tiny_tokenizer())
+    with pytest.raises(ConfigError, match=message):
+        model = ModelArguments(model_name_or_path=str(folders / "base"), use_peft=True, **flags)
+        check_fit(config(use_cpu=True), model, tiny_tokenizer(), prompts)
+
+
 def test_an_adapter_draws_what_its_merged_model_draws(folders, tmp_path):
-    from rlseq.data import build_prompts
     from rlseq.decoding import Sample
 
     args = ModelArguments(model_name_or_path=str(folders / "sft"))

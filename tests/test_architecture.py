@@ -15,7 +15,7 @@ from rlseq.double import double_device, to_double
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
 
-LEAVES = {"double", "errors", "types"}
+LEAVES = {"double", "errors", "interrupts", "types"}
 TOOLS = {
     "arguments",
     "flags",
@@ -42,6 +42,7 @@ LOWER = LEAVES | TOOLS | DRAWING | {"beginnings"}
 MAY_IMPORT = {
     "double": set(),
     "errors": set(),
+    "interrupts": set(),
     "types": set(),
     **{room: LEAVES for room in TOOLS},
     "packing": LEAVES | {"attention", "layout"},
@@ -58,7 +59,7 @@ MAY_IMPORT = {
     "evaluation": LOWER | {"doctor"},
 }
 # On top: commands use whatever they show, by its public names.
-TOP = {"cli", "show", "doctor.command", "recipes", "__init__"}
+TOP = {"cli", "show", "doctor.command", "scoring.commands", "recipes", "__init__"}
 
 
 def sources(folder):

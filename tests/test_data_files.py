@@ -58,6 +58,10 @@ CSV = {
     "after a field of two lines": (b'prompt,references\n"a\nb",c\nd\n', "train.csv, line 4: 1 field"),
     "an open quote": (b'prompt,references\na,b\nc,"d\n', "after line [23]: not valid csv .unexpected end of data"),
     "not UTF-8": (b"prompt,references\na,b\n\xff\xfe,c\n", "train.csv, line 3: byte 0xff is not UTF-8"),
+    "a name twice": (
+        b"prompt,answer,answer\na,b,c\n",
+        "train.csv, line 1: 'answer' names two columns; expected a name for each, once",
+    ),
     "no rows": (b"prompt,references\n", "has a line of column names and no rows"),
     "empty": (b"", "is empty; expected a line of column names"),
     "semicolons": (

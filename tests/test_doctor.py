@@ -190,6 +190,13 @@ def test_context():
     told(check_context(config, prompts_of(3, 20), 1), "failed", "1 of 2 rows", "no room")
     told(check_context(tiny_config("gpt2", n_positions=20), prompts_of(3, 8), 13), "failed", "do not exist", "to 12")
     told(check_context(config, [], 13), "skipped", "no data")
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4, "factor": 5.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 20, **factors}
+    switches = tiny_config(max_position_embeddings=100, rope_parameters=rope)
+    told(check_context(switches, prompts_of(3, 8), 12), "ok", "prompt 8 + completion 12 of 20")
+    told(
+        check_context(switches, prompts_of(3, 8), 13), "failed", "1 of 2 rows may exceed 20", "frequencies of its whole"
+    )
     unlimited = SimpleNamespace(get_text_config=lambda: SimpleNamespace(to_dict=dict))
     told(check_context(unlimited, prompts_of(3), 13), "ok", "no limit")
 
@@ -309,7 +316,9 @@ def test_a_reward_is_tried_on_the_row_that_lacks_what_it_asks_for(tmp_path, firs
     data = DataArguments(dataset_name=str(tmp_path / "data"))
     model = ModelArguments(model_name_or_path=str(tmp_path))
     config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True)
-    with pytest.raises(RewardError, match="references is empty"):
+    row = 9 if first == "answered" else 1
+    said = rf"^tried on row {row} of 9, which has nothing in 'references': (?s:.*)references is empty"
+    with pytest.raises(RewardError, match=said):
         load_task(data, RewardArguments(reward_funcs=["exact_match"]), model, config, evaluates=False)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from test_data import word_tokenizer
 from tiny_bytes import BOS, CONTEXT, EOS, VOCAB, byte_model, byte_tokenizer
+from tokenizers.processors import ByteLevel
 from transformers import BloomConfig
 
 import rlseq.evaluation.contrast as contrast_module
@@ -209,7 +210,9 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("one", "two")):
         byte_model(seed=seed, dtype=torch.float32).save_pretrained(folder / name)
-        byte_tokenizer(eos_token="<eos>").save_pretrained(folder / name)
+        tokenizer = byte_tokenizer(eos_token="<eos>")
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)  # a prompt may not end in <eos>
+        tokenizer.save_pretrained(folder / name)
     byte_model(dtype=torch.float32).save_pretrained(folder / "lossy")
     word_tokenizer().save_pretrained(folder / "lossy")
     return {name: str(folder / name) for name in ("one", "two", "lossy")}

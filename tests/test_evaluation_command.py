@@ -109,3 +109,19 @@ def test_the_recipes_share_of_failures_is_what_ends_an_evaluation(task, tmp_path
     assert run(monkeypatch, "evaluate", *arguments, "--max_error_rate", 0.25) == 0
     assert run(monkeypatch, "evaluate", "--compare", "a", "b", "--max_error_rate", 0.25) == 2
     assert "--max_error_rate cannot change it" in capsys.readouterr().err
+
+
+def test_an_evaluation_says_that_it_replaces_an_earlier_one_and_leaves_nothing_of_it(task, tmp_path, capsys):
+    folder = tmp_path / "out"
+    flags = ["--models", f"one={task}/model", "--dataset_name", f"{task}/data", "--reward_funcs", "exact_match"]
+    flags += ["--output_dir", str(folder), "--strategies", "greedy", "--max_new_tokens", "2", "--resamples", "20"]
+    assert main(["evaluate", *flags, "--studies", "lookahead"]) == 0
+    assert "earlier evaluation" not in capsys.readouterr().out
+    of_the_study = {path.name for path in (folder / "plots").glob("lookahead*.svg")}
+    assert of_the_study and (folder / "studies.jsonl").exists()
+    (folder / "plots" / "mine.svg").write_text("<svg/>")
+    assert main(["evaluate", *flags, "--studies", "none"]) == 0
+    said = f"rlseq: {folder} holds an earlier evaluation (of one on {task}/data (validation)), which this one replaces"
+    assert said in capsys.readouterr().out
+    names = {path.name for path in (folder / "plots").iterdir()} - {"plane.svg", "pass-at-k.svg"}
+    assert names == {"mine.svg"} and not (folder / "studies.jsonl").exists()

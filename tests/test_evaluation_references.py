@@ -7,8 +7,10 @@ import pytest
 import torch
 from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import FAMILIES, tiny_model
+from tiny_task import tiny_tokenizer
 from toy import COMPLETIONS, PROMPT, STOP, toy_model
 
+from rlseq.data import reference_texts
 from rlseq.decoding import Beam, Greedy, Sample, parse_strategy
 from rlseq.evaluation.contrast import ContrastSettings, contrast
 from rlseq.evaluation.references import (
@@ -16,6 +18,7 @@ from rlseq.evaluation.references import (
     drawn_and_exact,
     force_references,
     generation_rows,
+    likelihood_rows,
     solution_note,
 )
 from rlseq.likelihood import score, teacher_force
@@ -94,6 +97,18 @@ def test_the_chance_of_the_references_is_that_of_every_sequence_enumerated(text,
     assert short[len(ended)]["p_reference"] == pytest.approx(chances[STOP,], rel=1e-9)
     assert short[len(ended)]["unreachable_references"] == len(ended) - (chances[STOP,] > 0)
     assert short[len(ended) + 1]["unreachable"] == 1
+
+
+def test_bytes_are_those_of_what_is_scored():
+    # <unk> stands for both references: one sequence of tokens, and the bytes of one.
+    prompt = Prompt("0", "a", (5,), {"references": ["zebra", "zulu zulu"]})
+    rows = reference_texts(prompt, tiny_tokenizer(), [2])
+    assert rows == {(3, 2): "zebra", (3, 3, 2): "zulu zulu"}
+    prompt.columns["references"].insert(1, "zoo")
+    again = reference_texts(prompt, tiny_tokenizer(), [2])
+    assert again == rows
+    [row] = likelihood_rows([list(rows.values())], force_references(tiny_model(), [prompt], [list(rows)], []))
+    assert (row["references"], row["tokens"], row["bytes"]) == (2, 5, len("zebra") + len("zulu zulu"))
 
 
 def test_some_warp_truncates_and_some_does_not():

@@ -104,12 +104,12 @@ def stopped(task, output_dir, at_call, number):
 
 
 def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_path, capsys):
-    # the reward is called 3 times under greedy, 6 under sample, 3 under exact_map, for each model
-    code, out, err = stopped(task, tmp_path / "killed", 5, signal.SIGKILL)  # in the first model's samples
+    # the reward is tried once, then called 3 times under greedy, 6 under sample, 3 under exact_map, for each model
+    code, out, err = stopped(task, tmp_path / "killed", 1 + 5, signal.SIGKILL)  # in the first model's samples
     assert code == -signal.SIGKILL and not (tmp_path / "killed" / "results.json").exists(), err
     assert len(list((tmp_path / "killed" / ".unfinished").glob("*.json"))) == 2  # likelihood, greedy
 
-    code, out, err = stopped(task, tmp_path / "killed", 6 + 3 + 1, signal.SIGINT)  # in the second's greedy
+    code, out, err = stopped(task, tmp_path / "killed", 1 + 6 + 3 + 1, signal.SIGINT)  # in the second's greedy
     assert code == 130 and "Traceback" not in err
     assert f"evaluating one: 2 of 5 parts found in {tmp_path}/killed/.unfinished\n" in out
     assert "evaluating two" not in out
@@ -119,7 +119,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_pa
 
     (task / "calls").write_text("")
     assert main(command(task, tmp_path / "killed")) == 0
-    assert (task / "calls").stat().st_size == 3 + 6 + 3  # the second model's alone
+    assert (task / "calls").stat().st_size == 1 + 3 + 6 + 3  # the second model's alone
     out = capsys.readouterr().out
     assert "evaluating one: 5 of 5 parts found" in out and "evaluating two: 1 of 5 parts found" in out
     assert not (tmp_path / "killed" / ".unfinished").exists()
@@ -147,7 +147,7 @@ def evaluate_on_two(arguments):
 def test_processes_that_are_launched_share_the_rows_and_give_the_same_samples(task, tmp_path):
     (task / "calls").write_text("")
     evaluate_on_two(command(task, tmp_path / "two")[1:])
-    assert (task / "calls").stat().st_size == 2 * (3 + 6 + 3)  # every row once
+    assert (task / "calls").stat().st_size == 2 + 2 * (3 + 6 + 3)  # each process tried it, then every row once
     assert not (tmp_path / "two" / ".unfinished").exists()
     assert main(command(task, tmp_path / "one")) == 0
     two, one = ((tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("two", "one"))

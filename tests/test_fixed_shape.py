@@ -10,9 +10,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import EOS, VOCAB, tiny_model
 from tiny_shapes import tiny_shape
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from rlseq import beginnings, fixed_shape
 from rlseq.decoding import Greedy, Sample
@@ -168,6 +169,21 @@ def test_what_has_no_fixed_shape_is_decoded_as_before(name, way, why, tapes, cap
     said = capsys.readouterr().out
     assert beginnings.way_of(model) == way or (way == "captured" and "cannot be captured" in said)
     assert why is None or ("is decoded without a CUDA graph: " in said and why in said)
+
+
+def test_windows_that_follow_the_columns_are_decoded_from_a_cache_that_grows(tapes, capsys):
+    # The window is longer than the trial's prompts, so that the trial would not notice.
+    sizes = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 24, "window_size": 64}
+    layers = {"attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128}
+    config = GPTNeoConfig(
+        vocab_size=VOCAB, eos_token_id=EOS, bos_token_id=EOS, initializer_range=0.4, **sizes, **layers
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = [Prompt("0", "", tuple(3 + i * i % 18 for i in range(70)), {})]
+    found = sample(model, prompts, strategy=Sample(), num_samples=3, max_new_tokens=20, seed=0, stop_ids=[2])
+    assert "windows are counted from the end of the buffer" in capsys.readouterr().out
+    compare(model, prompts, found)
 
 
 def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(tapes, monkeypatch, capsys):

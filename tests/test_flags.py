@@ -141,3 +141,20 @@ def test_help_of_the_evaluation_imports_neither_torch_nor_trl():
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[-1] == "0 []"
     assert "(default: greedy sample beam)" in " ".join(ended.stdout.split())
+
+
+@pytest.mark.parametrize("given", ['{"enable_thinking": false}', None])
+def test_chat_templates_are_told_the_same_by_command_and_recipe(given, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "evaluate", lambda models, **options: asked.append(options["prompt_options"]))
+    flags = [] if given is None else ["--chat_template_kwargs", given]
+    assert main(["evaluate", "--models", "m", *flags]) == 0
+    run(monkeypatch, "evaluate", "--models", "m", *flags)
+    expected = {} if given is None else {"chat_template_kwargs": {"enable_thinking": False}}
+    assert [{k: v for k, v in options.items() if k == "chat_template_kwargs"} for options in asked] == [expected] * 2
+
+
+@pytest.mark.parametrize(("given", "said"), [("{thinking", "is not JSON"), ("3", "expected a mapping")])
+def test_what_chat_templates_are_told_is_a_mapping(given, said, capsys):
+    assert main(["evaluate", "--models", "m", "--chat_template_kwargs", given]) == 2
+    assert said in capsys.readouterr().err

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tiny import EOS, FAMILIES, VOCAB, tiny_model
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM
 
 import rlseq.likelihood
 from rlseq.decoding import Beam, Sample
@@ -19,6 +19,7 @@ from rlseq.likelihood import (
     sequence_logprob,
     token_logprobs,
 )
+from rlseq.packing import supports_packing
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7], [9, 5, 6, 7, 8, 3], [8], [5, 6, 7]]
 COMPLETIONS = [[10, 11, 2], [12, 2], [13], [14, 15, 16, 17, 2], [], [10, 12, 10, 2]]
@@ -180,6 +181,29 @@ def test_a_model_that_caps_its_logits_is_scored_by_its_own_forward():
     config = Gemma2Config(**size, initializer_range=0.4, final_logit_softcapping=2.0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     assert_scores_match_the_loop(model, PROMPTS, COMPLETIONS, 5e-5)
+
+
+class NamesNothing(LlamaForCausalLM):
+    """A model whose forward takes whatever it is given and hands it on."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_packed_rows_keep_their_positions_where_the_forward_names_no_arguments():
+    model = tiny_model()
+    other = NamesNothing(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    assert supports_packing(other, 20)[0]
+    for each in (other, torch.compile(model, backend="eager")):
+        assert_scores_match_the_loop(each, PROMPTS, COMPLETIONS, 2e-5)
+
+
+def test_a_model_that_calls_its_head_decoder_is_scored_by_its_own_forward():
+    # ModernBERT's causal models do.
+    model = tiny_model()
+    model.get_decoder = model.get_output_embeddings
+    assert_scores_match_the_loop(model, PROMPTS, COMPLETIONS, 2e-5)
 
 
 def test_adapters_are_part_of_the_model():

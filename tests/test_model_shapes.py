@@ -8,10 +8,10 @@ import json
 
 import pytest
 import torch
-from tiny import EOS, tiny_model
+from tiny import EOS, VOCAB, tiny_model
 from tiny_shapes import SHAPES, tiny_shape
 from tiny_task import tiny_tokenizer, tiny_trainer
-from transformers import AutoModelForImageTextToText, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma4TextConfig, LlamaForCausalLM
 
 from rlseq import beginnings
 from rlseq.decoding import Beam, Greedy, Sample
@@ -118,6 +118,30 @@ def test_a_model_that_takes_padding_for_text_is_decoded_one_length_at_a_time(cap
             assert torch.allclose(torch.tensor(rollout.logprobs), expected, atol=1e-4)
 
 
+def likeliest_pair(model, ids):
+    """The likeliest completion of two tokens at most, by enumeration: one that ends with a stop id, or is cut."""
+    first = alone(model, ids)[-1]
+    chances = {(EOS,): first[EOS].item()}
+    for token in set(range(len(first))) - {EOS}:
+        second = alone(model, (*ids, token))[-1]
+        chances |= {(token, other): (first[token] + second[other]).item() for other in range(len(second))}
+    return max(chances, key=chances.get)
+
+
+@pytest.mark.parametrize("name", ["rwkv", "xlstm", "recurrent_gemma", "takes padding for text"])
+def test_beam_search_pads_and_caches_only_where_that_is_right(name):
+    model = TakesPaddingForText(tiny_model().config).eval() if name not in SHAPES else tiny_shape(name)
+    found = beam(model, PROMPTS, max_new_tokens=2, strategy=Beam(width=23), stop_ids=STOPS)
+    assert [one.completion_ids for (one,) in found] == [likeliest_pair(model, p.prompt_ids) for p in PROMPTS]
+
+
+def test_a_compiled_model_is_decoded_as_what_was_compiled(capsys):
+    model = tiny_model()
+    compiled = torch.compile(model, backend="eager")
+    assert draw(compiled) == draw(model) and beginnings.way_of(compiled) == "padded"
+    assert capsys.readouterr().out == ""
+
+
 def test_slots_may_go_on_from_another_length():
     # By brute force: every slot's logits are those of its own sequence, wherever it came from.
     model = tiny_model()
@@ -139,6 +163,16 @@ def test_a_model_without_numbers_is_not_judged(capsys):
     model.lm_head.weight.data.fill_(torch.nan)
     draw(model, PROMPTS[:1])
     assert beginnings.way_of(model) == "padded" and capsys.readouterr().out == ""
+
+
+def test_layers_of_unlike_heads_are_counted_one_by_one():
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    inputs = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": VOCAB, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "global_head_dim": 16}
+    config = Gemma4TextConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, **layers, **inputs, **heads)
+    cache = AutoModelForCausalLM.from_config(config)(input_ids=torch.tensor([[3]])).past_key_values
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert cached_numbers(config) == held
 
 
 def test_states_need_no_budget_that_grows_with_the_text():

@@ -91,7 +91,7 @@ def test_grpo_from_local_files_leaves_the_run_directory_of_the_design(task, tmp_
     assert len(read_lines(out / "rollouts/000001.jsonl")) == 8
     assert (out / "curves.png").stat().st_size > 10_000
     results = json.loads((out / "evaluation/results.json").read_text())
-    assert list(results["models"]) == ["base", "rl"]
+    assert list(results["models"]) == ["base", "rl"] and results["data_name"] == f"{task}/data (validation)"
     assert set(results["models"]["rl"]["strategies"]) == {"greedy", "sample", "beam"}
     assert len(read_lines(out / "evaluation/per_example.jsonl")) == 2 * len(ROWS)
     assert len(read_lines(out / "evaluation/samples.jsonl")) == 2 * len(ROWS) * (1 + 4 + 1)

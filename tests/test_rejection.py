@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from rlseq import show
 from rlseq.data import build_prompts
 from rlseq.decoding import Sample
-from rlseq.errors import ConfigError, DataError, RlseqError
+from rlseq.errors import ConfigError, DataError, RewardError, RlseqError
 from rlseq.sampler import sample
 from rlseq.training.config import RejectionArguments
 from rlseq.training.rejection import best_completions, read_candidates, require_survivors
@@ -378,6 +378,27 @@ def test_what_cannot_work_is_refused_before_a_model_loads(task, tmp_path, monkey
     with pytest.raises(RlseqError, match=message):
         run_sft(monkeypatch, "--config", task / "sft.yaml", *given, "--output_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_teacher_forcing_leaves_out_are_counted(task, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.jsonl", [*ROWS, *[{**row, "references": []} for row in ROWS[:3]]])
+    write_lines(tmp_path / "data" / "validation.jsonl", ROWS)
+    given = ["--dataset_name", tmp_path / "data", "--output_dir", tmp_path / "run"]
+    run_sft(monkeypatch, "--config", task / "sft.yaml", *given)
+    out, count = capsys.readouterr().out, len(ROWS)
+    assert f"rlseq: warning: 3 of {count + 3} train rows are left out: they have no reference" in out
+    assert f"{count} training examples and {count} validation examples" in out and out.count("left out") == 1
+
+
+def test_a_reward_is_tried_on_the_row_that_lacks_what_it_asks_for(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.jsonl", [*ROWS, {**ROWS[0], "references": []}])
+    write_lines(tmp_path / "data" / "validation.jsonl", ROWS)
+    given = [*DRAW, "--reward_funcs", "exact_match", "--dataset_name", tmp_path / "data"]
+    with pytest.raises(RewardError, match=f"^tried on row {len(ROWS) + 1} of .*nothing in 'references'"):
+        run_sft(monkeypatch, "--config", task / "sft.yaml", *given, "--output_dir", tmp_path / "run")
 
 
 def test_drawing_needs_a_model_that_exists(task, tmp_path, monkeypatch):

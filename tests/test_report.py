@@ -269,6 +269,30 @@ def test_references_are_more_likely_too_only_beside_a_gain(results):
     assert make_headline(results).cost.startswith("The references became more likely: ")
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        (0.0001, 0.0002, "rose: 0.01% → 0.02%."),
+        (0.00010002, 0.00010009, "rose: 0.01000% → 0.01001%."),
+        (1e-30, 1e-20, "rose by less than is shown: 0.0% → 0.0%."),
+    ],
+)
+def test_headline_shows_the_digits_in_which_a_difference_lies_or_says_that_it_does_not(results, a, b, said):
+    for model, x in (("base", a), ("rl", b)):
+        results["models"][model]["likelihood"]["exact_accuracy"] = value(x)
+    results["comparisons"][1] |= {"difference": b - a, "ci95": [(b - a) / 2, 2 * (b - a)]}
+    assert make_headline(results).cost.endswith(said)
+    results["comparisons"][1]["ci95"] = [-1.0, 1.0]  # nothing is claimed: nothing needs to be seen
+    assert make_headline(results).cost.endswith("did not clearly change: 0.0% → 0.0%.")
+
+
+def test_headline_says_of_the_finding_too_that_it_is_less_than_shown(results):
+    for model, x in (("base", 0.3), ("rl", 0.3 - 1e-9)):
+        results["models"][model]["strategies"]["greedy"]["wer"] = value(x)
+    results["comparisons"][3] |= {"difference": -1e-9, "ci95": [-2e-9, -5e-10]}
+    assert make_headline(results).finding.startswith("Better by less than is shown: WER under greedy is 30.0% for rl,")
+
+
 def test_worse_is_called_worse(results):
     results["comparisons"][3] |= {"difference": 0.02, "ci95": [0.01, 0.03]}
     assert make_headline(results).finding.startswith("Worse: ")

@@ -396,6 +396,7 @@ def test_stop_ids_are_the_tokenizers_first_then_those_the_checkpoint_declares():
         ({"strategy": Beam()}, "'beam' is a search, not a sampler"),
         ({"strategy": Greedy(), "num_samples": 2}, "num_samples must be 1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        ({"prompts": [Prompt("0", "", (3,)), Prompt("1", "", ())]}, "a prompt has no tokens"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(changes, message):

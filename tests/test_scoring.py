@@ -241,6 +241,16 @@ def test_partials_and_callable_objects_serve():
     assert values(functools.partial(f, bonus=4), ["a"]) == [4.0]
 
 
+@pytest.mark.parametrize("made", ["self", "self, completion=None"])  # the second would pass for a function
+def test_a_class_is_no_reward_but_its_instances_are(tmp_path, made):
+    path = tmp_path / "f.py"
+    methods = f"    def __init__({made}): pass\n    def __call__(self, completion): return 3\n"
+    path.write_text(f"class Scorer:\n{methods}\nmine = Scorer()\n")
+    with pytest.raises(RewardError, match=r"reward 'Scorer' is a class; .* Name an instance: `my_reward = Scorer\("):
+        load_rewards([f"{path}:Scorer"])
+    assert values(f"{path}:mine", ["a"]) == [3.0]
+
+
 def test_what_fits_no_form_is_an_error_that_lists_the_forms():
     def f(compltion, answer):
         return 0

@@ -155,6 +155,23 @@ def test_check_finds_options_that_a_run_would_refuse(options, message):
     assert "'cache'" not in found["it loads"].finding  # what the check itself adds is not the user's
 
 
+@pytest.mark.parametrize("answers", [["it is 7"], ["it is 7", "it is 7"]])
+def test_check_does_not_call_the_one_answer_of_all_rows_a_hack(answers):
+    rows = [Prompt(f"k{i}", f"question {i}?", (), {"references": [answer]}) for i, answer in enumerate(answers)]
+    found = findings({"func": "exact_match"}, rows)
+    assert all(check.passed is not False for check in found.values())
+    assert found["hackable by the most frequent completion?"].passed is None
+    other = findings({"func": "exact_match"}, [*rows, Prompt("k", "question?", (), {"references": ["it is 8"]})])
+    assert other["hackable by the most frequent completion?"].passed is True
+
+
+@pytest.mark.parametrize("flag", ["--rows", "--num_generations", "--max_completion_length"])
+def test_check_refuses_numbers_that_nothing_can_be_done_with(flag, data, capsys):
+    for number in ("0", "-3"):
+        assert main(["reward", "check", "exact_match", "--dataset_name", data, flag, number]) == 2
+        assert capsys.readouterr().err == f"error: {flag} is {number}; expected at least 1\n"
+
+
 def test_check_gives_the_same_advice_once(capsys):
     assert main(["reward", "check", "constant"]) == 1
     assert capsys.readouterr().out.count("Training will find this") == 1
@@ -191,6 +208,25 @@ def test_check_samples_from_a_model_to_see_whether_grpo_would_learn(tmp_path, ca
     assert "ok samples of a prompt differ in reward 4 of 4 groups (100%)" in table
     assert main(["reward", "check", "constant", *flags]) == 1
     assert "FAIL samples of a prompt differ in reward 0 of 4 groups" in " ".join(capsys.readouterr().out.split())
+
+
+def test_check_samples_from_a_model_on_the_made_up_rows_too(tmp_path, capsys):
+    folder = save_tiny_model(tmp_path / "model")
+    main(["reward", "check", "token_f1", "--model_name_or_path", folder, "--max_completion_length", "6"])
+    assert "samples of a prompt differ in reward 0 of 8 groups" in " ".join(capsys.readouterr().out.split())
+
+
+def test_check_refuses_a_model_without_room_for_the_samples_before_it_loads(tmp_path, data, capsys, monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = save_tiny_model(tmp_path / "model")
+    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    monkeypatch.setattr("rlseq.scoring.commands._spread", lambda *_: pytest.fail("the model was loaded"))
+    assert main(["reward", "check", "exact_match", "--dataset_name", data, "--model_name_or_path", folder]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "may exceed 64 tokens" in err  # said at once, not below a table
+    assert "lower max_completion_length to 59" in err  # a prompt of 5 words: "sum of 1 and 1:"
 
 
 def test_check_names_a_model_that_cannot_be_loaded(capsys, tmp_path):

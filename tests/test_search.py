@@ -7,6 +7,7 @@ import torch
 from tiny import EOS, tiny_model
 
 from rlseq.decoding import Beam, Greedy
+from rlseq.errors import ConfigError
 from rlseq.sampler import sample
 from rlseq.search import beam, only_generation_config
 from rlseq.types import Prompt
@@ -170,3 +171,10 @@ def test_dropout_and_gradient_checkpointing_do_not_act():
     assert [g[0].completion_ids for g in found] == [g[0].completion_ids for g in expected]
     for (a,), (b,) in zip(found, expected, strict=True):
         assert a.logprobs == pytest.approx(b.logprobs, abs=5e-5)
+
+
+@pytest.mark.parametrize(("prompt", "stop_ids", "message"), [((), STOPS, "a prompt is"), ((3,), [], "stop_ids is")])
+def test_what_cannot_be_searched_is_refused(prompt, stop_ids, message):
+    prompts = [Prompt("0", "", (3,)), Prompt("1", "", prompt)]
+    with pytest.raises(ConfigError, match=f"{message} empty"):
+        beam(small(), prompts, max_new_tokens=3, strategy=Beam(), stop_ids=stop_ids)

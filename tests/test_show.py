@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rlseq.errors import RunDirectoryError
+from rlseq.errors import ConfigError, RunDirectoryError
 from rlseq.show import add_arguments, by_prompt, load_step, run
 
 
@@ -83,6 +83,21 @@ def test_text_that_looks_like_markup_is_printed_as_it_is(run_directory, capsys, 
     path.write_text(json.dumps(rollout(4, "a", 0, prompt="[bold]x[/bold]", completion="[red]y[/nope]")) + "\n")
     out = show(capsys, monkeypatch, run_directory)
     assert "[bold]x[/bold]" in out and "[red]y[/nope]" in out
+
+
+def test_what_acts_on_a_terminal_is_printed_as_an_escape(run_directory, capsys, monkeypatch):
+    given = "a\x1b]0;title\x07b\rc\x9bd\u202ee\udc80f\x00g\nh \N{FAMILY}"
+    path = run_directory / "rollouts" / "000003.jsonl"
+    path.write_text(json.dumps(rollout(4, "a", 0, prompt=given, references=[given], completion=given)) + "\n")
+    out = show(capsys, monkeypatch, run_directory)
+    assert out.count(r"a\x1b]0;title\x07b\rc\x9bd\u202ee\udc80f\x00g") == 3
+    assert out.count("h \N{FAMILY}") == 3
+    assert not set(out) & set("\x00\x07\x1b\x9b\r\u202e\udc80")
+
+
+def test_a_limit_below_0_is_refused(run_directory, capsys, monkeypatch):
+    with pytest.raises(ConfigError, match="--limit is -1; expected a number of prompts, or 0 for all"):
+        show(capsys, monkeypatch, run_directory, "--limit", -1)
 
 
 def test_chat_prompts_and_abstained_totals_are_shown(run_directory, capsys, monkeypatch):

@@ -17,8 +17,9 @@ from tiny_ppo import tiny_ppo
 from tiny_task import ROWS, shares_letters, tiny_tokenizer
 
 from rlseq.data import build_prompts
+from rlseq.errors import ConfigError
 from rlseq.scoring import load_rewards
-from rlseq.training.config import GRPOConfig
+from rlseq.training.config import GRPOConfig, SFTConfig
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.tracking import contrast_numbers, log_contrast, markdown_table
 
@@ -61,6 +62,19 @@ COLUMNS = ["step", "prompt", "completion", "shares_letters", "short", "total", "
 def short(completion: str) -> float | None:
     """1 for a completion of at most two words; of the word b it has no opinion."""
     return None if "b" in completion.split() else float(len(completion.split()) <= 2)
+
+
+def test_a_tracker_that_is_unknown_or_not_installed_is_refused_with_the_settings(monkeypatch):
+    from transformers.integrations import integration_utils
+
+    with pytest.raises(ConfigError, match=r"--report_to is 'wanbd'; expected one of .*Did you mean 'wandb'\?"):
+        GRPOConfig(report_to="wanbd")
+    monkeypatch.setattr(integration_utils, "is_trackio_available", lambda: False)
+    said = r"--report_to trackio needs trackio, which is not installed: pip install 'rlseq\[tracking\]'"
+    with pytest.raises(ConfigError, match=said):
+        SFTConfig(report_to=["tensorboard", "trackio"])
+    assert GRPOConfig(report_to="tensorboard").report_to == ["tensorboard"]
+    assert GRPOConfig().report_to == []
 
 
 def trainer_for(path, report_to, **settings):

@@ -58,6 +58,7 @@ def preflight(
     *,
     generation_config: Any = None,
     max_completion_length: int | None = None,
+    max_new_tokens: int | None = None,
     disable_dropout: bool = True,
     own_sampler: bool = True,
     needs_references: bool = False,
@@ -71,6 +72,7 @@ def preflight(
         tokenizer: the model's.
         prompts: what will be trained or evaluated on; without any, the checks that need data are skipped.
         max_completion_length: tokens of the longest completion; None: as long as the longest reference.
+        max_new_tokens: of an evaluation, where both completions and references are read.
         disable_dropout: whether training turns dropout off.
         own_sampler: whether rollouts come from rlseq's sampler, which does not read `generation_config`.
         needs_references: whether references are completions to the run (a loss or an evaluation scores them).
@@ -85,6 +87,8 @@ def preflight(
     longest, setting = max_completion_length, "max_completion_length"
     if longest is None:
         longest, setting = max((len(ids) for _, ids in pairs), default=0), None
+    if max_new_tokens is not None and max_new_tokens > longest:
+        longest, setting = max_new_tokens, "max_new_tokens"
     return [
         check_padding(tokenizer, rows, elsewhere=elsewhere),
         check_stops(tokenizer, generation_config, rows, chat=chat, template=chat or elsewhere),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlseq.data import build_prompts, reference_ids
@@ -45,6 +45,9 @@ def check_context(
     values = config.get_text_config().to_dict()
     known = ("max_position_embeddings", "n_positions", "max_seq_len")
     context = next((values[name] for name in known if values.get(name)), None)
+    switch = _rotary_switch(values)
+    if context is not None and switch is not None:
+        context = min(context, switch)
     if context is None:
         return Finding("context", OK, "the configuration states no limit")
     if not prompts:
@@ -57,6 +60,11 @@ def check_context(
         return Finding("context", OK, f"{said} of {context:,} tokens")
     relative = values.get("alibi") or any(name.startswith("rope") for name in values)
     found = f"{over:,} of {len(prompts):,} rows may exceed {context:,} tokens ({said})"
+    if context == switch:
+        todo = (
+            "shorten or leave out what is longer: one such sequence changes the rotary frequencies of its whole batch"
+        )
+        return Finding("context", FAILED, f"{found}, where LongRoPE switches", todo)
     if longest >= context:
         return Finding("context", FAILED, found, "shorten those prompts or leave them out: some have no room to answer")
     todo = "shorten the prompts or the references"
@@ -137,6 +145,21 @@ def check_references(
             problems.append((status, example, "no completion can equal them: clean them (--reference_template)"))
     fine = f"{len(pairs):,} looked at, all decode to themselves" if pairs else "the data has none"
     return judge("references", problems, lambda: fine)
+
+
+def _rotary_switch(values: Mapping[str, Any]) -> int | None:
+    """Tokens beyond which LongRoPE takes its other frequencies, for all of a batch and not for what a cache holds."""
+    parameters = values.get("rope_parameters") or {}
+    each = [
+        parameters,
+        *(one for one in parameters.values() if isinstance(one, Mapping)),
+    ]  # some have them by layer type
+    found = [
+        one.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
+        for one in each
+        if one.get("rope_type") == "longrope"
+    ]
+    return min(filter(None, found), default=None)
 
 
 def _probes(tokenizer: Any) -> list[Prompt]:

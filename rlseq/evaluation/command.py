@@ -12,6 +12,7 @@ from rlseq.arguments import DataArguments, EvaluateArguments, EvaluationArgument
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.seeds import methods, numbered
 from rlseq.flags import HelpFormatter, add_flags, from_flags
+from rlseq.interrupts import ending_quietly
 
 # What an evaluation is told, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
 ARGUMENTS = (EvaluateArguments, DataArguments, RewardArguments, EvaluationArguments)
@@ -43,7 +44,8 @@ def evaluate_or_join(
     if arguments.compare:
         refuse_beside_compare(arguments, data, rewards, evaluation)
         return join_finished(arguments.compare, output_dir=arguments.output_dir, reward_funcs=measured or None)
-    from rlseq.evaluation.settings import ContrastSettings
+    with ending_quietly():
+        from rlseq.evaluation.settings import ContrastSettings
 
     evaluate(
         arguments.models or [],
@@ -51,7 +53,7 @@ def evaluate_or_join(
         split=data.eval_split,
         limit=data.eval_rows,
         config_name=data.dataset_config,
-        prompt_options=data.prompt_options(),
+        prompt_options=data.prompt_options() | arguments.template_options(),
         reward_funcs=measured,
         max_error_rate=rewards.max_error_rate,
         settings=ContrastSettings(
@@ -81,9 +83,10 @@ def refuse_beside_compare(*settings: Any) -> None:
 
 def join_finished(evaluations: Sequence[str], *, output_dir: str, reward_funcs: Sequence[Any] | None) -> None:
     """Join finished evaluations, write the report and print its summary; in the first process alone."""
-    from accelerate import PartialState
+    with ending_quietly():
+        from accelerate import PartialState
 
-    from rlseq.evaluation.join import join_and_report
+        from rlseq.evaluation.join import join_and_report
 
     if PartialState().is_main_process:
         join_and_report(evaluations, output_dir, reward_funcs=reward_funcs)
@@ -136,13 +139,14 @@ def evaluate(
     max_error_rate: float = 0.05,
 ) -> dict[str, Any]:
     """Check everything cheap, contrast the models, write the report and print its summary."""
-    import torch
-    from accelerate import PartialState
+    with ending_quietly():
+        import torch
+        from accelerate import PartialState
 
-    from rlseq.data import load_rows
-    from rlseq.evaluation.choice import families
-    from rlseq.evaluation.contrast import contrast_and_report
-    from rlseq.scoring import load_rewards
+        from rlseq.data import load_rows
+        from rlseq.evaluation.choice import families
+        from rlseq.evaluation.contrast import contrast_and_report
+        from rlseq.scoring import load_rewards
 
     named = parse_models(models)
     if not named:

@@ -35,7 +35,7 @@ from rlseq.evaluation.fit import check_models
 from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.references import solution_note
-from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, spec_on_file, write_results
+from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, seed_notes
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import check_studies, study_results
@@ -107,12 +107,14 @@ def _contrast(
     check_settings(settings, suite, rows, prompt_options)
     chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
     check_windows(settings, models)
-    check_models(models, rows, prompt_options, settings)
+    check_models(models, rows, prompt_options, settings, suite, choice_rows)
     documents = load_documents(settings)
     state = PartialState()
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _make(folder)
+        if state.is_main_process and not quiet:
+            say_replaced(folder)
     chosen, chosen_on = {}, []
     if families(settings):
         options = {"quiet": quiet, "output_dir": folder}

@@ -10,16 +10,18 @@ from rlseq.data import build_prompts
 from rlseq.decoding import ExactMAP
 from rlseq.doctor.finding import FAILED
 from rlseq.doctor.preflight import load_configs, preflight
-from rlseq.doctor.prompts import check_context
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.loading import load_tokenizer
 from rlseq.evaluation.references import OF_ANSWERS
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.model_class import causal_class
+from rlseq.scoring import RewardSuite
+from rlseq.scoring.trial import try_rewards
 from rlseq.search import refuse_states
 from rlseq.types import Prompt
 
 # What an evaluation cannot do without; the others are of training.
-CHECKS = {"padding", "stop tokens", "context", "vocabulary"}
+CHECKS = {"padding", "stop tokens", "BOS", "context", "vocabulary"}
 
 
 def check_models(
@@ -27,25 +29,33 @@ def check_models(
     rows: Sequence[Mapping[str, Any]],
     prompt_options: Mapping[str, Any],
     settings: ContrastSettings,
+    suite: RewardSuite,
+    choice_rows: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Refuse rows that cannot be evaluated, and a checkpoint that cannot: it lacks tokens or room, or never ends.
 
     Raises:
+        RewardError: a reward fails on a row that has something, or nothing, in a column.
         DataError: a row makes no prompt, or holds an image.
         ConfigError: the primary comparison is of answers that the rows do not have.
         ModelError: says which checkpoint, what was found and what to do.
     """
     searched = any(isinstance(strategy, ExactMAP) for strategy in settings.parsed())
-    for name, path in models.items():
+    for number, (name, path) in enumerate(models.items()):
         tokenizer = load_tokenizer(name, str(path))
         prompts = build_prompts(rows, tokenizer, **prompt_options)
         check_answers(settings, prompts)
+        if number == 0:  # of another checkpoint the prompts differ in their ids alone
+            try_rewards(suite, prompts)
+            if choice_rows:
+                try_rewards(suite, build_prompts(choice_rows, tokenizer, **prompt_options))
         try:
             model_config, generation_config = load_configs(str(path))
+            causal_class(model_config)  # refuses some
         except ModelError as error:
             raise ModelError(f"cannot load model {name!r} from {str(path)!r}: {error}") from error
-        findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config)
-        findings.append(check_context(model_config, prompts, settings.max_new_tokens, setting="max_new_tokens"))
+        options = {"generation_config": generation_config, "max_new_tokens": settings.max_new_tokens}
+        findings = preflight(model_config, tokenizer, prompts, **options)
         failed = [f for f in findings if f.status == FAILED and f.check in CHECKS]
         if failed:
             said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]

@@ -46,7 +46,7 @@ def make_headline(results: Results) -> Headline:
         "unclear": "No clear difference: ",
         "equal": "No difference: ",
     }.get(lead.verdict, "")
-    opening = "Not measured: " if undefined else opening
+    opening = "Not measured: " if undefined else opening.replace(":", f"{lead.unseen}:")
     finding = (
         f"{opening}{lead.metric.label} under {lead.where} is {lead.value_b} for {lead.b}, "
         f"against {lead.value_a} for {lead.a}."
@@ -104,12 +104,15 @@ def _likelihood_cost(nll: Comparison | None, accuracy: Comparison | None, gained
         "unclear": "The likelihood of the references shows no clear change",
         "equal": "The likelihood of the references is the same",
     }[nll.verdict]
-    text = f"{words}: NLL per token {nll.value_a} → {nll.value_b} nats ({nll.interval})."
+    text = f"{words}{nll.unseen}: NLL per token {nll.value_a} → {nll.value_b} nats ({nll.interval})."
     if accuracy is not None:
         change = {"better": "rose", "worse": "fell", "equal": "is the same"}.get(
             accuracy.verdict, "did not clearly change"
         )
-        text += f" The exact chance that one sample is a reference {change}: {accuracy.value_a} → {accuracy.value_b}."
+        text += (
+            f" The exact chance that one sample is a reference {change}{accuracy.unseen}: "
+            f"{accuracy.value_a} → {accuracy.value_b}."
+        )
     return text
 
 
@@ -121,8 +124,8 @@ def _coverage_cost(by_name: Mapping[str, Comparison]) -> list[str]:
     largest = by_name[f"exact_pass_at_k.{max(ks)}"]
     words = {"better": "Coverage rose", "worse": "Coverage fell", "equal": "Coverage is the same"}
     return [
-        f"{words.get(largest.verdict, 'Coverage did not clearly change')}: {max(ks)} samples hold a reference in "
-        f"{largest.value_a} → {largest.value_b} of rows ({largest.interval} pp)."
+        f"{words.get(largest.verdict, 'Coverage did not clearly change')}{largest.unseen}: {max(ks)} samples hold a "
+        f"reference in {largest.value_a} → {largest.value_b} of rows ({largest.interval} pp)."
     ]
 
 
@@ -134,7 +137,8 @@ def _diversity_cost(compared: Sequence[Comparison]) -> list[str]:
     words = {"higher": "Samples are less varied", "lower": "Samples are more varied", "equal": "Samples vary as before"}
     a, b = (value.removeprefix("−") for value in (found.value_a, found.value_b))  # a log-prob is below 0
     return [
-        f"{words.get(found.verdict, 'Samples vary about as before')}: the entropy of a completion is {a} → {b} nats."
+        f"{words.get(found.verdict, 'Samples vary about as before')}{found.unseen}: the entropy of a completion is "
+        f"{a} → {b} nats."
     ]
 
 

@@ -14,7 +14,7 @@ from rlseq.evaluation.choice import joined_choices
 from rlseq.evaluation.contrast import assemble, report_on
 from rlseq.evaluation.documents import load_documents
 from rlseq.evaluation.measure import ModelStatistics
-from rlseq.evaluation.results import Evaluation, read_evaluation, spec_on_file, write_results
+from rlseq.evaluation.results import Evaluation, read_evaluation, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, numbered
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import STUDIES
@@ -82,6 +82,7 @@ def join(
         _check_numbers(evaluation, old, results["models"][name])
     _check_documents(first, results)
     results["notes"] += notes + more
+    say_replaced(Path(output_dir))
     write_results(results, found, Path(output_dir), rows_of=first.prompts)
     return results
 

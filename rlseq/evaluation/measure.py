@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from rlseq.data import build_prompts, reference_ids
+from rlseq.data import build_prompts, reference_ids, reference_texts
 from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy
 from rlseq.errors import RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
@@ -243,7 +243,8 @@ def _measure_rows(
 ) -> _Measured:
     """Measure this process's rows, which have these places in the data, and record every completion."""
     stops = stop_ids_of(model, tokenizer)
-    references = [reference_ids(prompt, tokenizer, stops) for prompt in prompts]
+    texts = [reference_texts(prompt, tokenizer, stops) for prompt in prompts]
+    references = [list(found) for found in texts]
     strategies = {strategy.signature: chosen.get(strategy.signature, strategy) for strategy in settings.parsed()}
 
     @functools.cache  # a part that was found asks for none
@@ -284,7 +285,9 @@ def _measure_rows(
             "values": values,
         }
 
-    measured = _Measured(parts.once(LIKELIHOOD, lambda: likelihood_rows(prompts, forced())))
+    measured = _Measured(
+        parts.once(LIKELIHOOD, lambda: likelihood_rows([list(found.values()) for found in texts], forced()))
+    )
     progress(len(prompts))
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
     values: dict[str, Mapping[str, Sequence[float | None]]] = {}

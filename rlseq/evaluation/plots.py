@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, PAPER = "#1c1d21", "#6b6e76", "#dedfe3", "#fefefe"
 SERIES = ("#7d828c", "#1f5fbf", "#b8561a", "#27805c", "#8a4a9e", "#a3862b")  # the base is grey on purpose
+CREATOR = "rlseq"  # in the metadata of each SVG
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _CSS = {INK: "--ink", MUTED: "--muted", GRID: "--rule", PAPER: "--paper"} | {
     color: f"--series-{i}" for i, color in enumerate(SERIES)
@@ -85,8 +86,18 @@ def to_svg(figure: Figure) -> str:
     """The figure as a standalone SVG document in its literal colours."""
     buffer = io.StringIO()
     with styled():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": CREATOR})
     return buffer.getvalue()
+
+
+def write_svgs(svgs: Mapping[str, str], folder: Path) -> None:
+    """Write NAME.svg of each name, and remove those that `to_svg` made of an earlier evaluation, but no other file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.svg"):
+        if path.stem not in svgs and f"<dc:title>{CREATOR}</dc:title>" in path.read_text("utf-8", errors="replace"):
+            path.unlink()
+    for name, svg in svgs.items():
+        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
 def inline_svg(svg: str, name: str, label: str) -> str:

@@ -67,10 +67,10 @@ def warped_by(strategies: Iterable[Strategy]) -> list[Sample]:
     return [strategy for strategy in strategies if isinstance(strategy, Sample) and strategy != Sample()]
 
 
-def likelihood_rows(prompts: Sequence[Prompt], forced: Sequence[Sequence[TeacherForced]]) -> list[RowStatistics]:
-    """Statistics of how likely each row's references are; empty where it has none."""
-    statistics: list[RowStatistics] = [{} for _ in prompts]
-    for prompt, found, mine in zip(prompts, forced, statistics, strict=True):
+def likelihood_rows(texts: Sequence[Sequence[str]], forced: Sequence[Sequence[TeacherForced]]) -> list[RowStatistics]:
+    """Statistics of how likely each row's references, of these texts, are; empty where it has none."""
+    statistics: list[RowStatistics] = [{} for _ in texts]
+    for written, found, mine in zip(texts, forced, statistics, strict=True):
         if not found:
             continue
         logprobs = [to_double(reference.logprobs).sum().item() for reference in found]
@@ -85,7 +85,7 @@ def likelihood_rows(prompts: Sequence[Prompt], forced: Sequence[Sequence[Teacher
             "p_correct": p,
             "argmax_tokens": float(sum(right)),
             "argmax_rows": float(any(n == length for n, length in zip(right, lengths, strict=True))),
-            "bytes": float(sum(len(text.encode()) for text in set(prompt.columns["references"]))),
+            "bytes": float(sum(len(text.encode()) for text in written)),
             "rows": 1.0,
         }
         for k in PASS_AT:

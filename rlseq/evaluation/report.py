@@ -53,9 +53,7 @@ def write_report(
     figures = _figures(results, samples, metrics or ())
     for section in [*sections(results), *compression.sections(results)]:
         figures |= section.figures
-    (output_dir / "plots").mkdir(parents=True, exist_ok=True)
-    for name, (_, svg) in figures.items():
-        (output_dir / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
+    plots.write_svgs({name: svg for name, (_, svg) in figures.items()}, output_dir / "plots")
 
     context = _context(results, samples, list(per_example or ()), title)
     context["figures"] = {

@@ -35,6 +35,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def say_replaced(folder: Path) -> None:
+    """Say of a finished evaluation in a folder that the one which begins, or is joined, takes its place."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        what = f" (of {', '.join(results['models'])}{f' on {name}' if (name := results.get('data_name')) else ''})"
+    except (OSError, ValueError, KeyError, TypeError):
+        what = ""
+    print(f"rlseq: {folder} holds an earlier evaluation{what}, which this one replaces once it is finished", flush=True)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A finished evaluation as its files have it."""
@@ -67,7 +80,8 @@ def write_results(
     file, so that evaluations can be joined (rlseq.evaluation.join); results.json comes last: with it the rest is whole.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "results.json").unlink(missing_ok=True)
+    for name in ("results.json", "studies.jsonl", "documents.jsonl"):
+        (output_dir / name).unlink(missing_ok=True)
     places = [(name, statistics, i) for name, statistics in found.items() for i in range(len(rows_of))]
     _write_jsonl(
         output_dir / "per_example.jsonl",

@@ -5,6 +5,7 @@ Reads the dictionary that is written to results.json; computes no statistic of i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ class Comparison:
     @property
     def mark(self) -> str:
         return {"better": "▲", "worse": "▼", "higher": "↑", "lower": "↓", "equal": "="}.get(self.verdict, "·")
+
+    @property
+    def unseen(self) -> str:
+        """What a sentence adds where it claims a difference that the digits shown do not hold; else ""."""
+        claimed = self.verdict not in ("equal", "unclear")
+        return " by less than is shown" if claimed and self.value_a == self.value_b else ""
 
     @property
     def of_methods(self) -> bool:
@@ -232,6 +239,9 @@ def comparisons(results: Results) -> list[Comparison]:
         for side, strategy in (("a", strategy_a), ("b", raw["strategy"])):
             found_cell = cell(results, raw[side], strategy, raw["metric"]) or {}
             values.append(raw.get(f"value_{side}", found_cell.get("value")))
+        verdict = _verdict(raw, info.better)
+        if verdict not in ("equal", "unclear"):
+            info = _telling(info, *values)
         is_primary = bool(primary) and all(
             raw.get(key) == primary.get(key) for key in ("a", "b", "strategy", "strategy_a", "metric")
         )
@@ -247,7 +257,7 @@ def comparisons(results: Results) -> list[Comparison]:
                 difference=info.difference(raw["difference"]),
                 interval=info.difference_interval(raw["ci95"]),
                 p=p_text(raw.get("p_value")),
-                verdict=_verdict(raw, info.better),
+                verdict=verdict,
                 primary=is_primary,
                 oracle=any(is_oracle(results, s) for s in (strategy_a, raw["strategy"])),
                 raw=raw,
@@ -288,6 +298,12 @@ def _verdict(raw: Mapping[str, Any], better: bool | None) -> str:
     if better is None:
         return "higher" if rose else "lower"
     return "better" if rose == better else "worse"
+
+
+def _telling(info: Metric, a: float | None, b: float | None) -> Metric:
+    """The metric with the decimals that tell two values apart, up to 4 more; without more where these do not."""
+    finer = (dataclasses.replace(info, decimals=info.decimals + more) for more in range(5))
+    return next((one for one in finer if one.value(a) != one.value(b)), info)
 
 
 def _decimals(results: Results, name: str) -> int:

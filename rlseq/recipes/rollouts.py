@@ -17,6 +17,7 @@ from rlseq.evaluation.fit import check_models
 from rlseq.evaluation.plots import write_curves
 from rlseq.evaluation.report import write_plane
 from rlseq.scoring import RewardSuite
+from rlseq.scoring.trial import try_rewards
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
@@ -69,11 +70,14 @@ def prepare(
         check_settings(settings, measured, task.eval_rows, prompt_options(data, config))
         base = {"base": named_alone(model_args)}
         check_windows(settings, base)
-        check_models(base, task.eval_rows, prompt_options(data, config), settings)
+        check_models(base, task.eval_rows, prompt_options(data, config), settings, measured)
     probe = None
     if during:
+        prompts = build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **prompt_options(data, config))
+        if not evaluation.evaluate:
+            try_rewards(measured, prompts)
         probe = ValidationProbe(
-            build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **prompt_options(data, config)),
+            prompts,
             task.tokenizer,
             task.suite,
             task.eval_suite,
@@ -134,6 +138,7 @@ def contrast_with_base(
         output_dir=directory.evaluation,
         title=f"{method} on {data.dataset_name} ({data.eval_split})",
         metrics_file=directory.metrics,
+        data_name=f"{data.dataset_name} ({data.eval_split})",
     )
 
 

@@ -33,6 +33,7 @@ from rlseq.evaluation.contrast import read_jsonl
 from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
 from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.trial import try_rewards
 from rlseq.training.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
 from rlseq.training.config import (
     DataArguments,
@@ -63,8 +64,6 @@ from rlseq.training.recipe import (
     finish,
     open_run,
     say,
-    try_rewards,
-    unlike,
 )
 from rlseq.training.rejection import (
     Record,
@@ -110,12 +109,15 @@ def main() -> None:
         return build_prompts(rows, tokenizer, **data.prompt_options())
 
     # One example a (prompt, reference): all of a prompt's references are right answers.
-    def references_of(prompts: list[Prompt]) -> datasets.Dataset:
+    def references_of(prompts: list[Prompt], split: str) -> datasets.Dataset:
         pairs = [(p.messages_or_text, r) for p in prompts for r in p.columns["references"]]
         if not pairs:
             raise ConfigError(
                 f"no row of {data.dataset_name!r} has a reference in --reference_column {data.reference_column!r}"
             )
+        if without := sum(not p.columns["references"] for p in prompts):
+            count = f"{without:,} of {len(prompts):,} {split} rows"
+            say(f"rlseq: warning: {count} are left out: they have no reference, which teacher forcing needs")
         return examples(pairs)
 
     # TRL cuts what is longer than max_length without a word.
@@ -127,7 +129,7 @@ def main() -> None:
 
     batch = config.per_device_train_batch_size * PartialState().num_processes
     held_out = prompts_of(data.eval_split, data.eval_rows)
-    validation = references_of(held_out)
+    validation = references_of(held_out, data.eval_split)
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
     drawn = rejection.rejection_max_new_tokens if rejection.rejection_samples else None
     made = new_config(new.new_model, tokenizer) if new.new_model else None
@@ -139,11 +141,10 @@ def main() -> None:
         suite = load_rewards(
             rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
         )
-        for prompt in unlike(prompts):
-            try_rewards(suite, prompt)
+        try_rewards(suite, prompts)
         what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"
     else:
-        train = references_of(prompts)
+        train = references_of(prompts, data.train_split)
         what = f"{len(train):,} training examples"
     if config.eval_strategy != "no":
         measure(validation, data.eval_split)

@@ -329,6 +329,10 @@ def _hackability(suite: RewardSuite, prompts: list[Prompt], references: list[str
         "the maximum length": lambda _: " ".join([word] * MAXIMUM_LENGTH),
         "the most frequent completion": lambda _: Counter(references).most_common(1)[0][0],
     }
+    if len(set(references)) == 1:
+        del makers["the most frequent completion"]
+        finding = "all rows have one answer, which is right for each"
+        yield Check("hackable by the most frequent completion?", None, finding)
     for name, make in makers.items():
         score = _mean(_texts(suite, prompts, [make(prompt) for prompt in prompts]))
         yield Check(

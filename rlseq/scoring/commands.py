@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..types import Prompt
 from .check import Check, run_checks, spread
 from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
@@ -90,6 +90,9 @@ def _range(limits: Any) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
+    for name in ("rows", "num_generations", "max_completion_length"):
+        if (value := getattr(args, name)) < 1:
+            raise ConfigError(f"--{name} is {value}; expected at least 1")
     given = parse_spec(args.spec)
     spec = given if isinstance(given, dict) else {"func": given}
     tokenizer = None
@@ -98,6 +101,8 @@ def _check(args: argparse.Namespace) -> int:
 
         tokenizer = _loaded(AutoTokenizer, args.model_name_or_path, padding_side="left")
     prompts = prompts_of(args, tokenizer)
+    if args.model_name_or_path:
+        _check_room(args, prompts)
     checks = run_checks(spec, prompts, Path.cwd())
     if args.model_name_or_path and all(check.passed is not False for check in checks[:3]):
         checks.append(_spread(spec, prompts, tokenizer, args))
@@ -112,6 +117,18 @@ def _check(args: argparse.Namespace) -> int:
             print(textwrap.fill(f"* {'; '.join(questions)}: {text}", _width(), subsequent_indent="  "))
     print(f"{len(wrong)} of {len(checks)} checks failed." if wrong else "Nothing is wrong with it.")
     return int(bool(wrong))
+
+
+def _check_room(args: argparse.Namespace, prompts: list[Prompt]) -> None:
+    """Refuse a model without positions for prompt and samples, before anything is scored or loaded."""
+    from ..doctor.finding import FAILED
+    from ..doctor.preflight import load_configs
+    from ..doctor.prompts import check_context
+
+    model_config, _ = load_configs(args.model_name_or_path)
+    room = check_context(model_config, prompts, args.max_completion_length)
+    if room.status == FAILED:
+        raise ModelError(f"--model_name_or_path {args.model_name_or_path!r} does not fit the rows. {room.sentence}")
 
 
 def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args: argparse.Namespace) -> Check:

@@ -45,6 +45,11 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     options = _checked_options(spec)
     found = find(options["func"], search_root)
     name = options.get("name") or found.name
+    if isinstance(found.function, type):
+        raise RewardError(
+            f"reward {name!r} is a class; expected a function, or an instance whose __call__ is a reward. "
+            f"Name an instance: `my_reward = {found.function.__name__}(...)` in the file, and that name in the spec."
+        )
     info = info_of(found.function)
     info = dataclasses.replace(info, scope=_choice(name, "scope", options.get("scope", info.scope), SCOPES))
     parameters = parameters_of(found.function)

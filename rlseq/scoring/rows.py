@@ -47,8 +47,10 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
         print("No --dataset_name: tried on made-up rows.\n", file=sys.stderr, flush=True)
         words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
         answers = [" ".join([*words[i:], *words[:i], str(10 + i)]) for i in range(len(words))]
+        texts = [f"Count from {word}, then add ten." for word in words]
+        ids = (tokenizer or _WordTokenizer())(text=texts)["input_ids"]
         return [
-            Prompt(f"row-{i}", f"Count from {words[i]}, then add ten.", (), {"references": [answer]})
+            Prompt(f"row-{i}", texts[i], tuple(ids[i]), {"references": [answer]})
             for i, answer in enumerate(answers[: args.rows])
         ]
     return _load(args.dataset_name, _given(args), tokenizer, args.rows)

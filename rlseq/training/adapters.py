@@ -19,10 +19,6 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
     """
     path = model_args.model_name_or_path
     adapter = model_args.use_peft or _is_adapter(path)
-    if model_args.use_peft and model_args.lora_r < 1:
-        raise ConfigError(f"--lora_r is {model_args.lora_r}; expected at least 1")
-    if model_args.use_peft and not 0 <= model_args.lora_dropout < 1:
-        raise ConfigError(f"--lora_dropout is {model_args.lora_dropout}; expected a number in [0, 1)")
     if model_args.use_peft and model_args.model_revision not in (None, "main") and not Path(path or "").is_dir():
         raise ConfigError(
             f"--model_revision is {model_args.model_revision}, but an adapter's folder names its base without one: the "
@@ -38,6 +34,12 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"--{name} needs bitsandbytes, which is not installed: pip install 'rlseq[quantization]'")
+    if model_args.use_peft:
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(model_args, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(model_args, name)}; expected at least 1")
+        if not 0 <= model_args.lora_dropout < 1:
+            raise ConfigError(f"--lora_dropout is {model_args.lora_dropout}; expected a number in [0, 1)")
     if not adapter:
         for name in ("merge_adapter", "use_dora", "use_rslora"):
             if getattr(model_args, name):

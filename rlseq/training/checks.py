@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import trl
+from transformers.integrations import integration_utils
 
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring import RewardSuite
@@ -93,6 +94,23 @@ def check_early_stopping(config: Any) -> None:
             f"{evaluates} and save_strategy {saves}. Give both alike: epoch, or steps (with --eval_steps and "
             "--save_steps)."
         )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse to report to what transformers does not know, or to what is not installed.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    known = list(integration_utils.INTEGRATION_TO_CALLBACK)
+    modules = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}  # where the name is another
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise ConfigError(f"--report_to is {name!r}; expected one of {', '.join(known)}, all or none.{near}")
+        if not getattr(integration_utils, f"is_{modules.get(name, name)}_available")():
+            extra = "rlseq[tracking]" if name in ("tensorboard", "trackio", "wandb") else name
+            raise ConfigError(f"--report_to {name} needs {name}, which is not installed: pip install '{extra}'")
 
 
 def check_objective(config: Any) -> None:

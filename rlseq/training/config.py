@@ -30,6 +30,7 @@ from rlseq.training.checks import (
     check_numbers,
     check_objective,
     check_ppo,
+    check_trackers,
     refuse_other_objectives,
     refuse_warped_training,
     single_generation,
@@ -120,6 +121,7 @@ class DefaultsMixin:
         if self.activation_checkpointing is None:  # transformers' new name of the same setting
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        check_trackers(self.report_to)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"hub_token": None}  # transformers pickles settings into what is pushed

@@ -15,6 +15,7 @@ import trl
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from rlseq.doctor.preflight import load_configs
 from rlseq.errors import ConfigError, ModelError
@@ -85,10 +86,12 @@ def weightless_model(model_args: trl.ModelConfig) -> nn.Module:
             settings = trl.get_peft_config(model_args)
         if settings is None:
             return model
+        layers = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         try:
             adapted = get_peft_model(model, settings)
         except ValueError as error:
-            raise ConfigError(f"the adapter does not fit {path!r}: {first_line(error)}") from error
+            there = f" Its linear layers: {', '.join(sorted(layers))}." if "arget module" in str(error) else ""
+            raise ConfigError(f"the adapter does not fit {path!r}: {first_line(error)}{there}") from error
         if model_args.load_in_4bit or model_args.load_in_8bit:  # TRL then trains the adapter in 16 bits
             for name, parameter in adapted.named_parameters():
                 if parameter.requires_grad and "lora_magnitude_vector" not in name:

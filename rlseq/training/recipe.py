@@ -20,6 +20,7 @@ from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.doctor.prompts import check_context
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
+from rlseq.scoring.trial import try_rewards
 from rlseq.training.adapters import ignored_adapter_settings
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
@@ -27,12 +28,13 @@ from rlseq.training.config import DataArguments, ModelArguments, NewModelArgumen
 from rlseq.training.config_file import changed_values
 from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.faults import writing
+from rlseq.training.memory import weightless_model
 from rlseq.training.models import check_attention, check_model_path, load_tokenizer
 from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
 from rlseq.training.same_model import check_same_model, check_same_new_model
 from rlseq.training.tools import check_tools, load_tools
-from rlseq.types import Prompt, Rollout
+from rlseq.types import Prompt
 
 SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "--new_model")
 
@@ -104,8 +106,7 @@ def load_task(
         eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
     for each in (suite, eval_suite):
         if each is not None:
-            for prompt in unlike(prompts):
-                try_rewards(each, prompt)
+            try_rewards(each, prompts)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
 
@@ -135,7 +136,7 @@ def check_fit(
 
     Raises:
         ModelError: a check failed; the message says what to do.
-        ConfigError: the model has a router loss that the run would leave out.
+        ConfigError: the model has a router loss that the run would leave out, or the adapter does not fit it.
     """
     if ignored := ignored_adapter_settings(model_args):
         say(f"rlseq: warning: {ignored}")
@@ -159,6 +160,8 @@ def check_fit(
     lines = {status: [f.sentence for f in findings if f.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
+    if model_args.use_peft and new is None:
+        weightless_model(model_args)  # says where the adapter does not fit
     for line in lines[WARNING]:
         say(f"rlseq: warning: {line}")
 
@@ -276,40 +279,6 @@ def describe_round(config: Any) -> str:
         return f"the references of {prompts} prompts a step, nothing drawn"
     samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
     return f"{prompts} prompts × {samples} a generation round"
-
-
-def unlike(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Of each column the first prompt with a value and the first without one, where a reward may fail alone."""
-    first: dict[tuple[str, bool], int] = {}
-    for number, prompt in enumerate(prompts):
-        for column, value in prompt.columns.items():
-            first.setdefault((column, value is None or value == []), number)
-    return [prompts[number] for number in sorted({0, *first.values()})]
-
-
-def try_rewards(suite: RewardSuite, prompt: Prompt) -> None:
-    """Score one row before any model loads: its first reference, or an empty completion where it has none.
-
-    Raises:
-        RewardError: a reward asks for a column that is not there, or fails.
-    """
-    references = prompt.columns.get("references") or [""]
-    chat = not isinstance(prompt.messages_or_text, str)
-    rollout = Rollout(
-        prompt_key=prompt.key,
-        sample=0,
-        completion_ids=(),
-        trained_mask=(),
-        logprobs=(),
-        text=references[0],
-        raw_text=references[0],
-        messages=({"role": "assistant", "content": references[0]},) if chat else None,
-        finish_reason="stop",
-        strategy="reference",
-    )
-    columns = {name: [value] for name, value in prompt.columns.items()} | {"prompt": [prompt.messages_or_text]}
-    suite.check_columns(columns)
-    suite.score([rollout], columns)
 
 
 def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> bool:

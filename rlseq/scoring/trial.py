@@ -1,0 +1,44 @@
+"""Rewards tried on a few rows of the data before anything expensive starts, where a row may be what they fail on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import RewardError
+from ..types import Prompt
+from .check import columns_of, make_rollout, score_items
+from .suite import RewardSuite
+
+
+def try_rewards(suite: RewardSuite, prompts: Sequence[Prompt]) -> None:
+    """Score of each column the first row with a value and the first without one: a reward may fail on either alone.
+
+    The completion is the row's first reference, or its prompt where it has none.
+
+    Raises:
+        RewardError: a reward asks for a column that is not there, or fails; the message names the row and what it has
+            nothing in.
+    """
+    for number in _unlike(prompts):
+        prompt = prompts[number]
+        suite.check_columns(columns_of([prompt]))
+        references = prompt.columns.get("references") or [prompt.text]
+        try:
+            score_items(suite, [(prompt, make_rollout(prompt, references[0]))])
+        except RewardError as error:
+            lacks = [name for name, value in prompt.columns.items() if _nothing(value)]
+            without = f", which has nothing in {', '.join(map(repr, lacks))}" if lacks else ""
+            raise RewardError(f"tried on row {number + 1:,} of {len(prompts):,}{without}: {error}") from error
+
+
+def _unlike(prompts: Sequence[Prompt]) -> list[int]:
+    """Of each column the first prompt with a value and the first without one, by number."""
+    first: dict[tuple[str, bool], int] = {}
+    for number, prompt in enumerate(prompts):
+        for column, value in prompt.columns.items():
+            first.setdefault((column, _nothing(value)), number)
+    return sorted({0, *first.values()})
+
+
+def _nothing(value: object) -> bool:
+    return value is None or value == []
