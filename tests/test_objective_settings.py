@@ -25,7 +25,7 @@ REFUSED = {
     "steps uphill": ({"learning_rate": -1.0}, "learning_rate is -1.0; expected at least 0"),
     "a seed that numpy refuses": ({"seed": -1}, "seed is -1; expected at least 0"),
     "a moment that grows": ({"adam_beta1": 2.0}, r"adam_beta1 is 2.0; expected a number in \[0, 1\)"),
-    "no temperature": ({"temperature": 0.0}, "temperature is 0.0; expected a number above 0"),
+    "no temperature": ({"temperature": 0.0}, "temperature is 0.0; expected a finite number above 0"),
     "k1 in the loss": ({"kl_estimator": "k1", "beta": 0.1}, "gradient zero"),
     "a loss type of TRL's": ({"objective": "reference_exact", "loss_type": "grpo"}, "does not use loss_type"),
     "GSPO": ({"objective": "minimum_risk", "importance_sampling_level": "sequence"}, "importance_sampling_level"),

@@ -299,21 +299,22 @@ def test_two_processes_train_as_one_with_the_same_global_batch(task, tmp_path, m
     assert len(read_lines(two / "evaluation/samples.jsonl")) == 2 * len(ROWS) * 6
 
 
-def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path):
-    (task / "fragile.py").write_text(
-        "import os\ndef fragile(completion, completion_ids):\n"
-        "    if os.environ.get('RANK') == '1' and completion_ids:\n        raise ValueError('rank one is unwell')\n"
+@pytest.mark.parametrize("calls", [0, 50], ids=["before a model loads", "in a step"])
+def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path, calls):
+    (tmp_path / "fragile.py").write_text(
+        "import os\ncalls = 0\ndef fragile(completion):\n    global calls\n    calls += 1\n"
+        f"    if os.environ.get('RANK') == '1' and calls > {calls}:\n        raise ValueError('rank one is unwell')\n"
         "    return 1.0\n"
     )
-    arguments = ["--config", task / "grpo.yaml", "--reward_funcs", f"{task}/fragile.py:fragile"]
+    arguments = ["--config", task / "grpo.yaml", "--reward_funcs", f"{tmp_path}/fragile.py:fragile"]
     arguments += ["--per_device_train_batch_size", 4, "--output_dir", tmp_path / "run", "--max_steps", 50]
     launcher = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
     began = time.monotonic()
     process = start("grpo", *arguments, launcher=launcher)
     stdout, stderr = process.communicate(timeout=240)
     assert process.returncode != 0 and time.monotonic() - began < 120
-    assert "2 processes" in stdout
-    assert "rank one is unwell" in stderr
+    assert ("2 processes" in stdout) == bool(calls)
+    assert "rank one is unwell" in stderr and (tmp_path / "run").exists() == bool(calls)
 
 
 def test_a_reward_may_be_a_mapping_in_yaml(task, tmp_path, monkeypatch):

@@ -13,22 +13,39 @@ from .suite import RewardSuite
 def try_rewards(suite: RewardSuite, prompts: Sequence[Prompt]) -> None:
     """Score of each column the first row with a value and the first without one: a reward may fail on either alone.
 
-    The completion is the row's first reference, or its prompt where it has none.
+    The completion is the row's first reference, or its prompt where it has none. Every process of a run calls it, and
+    what fails on one is raised on all.
 
     Raises:
         RewardError: a reward asks for a column that is not there, or fails; the message names the row and what it has
             nothing in.
     """
-    for number in _unlike(prompts):
-        prompt = prompts[number]
-        suite.check_columns(columns_of([prompt]))
-        references = prompt.columns.get("references") or [prompt.text]
-        try:
-            score_items(suite, [(prompt, make_rollout(prompt, references[0]))])
-        except RewardError as error:
-            lacks = [name for name, value in prompt.columns.items() if _nothing(value)]
-            without = f", which has nothing in {', '.join(map(repr, lacks))}" if lacks else ""
-            raise RewardError(f"tried on row {number + 1:,} of {len(prompts):,}{without}: {error}") from error
+    from accelerate.utils import gather_object
+
+    error = None
+    try:
+        for number in _unlike(prompts):
+            _try(suite, prompts, number)
+    except RewardError as caught:
+        error = caught
+    failures = gather_object([None if error is None else str(error)])  # one of each process
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise RewardError(f"on rank {rank}: {failure}")
+
+
+def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
+    prompt = prompts[number]
+    suite.check_columns(columns_of([prompt]))
+    references = prompt.columns.get("references") or [prompt.text]
+    try:
+        score_items(suite, [(prompt, make_rollout(prompt, references[0]))])
+    except RewardError as error:
+        lacks = [name for name, value in prompt.columns.items() if _nothing(value)]
+        without = f", which has nothing in {', '.join(map(repr, lacks))}" if lacks else ""
+        raise RewardError(f"tried on row {number + 1:,} of {len(prompts):,}{without}: {error}") from error
 
 
 def _unlike(prompts: Sequence[Prompt]) -> list[int]:
