@@ -45,12 +45,12 @@ def test_a_written_configuration_repeats_the_run(tmp_path, flags):
 def test_settings_that_are_not_those_on_file_are_told(tmp_path):
     parser = RecipeParser([trl.GRPOConfig, trl.ModelConfig])
     write_config(tmp_path / "config.yaml", *parser.parse([*CPU, "--beta", "0.5"]))
-    assert changed_values(tmp_path / "config.yaml", *parser.parse([*CPU, "--beta", "0.5"])) == []
+    assert changed_values(tmp_path / "config.yaml", *parser.parse([*CPU, "--beta", "0.5"])) == {}
     other = parser.parse([*CPU, "--learning_rate", "0.25", "--beta", "0.5", "--model_name_or_path", "x"])
-    assert changed_values(tmp_path / "config.yaml", *other) == [
-        "learning_rate 1e-06 -> 0.25",
-        "model_name_or_path None -> x",
-    ]
+    assert changed_values(tmp_path / "config.yaml", *other) == {
+        "learning_rate": (1e-06, 0.25),
+        "model_name_or_path": (None, "x"),
+    }
 
 
 def test_a_written_configuration_repeats_teacher_forcing(tmp_path):

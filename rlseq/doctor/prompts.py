@@ -150,16 +150,10 @@ def check_references(
 def _rotary_switch(values: Mapping[str, Any]) -> int | None:
     """Tokens beyond which LongRoPE takes its other frequencies, for all of a batch and not for what a cache holds."""
     parameters = values.get("rope_parameters") or {}
-    each = [
-        parameters,
-        *(one for one in parameters.values() if isinstance(one, Mapping)),
-    ]  # some have them by layer type
-    found = [
-        one.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
-        for one in each
-        if one.get("rope_type") == "longrope"
-    ]
-    return min(filter(None, found), default=None)
+    by_layer_type = [one for one in parameters.values() if isinstance(one, Mapping)]  # as some have them
+    name = "original_max_position_embeddings"
+    long = [one for one in (parameters, *by_layer_type) if one.get("rope_type") == "longrope"]
+    return min(filter(None, (one.get(name) or values.get(name) for one in long)), default=None)
 
 
 def _probes(tokenizer: Any) -> list[Prompt]:

@@ -182,11 +182,11 @@ def write_config(path: str | os.PathLike, *configs: Any) -> None:
     temporary.replace(path)
 
 
-def changed_values(path: Path, *configs: Any) -> list[str]:
-    """Which settings are not those of a config.yaml that `write_config` wrote: `"beta 0.0 -> 0.1"` for each."""
+def changed_values(path: Path, *configs: Any) -> dict[str, tuple[Any, Any]]:
+    """Name -> (before, now) of the settings that are not those of a config.yaml that `write_config` wrote."""
     _, had = read_yaml_mapping(path)
     has = {name: value for config in configs for name, value in resolved_values(config).items()}
-    return [f"{name} {had[name]} -> {has[name]}" for name in has if name in had and had[name] != has[name]]
+    return {name: (had[name], has[name]) for name in has if name in had and had[name] != has[name]}
 
 
 def _present_values(config: Any) -> dict[str, Any]:

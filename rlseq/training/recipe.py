@@ -222,9 +222,10 @@ OF_THE_START = {"resume_from_checkpoint", "overwrite_output_dir", "output_dir"} 
 def _warn_of_changes(directory: RunDirectory, *configs: Any) -> None:
     """Say which settings a run goes on with that it did not have, as config.yaml will hold the new ones alone."""
     try:
-        changed = [c for c in changed_values(directory.config, *configs) if c.partition(" ")[0] not in OF_THE_START]
+        values = changed_values(directory.config, *configs)
     except ConfigError:  # config.yaml is gone or was edited: nothing to compare with
         return
+    changed = [f"{name} {had} -> {has}" for name, (had, has) in values.items() if name not in OF_THE_START]
     if changed:
         say(
             f"rlseq: warning: the run goes on with other settings than it had: {'; '.join(changed)}. config.yaml holds "
