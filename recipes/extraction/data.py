@@ -1,0 +1,215 @@
+"""Structured output: a short text in, one JSON object out. Rows for `--dataset_name recipes/extraction/data.py`.
+
+A row is a text with instructions, and the object that it should become:
+
+    {"prompt": [{"role": "user", "content": "Extract ... \\n\\nText: Ana Silva, 34, works as a nurse in Porto."}],
+     "record": {"name": "Ana Silva", "age": 34, "job": "nurse", "city": "Porto"},
+     "schema": {"type": "object", ...}, "references": ['{"name": "Ana Silva", ...}'], "kind": "person"}
+
+Rows are generated, from nothing but this file and a seed. Rewards compare a completion with `record` (`json_fields`,
+`exact_object`) or `schema` (`json_schema`); no reward reads `references`, which are there for teacher forcing and for
+measuring likelihood.
+
+Three kinds of records: a person (four flat keys, a fifth key `email` only if the text names one), an order (numbers)
+and an event (a nested object). Splits:
+
+* `train` (4,000 rows), `validation` (500), `test` (500): the same sentences with other records. A record belongs to a
+  split by its SHA-256, so no record is in two splits.
+* `harder` (500): sentences, people, jobs, places, items and events that no other split has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+from rlseq.errors import DataError
+
+ROWS = {"train": 4000, "validation": 500, "test": 500, "harder": 500}
+
+FAMILIAR = {
+    "first": (
+        "Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas "
+        "Karin Liam Maria Nadia Oscar Paula Rosa Simon Tara Victor"
+    ).split(),
+    "last": (
+        "Silva Meyer Rossi Novak Jensen Brown Garcia Kowalski Dubois Larsen "
+        "Fischer Costa Moreau Peters Santos Weber"
+    ).split(),
+    "job": ["nurse", "plumber", "teacher", "baker", "software engineer", "pilot", "lawyer", "gardener", "dentist",
+            "electrician", "librarian", "chef"],
+    "city": ["Porto", "Perth", "Oslo", "Lyon", "Denver", "Milan", "Prague", "Toronto", "Hamburg", "Seville", "Boston",
+             "Geneva"],
+    "item": ["chairs", "lamps", "notebooks", "umbrellas", "bicycles", "mugs", "backpacks", "keyboards", "blankets",
+             "tents"],
+    "event": ["jazz concert", "book fair", "chess tournament", "science lecture", "food festival", "art exhibition",
+              "film night", "charity run"],
+    "venue": ["town hall", "central library", "city museum", "old theatre", "sports arena", "river park"],
+    "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"],
+    "domain": ["mail.com", "post.net", "inbox.org"],
+}  # fmt: skip
+UNFAMILIAR = {
+    "first": (
+        "Amara Bashir Chen Devika Eun-ji Farid Goran Hana Ivar Jamila "
+        "Kofi Leila Mateo Noor Olga Priya Quentin Rashid"
+    ).split(),
+    "last": (
+        "Okafor Haddad Tanaka Iyer Park Nasser Petrovic Sato Lindqvist Mensah "
+        "Ortiz Volkov Rao Bergstrom"
+    ).split(),
+    "job": ["carpenter", "surgeon", "journalist", "tailor", "data analyst", "firefighter", "translator", "welder",
+            "pharmacist", "architect"],
+    "city": ["Nairobi", "Osaka", "Lima", "Cairo", "Mumbai", "Tallinn", "Bogota", "Manila", "Accra", "Riga"],
+    "item": ["desks", "kettles", "helmets", "curtains", "speakers", "ladders", "pillows", "cameras"],
+    "event": ["poetry reading", "dance show", "robot workshop", "flower market", "history tour", "choir rehearsal"],
+    "venue": ["harbour hall", "botanical garden", "railway station", "community centre", "north stadium"],
+    "day": ["Saturday", "Sunday"],
+    "domain": ["example.io", "letter.dev"],
+}  # fmt: skip
+
+PERSON = [
+    "{name}, {age}, works as a {job} in {city}.",
+    "{name} is {age} years old. After school in {city}, where {first} still lives, {first} became a {job}.",
+    "Our new {job} is {name}, who is {age} and comes from {city}.",
+    "In {city} I met {name}, a {job} of {age}.",
+    "{first} moved to {city} last year. Full name: {name}. Age: {age}. Profession: {job}.",
+    "At {age}, {name} is the youngest {job} in {city}.",
+    "The {job} {name} ({age}) lives in {city} with two cats.",
+]
+PERSON_HARDER = [
+    "Nobody in {city} knew that {name}, now {age}, had once trained as a {job} and never stopped being one.",
+    "Age {age}, residence {city}, occupation {job}: that is all the form said of {name}.",
+    'Ask {name} what it is like to be a {job} and the answer is: "At {age}, in {city}, it is a good life."',
+    "{city} has many a {job}, but only one called {name}; {first} turned {age} in May.",
+]
+EMAIL = [" Write to {email}.", " Contact: {email}."]
+EMAIL_HARDER = [" Mail sent to {email} is read every evening."]
+ORDER = [
+    "{name} ordered {quantity} {item} at {price} dollars each.",
+    "Please send {quantity} {item} to {name}. The price is {price} dollars a piece.",
+    "Order from {name}: {quantity} {item}, {price} dollars each.",
+    "For {price} dollars each, {name} bought {quantity} {item}.",
+    "We sold {quantity} {item} to {name} yesterday; each cost {price} dollars.",
+]
+ORDER_HARDER = [
+    "The invoice lists {item} ({quantity} of them, {price} dollars apiece), billed to {name}.",
+    "{name} could not resist: {price} dollars was a fair price for one, so {quantity} {item} went into the van.",
+    "Shipment ready. Customer {name}, goods {item}, unit price {price} dollars, count {quantity}.",
+]
+EVENT = [
+    "The {event} takes place on {day} at the {venue} in {city}.",
+    "On {day} there is a {event} in {city}, at the {venue}.",
+    "Come to the {venue} in {city} on {day} for the {event}!",
+    "{city}: the {event} was moved to {day}. It is held at the {venue}.",
+    "This {day}, the {venue} in {city} hosts a {event}.",
+]
+EVENT_HARDER = [
+    "If you are in {city}, do not miss the {event}; doors of the {venue} open early on {day}.",
+    "Tickets for {day} are sold out, says the {venue}, where people in {city} wait for the {event}.",
+    "{day} again: another {event}, another evening at the {venue} of {city}.",
+]
+
+INSTRUCTION = {
+    "person": 'the keys "name", "age" (a number), "job" and "city", and the key "email" only if the text names one',
+    "order": 'the keys "customer", "item", "quantity" (a number) and "price" (a number)',
+    "event": 'the keys "event", "day" and "place", where "place" is an object with the keys "venue" and "city"',
+}
+TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
+
+
+def _object(properties: dict[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    required = [key for key in properties if key not in optional]
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+SCHEMA = {
+    "person": _object({"name": TEXT, "age": NUMBER, "job": TEXT, "city": TEXT, "email": TEXT}, optional=("email",)),
+    "order": _object({"customer": TEXT, "item": TEXT, "quantity": NUMBER, "price": NUMBER}),
+    "event": _object({"event": TEXT, "day": TEXT, "place": _object({"venue": TEXT, "city": TEXT})}),
+}
+
+
+def split_of(record: dict[str, Any]) -> str:
+    """Name the split of a record of familiar words, by its hash: 80% train, 10% validation, 10% test.
+
+    The optional `email` is left out, so that a person with it and the same person without it are in one split.
+    """
+    text = json.dumps({key: value for key, value in record.items() if key != "email"}, sort_keys=True)
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
+def load(split: str) -> list[dict[str, Any]]:
+    """Return the rows of a split, always the same ones in the same order; no record comes twice.
+
+    Raises:
+        DataError: an unknown split.
+    """
+    if split not in ROWS:
+        raise DataError(f"the extraction data has no split {split!r}; it has {', '.join(ROWS)}")
+    rng = random.Random(f"extraction {split}")
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < ROWS[split]:
+        kind = rng.choice(("person", "person", "order", "event"))
+        record, text = _MAKERS[kind](rng, split == "harder")
+        if split != "harder" and split_of(record) != split:
+            continue
+        reference = json.dumps(record)
+        rows.setdefault(reference, _row(kind, record, text, reference))
+    return list(rows.values())
+
+
+def _row(kind: str, record: dict[str, Any], text: str, reference: str) -> dict[str, Any]:
+    asked = f"Extract from the text one JSON object with {INSTRUCTION[kind]}. Answer with the object alone."
+    return {
+        "prompt": [{"role": "user", "content": f"{asked}\n\nText: {text}"}],
+        "record": record,
+        "schema": SCHEMA[kind],
+        "references": [reference],
+        "kind": kind,
+    }
+
+
+def _person(rng: random.Random, harder: bool) -> tuple[dict[str, Any], str]:
+    words = UNFAMILIAR if harder else FAMILIAR
+    first, last = rng.choice(words["first"]), rng.choice(words["last"])
+    record = {
+        "name": f"{first} {last}",
+        "age": rng.randint(19, 79),
+        "job": rng.choice(words["job"]),
+        "city": rng.choice(words["city"]),
+    }
+    text = rng.choice(PERSON_HARDER if harder else PERSON).format(first=first, **record)
+    if rng.random() < 0.25:
+        record["email"] = f"{first}.{last}@{rng.choice(words['domain'])}".lower()
+        text += rng.choice(EMAIL_HARDER if harder else EMAIL).format(**record)
+    return record, text
+
+
+def _order(rng: random.Random, harder: bool) -> tuple[dict[str, Any], str]:
+    words = UNFAMILIAR if harder else FAMILIAR
+    record = {
+        "customer": f"{rng.choice(words['first'])} {rng.choice(words['last'])}",
+        "item": rng.choice(words["item"]),
+        "quantity": rng.randint(2, 60),
+        "price": rng.randint(3, 250),
+    }
+    return record, rng.choice(ORDER_HARDER if harder else ORDER).format(name=record["customer"], **record)
+
+
+def _event(rng: random.Random, harder: bool) -> tuple[dict[str, Any], str]:
+    words = UNFAMILIAR if harder else FAMILIAR
+    place = {"venue": rng.choice(words["venue"]), "city": rng.choice(words["city"])}
+    record = {"event": rng.choice(words["event"]), "day": rng.choice(words["day"]), "place": place}
+    flat = {key: value for key, value in record.items() if key != "place"}
+    return record, rng.choice(EVENT_HARDER if harder else EVENT).format(**flat, **place)
+
+
+_MAKERS: dict[str, Callable[[random.Random, bool], tuple[dict[str, Any], str]]] = {
+    "person": _person,
+    "order": _order,
+    "event": _event,
+}
