@@ -250,7 +250,9 @@ class RunArguments:
         False, "Check everything that needs no model, print what the run would do and need, and stop."
     )
     num_cpu_threads: int | None = _default(
-        None, "Threads of a process that trains on the CPU; default: the cores over the processes on this machine."
+        None,
+        "Threads of a process that trains on the CPU; default: OMP_NUM_THREADS if you set it, else the cores over the "
+        "processes on this machine.",
     )
 
     def __post_init__(self) -> None:

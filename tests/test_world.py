@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlseq.errors import ConfigError
-from rlseq.training.world import asked_of, compare
+from rlseq.training import world
+from rlseq.training.world import asked_of, compare, cpu_threads
 
 ROOT = Path(__file__).parent.parent
 TWO = str(ROOT / "recipes/accelerate/cpu-2proc.yaml")
@@ -38,14 +39,14 @@ COMMANDS = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_what_was_asked_for_is_read_off_the_launchers_command_line(case):
     command, processes, kind = COMMANDS[case]
-    assert asked_of(command) == {"processes": processes, "kind": kind}
+    assert asked_of(command) == {"processes": processes, "kind": kind, "threads": None}
 
 
 def test_several_cpu_processes_are_read_off_a_file_of_their_kind(tmp_path):
     text = Path(TWO).read_text(encoding="utf-8").replace("distributed_type: MULTI_GPU", "distributed_type: MULTI_CPU")
     (tmp_path / "cpus.yaml").write_text(text, encoding="utf-8")
     command = ["accelerate", "launch", "--config_file", str(tmp_path / "cpus.yaml"), "x.py"]
-    assert asked_of(command) == {"processes": 2, "kind": "MULTI_CPU"}
+    assert asked_of(command) == {"processes": 2, "kind": "MULTI_CPU", "threads": None}
 
 
 @pytest.mark.parametrize("command", [[], ["/bin/bash"], ["python", "-m", "pytest"], ["torchrun", "--nproc", "2"]])
@@ -80,6 +81,39 @@ def test_two_cpu_processes_that_accelerate_makes_one_are_refused(tmp_path):
     assert ended.returncode != 0
     assert "error: accelerate launch was asked for 2 processes (NO), but 1 runs." in ended.stderr
     assert not (tmp_path / "run").exists()
+
+
+LAUNCH = ["python", "/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "command", "launcher_environment", "own", "expected"),
+    [
+        (3, [*LAUNCH, "x.py"], {"OMP_NUM_THREADS": "1"}, "1", (3, "--num_cpu_threads")),
+        (None, ["bash"], {}, "1", (1, "OMP_NUM_THREADS")),  # the user's: no launcher is there to have set it
+        (None, ["bash"], {}, "4,2", (4, "OMP_NUM_THREADS")),  # one number for each nested level
+        (None, [*LAUNCH, "x.py"], {"OMP_NUM_THREADS": "2"}, "2", (2, "OMP_NUM_THREADS")),
+        (None, [*LAUNCH, "x.py"], {}, "1", (6, "all cores")),  # accelerate's own 1
+        (None, ["python", "-m", "torch.distributed.run", "x.py"], {}, "1", (6, "all cores")),
+        (None, [*LAUNCH, "--num_cpu_threads_per_process", "5", "x.py"], {}, "5", (5, "--num_cpu_threads_per_process")),
+        (None, ["bash"], {}, None, (6, "all cores")),
+        (None, ["bash"], {}, "many", (6, "all cores")),
+    ],
+)
+def test_threads_are_those_that_the_user_asked_for(flag, command, launcher_environment, own, expected, monkeypatch):
+    monkeypatch.setattr(world, "_parent", lambda: (command, launcher_environment))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    assert cpu_threads(flag, 1) == expected
+
+
+def test_cores_are_divided_among_the_processes_of_the_machine(monkeypatch):
+    monkeypatch.setattr(world, "_parent", lambda: ([], {}))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [cpu_threads(None, processes)[0] for processes in (1, 2, 4, 8)] == [6, 3, 1, 1]
 
 
 LEAVING = """

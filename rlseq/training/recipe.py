@@ -34,6 +34,7 @@ from rlseq.training.parser import write_config
 from rlseq.training.run_directory import RunDirectory, prepare
 from rlseq.training.same_model import check_same_model, check_same_new_model
 from rlseq.training.tools import check_tools, load_tools
+from rlseq.training.world import cpu_threads
 from rlseq.types import Prompt
 
 SELECTS_MODEL_OR_DATA = ("--config", "--model_name_or_path", "--dataset_name", "--new_model")
@@ -254,23 +255,18 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def world() -> str:
-    """Describe the processes and devices that really run."""
-    state = PartialState()
-    processes = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} on {state.device.type}"
-    return f"{processes}, {torch.get_num_threads()} threads each" if state.device.type == "cpu" else processes
-
-
 def announce(config: TrainingArguments, run: RunArguments, what: str) -> None:
-    """Say which world, data and directory the run really has, and take the CPU threads it is to have.
+    """Say which processes, data and directory the run really has, and take the CPU threads it is to have.
 
     `accelerate launch` gives a process one thread unless told otherwise, which halves the speed on two cores.
     """
     state = PartialState()
+    processes = f"{state.num_processes} process{'es' if state.num_processes > 1 else ''} on {state.device.type}"
     if state.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        torch.set_num_threads(run.num_cpu_threads or max(1, (os.cpu_count() or 1) // local))
-    say(f"rlseq: {world()}, {what}, into {config.output_dir}")
+        threads, source = cpu_threads(run.num_cpu_threads, int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)))
+        torch.set_num_threads(threads)
+        processes += f", {threads} thread{'s' if threads > 1 else ''} each ({source})"
+    say(f"rlseq: {processes}, {what}, into {config.output_dir}")
 
 
 def describe_round(config: Any) -> str:

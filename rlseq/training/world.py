@@ -31,18 +31,52 @@ def check_world() -> None:
     Raises:
         ConfigError: says what was asked for, what runs, and how to get it.
     """
-    try:
-        parent = psutil.Process().parent()
-        command = parent.cmdline() if parent is not None else []
-    except psutil.Error:  # a parent that is gone, or another user's
-        return
-    asked = asked_of(command)
+    asked = asked_of(_parent()[0])
     if asked is not None:
         compare(asked, os.environ, accelerators=torch.accelerator.is_available())
 
 
+def _parent() -> tuple[list[str], dict[str, str]]:
+    """The command line and environment that the parent process was started with; empty where they cannot be read."""
+    try:
+        parent = psutil.Process().parent()
+        return (parent.cmdline(), parent.environ()) if parent is not None else ([], {})
+    except psutil.Error:  # a parent that is gone, or another user's
+        return [], {}
+
+
+def cpu_threads(flag: int | None, processes: int) -> tuple[int, str]:
+    """Choose the CPU threads of this process: the flag's, else the launcher's, else OMP_NUM_THREADS', else the cores'.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS to 1 where the user said nothing, so below a launcher the
+    variable counts only if the launcher itself was started with it.
+
+    Args:
+        flag: `--num_cpu_threads`, or None.
+        processes: of this run on this machine; the cores are divided among them.
+
+    Returns:
+        The number of threads, and where it comes from, for a message.
+    """
+    if flag is not None:
+        return flag, "--num_cpu_threads"
+    command, environment = _parent()
+    asked = asked_of(command)
+    if asked is not None and asked["threads"] is not None:
+        return asked["threads"], "--num_cpu_threads_per_process"
+    launched = asked is not None or any(Path(word).name in ("torchrun", "torch.distributed.run") for word in command)
+    variable = (environment if launched else os.environ).get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if variable.isdecimal() and int(variable) > 0:
+        return int(variable), "OMP_NUM_THREADS"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes), "all cores" if processes == 1 else "all cores, shared"
+
+
 def asked_of(command: Sequence[str]) -> dict[str, Any] | None:
-    """What a command line of `accelerate launch` asks for: `processes` (None: all there are), `kind`; else None."""
+    """What a command line of `accelerate launch` asks for, or None for any other command.
+
+    `processes` (None: all there are), `kind`, and `threads` a process (None: nothing was said).
+    """
     names = [Path(word).name for word in command]
     if "accelerate-launch" in names:
         start = names.index("accelerate-launch")
@@ -65,7 +99,8 @@ def asked_of(command: Sequence[str]) -> dict[str, Any] | None:
         return None
     processes = args.num_processes if args.num_processes is not None else getattr(config, "num_processes", None)
     kind = str(getattr(getattr(config, "distributed_type", None), "value", None) or "NO")
-    return {"processes": processes, "kind": "FSDP" if args.use_fsdp else kind}
+    threads = args.num_cpu_threads_per_process
+    return {"processes": processes, "kind": "FSDP" if args.use_fsdp else kind, "threads": threads}
 
 
 def compare(asked: Mapping[str, Any], environment: Mapping[str, str], *, accelerators: bool) -> None:
