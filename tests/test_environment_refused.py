@@ -122,7 +122,7 @@ def test_an_environment_that_cannot_serve_is_refused_by_name(name, named):
 
 
 def test_a_spec_without_a_name_is_refused():
-    with pytest.raises(ConfigError, match=r"expected package\.module:name or path/to/file\.py:name"):
+    with pytest.raises(ConfigError, match=r"expected path/to/file\.py:name or package\.module:name"):
         load_environment(settings(environment="accumulator"), [], load_rewards([says_done]))
 
 

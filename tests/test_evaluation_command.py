@@ -125,3 +125,8 @@ def test_an_evaluation_says_that_it_replaces_an_earlier_one_and_leaves_nothing_o
     assert said in capsys.readouterr().out
     names = {path.name for path in (folder / "plots").iterdir()} - {"plane.svg", "pass-at-k.svg"}
     assert names == {"mine.svg"} and not (folder / "studies.jsonl").exists()
+
+
+def test_an_empty_output_dir_is_refused_before_anything_is_read(capsys):
+    assert main(["evaluate", "--models", "missing", "--dataset_name", "missing.jsonl", "--output_dir", " "]) == 2
+    assert "--output_dir is empty" in capsys.readouterr().err

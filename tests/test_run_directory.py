@@ -25,7 +25,11 @@ def make_checkpoint(run, step, *, weights="model.safetensors"):
     path = Path(run) / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"w": torch.zeros(3, 2)}, path / weights)
-    torch.save({}, path / "optimizer.pt")
+    (path / "exact_state").mkdir()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "exact_state/rank-0.pt"):
+        torch.save({}, path / name)
+    for name in ("config.json", "tokenizer.json"):
+        (path / name).write_text(json.dumps({"a": 1}))
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     return path
 
@@ -150,6 +154,10 @@ def remove(name):
     return lambda path: (path / name).unlink()
 
 
+def cut(name):
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[: (path / name).stat().st_size // 2])
+
+
 def lose_a_shard(path):
     (path / "model.safetensors").unlink()
     index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
@@ -166,6 +174,12 @@ def lose_a_shard(path):
         (remove("model.safetensors"), "no weights"),
         (remove("optimizer.pt"), "no optimizer state"),
         (lose_a_shard, "model-00001-of-00001.safetensors is missing"),
+        (remove("scheduler.pt"), "no scheduler.pt"),
+        *(
+            (cut(name), f"{name} was cut short")
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "exact_state/rank-0.pt", "config.json")
+        ),
+        (cut("tokenizer.json"), "tokenizer.json was cut short"),
     ],
 )
 def test_a_torn_checkpoint_is_skipped_with_a_warning_and_refused_by_name(tmp_path, caplog, tear, words):
@@ -175,6 +189,14 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning_and_refused_by_name(tmp_pat
         open_run(tmp_path, resume="checkpoint-4")
     assert open_run(tmp_path, resume="latest").resume_from == tmp_path / "checkpoint-2"
     assert words in caplog.text
+
+
+@pytest.mark.parametrize("given", ["", "  "])
+def test_an_empty_output_dir_is_refused_and_nothing_is_claimed(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunDirectoryError, match="--output_dir is empty"):
+        open_run(given)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_and_a_sharded_model_are_whole_checkpoints(tmp_path):

@@ -80,7 +80,7 @@ def test_on_the_command_line_a_mapping_is_json():
         ("constnat", "Did you mean 'constant'"),
         ("no_such_package.rewards:f", "cannot import 'no_such_package.rewards'"),
         ("textwrap:dedant", "Did you mean 'dedent'"),
-        ("missing.py:f", "does not exist"),
+        ("missing.py:f", "there is no file"),
         (["constant"], "has no 'func'"),
     ],
 )

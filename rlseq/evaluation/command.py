@@ -40,6 +40,8 @@ def evaluate_or_join(
     Raises:
         ConfigError: nothing to evaluate is named, or --compare beside settings that it cannot heed.
     """
+    if not arguments.output_dir.strip():
+        raise ConfigError("--output_dir is empty; name a directory for the evaluation (is a shell variable unset?)")
     measured = [*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])]  # all are only measured
     if arguments.compare:
         refuse_beside_compare(arguments, data, rewards, evaluation)

@@ -215,7 +215,7 @@ def _existing(given: str, search_root: Path) -> Path:
     if path.is_file():
         return path
     near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
-    raise RewardError(f"reward file {given!r} does not exist (looked at {path}).{near}")
+    raise RewardError(f"there is no file {given!r} (looked at {path}).{near}")
 
 
 def _from_file(path: Path, function_name: str | None) -> Found:
@@ -250,7 +250,7 @@ def _from_module(module_name: str, function_name: str, name: str | None = None) 
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise RewardError(
-            f"cannot import {module_name!r} for reward {module_name}:{function_name}: {error}. Is its package "
+            f"cannot import {module_name!r} of {module_name}:{function_name}: {error}. Is its package "
             "installed in this environment? A file is given as path/to/file.py:function."
         ) from error
     function = getattr(module, function_name, None)

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,9 @@ def checkpoint_step(checkpoint: Path) -> int:
 def find_defect(checkpoint: Path) -> str | None:
     """Return why training cannot go on from a checkpoint, or None if it can.
 
-    It needs whole safetensors weights (of the model or of an adapter), the optimizer's state, and the
-    trainer's state, which is written last.
+    It needs safetensors weights (of the model or of an adapter), the optimizer's and the schedule's state, and the
+    trainer's state, which is written last. All of these, and whatever else is read when a run is resumed (random
+    states, configuration, tokenizer), must be complete: a file that was cut short would end in a traceback.
     """
     try:
         if type(checkpoint_step(checkpoint)) is not int:
@@ -171,7 +173,27 @@ def find_defect(checkpoint: Path) -> str | None:
     # global_step10/ under DeepSpeed.
     if not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer.*", "optimizer_*", "global_step*")):
         return "it has no optimizer state (it was saved with --save_only_model, which keeps the weights alone)"
+    # transformers would leave the optimizer's state aside, silently, where the schedule's is missing
+    if any(checkpoint.glob("optimizer.*")) and not (checkpoint / "scheduler.pt").exists():
+        return "it has no scheduler.pt"
+    for path in sorted(checkpoint.rglob("*")):
+        if not _is_complete(path):
+            return f"its {path.relative_to(checkpoint)} was cut short"
     return None
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a file that is read on resuming can be: JSON parses, an archive of torch.save has its directory."""
+    if path.suffix == ".safetensors":
+        return is_whole_safetensors(path)
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return zipfile.is_zipfile(path)  # the directory stands at the end
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # also of bytes that are not UTF-8
+            return False
+    return True
 
 
 def is_whole_safetensors(path: Path) -> bool:

@@ -12,14 +12,12 @@ import asyncio
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rlseq.errors import ConfigError, RewardError, TrainingError, did_you_mean
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.find import find
 from rlseq.scoring.forms import Parameters, parameters_of
-from rlseq.training.tools import check_schema, load_tools
+from rlseq.training.tools import check_schema, find_callable, load_tools
 from rlseq.types import Prompt, Rollout
 
 COLUMN = "environment_reward"
@@ -50,7 +48,7 @@ def load_environment(config: Any, prompts: Sequence[Prompt], suite: RewardSuite)
     if spec is None:
         _check_reward(suite, prompts, False)
         return None
-    factory = _find(spec)
+    factory = find_callable("environment", spec)
     first = _make(spec, factory)
     members = _members(first)
     name = f"environment {spec!r}"
@@ -149,15 +147,6 @@ def check_group_prompts(rows: Sequence[int], prompts: Sequence[Any]) -> None:
                 "environment: reset gave two rollouts of one prompt different texts, but a vLLM server draws all of a "
                 "prompt's samples from the first of them. Let the row decide the text, or give --vllm_mode colocate."
             )
-
-
-def _find(spec: str) -> Callable:
-    if ":" not in spec:
-        raise ConfigError(f"environment is {spec!r}; expected package.module:name or path/to/file.py:name")
-    try:
-        return find(spec, Path.cwd()).function
-    except RewardError as error:
-        raise ConfigError(f"environment {spec!r} is not found: {error}") from error
 
 
 def _make(spec: str, factory: Callable[[], Any]) -> Any:

@@ -90,7 +90,7 @@ def prepare(
         RunDirectoryError: the directory holds a run and neither flag was given, or both were; another run is
             using it; it cannot be written; or there is no whole checkpoint to go on from.
     """
-    path = Path(os.path.expanduser(output_dir)).absolute()
+    path = _absolute(output_dir)
     wanted = None if resume in (None, False, "", "false", "False", "none") else resume
     if wanted and overwrite:
         raise RunDirectoryError(
@@ -127,7 +127,7 @@ def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None,
     Raises:
         RunDirectoryError: as `prepare`.
     """
-    path = Path(os.path.expanduser(output_dir)).absolute()
+    path = _absolute(output_dir)
     resume_from = prepare(path, resume=resume, overwrite=overwrite, main_process=False).resume_from
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
@@ -145,6 +145,12 @@ def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None,
     elif holds_run(path):
         _check_replaceable(path, overwrite)
     return resume_from
+
+
+def _absolute(output_dir: str | os.PathLike) -> Path:
+    if not str(output_dir).strip():
+        raise RunDirectoryError("--output_dir is empty; name a directory for the run (is a shell variable unset?).")
+    return Path(os.path.expanduser(output_dir)).absolute()
 
 
 def _check_replaceable(path: Path, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-from rlseq.errors import ConfigError
+from rlseq.errors import ConfigError, RewardError
 from rlseq.scoring.find import find
 from rlseq.types import Prompt
 
@@ -18,12 +18,28 @@ def load_tools(specs: Sequence[str]) -> list[Callable]:
     """The functions that tools are named by: `package.module:function` or `path/to/file.py:function`.
 
     Raises:
-        RlseqError: one is not found, or its types and docstring do not say how it is called.
+        ConfigError: one is not found, or its types and docstring do not say how it is called.
     """
-    tools = [find(spec, Path.cwd()).function for spec in specs]
+    tools = [find_callable("tools", spec) for spec in specs]
     for spec, tool in zip(specs, tools, strict=True):
         check_schema(f"tools: {spec!r}", tool)
     return tools
+
+
+def find_callable(setting: str, spec: str) -> Callable:
+    """Find what a setting names as `package.module:name` or `path/to/file.py:name`.
+
+    Raises:
+        ConfigError: it is named otherwise, or is not found; the setting is named.
+    """
+    if ":" not in spec and not spec.endswith(".py"):
+        raise ConfigError(
+            f"{setting}: {spec!r} names no function; expected path/to/file.py:name or package.module:name"
+        )
+    try:
+        return find(spec, Path.cwd()).function
+    except RewardError as error:
+        raise ConfigError(f"{setting}: {spec!r} is not found: {error}") from error
 
 
 def check_schema(name: str, function: Callable, hint: str = "") -> None:
