@@ -105,6 +105,14 @@ class DataArguments:
     def __post_init__(self) -> None:
         _check_counts(self, "train_rows", "eval_rows")
 
+    def row_options(self) -> dict[str, Any]:
+        """The options of `rlseq.data.load_rows` that these settings stand for."""
+        return {
+            "config_name": self.dataset_config,
+            "prompt_column": self.prompt_column,
+            "prompt_template": self.prompt_template,
+        }
+
     def prompt_options(self) -> dict[str, Any]:
         """The options of `rlseq.data.build_prompts` that these settings stand for."""
         return {

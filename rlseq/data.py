@@ -7,8 +7,9 @@ A data set is named in one of three ways:
   In a folder, files named after a split (`train.csv`, `validation-00.jsonl`) are that split;
 * anything else is taken for a Hugging Face hub id and loaded by `datasets.load_dataset`.
 
-A data set with the split `train` alone (a single file, say) is divided by the hash of each row's question, its
-column `prompt` or else its first: 90% train, 5% validation, 5% test, so that equal questions are never on both sides.
+A data set with the split `train` alone (a single file, say) is divided by the hash of each row's prompt, as
+`--prompt_column` or `--prompt_template` makes it: 90% train, 5% validation, 5% test, so that equal prompts are never on
+both sides.
 `rlseq.prompts` makes prompts of the rows.
 """
 
@@ -22,18 +23,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.data_files import check_csv, csv_width, find_fault, numbers_as_written, rows_of
+from rlseq.data_files import check_csv, csv_width, find_fault, numbers_as_written, place_of, rows_of
 from rlseq.errors import DataError, RlseqError, did_you_mean
-from rlseq.prompts import build_prompts, digest, fingerprint, keeping_all, reference_ids, reference_texts
+from rlseq.prompts import (
+    build_prompts,
+    describe_shared,
+    digest,
+    fingerprint,
+    keeping_all,
+    prompt_maker,
+    reference_ids,
+    reference_texts,
+    require_column,
+)
 from rlseq.types import Prompt
 
 __all__ = [
     "FILE_FORMATS",
     "build_prompts",
+    "describe_shared",
     "fingerprint",
     "keeping_all",
     "load_prompts",
     "load_rows",
+    "prompt_maker",
     "reference_ids",
     "reference_texts",
 ]
@@ -43,8 +56,18 @@ SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "t
 
 
 @keeping_all()
-def load_rows(dataset_name: str, split: str | None, *, config_name: str | None = None) -> list[dict[str, Any]]:
+def load_rows(
+    dataset_name: str,
+    split: str | None,
+    *,
+    config_name: str | None = None,
+    prompt_column: str = "prompt",
+    prompt_template: str | None = None,
+) -> list[dict[str, Any]]:
     """Return the rows of one split as dicts; None: validation, but all rows where there is the split train alone.
+
+    `prompt_column` and `prompt_template` are those of `build_prompts`: where there is the split train alone, it is
+    divided by the prompts that they make.
 
     Rows of local files know their file and line, which errors then name (`rlseq.data_files.Row`).
 
@@ -54,7 +77,9 @@ def load_rows(dataset_name: str, split: str | None, *, config_name: str | None =
     if dataset_name.endswith(".py"):
         rows = _ask_task_module(Path(dataset_name), split or "validation")
     else:
-        rows = _load_with_datasets(dataset_name, split, config_name)
+        made_of = prompt_column if prompt_template is None else None
+        split_of = functools.partial(_hash_split, prompt_maker(prompt_column, prompt_template), made_of)
+        rows = _load_with_datasets(dataset_name, split, config_name, split_of)
     if not rows:
         raise DataError(f"the data set {dataset_name!r} has no rows in split {split or 'validation'!r}")
     wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
@@ -70,7 +95,8 @@ def load_prompts(
 
     `limit` keeps the first rows only.
     """
-    rows = load_rows(dataset_name, split, config_name=options.pop("config_name", None))
+    made_by = {name: options[name] for name in ("prompt_column", "prompt_template") if name in options}
+    rows = load_rows(dataset_name, split, config_name=options.pop("config_name", None), **made_by)
     return build_prompts(rows[:limit], tokenizer, **options)
 
 
@@ -134,7 +160,9 @@ def _data_files(dataset_name: str) -> list[Path] | None:
     return files
 
 
-def _load_with_datasets(dataset_name: str, split: str | None, config_name: str | None) -> list[dict[str, Any]]:
+def _load_with_datasets(
+    dataset_name: str, split: str | None, config_name: str | None, split_of: Callable[[Sequence[Mapping]], list[str]]
+) -> list[dict[str, Any]]:
     files = _data_files(dataset_name)
     by_split: dict[str, list[Path]] = {}
     for file in files or ():
@@ -143,7 +171,7 @@ def _load_with_datasets(dataset_name: str, split: str | None, config_name: str |
             check_csv(file)
     try:
         splits = _read(dataset_name, config_name, files, by_split)
-        return _rows_of_split(dataset_name, splits, split, by_split)
+        return _rows_of_split(dataset_name, splits, split, by_split, split_of)
     except RlseqError:
         raise
     except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
@@ -174,7 +202,11 @@ def _read(
 
 
 def _rows_of_split(
-    dataset_name: str, splits: Mapping[str, Any], split: str | None, files: Mapping[str, list[Path]]
+    dataset_name: str,
+    splits: Mapping[str, Any],
+    split: str | None,
+    files: Mapping[str, list[Path]],
+    split_of: Callable[[Sequence[Mapping]], list[str]],
 ) -> list[dict[str, Any]]:
     def rows_in(name: str) -> list[dict[str, Any]]:
         rows = splits[name].to_list()
@@ -187,7 +219,8 @@ def _rows_of_split(
             return rows_in("train")
         split = "validation"
     if list(splits) == ["train"] and split in SPLIT_ALIASES:
-        rows = [row for row in rows_in("train") if _hash_split(row) == split]
+        whole = rows_in("train")
+        rows = [row for row, own in zip(whole, split_of(whole), strict=True) if own == split]
         if not rows and len(splits["train"]):
             raise DataError(
                 f"the data set {dataset_name!r} has the split train alone, of {len(splits['train'])} rows; divided by "
@@ -213,8 +246,15 @@ def _split_of_file(file: Path) -> str:
     return "train"
 
 
-def _hash_split(row: Mapping[str, Any]) -> str:
-    """Split by the question, the column `prompt` or else the first: rows that share it stay together."""
-    question = row["prompt"] if "prompt" in row else next(iter(row.values()))
-    bucket = int.from_bytes(digest(question), "big") % 20
-    return {0: "test", 1: "validation"}.get(bucket, "train")
+def _hash_split(make_prompt: Callable[[Mapping], Any], column: str | None, rows: Sequence[Mapping]) -> list[str]:
+    """Split rows by what becomes their prompt, made of a column unless that is None: equal prompts stay together."""
+    if column is not None:
+        require_column(column, list(dict.fromkeys(name for row in rows for name in row)), "prompt_column")
+    splits = []
+    for number, row in enumerate(rows):
+        try:
+            bucket = int.from_bytes(digest(make_prompt(row)), "big") % 20
+        except DataError as error:
+            raise DataError(f"{place_of(row, number)}: {error}") from error.__cause__
+        splits.append({0: "test", 1: "validation"}.get(bucket, "train"))
+    return splits

@@ -37,6 +37,28 @@ def digest(value: Any) -> bytes:
     return hashlib.blake2b(_CANONICAL.encode(value).encode(), digest_size=8).digest()
 
 
+def prompt_maker(prompt_column: str = "prompt", prompt_template: str | None = None) -> Callable[[Mapping], Any]:
+    """Return what makes a row's prompt, text or messages, as `build_prompts` does; unchecked.
+
+    Raises:
+        DataError: the template is not valid; from the function, that the template fails on the row.
+    """
+    render = _template(prompt_template, "prompt_template")
+    return render if render is not None else lambda row: row.get(prompt_column)
+
+
+def describe_shared(prompts: Iterable[Any], split: str, others: Iterable[Any], other: str) -> str:
+    """Say how many of the distinct prompts of a split are also in another, in words.
+
+    Args:
+        prompts, others: text or messages, as `prompt_maker` makes them.
+        split, other: the names of the two splits.
+    """
+    own = {digest(prompt) for prompt in prompts}
+    shared = len(own & {digest(prompt) for prompt in others})
+    return f"{shared:,} of {len(own):,} {split} prompts also in {other}"
+
+
 @keeping_all()
 def build_prompts(
     rows: Iterable[Mapping[str, Any]],
@@ -68,21 +90,21 @@ def build_prompts(
     rows = list(rows)
     if not rows:
         raise DataError("the data set is empty")
-    columns = list(rows[0])
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # a row may lack some
     if prompt_template is None:
-        _require_column(prompt_column, columns, "prompt_column")
+        require_column(prompt_column, columns, "prompt_column")
     if reference_column is not None and reference_template is None and reference_column not in columns:
         if reference_column != "references":
-            _require_column(reference_column, columns, "reference_column")
+            require_column(reference_column, columns, "reference_column")
         reference_column = None
-    render_prompt = _template(prompt_template, "prompt_template")
+    make_prompt = prompt_maker(prompt_column, prompt_template)
     render_reference = _template(reference_template, "reference_template")
 
     merged: dict[str, dict[str, Any]] = {}
     records: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         try:
-            prompt = _as_prompt(render_prompt(row) if render_prompt else row.get(prompt_column))
+            prompt = _as_prompt(make_prompt(row))
             if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
                 raise DataError(f"the prompt is {_shown(prompt)}; text and chat messages cannot be mixed")
             _refuse_images(row, prompt)
@@ -152,7 +174,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _require_column(name: str, columns: Sequence[str], flag: str) -> None:
+def require_column(name: str, columns: Sequence[str], flag: str) -> None:
     if name not in columns:
         raise DataError(
             f"the data has no column {name!r} (--{flag}); its columns are {', '.join(columns)}."

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlseq.data import build_prompts, fingerprint, load_prompts, load_rows, reference_ids
+from rlseq.data import build_prompts, describe_shared, fingerprint, load_prompts, load_rows, reference_ids
 from rlseq.errors import DataError
 
 VOCABULARY = ["<pad>", "<bos>", "<eos>", "<unk>", "=", "<user>", "<answer>", *"abcdefgh", *"ABCDEFGH"]  # 23 ids
@@ -101,7 +101,7 @@ def split_by_hand(question):
 def test_a_single_file_is_divided_with_no_question_on_both_sides(tmp_path, suffix):
     rows = [{"word": f"w{i % 500}", "sound": f"s{i}"} for i in range(1000)]  # every word twice
     path = write(tmp_path / f"words.{suffix}", rows)
-    found = {split: load_rows(str(path), split) for split in ("train", "validation", "test")}
+    found = {split: load_rows(str(path), split, prompt_column="word") for split in ("train", "validation", "test")}
     for split, part in found.items():
         assert part == [row for row in rows if split_by_hand(row["word"]) == split]
     words = [{row["word"] for row in part} for part in found.values()]
@@ -114,6 +114,72 @@ def test_the_column_prompt_decides_the_side_wherever_it_stands(tmp_path):
     path = write(tmp_path / "rows.jsonl", rows)
     sides = [{row["prompt"] for row in load_rows(str(path), split)} for split in ("train", "validation", "test")]
     assert sum(map(len, sides)) == 100
+
+
+SPLITS = ("train", "validation", "test")
+MADE = [{"id": i, "question": f"{i % 100} + 2", "unit": "cm" if i % 3 else "m"} for i in range(600)]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    ("options", "made", "distinct"),
+    [
+        ({"prompt_column": "question"}, lambda row: row["question"], 100),
+        ({"prompt_template": "{{ question }} in {{ unit }}?"}, lambda row: f"{row['question']} in {row['unit']}?", 200),
+        ({"prompt_column": "id", "prompt_template": "{{ question[0] }}"}, lambda row: row["question"][0], 10),
+    ],
+)
+def test_what_becomes_the_prompt_decides_the_side_and_not_the_first_column(tmp_path, suffix, options, made, distinct):
+    path = write(tmp_path / f"rows.{suffix}", MADE)
+    sides = {}
+    for split in SPLITS:
+        try:
+            sides[split] = {made(row) for row in load_rows(str(path), split, **options)}
+        except DataError:  # ten prompts may all be on two sides
+            sides[split] = set()
+    assert sum(map(len, sides.values())) == distinct
+    for split, prompts in sides.items():
+        assert all(split_by_hand(prompt) == split for prompt in prompts)
+    for prompt in load_prompts(str(path), TOKENIZER, split="train", **options):  # the same side by this way in
+        assert split_by_hand(prompt.messages_or_text) == "train"
+
+
+def test_a_hub_set_with_train_alone_is_divided_by_what_becomes_the_prompt(monkeypatch):
+    hub = {"train": datasets.Dataset.from_list(MADE)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: hub)
+    sides = [{row["question"] for row in load_rows("some/set", s, prompt_column="question")} for s in SPLITS]
+    assert sum(map(len, sides)) == 100 == len(set.union(*sides))
+
+
+def test_chat_messages_decide_the_side_whatever_the_order_of_their_keys(tmp_path):
+    one = [{"role": "user", "content": f"w{i % 50}"} for i in range(300)]
+    other = [dict(reversed(message.items())) for message in one]
+    rows = [{"id": i, "prompt": [(one, other)[i % 2][i]]} for i in range(300)] + [
+        {"id": 0, "prompt": [m]} for m in other
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    sides = [{row["prompt"][0]["content"] for row in load_rows(str(path), split)} for split in SPLITS]
+    assert sum(map(len, sides)) == 50
+
+
+def test_what_is_to_be_divided_by_a_column_that_it_lacks_is_refused(tmp_path):
+    path = write(tmp_path / "rows.jsonl", MADE)
+    with pytest.raises(DataError, match=r"no column 'prompt' .--prompt_column.; its columns are id, question, unit"):
+        load_rows(str(path), "train")
+    with pytest.raises(DataError, match="Did you mean 'question'"):
+        load_rows(str(path), "train", prompt_column="qestion")
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1: --prompt_template .*'nothing' is undefined"):
+        load_rows(str(path), "train", prompt_template="{{ nothing }}")
+    assert len(load_rows(str(path), None)) == 600  # undivided, nothing is asked
+
+
+def test_prompts_in_two_splits_are_counted_once_each():
+    chat = [{"role": "user", "content": "a"}]
+    same = [{"content": "a", "role": "user"}]
+    assert describe_shared(["a", "b", "b", chat], "validation", ["b", same, "c"], "train") == (
+        "2 of 3 validation prompts also in train"
+    )
+    assert describe_shared(["a"], "test", ["b"], "train") == "0 of 1 test prompts also in train"
 
 
 def test_a_file_named_test_is_never_training_data(tmp_path):

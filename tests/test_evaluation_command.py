@@ -106,7 +106,10 @@ def test_the_recipes_share_of_failures_is_what_ends_an_evaluation(task, tmp_path
     assert run(monkeypatch, "evaluate", *arguments) == 2  # 3 of 12 rows fail
     assert "failed on 3 of 12 completions, more than max_error_rate = 0.05" in capsys.readouterr().err
     assert run(monkeypatch, "evaluate", *arguments, "--max_error_rate", 0.24) == 2
+    capsys.readouterr()
     assert run(monkeypatch, "evaluate", *arguments, "--max_error_rate", 0.25) == 0
+    first = "rlseq: evaluates 12 rows (12 of 12 validation prompts also in train)"  # two named files with the same rows
+    assert first in capsys.readouterr().out.splitlines()
     assert run(monkeypatch, "evaluate", "--compare", "a", "b", "--max_error_rate", 0.25) == 2
     assert "--max_error_rate cannot change it" in capsys.readouterr().err
 

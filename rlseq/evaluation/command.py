@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlseq.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
-from rlseq.errors import ConfigError, did_you_mean
+from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.seeds import methods, numbered
 from rlseq.flags import HelpFormatter, add_flags, from_flags
 from rlseq.interrupts import ending_quietly
 
 # What an evaluation is told, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
 ARGUMENTS = (EvaluateArguments, DataArguments, RewardArguments, EvaluationArguments)
+TRAIN = "train"  # the split that what is evaluated should not be in
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +147,7 @@ def evaluate(
         import torch
         from accelerate import PartialState
 
-        from rlseq.data import load_rows
+        from rlseq.data import load_rows, prompt_maker
         from rlseq.evaluation.choice import families
         from rlseq.evaluation.contrast import contrast_and_report
         from rlseq.scoring import load_rewards
@@ -166,10 +168,16 @@ def evaluate(
     if limit is not None and limit < 1:
         raise ConfigError(f"--eval_rows is {limit}; expected at least 1")
     PartialState(cpu=not torch.accelerator.is_available())  # else several processes on CPUs each evaluate alone
-    rows = load_rows(dataset_name, split, config_name=config_name)[:limit]
+    made_by: dict[str, Any] = {
+        name: prompt_options[name] for name in ("prompt_column", "prompt_template") if name in prompt_options
+    }
+    load: Callable[[str], list[dict[str, Any]]] = partial(load_rows, dataset_name, config_name=config_name, **made_by)
+    rows = load(split)[:limit]
+    if PartialState().is_main_process and split != TRAIN:
+        _say_shared(rows, split, load, prompt_maker(**made_by))
     choice_rows = []
     if choosing:
-        choice_rows = load_rows(dataset_name, settings.choose_split, config_name=config_name)[: settings.choose_rows]
+        choice_rows = load(settings.choose_split)[: settings.choose_rows]
     with load_rewards(reward_funcs, max_error_rate=max_error_rate) as suite:
         return contrast_and_report(
             named,
@@ -181,3 +189,15 @@ def evaluate(
             data_name=f"{dataset_name} ({split})",
             choice_rows=choice_rows,
         )
+
+
+def _say_shared(rows: Sequence[Mapping], split: str, load: Callable, make_prompt: Callable[[Mapping], Any]) -> None:
+    """Say how many of the prompts that are evaluated are also in the data set's training split, if it has one."""
+    from rlseq.data import describe_shared
+
+    try:
+        trained = load(TRAIN)
+        said = describe_shared(map(make_prompt, rows), split, map(make_prompt, trained), TRAIN)
+    except DataError:  # there is no such split, or no prompt can be made: of the rows evaluated, the evaluation says so
+        return
+    print(f"rlseq: evaluates {len(rows):,} rows ({said})", flush=True)

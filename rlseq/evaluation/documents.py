@@ -108,7 +108,8 @@ def load_documents(settings: Any) -> list[str]:
         return []
     rows = _text_files(name)
     if rows is None:
-        rows = load_rows(name, settings.likelihood_split, config_name=settings.likelihood_config)
+        options = {"config_name": settings.likelihood_config, "prompt_column": column}
+        rows = load_rows(name, settings.likelihood_split, **options)
     elif settings.likelihood_split is not None:
         raise DataError(f"{name!r} is text files, which have no split {settings.likelihood_split!r}; name the files")
     rows = rows[: settings.likelihood_rows]

@@ -53,7 +53,7 @@ def main() -> None:
         prepared.close()
         return
     directory = open_run(config, run, data, rewards, evaluation, model_args)
-    announce(config, run, f"{len(task.prompts):,} prompts, {describe_round(config)}")
+    announce(config, run, f"{task.describe()}, {describe_round(config)}")
 
     trainer = GRPOTrainer(
         load_model(model_args),

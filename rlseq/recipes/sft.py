@@ -27,7 +27,7 @@ import trl
 from accelerate import PartialState
 from transformers import set_seed
 
-from rlseq.data import build_prompts, load_rows
+from rlseq.data import build_prompts, describe_shared, load_rows
 from rlseq.errors import ConfigError
 from rlseq.evaluation.contrast import read_jsonl
 from rlseq.evaluation.plots import write_curves
@@ -105,7 +105,7 @@ def main() -> None:
         tokenizer = build_tokenizer(new.new_tokenizer)
 
     def prompts_of(split: str, limit: int | None) -> list[Prompt]:
-        rows = load_rows(data.dataset_name, split, config_name=data.dataset_config)[:limit]
+        rows = load_rows(data.dataset_name, split, **data.row_options())[:limit]
         return build_prompts(rows, tokenizer, **data.prompt_options())
 
     # One example a (prompt, reference): all of a prompt's references are right answers.
@@ -161,7 +161,10 @@ def main() -> None:
         say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn, cached_tokens=cached))
         return
     directory = open_run(config, run, data, new, rejection, model_args)
-    announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples")
+    own = [p.messages_or_text for p in held_out]
+    trained = [c["prompt"] for c in candidates] if rejection.from_rollouts else [p.messages_or_text for p in prompts]
+    shared = describe_shared(own, data.eval_split, trained, "training")
+    announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples ({shared})")
 
     set_seed(config.seed)
     model = build_model(new.new_model, tokenizer) if new.new_model else load_model(model_args)

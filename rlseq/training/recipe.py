@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from rlseq.data import build_prompts, keeping_all, load_rows
+from rlseq.data import build_prompts, describe_shared, keeping_all, load_rows, prompt_maker
 from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.doctor.prompts import check_context
@@ -58,6 +58,7 @@ class Task:
         tokenizer: the model's.
         prompts: what is trained on.
         eval_rows: rows of the evaluation split; empty where nothing is evaluated.
+        shared: how many prompts of the evaluation split are trained on too, in words; empty where nothing is evaluated.
         suite: the optimised rewards.
         eval_suite: rewards that are only measured, or None.
     """
@@ -65,8 +66,13 @@ class Task:
     tokenizer: Any
     prompts: list[Prompt]
     eval_rows: list[dict[str, Any]]
+    shared: str
     suite: RewardSuite
     eval_suite: RewardSuite | None
+
+    def describe(self) -> str:
+        """How many prompts are trained on, and how many of those evaluated on are among them."""
+        return f"{len(self.prompts):,} prompts{f' ({self.shared})' * bool(self.shared)}"
 
     def close(self) -> None:
         """End the rewards' worker processes."""
@@ -93,7 +99,7 @@ def load_task(
     suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
     eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
-    rows = load_rows(data.dataset_name, data.train_split, config_name=data.dataset_config)[: data.train_rows]
+    rows = load_rows(data.dataset_name, data.train_split, **data.row_options())[: data.train_rows]
     prompts = build_prompts(rows, tokenizer, **prompt_options(data, config))
     check_group_rewards(config, suite)
     check_prompts(config, prompts)
@@ -101,15 +107,18 @@ def load_task(
     load_tools(config.tools or [])
     load_environment(config, prompts, suite)
     check_fit(config, model_args, tokenizer, prompts)
-    eval_rows = []
+    eval_rows, shared = [], ""
     if evaluates:
         check_measured(config, suite, eval_suite)
-        eval_rows = load_rows(data.dataset_name, data.eval_split, config_name=data.dataset_config)[: data.eval_rows]
+        eval_rows = load_rows(data.dataset_name, data.eval_split, **data.row_options())[: data.eval_rows]
+        make_prompt = prompt_maker(data.prompt_column, data.prompt_template)
+        held_out = map(make_prompt, eval_rows)
+        shared = describe_shared(held_out, data.eval_split, (p.messages_or_text for p in prompts), data.train_split)
     for each in (suite, eval_suite):
         if each is not None:
             try_rewards(each, prompts)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
-    return Task(tokenizer, prompts, list(eval_rows), suite, eval_suite)
+    return Task(tokenizer, prompts, list(eval_rows), shared, suite, eval_suite)
 
 
 def prompt_options(data: DataArguments, config: Any) -> dict[str, Any]:
