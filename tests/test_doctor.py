@@ -322,6 +322,26 @@ def test_a_reward_is_tried_on_the_row_that_lacks_what_it_asks_for(tmp_path, firs
         load_task(data, RewardArguments(reward_funcs=["exact_match"]), model, config, evaluates=False)
 
 
+@pytest.mark.parametrize(("prompts", "said"), [(7, "1 of 7 prompts are left out of each epoch"), (8, None)])
+def test_prompts_left_out_of_an_epoch_and_prompts_of_two_splits_are_counted(tmp_path, capsys, prompts, said):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", ROWS[:prompts]), ("validation", ROWS[5:])):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataArguments(dataset_name=str(tmp_path / "data"))
+    model = ModelArguments(model_name_or_path=str(tmp_path))
+    config = GRPOConfig(per_device_train_batch_size=4, num_generations=2, max_completion_length=4, use_cpu=True)
+    rewards = RewardArguments(reward_funcs=["exact_match"])
+    task = load_task(data, rewards, model, config, evaluates=True)
+    task.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert lines == ([f"rlseq: {said} (others in each): a batch is of 2"] if said else [])
+    shared = len({row["prompt"] for row in ROWS[:prompts]} & {row["prompt"] for row in ROWS[5:]})
+    of = len({row["prompt"] for row in ROWS[5:]})
+    assert task.describe() == f"{prompts} prompts ({shared} of {of} validation prompts also in train)"
+
+
 def test_teacher_forcing_makes_these_checks_too(tmp_path, capsys):
     tiny_model("gpt2", n_positions=4, attn_pdrop=0.1).save_pretrained(tmp_path)
     model = ModelArguments(model_name_or_path=str(tmp_path))

@@ -35,6 +35,7 @@ from rlseq.scoring import load_rewards
 from rlseq.scoring.find import bundled_folder
 from rlseq.scoring.trial import try_rewards
 from rlseq.training.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
+from rlseq.training.checks import describe_left_out
 from rlseq.training.config import (
     DataArguments,
     ModelArguments,
@@ -125,6 +126,9 @@ def main() -> None:
         lengths, cut = check_examples(config, examples, tokenizer, name=name, batch=batch)
         if cut:
             say(f"rlseq: warning: {cut}. Raise --max_length, or shorten them.")
+        whole = name == "training" and config.dataloader_drop_last and not cut and not config.packing
+        if whole and (left_out := describe_left_out(len(lengths), batch, "training examples")):
+            say(f"rlseq: {left_out}")
         return lengths
 
     batch = config.per_device_train_batch_size * PartialState().num_processes

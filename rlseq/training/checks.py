@@ -191,6 +191,15 @@ def check_objective(config: Any) -> None:
         )
 
 
+def describe_left_out(rows: int, batch: int, what: str, *, shuffled: bool = True) -> str | None:
+    """Say how many rows an epoch of whole batches leaves out, in words; None where it leaves out none."""
+    left = rows % batch
+    if not left:
+        return None
+    which = "others in each" if shuffled else "the last, in every one"
+    return f"{left:,} of {rows:,} {what} are left out of each epoch ({which}): a batch is of {batch:,}"
+
+
 def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
     """Refuse settings that these prompts leave without effect.
 

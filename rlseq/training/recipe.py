@@ -23,7 +23,7 @@ from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.trial import try_rewards
 from rlseq.training.adapters import ignored_adapter_settings
 from rlseq.training.callbacks import GracefulStop
-from rlseq.training.checks import check_group_rewards, check_prompts, check_router
+from rlseq.training.checks import check_group_rewards, check_prompts, check_router, describe_left_out
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
 from rlseq.training.config_file import changed_values
 from rlseq.training.environment import check_measured, load_environment
@@ -107,6 +107,9 @@ def load_task(
     load_tools(config.tools or [])
     load_environment(config, prompts, suite)
     check_fit(config, model_args, tokenizer, prompts)
+    batch = config.generation_batch_size // config.num_generations
+    if left_out := describe_left_out(len(prompts), batch, "prompts", shuffled=config.shuffle_dataset):
+        say(f"rlseq: {left_out}")
     eval_rows, shared = [], ""
     if evaluates:
         check_measured(config, suite, eval_suite)
