@@ -1,0 +1,88 @@
+r"""math_equal on answers as MATH's `answer` column, GSM8K and models write them: right by hand arithmetic."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from rlseq.scoring.find import find
+
+FORMS = (
+    "{}",
+    r"\boxed{{{}}}",
+    "#### {}",
+    "The answer is {}.",
+    "${}$",
+    "#### **{}**",
+    "**Answer:** {}",
+    "So we have\n$$\\boxed{{{}}}$$\nas wanted.",
+    r"\[{}\]",
+)
+# reference, a wrong neighbour, other ways to write the right answer
+ANSWERS = [
+    (r"\frac{1}{2}", r"\frac{1}{3}", ["0.5", "1/2"]),
+    (r"\frac12", r"\frac13", [".5"]),
+    (r"2\sqrt{2}", "2", [r"\sqrt{8}"]),
+    (r"\text{(A)}", r"\text{(B)}", ["(A)", "A"]),
+    (r"\text{Monday}", "dynamo", ["Monday"]),
+    ("[1,2)", "(1,2)", []),
+    ("(2,1)", "(3,1)", []),
+    (r"(3,\frac{\pi}{2})", r"(3,\frac{\pi}{3})", []),
+    (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}", []),
+    (r"(-\infty, 3) \cup (5,\infty)", r"(-\infty, 3) \cup (6,\infty)", []),
+    ("10^{20}", "10^{20}+1", ["1e20"]),
+    (r"3\pi", "3", []),
+    ("x^2+1", "x^2-1", ["1+x^2"]),
+    ("2x", "2", []),
+    (r"12\%", r"13\%", ["12%"]),
+    (r"\$5", r"\$6", ["5", "$5"]),
+    ("1,000", "1", ["1000", r"1{,}000"]),
+    ("2,-3", "2,3", ["-3 and 2"]),
+    (r"18 \text{ dollars}", "19", ["18", "$18", "18 dollars"]),
+    ("18", "19", ["18 g", "18 (dollars)", "18 meters per second", "18%"]),
+    ("3/4", "3/5", ["3/4 cup", "0.75"]),
+    (r"4^{9^{9^9}}", "4", []),
+    ("1/2004!", "1/2006!", []),
+    (r"(\frac{1}{2004!}, 2)", r"(\frac{1}{2006!}, 2)", []),
+    (r"\frac{x}{2004!}", r"\frac{x}{2006!}", []),
+    ("0.0000001", "0.0000002", ["10^{-7}"]),
+    ("0.333333", "0.3", ["1/3"]),
+    ("0", "1/2006!", [r"\sin(\pi)"]),
+]
+
+
+def math_equal(completion, reference):
+    return find("math_equal", Path("/nowhere")).function(completion, [reference])[0]
+
+
+@pytest.mark.parametrize(("reference", "wrong", "others"), ANSWERS)
+def test_an_answer_earns_1_in_every_form_and_its_wrong_neighbour_0_in_every_form(reference, wrong, others):
+    for form in FORMS:
+        for right in [reference, *others]:
+            assert math_equal(form.format(right), reference) == 1.0, (form, right)
+        assert math_equal(form.format(wrong), reference) == 0.0, form
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "expected"),
+    [
+        ("answer is 5. So the answer is 6", "6", 1.0),
+        ("The answer is:\n$$\n12\n$$", "12", 1.0),
+        ("She makes 9*2 = $18 every day.", "18", 1.0),
+        ("The answer is 5 or 6", "5", 0.0),
+        ("#### 5 x", "5", 0.0),
+        (r"\boxed{5} is wrong; \boxed{6}", "6", 1.0),
+        ("7", r"We add 3 and 4. So \boxed{7}", 1.0),
+        (r"x = \frac{1}{2}", r"\frac{1}{2}", 1.0),
+        ("5", "", None),
+    ],
+)
+def test_the_final_answer_is_found_in_prose(completion, reference, expected):
+    assert math_equal(completion, reference) == expected
+
+
+@pytest.mark.parametrize("tower", ["9^{9^{9^{9}}}", "9^9^9^9^9", "10^{10^{10}}+1", "(9^{9})!", "((((9!)!)!)!)!"])
+def test_a_number_too_large_to_work_out_is_not_worked_out(tower):
+    start = time.process_time()
+    assert [math_equal(form.format(tower), "5") for form in FORMS] == [0.0] * len(FORMS)
+    assert time.process_time() - start < 4.5  # one alone took 5 s
