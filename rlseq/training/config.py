@@ -35,6 +35,7 @@ from rlseq.training.checks import (
     refuse_warped_training,
     single_generation,
 )
+from rlseq.training.without_effect import refuse_without_effect
 
 __all__ = [
     "DataArguments",
@@ -110,6 +111,7 @@ class DefaultsMixin:
         check_numbers(self)
         if self.trust_remote_code:
             raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
+        self.asked_direction = self.greater_is_better  # transformers fills it in by the name of the measure
         if self.max_refused_steps < 1:
             raise ConfigError(f"max_refused_steps is {self.max_refused_steps}; expected 1 (end at the first) or more")
         if self.use_cpu is None:
@@ -234,6 +236,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         return self.objective == "minimum_risk" and not self.minimum_risk_references
 
     def __post_init__(self) -> None:
+        refuse_without_effect(self)
         if self.objective == "expected_accuracy":
             self.num_generations = 1  # it draws nothing: a batch is of so many prompts
         with single_generation(self):

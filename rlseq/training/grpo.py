@@ -47,6 +47,7 @@ from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.tracking import TrackingMixin
+from rlseq.training.without_effect import check_arguments, weighted
 from rlseq.types import Prompt
 
 NAN = float("nan")
@@ -67,25 +68,34 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         model: the policy.
         args: settings; every field of TRL's GRPOConfig keeps its meaning.
         prompts: what to train on; `references` among their columns feed the reference loss.
-        suite: the rewards. Their weighted total is what is optimised and what is logged as `reward`.
+        suite: the rewards. Their weighted total is what is optimised and what is logged as `reward`; the weights are
+            the suite's, or those of `args.reward_weights`.
         tokenizer: with left padding.
         rollouts_dir: every rollout is appended there, one file a generation round; None writes nothing.
         probe: evaluates the model on held-out rows every `eval_steps`: called with it, returns numbers by name, equal
             on every rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
-        **kwargs: `callbacks`, `peft_config`, `quantization_config` and the like, as TRL takes them.
+        **kwargs: `callbacks`, `optimizers`, `peft_config`, `tools` and `rollout_func`, as TRL takes them. What a
+            `rollout_func` returns beside ids and log-probs are columns for the rewards.
+
+    Raises:
+        ConfigError: an argument would have no effect, or does not fit; the message says what to give instead.
     """
+
+    settings = GRPOConfig
 
     def __init__(
         self,
         model: PreTrainedModel,
         args: GRPOConfig,
-        prompts: list[Prompt],
-        suite: RewardSuite,
-        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[Prompt] = (),
+        suite: RewardSuite | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         rollouts_dir: Path | None = None,
         probe: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
         **kwargs: Any,
     ):
+        check_arguments(model, args, prompts, suite, tokenizer, kwargs, self.settings)
+        suite = weighted(suite, args.reward_weights)
         check_group_rewards(args, suite)
         check_prompts(args, prompts)
         check_router(args, model.config)
@@ -106,7 +116,6 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions
         self._scores: Scores | None = None  # what the last forward gave
         self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
-        args.reward_weights = list(suite.weights)
         if args.disable_dropout:
             disable_dropout(model)  # TRL's own, afterwards, turns off that of adapters
         super().__init__(
@@ -120,6 +129,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             processing_class=tokenizer,
             **kwargs,
         )
+        self.reward_weights = torch.tensor(suite.weights)
         self._leave_rewards_to_suite()
         self._check_rendering()
         packs, reason = (
@@ -388,12 +398,18 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         """Measure the model by the probe, in place of TRL's evaluation, which would draw from the run's randomness."""
         if self.probe is None:
             raise ConfigError("this trainer was given no probe to evaluate with")
+        if eval_dataset is not None or ignore_keys is not None:
+            raise ConfigError("evaluate measures the rows of the probe: leave out eval_dataset and ignore_keys")
         with torch.no_grad(), self._model_to_generate() as model:
             found = self.probe(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *_: Any, **__: Any):
+        """Refused: a trainer on rollouts predicts no labels."""
+        raise ConfigError("predict has nothing to say of rollouts: draw by rlseq.sample, or measure by rlseq.contrast")
 
     # -- references ----------------------------------------------------------------------------------------------
 

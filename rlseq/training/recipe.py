@@ -183,12 +183,14 @@ def choose_best_by(config: TrainingArguments, known: Mapping[str, bool | None], 
     """Let checkpoints be compared by a measure of the evaluation during training; the best is never deleted.
 
     Args:
-        config: its `metric_for_best_model` and `greater_is_better` are set; `save_total_limit` spares the best.
-        known: by measure, whether higher is better.
+        config: its `metric_for_best_model` and `greater_is_better` are set; `save_total_limit` spares the best. A
+            direction that the user gave (`asked_direction`) stands, whatever the measure's own.
+        known: by measure, whether higher is better; None where neither is.
         default: the measure where the user names none.
 
     Raises:
-        ConfigError: the user names one that is not measured, or wants the best and the average of the weights.
+        ConfigError: the user names one that is not measured, or has no direction and none is given; or wants the best
+            and the average of the weights.
     """
     wanted = config.metric_for_best_model
     if wanted in (None, "loss"):  # transformers' own default, which rollouts do not have
@@ -203,8 +205,17 @@ def choose_best_by(config: TrainingArguments, known: Mapping[str, bool | None], 
         raise ConfigError(
             "load_best_model_at_end takes a checkpoint, ema_decay an average of weights: give one of them"
         )
+    own, asked = known[wanted], getattr(config, "asked_direction", None)
+    if own is None and asked is None:
+        raise ConfigError(
+            f"metric_for_best_model is {wanted!r}, of which neither higher nor lower is better: say which by "
+            "--greater_is_better true or false, or name another measure"
+        )
+    if own is not None and asked not in (None, own):
+        usual = "higher" if own else "lower"
+        say(f"rlseq: warning: of {wanted} {usual} is better, but greater_is_better is {asked}: the best is chosen so")
     config.metric_for_best_model = f"eval_{wanted}"
-    config.greater_is_better = known[wanted] is not False
+    config.greater_is_better = own if asked is None else asked
 
 
 def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunDirectory:

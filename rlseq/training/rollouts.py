@@ -184,7 +184,8 @@ class RolloutMixin(trl.GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts = self._rollouts or self._as_rollouts(inputs, completions, completion_ids_list)
         indices = [row["index"] for row in inputs]
-        columns = self._columns(indices) | {"prompt": prompts}
+        told = [name for name in inputs[0] if name not in ("prompt", "index")]  # by a rollout_func, of each rollout
+        columns = self._columns(indices) | {name: [row[name] for row in inputs] for name in told} | {"prompt": prompts}
         self._reference_rewards = {}
         begun, self._begun = self._begun, None
 

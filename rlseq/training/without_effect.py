@@ -1,0 +1,161 @@
+"""What a user of TRL may give that would come to nothing here: it is refused, in one line, and never just accepted."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import trl
+
+from rlseq.errors import ConfigError
+from rlseq.scoring import RewardSuite
+from rlseq.types import Prompt
+
+_MEASURES = "evaluation is the probe's, which measures what it was made with"
+_ORDER = "the order of the prompts follows from seed alone"
+# (names, or beginnings of names that end in _) -> what they need, and whether the settings have it. None: nothing here
+# reads them, and the text says why.
+_NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any] | None], ...] = (
+    (("vllm_",), "use_vllm", lambda c: c.use_vllm),
+    (("vllm_server_", "vllm_group_port"), "vllm_mode server", lambda c: c.vllm_mode == "server"),
+    (
+        ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode"),
+        "vllm_mode colocate",
+        lambda c: c.vllm_mode == "colocate",
+    ),
+    (
+        ("transformers_continuous_batching_config",),
+        "use_transformers_continuous_batching",
+        lambda c: c.use_transformers_continuous_batching,
+    ),
+    (("cache_implementation",), "rlseq_sampler false, without vLLM", lambda c: not (c.rlseq_sampler or c.use_vllm)),
+    (("sapo_",), "loss_type sapo", lambda c: c.loss_type == "sapo"),
+    (("vespo_",), "loss_type vespo", lambda c: c.loss_type == "vespo"),
+    (("entropy_coef_", "entropy_target"), "use_adaptive_entropy", lambda c: c.use_adaptive_entropy),
+    (("ref_model_",), "sync_ref_model", lambda c: c.sync_ref_model),
+    (("sync_ref_model", "kl_estimator", "use_bias_correction_kl"), "beta above 0", lambda c: c.beta),
+    (("use_bias_correction_kl",), "TRL's own KL (no kl_estimator)", lambda c: c.kl_estimator is None),
+    (("model_init_kwargs",), "beta above 0 (it is the reference's: the model is loaded already)", lambda c: c.beta),
+    (("max_tool_calling_iterations",), "tools or an environment", lambda c: c.tools or c.environment),
+    (
+        ("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
+        "log_completions",
+        lambda c: c.log_completions,
+    ),
+    (("minimum_risk_sharpness",), "objective minimum_risk", lambda c: c.objective == "minimum_risk"),
+    (
+        (
+            "num_generations_eval",
+            "batch_eval_metrics",
+            "bf16_full_eval",
+            "fp16_full_eval",
+            "eval_accumulation_steps",
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "include_for_metrics",
+            "label_names",
+            "prediction_loss_only",
+        ),
+        _MEASURES,
+        None,
+    ),
+    (("data_seed", "train_sampling_strategy", "length_column_name"), _ORDER, None),
+    (("label_smoothing_factor",), "the loss is no cross-entropy on labels", None),
+)
+
+
+def refuse_without_effect(config: trl.GRPOConfig) -> None:
+    """Refuse settings of rollouts that nothing reads under the others; called before TRL fills any of them in.
+
+    Raises:
+        ConfigError: names the first, and what it needs.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value == default or value is None:
+            continue
+        for names, needed, has in _NEEDS:
+            named = any(field.name == name or (name.endswith("_") and field.name.startswith(name)) for name in names)
+            if named and has is None:
+                raise ConfigError(f"{field.name} is {value}, which has no effect: {needed}. Leave it out.")
+            if named and not has(config):
+                raise ConfigError(f"{field.name} is {value}, which has no effect without {needed}. Leave it out.")
+
+
+# Arguments of TRL's constructor that mean something else here, and what to give instead.
+_ELSEWHERE = {
+    "reward_funcs": "give suite=rlseq.load_rewards(reward_funcs)",
+    "train_dataset": "give prompts=rlseq.load_prompts(...), or build_prompts(rows, tokenizer)",
+    "processing_class": "give tokenizer=",
+    "eval_dataset": "give probe=, a callable that measures the model on held-out rows",
+    "reward_processing_classes": "a reward model reads text, by its own tokenizer: name it in load_rewards",
+    "quantization_config": "the model is loaded already: give it to from_pretrained",
+    "environment_factory": "give args.environment, which also brings its columns and its reward",
+}
+
+
+def check_arguments(
+    model: Any, args: Any, prompts: Any, suite: Any, tokenizer: Any, more: Mapping[str, Any], settings: type
+) -> None:
+    """Refuse what the trainer cannot use among its arguments; `settings` is the class that `args` must be of.
+
+    Raises:
+        ConfigError: names the first, and what to give instead.
+    """
+    for name, instead in _ELSEWHERE.items():
+        if more.get(name) is not None:
+            raise ConfigError(f"this trainer takes no {name}: {instead}")
+    if not isinstance(args, settings):
+        raise ConfigError(f"args is a {_kind(args)}; expected an rlseq.{settings.__name__}, which extends TRL's")
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"model is {model!r:.80}; expected a loaded model (AutoModelForCausalLM.from_pretrained)")
+    if not isinstance(suite, RewardSuite):
+        raise ConfigError(f"suite is a {_kind(suite)}; expected rlseq.load_rewards([...])")
+    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, Prompt) for prompt in prompts):
+        raise ConfigError(f"prompts is a {_kind(prompts)}; expected Prompts (rlseq.load_prompts, or build_prompts)")
+    if tokenizer is None:
+        raise ConfigError("tokenizer is missing; expected the model's, with left padding")
+    if more.get("tools") and args.tools:
+        raise ConfigError("tools are given both to the trainer and in args.tools: give one of them")
+    if more.get("rollout_func") is not None:
+        own = {
+            f"objective {args.objective}": args.objective != "policy_gradient",
+            "advantage_baseline greedy": args.advantage_baseline == "greedy",
+            "reference_prefix": args.reference_prefix > 0,
+            "tools": bool(more.get("tools") or args.tools),
+            "environment": args.environment is not None,
+            "generation_kwargs": bool(args.generation_kwargs),
+        }
+        if named := [name for name, is_set in own.items() if is_set]:
+            raise ConfigError(f"rollout_func draws in place of the trainer, which then cannot serve {', '.join(named)}")
+
+
+def weighted(suite: RewardSuite, weights: Sequence[float] | None) -> RewardSuite:
+    """The suite with the weights of `GRPOConfig.reward_weights`, where those are given.
+
+    Raises:
+        ConfigError: they are not one a reward, or the suite has others of its own.
+    """
+    if weights is None or list(weights) == list(suite.weights):
+        return suite
+    if len(weights) != len(suite.names):
+        raise ConfigError(
+            f"reward_weights has {len(weights)} numbers for {len(suite.names)} rewards ({', '.join(suite.names)}); "
+            "expected one each"
+        )
+    if any(weight != 1 for weight in suite.weights):
+        raise ConfigError(
+            f"weights are given both in the suite ({suite.weights}) and in reward_weights ({list(weights)}): keep one"
+        )
+    suite = copy.copy(suite)
+    suite.weights = [float(weight) for weight in weights]
+    return suite
+
+
+def _kind(value: Any) -> str:
+    kind = type(value)
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}" if kind.__module__ != "builtins" else kind.__name__
