@@ -87,7 +87,7 @@ def test_completion_is_text_for_chat_data_and_messages_hold_the_rest():
     chat = ({"role": "assistant", "content": "hi"},)
 
     def f(completion, messages, prompt):
-        return float(completion == "hi" and messages == chat and prompt[0]["role"] == "user")
+        return float(completion == "hi" and messages == list(chat) and prompt[0]["role"] == "user")
 
     assert values(f, [rollout("hi", messages=chat)], {"prompt": [[{"role": "user", "content": "x"}]]}) == [1.0]
 

@@ -6,6 +6,7 @@ import functools
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,12 +117,13 @@ def test_a_cache_that_cannot_be_used_says_so(tmp_path):
         score({"func": "constant", "cache": str(tmp_path / "c")}, ["a"])
 
 
-def test_details_that_are_no_json_cannot_be_cached(tmp_path):
+def test_details_are_equal_from_the_cache_and_without_one(tmp_path):
     def judge(completion):
-        return 1.0, {"what": object()}
+        return 1.0, {"what": Path("a"), "pair": (1, 2), 3: None}
 
-    with pytest.raises(RewardError, match="details of a reward cannot be kept as JSON"):
-        score({"func": judge, "cache": str(tmp_path / "c")}, ["a"])
+    spec = {"func": judge, "cache": str(tmp_path / "c")}
+    details = [score(one, ["a"]).details["judge"][0] for one in (judge, spec, spec)]
+    assert details == [{"what": "a", "pair": [1, 2], "3": None}] * 3
 
 
 class Scorer:

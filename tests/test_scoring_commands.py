@@ -104,7 +104,7 @@ OUT_OF_RANGE = "from rlseq import reward\n@reward(range=(0, 1))\ndef f(completio
         ("def f(completion):\n    return 1 / len(completion)", "it survives strange completions"),
         ("def f(completion):\n    return float(completion.encode() != b'')", "it survives strange completions"),
         ("def f(completion):\n    return None", "it runs on these rows"),
-        (OUT_OF_RANGE, "values are in the stated range"),
+        (OUT_OF_RANGE, "it runs on these rows"),
         ("def f(completion):\n    return -len(completion)", "hackable by the empty string?"),
         ("def f(completion):\n    return len(completion)", "hackable by the maximum length?"),
         ("def f(completion, prompt):\n    return 2 * (prompt == completion)", "hackable by the prompt copied?"),

@@ -221,7 +221,7 @@ def reads(reward: Any, available: Collection[str]) -> set[str]:
     own = set(available) - {"prompt"}
     named, takes_any = set(reward.parameters.named), reward.parameters.takes_any
     read = own & named
-    if takes_any and reward.form in ("single", "batch"):
+    if takes_any and reward.form in ("single", "verifiers", "batch"):
         read |= own
     if reward.form == "verl":
         read |= own & {"data_source", "ground_truth", "extra_info"} if takes_any else set()

@@ -78,13 +78,7 @@ class Cache:
             self._do(database, "INSERT OR REPLACE INTO rewards VALUES (?, ?)", lines, many=True)
 
     def _json(self, outcomes: Sequence[Outcome]) -> str:
-        try:
-            return json.dumps([[o.value, o.status, dict(o.details)] for o in outcomes], default=_plain_or_error)
-        except (TypeError, ValueError) as error:
-            raise RewardError(
-                f"cache: the details of a reward cannot be kept as JSON ({error}); return plain numbers, texts and "
-                "lists in them, or leave the cache off."
-            ) from error
+        return json.dumps([[o.value, o.status, dict(o.details)] for o in outcomes])
 
     def _open(self) -> sqlite3.Connection:
         try:
@@ -104,10 +98,3 @@ class Cache:
         return RewardError(
             f"the reward cache {self.path} cannot be used: {error}. Give another file with cache: PATH, or delete it."
         )
-
-
-def _plain_or_error(value: Any) -> Any:
-    light = plain(value)
-    if light is value:
-        raise TypeError(f"a {type(value).__name__}")
-    return light

@@ -86,7 +86,13 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
     return checks
 
 
-FORM_NAMES = {"single": "one at a time", "batch": "TRL's batch", "verl": "verl's", "openrlhf": "OpenRLHF's"}
+FORM_NAMES = {
+    "single": "one at a time",
+    "batch": "TRL's batch",
+    "verl": "verl's",
+    "openrlhf": "OpenRLHF's",
+    "verifiers": "verifiers' (completion as messages)",
+}
 
 Item = tuple[Prompt, Rollout]
 Values = Sequence[float | None]

@@ -6,6 +6,7 @@ What a reward raises becomes a `Failed`, which is a result like any other; `on_e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
 import traceback
@@ -13,7 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .outcome import Failed
+from .handover import as_returned, fresh
+from .outcome import Failed, text_of
 
 Arguments = dict[str, Any]
 
@@ -46,14 +48,20 @@ def failed(error: BaseException) -> Failed:
     """An exception of a reward, as a result: what it says, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    return Failed("error", f"{type(error).__name__}: {error}{where}")
+    return Failed("error", f"{type(error).__name__}: {text_of(error)}{where}")
 
 
 def call_once(function: Callable, arguments: Arguments) -> Any:
-    """Call a reward; an exception becomes a `Failed`. A reward that calls sys.exit has failed, too."""
+    """Call a reward with copies of its arguments; an exception becomes a `Failed`, and so do sys.exit and the like.
+
+    Raises:
+        KeyboardInterrupt: the run is interrupted.
+    """
     try:
-        return function(**arguments)
-    except (Exception, SystemExit) as error:
+        return as_returned(function(**fresh(arguments)))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return failed(error)
 
 
@@ -64,23 +72,38 @@ async def call_concurrently(function: Callable, calls: Sequence[Arguments], retr
     async def attempt(arguments: Arguments) -> Any:
         async with turn:
             for trial in range(retry.retries + 1):
-                try:
-                    return await asyncio.wait_for(function(**arguments), retry.timeout)
-                except TimeoutError as error:
-                    timed_out = retry.timeout is not None
-                    result = Failed("timeout", f"no answer within {retry.timeout:g} s") if timed_out else failed(error)
-                except (Exception, SystemExit) as error:
-                    result = failed(error)
-                except asyncio.CancelledError as error:  # of something the reward awaits, unless we are meant
-                    task = asyncio.current_task()
-                    if task is not None and task.cancelling():
-                        raise
-                    result = failed(error)
+                result = await _call_in_task(function, arguments, retry.timeout)
+                if type(result) is not Failed:
+                    return result
                 if trial < retry.retries:
                     await asyncio.sleep(retry.first_wait * 2**trial)
             return result
 
     return list(await asyncio.gather(*map(attempt, calls)))
+
+
+async def _call_in_task(function: Callable, arguments: Arguments, timeout: float | None) -> Any:
+    """Call an async reward in a task of its own, so that one that cancels itself or will not be cancelled ends alone.
+
+    No exception leaves that task: KeyboardInterrupt and SystemExit would stop the event loop.
+    """
+
+    async def call() -> Any:
+        try:
+            return as_returned(await function(**fresh(arguments)))
+        except BaseException as error:
+            return failed(error)
+
+    task = asyncio.ensure_future(call())
+    try:
+        await asyncio.wait({task}, timeout=timeout)
+        if not task.done():
+            return Failed("timeout", f"no answer within {timeout:g} s")
+        if task.cancelled():
+            return failed(asyncio.CancelledError())
+        return task.result()
+    finally:
+        task.cancel()
 
 
 class InProcess:
@@ -130,5 +153,12 @@ def _background_loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="rlseq-rewards", daemon=True).start()
+            threading.Thread(target=_run_always, args=(_loop,), name="rlseq-rewards", daemon=True).start()
         return _loop
+
+
+def _run_always(loop: asyncio.AbstractEventLoop) -> None:
+    """Run an event loop that goes on where a reward stops it, or ends one of its own tasks by an interrupt."""
+    while not loop.is_closed():
+        with contextlib.suppress(BaseException):
+            loop.run_forever()

@@ -1,12 +1,13 @@
-"""The four forms of a reward, told apart by parameter names, and the arguments each is called with.
+"""The forms of a reward, told apart by parameter names, and the arguments each is called with.
 
     one at a time   f(completion, **fields and columns) -> number | None | one number a token | (these, dict)
     TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of those
     verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
     OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict
+    verifiers'      f(completion, **fields and columns), where `completion` is read as a list of messages
 
-A *call* is (row indices, keyword arguments). The forms one-at-a-time and verl's make a call for each row; the
-two batch forms one for all rows, or for each group, or (under `split`) for each row.
+A *call* is (row indices, keyword arguments). The forms one-at-a-time, verl's and verifiers' make a call for each row;
+the two batch forms one for all rows, or for each group, or (under `split`) for each row.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from ..errors import RewardError, did_you_mean
 from ..types import Rollout
+from .handover import as_messages
 from .reward import RewardInfo
 
 Call = tuple[Sequence[int], dict[str, Any]]
@@ -26,7 +28,8 @@ FORMS_HELP = """\
   one at a time   f(completion, **any dataset column or field) -> number | None | one number a token | (these, dict)
   TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of these
   verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
-  OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict"""
+  OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict
+  verifiers'      f(completion, **columns), with completion read as a list of messages"""
 
 # What a reward may ask for by name. A column of the same name wins, except over the reserved ones.
 FIELDS: dict[str, Callable[[Rollout], Any]] = {
@@ -34,12 +37,13 @@ FIELDS: dict[str, Callable[[Rollout], Any]] = {
     "completion_ids": lambda rollout: list(rollout.completion_ids),
     "raw_completion": lambda rollout: rollout.raw_text,
     "finish_reason": lambda rollout: rollout.finish_reason,
-    "messages": lambda rollout: rollout.messages,
+    "messages": lambda rollout: as_messages(rollout.messages),
     "logprobs": lambda rollout: list(rollout.logprobs),
     "prompt_key": lambda rollout: rollout.prompt_key,
     "sample": lambda rollout: rollout.sample,
 }
 RESERVED = ("prompt", "completion", "completion_ids", "raw_completion", "finish_reason")
+ONE_AT_A_TIME = ("single", "verl", "verifiers")
 CONTEXT = ("trainer_state", "log_extra", "log_metric")
 
 
@@ -135,7 +139,7 @@ class Rows:
         if name in FIELDS and (name in RESERVED or name not in self.columns):
             read = FIELDS[name]
             return [read(rollout) for rollout in self.rollouts]
-        return self.columns[name]
+        return list(map(as_messages, self.columns[name])) if name == "prompt" else self.columns[name]
 
     def knows(self, name: str) -> bool:
         return name in self.columns or name in FIELDS
@@ -151,7 +155,13 @@ class Rows:
         """The completions: text, or (as TRL hands them over) message lists for chat data."""
         if as_text:
             return [rollout.text for rollout in self.rollouts]
-        return [rollout.text if rollout.messages is None else rollout.messages for rollout in self.rollouts]
+        return [r.text if r.messages is None else as_messages(r.messages) for r in self.rollouts]
+
+    def replies(self) -> list[list[Any]]:
+        """The completions as messages of the assistant, for text data, too."""
+        alone = [[{"role": "assistant", "content": rollout.text}] for rollout in self.rollouts]
+        said = [as_messages(rollout.messages) for rollout in self.rollouts]
+        return [one if turns is None else turns for one, turns in zip(alone, said, strict=True)]
 
     def groups(self) -> list[list[int]]:
         """Row indices by prompt; a prompt met twice with the same sample number makes two groups."""
@@ -175,9 +185,9 @@ def make_calls(
 ) -> list[Call]:
     """Return the calls that score all rows; `split` makes batch forms of scope "sample" take one row a
     call."""
-    read = {"single": _single, "batch": _batch, "verl": _verl, "openrlhf": _openrlhf}[form]
+    read = {"single": _single, "batch": _batch, "verl": _verl, "openrlhf": _openrlhf, "verifiers": _verifiers}[form]
     lists = {name: values for name, values in read(parameters, info, rows).items() if name not in kwargs}
-    if form in ("single", "verl"):
+    if form in ONE_AT_A_TIME:
         names = tuple(lists)
         if not names:
             return [((row,), dict(kwargs)) for row in range(len(rows.rollouts))]
@@ -212,9 +222,13 @@ def _single(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, S
     return {name: rows.values(name) for name in _wanted(parameters, rows) if rows.knows(name)}
 
 
+def _verifiers(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
+    return {**_single(parameters, info, rows), "completion": rows.replies()}
+
+
 def _batch(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
     made = {
-        "prompts": lambda: rows.columns["prompt"],
+        "prompts": lambda: rows.values("prompt"),
         "completions": lambda: rows.completions(as_text=info.marked),
     }
     names = _wanted(parameters, rows, ("prompts", "completions", "completion_ids"))

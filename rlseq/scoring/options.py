@@ -10,10 +10,11 @@ from typing import Any
 
 from ..errors import RewardError, did_you_mean
 from .cache import Cache, default_path
+from .conventions import reads_messages
 from .execute import Concurrent, InProcess, Retry, is_async
 from .find import Found, find
 from .fingerprint import code_hash
-from .forms import FORMS_HELP, Parameters, parameters_of, tell_form
+from .forms import FORMS_HELP, ONE_AT_A_TIME, Parameters, parameters_of, tell_form
 from .reward import SCOPES, RewardInfo, info_of
 from .runner import Executor, Reward
 from .workers import WorkerPool
@@ -54,7 +55,9 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     info = dataclasses.replace(info, scope=_choice(name, "scope", options.get("scope", info.scope), SCOPES))
     parameters = parameters_of(found.function)
     form = tell_form(parameters, name)
-    if info.scope == "group" and form in ("single", "verl"):
+    if form == "single" and not info.marked and "completion" in parameters.named and reads_messages(found.function):
+        form = "verifiers"
+    if info.scope == "group" and form in ONE_AT_A_TIME:
         raise RewardError(
             f"reward {name!r} has scope 'group', but takes one completion at a time. A group reward takes lists: "
             f"f(completions, **columns) -> list of numbers.\n{FORMS_HELP}"

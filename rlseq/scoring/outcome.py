@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import RewardError
@@ -33,6 +33,9 @@ class Failed(NamedTuple):
     message: str
 
 
+LARGEST = 1e18  # training computes in float32, and the square of a value, of which a spread is made, must fit it
+DEEPEST = 40  # levels of details that are kept
+ROUNDING = 1e-6  # share by which a value may pass its declared range
 NO_DETAILS: Mapping[str, Any] = {}
 TOKEN_REWARDS = "token_rewards"
 EXPECTED = "expected a number, None to abstain, or one number a token of completion_ids"
@@ -56,7 +59,7 @@ def interpret(raw: Any, length: int) -> Outcome:
         if TOKEN_REWARDS in raw[1]:
             return _invalid(f"returned details with {TOKEN_REWARDS!r}; return the list itself as the value")
         inner = interpret(raw[0], length)
-        return inner._replace(details={**raw[1], **inner.details})
+        return inner._replace(details={**snapshot(raw[1]), **inner.details})
     if not isinstance(raw, numbers.Real):
         raw = plain(raw)
         if type(raw) is ArrayOfOne and length != 1:
@@ -69,9 +72,27 @@ def interpret(raw: Any, length: int) -> Outcome:
         if not isinstance(raw, numbers.Real):
             return _invalid(f"returned {type(raw).__name__} {shorten(raw)}; {EXPECTED}")
     value = _float(raw)
+    return _valid(value, NO_DETAILS)
+
+
+def _valid(value: float, details: Mapping[str, Any]) -> Outcome:
     if not math.isfinite(value):
         return _invalid(f"returned {value}; expected a finite number, or None to abstain")
-    return Outcome(value, "ok", NO_DETAILS)
+    if abs(value) > LARGEST:
+        return _invalid(f"returned {value:g}, which training cannot compute with; expected at most {LARGEST:g} in size")
+    return Outcome(value, "ok", details)
+
+
+def in_range(outcome: Outcome, limits: tuple[float, float] | None) -> Outcome:
+    """The outcome, or an invalid one where its value is outside the range that the reward declares."""
+    if limits is None or outcome.status != "ok" or outcome.value is None:
+        return outcome
+    low, high = limits
+    slack = ROUNDING * max(1.0, *(abs(limit) for limit in limits if math.isfinite(limit)), 1.0)
+    if low - slack <= outcome.value <= high + slack:
+        return outcome
+    what = f"returned {outcome.value:g}, outside the range {low:g} to {high:g} that it declares"
+    return outcome._replace(value=None, status="invalid", message=what)
 
 
 def _interpret_tokens(raw: Sequence[Any], length: int) -> Outcome:
@@ -84,7 +105,7 @@ def _interpret_tokens(raw: Sequence[Any], length: int) -> Outcome:
         if not isinstance(item, numbers.Real) or not math.isfinite(_float(item)):
             return _invalid(f"returned {shorten(item, 80)} for token {place} of {length}; expected a finite number")
         values.append(float(item))
-    return Outcome(math.fsum(values), "ok", {TOKEN_REWARDS: values})
+    return _valid(math.fsum(values), {TOKEN_REWARDS: values})
 
 
 def _float(number: numbers.Real) -> float:
@@ -139,7 +160,7 @@ def interpret_reward_dict(raw: Any, lengths: Sequence[int], name: str) -> list[O
         given = ", ".join(map(str, raw)) or "nothing"
         raise RewardError(f"reward {name!r} returned a dict with {given}; expected a key 'rewards'.")
     outcomes, count = interpret_many(raw["rewards"], lengths, name), len(lengths)
-    logs = {key: plain(values) for key, values in (raw.get("extra_logs") or {}).items()}
+    logs = snapshot({key: plain(values) for key, values in (raw.get("extra_logs") or {}).items()})
     per_row = {k: v for k, v in logs.items() if isinstance(v, Sequence) and not isinstance(v, str) and len(v) == count}
     return [
         outcome._replace(details={key: values[row] for key, values in per_row.items()} | dict(outcome.details))
@@ -157,21 +178,56 @@ def plain(value: Any) -> Any:
     return ArrayOfOne([inner]) if isinstance(light, list) and not isinstance(inner, list) else light
 
 
-def json_ready(value: Any) -> Any:
-    """A value of details in JSON's types: NaN and infinities as null, arrays as lists, what has no form as its text."""
-    value = plain(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+def snapshot(value: Any, depth: int = DEEPEST) -> Any:
+    """Details as they are now, in JSON's types: arrays as lists, what has no form as its text.
+
+    What holds itself, or is nested `depth` levels deep, ends in "...".
+    """
+    if value is None or type(value) in (bool, float, str):
+        return value
+    if depth == 0:
+        return "..."
+    try:
+        value = plain(value)
+    except Exception:  # a sparse tensor, one on the meta device
+        return text_of(value)
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python refuses to print it
+        return f"a whole number of {value.bit_length()} bits"
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
+        return {key if isinstance(key, str) else text_of(key): snapshot(item, depth - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [json_ready(item) for item in value]
-    return str(value)
+        return [snapshot(item, depth - 1) for item in value]
+    return text_of(value)
+
+
+def json_ready(value: Any) -> Any:
+    """As `snapshot`, with NaN and infinities as null."""
+    return _finite(snapshot(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def text_of(value: Any) -> str:
+    """The text of an object, or of an exception; of one whose text cannot be made, its type."""
+    return _made_text(str, value)
+
+
+def _made_text(make: Callable[[Any], str], value: Any) -> str:
+    try:
+        return str.__str__(make(value))
+    except Exception as error:
+        return f"<{type(value).__name__}, of which {make.__name__}() raises {type(error).__name__}>"
 
 
 def shorten(value: Any, width: int = 200) -> str:
     """The repr of a value, cut to `width` characters."""
-    text = repr(value)
+    text = _made_text(repr, value)
     return text if len(text) <= width else f"{text[:width]}... ({len(text)} characters)"

@@ -16,13 +16,16 @@ from .outcome import (
     TOKEN_REWARDS,
     Failed,
     Outcome,
+    in_range,
     interpret,
     interpret_many,
     interpret_reward_dict,
     interpret_score_dict,
     shorten,
+    text_of,
 )
 from .reward import RewardInfo
+from .waiting import still_waiting
 
 
 class Executor(Protocol):
@@ -141,12 +144,24 @@ class Reward:
 
     def _make(self, calls: list[Call]) -> list[Any]:
         sizes = [len(indices) for indices, _ in calls]
-        return self.executor.run([arguments for _, arguments in calls], sizes) if calls else []
+        if not calls:
+            return []
+        with still_waiting(self.name, len(calls)):
+            return self.executor.run([arguments for _, arguments in calls], sizes)
 
     def _read(self, raw: Any, lengths: Sequence[int]) -> list[Outcome]:
         if type(raw) is Failed:
             return [Outcome(None, raw.status, NO_DETAILS, raw.message)] * len(lengths)
-        if self.form == "single":
+        try:
+            return self._interpret(raw, lengths)
+        except RewardError:  # a wrong number of values
+            raise
+        except Exception as error:  # of the value itself: a sparse tensor, an object whose methods raise
+            what = f"returned a {type(raw).__name__} that cannot be read: {type(error).__name__}: {text_of(error)}"
+            return [Outcome(None, "invalid", NO_DETAILS, " ".join(what.split()))] * len(lengths)
+
+    def _interpret(self, raw: Any, lengths: Sequence[int]) -> list[Outcome]:
+        if self.form in ("single", "verifiers"):
             return [interpret(raw, lengths[0])]
         if self.form == "verl":
             return [interpret_score_dict(raw, lengths[0])]
@@ -157,6 +172,7 @@ class Reward:
     def _settle(self, outcomes: list[Outcome], rows: Rows) -> list[Outcome]:
         """Apply `on_error` to the failures."""
         for row, outcome in enumerate(outcomes):
+            outcome = in_range(outcome, self.info.range)
             if outcome.status not in FAILURES:
                 continue
             if self.on_error == "raise":
