@@ -260,7 +260,7 @@ def main() -> None:
         parser.error("no GPU is here; --tiny tries the script on a CPU")
     transformers.utils.logging.set_verbosity_error()
     size = SIZES["tiny" if args.tiny else "0.5B"]
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/g2p/base", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "recipes/g2p/base", padding_side="left", trust_remote_code=False)
     rows = []
     for name in args.only:
         found = ROWS[name](size, tokenizer, args.repeats)

@@ -73,9 +73,9 @@ def trl_phoneme_accuracy(completions: list[str], references: list[list[str]], **
 
 def g2p(limit: int | None = None) -> tuple[Any, Any, list[Prompt]]:
     """The bundled base, its tokenizer and training prompts."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left", trust_remote_code=False)
     return (
-        AutoModelForCausalLM.from_pretrained(BASE),
+        AutoModelForCausalLM.from_pretrained(BASE, use_safetensors=True, trust_remote_code=False),
         tokenizer,
         build_prompts(load_rows(DATA, "train")[:limit], tokenizer),
     )
@@ -396,7 +396,7 @@ def updating(
 
 def long_model(width: int = 256, layers: int = 4) -> tuple[Any, Any]:
     """A random model for long prompts, and the tokenizer of the base, of whose ids it makes use."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left", trust_remote_code=False)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000,

@@ -46,4 +46,4 @@ def _split(text: str, unit: str, tokenizer: str | None) -> list:
 def _tokenizer(name: str):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)

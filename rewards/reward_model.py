@@ -63,8 +63,10 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right")
-    network, found = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right", trust_remote_code=False)
+    network, found = AutoModelForSequenceClassification.from_pretrained(
+        model, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
     if found["missing_keys"]:  # transformers fills them with random numbers, other ones in each process
         missing = ", ".join(sorted(found["missing_keys"])[:3])
         raise ValueError(f"{model} is no trained sequence-classification model: it has no weights for {missing}")

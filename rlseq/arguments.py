@@ -53,6 +53,9 @@ class EvaluateArguments:
     )
     output_dir: str = _default("runs/contrast", "Where results.json and report.html go.")
     max_new_tokens: int = _default(256, "Longest completion, in tokens.")
+    allow_missing_weights: bool = _default(
+        False, "Let weights that a checkpoint lacks be random, and layers that its configuration leaves out be lost."
+    )
     choose_split: str = _default(
         "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are chosen."
     )

@@ -6,7 +6,7 @@ from test_data import word_tokenizer
 from tiny import tiny_model
 
 from rlseq.errors import ConfigError, DataError, ModelError, RewardError
-from rlseq.evaluation import loading
+from rlseq import model_class
 from rlseq.evaluation.command import evaluate, parse_models
 
 
@@ -24,7 +24,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def no_model(monkeypatch):
     monkeypatch.setattr(
-        loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
+        model_class.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
     )
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
-import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 from test_report import HOSTILE
-from tiny_task import ROWS, tiny_trainer
+from tiny import tiny_model
+from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 
-from rlseq.errors import ConfigError
+from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation import plots
+from rlseq.evaluation.loading import load_checkpoint
 from rlseq.training.config import GRPOConfig, PPOConfig, SFTConfig
 from rlseq.training.models import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*(ROOT / "rlseq").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
+FOLDERS = ("rlseq", "recipes", "rewards", "benchmarks")
+SOURCES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 
 
 def calls():
@@ -42,29 +46,60 @@ def test_every_torch_load_is_of_weights_only():
     assert found and all(is_true(keywords(call).get("weights_only")) for call in found)
 
 
+def loading_calls():
+    """(file, call) of every call that reads what somebody saved: models, configurations, tokenizers, adapters."""
+    names = ("from_pretrained", "from_config")
+    return [(file, call) for file, call in calls() if getattr(call.func, "attr", None) in names]
+
+
 def test_models_load_from_safetensors_alone():
     loading = []
-    for file, call in calls():
-        loads = re.fullmatch(r"(AutoModel\w*|causal_class\(\w+\))\.from_pretrained", ast.unparse(call.func))
-        first = ast.unparse(call.args[0]) if call.args else ""
-        handed_on = re.fullmatch(r"AutoModel\w*", first) or (ast.unparse(call.func), first) == ("_load", "kind")
+    for file, call in loading_calls():
+        model = re.fullmatch(
+            r"(AutoModel(ForCausalLM)?|causal_class\(\w+\)|kind)\.from_pretrained", ast.unparse(call.func)
+        )
         saved_before = file.parts[-2:] == ("doctor", "forward.py")  # a folder that it wrote itself
-        if (loads or handed_on) and not saved_before:
+        if model and not saved_before:
             loading.append((file, call))
-    assert len(loading) >= 5
+    assert len(loading) >= 2
     for file, call in loading:
         assert is_true(keywords(call).get("use_safetensors")), f"{file}: {ast.unparse(call)}"
 
 
-def test_no_code_of_a_models_repository_runs_unless_asked():
-    for file, call in calls():
+def test_every_call_that_loads_refuses_code_of_the_repository():
+    assert len(loading_calls()) >= 10
+    for file, call in loading_calls():
         given = keywords(call).get("trust_remote_code")
-        assert given is None or not is_true(given), file
+        assert isinstance(given, ast.Constant) and given.value is False, f"{file}: {ast.unparse(call)}"
+
+
+def test_no_settings_let_code_of_a_models_repository_run():
     for settings in (GRPOConfig, PPOConfig, SFTConfig):
         assert {field.name: field.default for field in dataclasses.fields(settings)}["trust_remote_code"] is False
         with pytest.raises(ConfigError, match="trust_remote_code is not served"):
             settings(trust_remote_code=True)
-    assert inspect.signature(load_tokenizer).parameters["trust_remote_code"].default is False
+
+
+@pytest.mark.parametrize("named", ["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"])
+def test_code_of_a_repository_does_not_run_though_the_answer_is_yes(tmp_path, monkeypatch, named):
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    file = tmp_path / ("tokenizer_config.json" if named == "AutoTokenizer" else "config.json")
+    saved = json.loads(file.read_text()) | {"tokenizer_class": "Own"}
+    saved["model_type"] = (
+        "own" if named == "AutoConfig" else "vit"
+    )  # a kind without text, but for the repository's code
+    saved["auto_map"] = {named: ["own.Own", None] if named == "AutoTokenizer" else "own.Own"}
+    file.write_text(json.dumps(saved))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if named == "AutoTokenizer":
+        with contextlib.suppress(ModelError):  # the class that wrote tokenizer.json may do without the code
+            load_tokenizer(str(tmp_path))
+    else:
+        with pytest.raises(ModelError, match="needs code of its repository, which rlseq does not run"):
+            load_checkpoint("it", str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_label_of_a_figure_is_text(tmp_path):

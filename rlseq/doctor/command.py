@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding
-from rlseq.errors import ConfigError, ModelError, RlseqError
+from rlseq.errors import ConfigError, RlseqError
 
 PROMPT_OPTIONS = ("prompt_column", "reference_column", "prompt_template", "reference_template", "merge_references")
 MARKS = {OK: ("✓", "green"), WARNING: ("!", "yellow"), FAILED: ("✗", "bold red"), SKIPPED: ("–", "dim")}
@@ -89,10 +89,9 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     Raises:
         RlseqError: the model or data cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     from rlseq.data import load_prompts
     from rlseq.doctor.preflight import load_configs, preflight
+    from rlseq.pretrained import load_tokenizer
     from rlseq.training.models import check_model_path
 
     path = Path(args.model_name_or_path)
@@ -100,11 +99,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     if not unsafe:
         check_model_path(args.model_name_or_path)
     config, generation_config = load_configs(args.model_name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)  # as it was saved
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"cannot load a tokenizer from {args.model_name_or_path!r}: {reason}") from error
+    tokenizer = load_tokenizer(args.model_name_or_path)  # as it was saved
     prompts = []
     if args.dataset_name:
         options = {name: getattr(args, name) for name in PROMPT_OPTIONS} | {"config_name": args.dataset_config}
@@ -160,21 +155,15 @@ def examine_model(name_or_path: str) -> Iterator[Finding]:
 def _load(name_or_path: str, adapter: bool) -> tuple[Any, list[str]]:
     """The model and the names of the parameters that its checkpoint lacks."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from rlseq.pretrained import load_told
     from rlseq.training.config import ModelArguments
     from rlseq.training.models import load_model
 
     if adapter:
         return load_model(ModelArguments(model_name_or_path=name_or_path, dtype="float32")), []
-    try:
-        model, told = AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(f"cannot load a model from {name_or_path!r}: {reason}") from error
-    return model, sorted(told["missing_keys"])
+    model, missing, _ = load_told(name_or_path, dtype=torch.float32)
+    return model, sorted(missing)
 
 
 def _attempt(name: str, check: Callable[..., Finding], *given: Any) -> Finding:

@@ -134,7 +134,9 @@ def check_saving(model: nn.Module) -> Finding:
         if shutil.disk_usage(folder).free < 2 * size:
             return Finding("saving", SKIPPED, f"no room for {size / 1e9:.1f} GB in {Path(folder).parent}")
         model.save_pretrained(folder)
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype)
+        again = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=next(model.parameters()).dtype, trust_remote_code=False
+        )
     again = again.to(_device(model)).eval()
     (ids,) = _random_ids(model, [16])
     with torch.no_grad():

@@ -5,18 +5,17 @@ Prompts are all looked at. References are tokenised anew, so the first one of 50
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from rlseq.doctor.chat import check_template, end_of_turn
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, Problem, judge, named
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
 from rlseq.errors import ModelError
+from rlseq.pretrained import adapter_base, is_adapter, load_config, reason
 from rlseq.sampler import stop_ids_of
 from rlseq.types import Prompt
 
@@ -111,16 +110,15 @@ def load_configs(name_or_path: str, revision: str | None = None) -> tuple[Any, A
     Raises:
         ModelError: there is no configuration that transformers knows.
     """
-    adapter = Path(name_or_path) / "adapter_config.json"
-    if adapter.is_file():
-        name_or_path, revision = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"], None
+    if is_adapter(name_or_path):
+        name_or_path, revision = adapter_base(name_or_path), None
     options = {} if revision is None else {"revision": revision}
     try:
-        config = AutoConfig.from_pretrained(name_or_path, **options)
+        config = load_config(name_or_path, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"cannot read the configuration of {name_or_path!r}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot read the configuration of {name_or_path!r}: {reason(error)}") from error
     try:
-        return config, GenerationConfig.from_pretrained(name_or_path, **options)
+        return config, GenerationConfig.from_pretrained(name_or_path, trust_remote_code=False, **options)
     except OSError:  # transformers, too, then takes what the model's configuration declares
         return config, GenerationConfig.from_model_config(config)
 

@@ -19,13 +19,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 
 from rlseq.data import FILE_FORMATS, load_rows
 from rlseq.double import to_double
-from rlseq.errors import ConfigError, DataError, did_you_mean
+from rlseq.errors import ConfigError, DataError, ModelError, did_you_mean
 from rlseq.evaluation.study import RowStatistics
 from rlseq.likelihood import score
+from rlseq.pretrained import load_config, load_tokenizer
 
 UNLIMITED_CONTEXT = 2048  # the context of a model that states no limit
 
@@ -88,8 +88,8 @@ def check_windows(settings: Any, models: Mapping[str, str | Path]) -> None:
         return
     for name, path in models.items():
         try:
-            config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError):
+            config, tokenizer = load_config(path), load_tokenizer(path)
+        except (OSError, ValueError, ModelError):
             continue  # an adapter has no configuration of its own; what cannot be loaded, loading tells
         coding_of(config, tokenizer, settings, name)
 

@@ -1,16 +1,13 @@
-"""Loading the checkpoints that are evaluated: in float32, from safetensors alone."""
+"""Loading the checkpoints that are evaluated: in float32, by the functions that training loads by."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlseq.errors import ModelError
-from rlseq.model_class import causal_class
+from rlseq import pretrained
 
 
 def load_tokenizer(name: str, path: str) -> Any:
@@ -19,24 +16,14 @@ def load_tokenizer(name: str, path: str) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
-    return _load(AutoTokenizer, name, path, padding_side="left")
+    return pretrained.load_tokenizer(path, f"model {name!r}", padding_side="left")
 
 
-def load_checkpoint(name: str, path: str) -> torch.nn.Module:
-    """A causal model in float32 and eval mode on this process's device, from safetensors alone.
+def load_checkpoint(name: str, path: str, allow_missing: bool = False) -> torch.nn.Module:
+    """A causal model in float32 and eval mode on this process's device; an adapter is inside its base.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or lacks weights and `allow_missing` does not let them be random.
     """
-    adapter = (Path(path) / "adapter_config.json").is_file()  # whose base transformers finds
-    kind = AutoModelForCausalLM if adapter else causal_class(_load(AutoConfig, name, path))
-    model = _load(kind, name, path, dtype=torch.float32, use_safetensors=True)
-    return model.to(PartialState().device).eval()
-
-
-def _load(kind: Any, name: str, path: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ModelError(f"cannot load model {name!r} from {path!r}: {reason}") from error
+    options = {"what": f"model {name!r}", "dtype": torch.float32, "allow_missing": allow_missing}
+    return pretrained.load_causal(path, **options).to(PartialState().device).eval()

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from rlseq.double import double_device, to_double
 from rlseq.errors import ModelError
@@ -17,6 +16,7 @@ from rlseq.evaluation.heads import chosen_head, cross_entropy, logits
 from rlseq.evaluation.stats import RatioOfSums, SumOfRatios
 from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, Table, summarise
 from rlseq.likelihood import score
+from rlseq.model_class import causal_class
 from rlseq.packing import pad
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
@@ -194,7 +194,7 @@ def _random_twin(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """The same architecture with weights as they are before any training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        twin = AutoModelForCausalLM.from_config(model.config)
+        twin = causal_class(model.config).from_config(model.config, trust_remote_code=False)
     parameter = next(model.parameters())
     return twin.to(parameter.device, parameter.dtype).eval()
 

@@ -103,10 +103,11 @@ def measure_checkpoint(
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(["prompt", *prompts[0].columns])
     check_answers(settings, prompts)
-    model = load_checkpoint(name, path)
+    allowed = settings.allow_missing_weights
+    model = load_checkpoint(name, path, allowed)
 
     def first() -> torch.nn.Module:
-        return model if baseline in (None, path) else load_checkpoint("the first model", baseline)
+        return model if baseline in (None, path) else load_checkpoint("the first model", baseline, allowed)
 
     parts = Parts()
     if output_dir is not None:

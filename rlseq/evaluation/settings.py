@@ -36,6 +36,7 @@ class ContrastSettings:
             configuration, split, column and number of rows (None: all).
         likelihood_stride: tokens by which windows over it slide; None: half the context.
         likelihood_context: longest window, in tokens; None: the model's.
+        allow_missing_weights: whether weights that a checkpoint lacks may be random.
     """
 
     strategies: tuple[str, ...] = ("greedy", "sample", "beam")
@@ -62,6 +63,7 @@ class ContrastSettings:
     likelihood_rows: int | None = None
     likelihood_stride: int | None = None
     likelihood_context: int | None = None
+    allow_missing_weights: bool = False
 
     def parsed(self) -> list[Strategy]:
         """The strategies as objects."""
@@ -73,4 +75,6 @@ class ContrastSettings:
         without = ["batch_rows", "max_kv_gb"]
         if not any(isinstance(strategy, Family) for strategy in self.parsed()):
             without += ["choose_split", "choose_rows"]
+        if not self.allow_missing_weights:
+            without.append("allow_missing_weights")
         return {name: value for name, value in shown.items() if name not in without}

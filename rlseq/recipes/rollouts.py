@@ -65,7 +65,8 @@ def prepare(
     during = config.eval_strategy != "no"
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
     measured, _ = measured_together(task.suite, task.eval_suite)
-    settings = ContrastSettings(**evaluation.contrast_values(config.max_completion_length))
+    values = evaluation.contrast_values(config.max_completion_length)
+    settings = ContrastSettings(**values, allow_missing_weights=model_args.allow_missing_weights)
     if evaluation.evaluate:
         check_settings(settings, measured, task.eval_rows, prompt_options(data, config))
         base = {"base": named_alone(model_args)}

@@ -97,9 +97,9 @@ def _check(args: argparse.Namespace) -> int:
     spec = given if isinstance(given, dict) else {"func": given}
     tokenizer = None
     if args.model_name_or_path:
-        from transformers import AutoTokenizer
+        from ..pretrained import load_tokenizer
 
-        tokenizer = _loaded(AutoTokenizer, args.model_name_or_path, padding_side="left")
+        tokenizer = load_tokenizer(args.model_name_or_path, "--model_name_or_path", padding_side="left")
     prompts = prompts_of(args, tokenizer)
     if args.model_name_or_path:
         _check_room(args, prompts)
@@ -133,11 +133,14 @@ def _check_room(args: argparse.Namespace, prompts: list[Prompt]) -> None:
 
 def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args: argparse.Namespace) -> Check:
     """Sample from the model, and see whether the completions of a prompt differ in reward."""
-    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     import rlseq
 
-    model = _loaded(AutoModelForCausalLM, args.model_name_or_path, use_safetensors=True)
+    from ..pretrained import load_causal
+
+    logging.disable_progress_bar()
+    model = load_causal(args.model_name_or_path, what="--model_name_or_path")
     declared = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     groups = rlseq.sample(
@@ -152,16 +155,6 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
     )
     with load_rewards([{**spec, "on_error": "abstain"}], max_error_rate=1.0) as suite:
         return spread(suite, prompts, groups)
-
-
-def _loaded(kind: Any, name: str, **options: Any) -> Any:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load --model_name_or_path {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _score(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import trl
 
 from rlseq.errors import ConfigError
+from rlseq.pretrained import is_adapter
 
 
 def check_adapter_settings(model_args: trl.ModelConfig) -> None:
@@ -18,7 +19,7 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
         ConfigError: says what is missing, and what to do.
     """
     path = model_args.model_name_or_path
-    adapter = model_args.use_peft or _is_adapter(path)
+    adapter = model_args.use_peft or is_adapter(path)
     if model_args.use_peft and model_args.model_revision not in (None, "main") and not Path(path or "").is_dir():
         raise ConfigError(
             f"--model_revision is {model_args.model_revision}, but an adapter's folder names its base without one: the "
@@ -58,10 +59,6 @@ def ignored_adapter_settings(model_args: trl.ModelConfig) -> str | None:
     ]
     if not given:
         return None
-    if _is_adapter(model_args.model_name_or_path):
+    if is_adapter(model_args.model_name_or_path):
         return f"{', '.join(given)} come to nothing: the adapter {model_args.model_name_or_path} trains on as it is"
     return f"{', '.join(given)} come to nothing: the run trains all weights and no adapter (--use_peft true)"
-
-
-def _is_adapter(path: str | None) -> bool:
-    return path is not None and (Path(path) / "adapter_config.json").is_file()

@@ -76,6 +76,10 @@ class ModelArguments(trl.ModelConfig):
         False, "When training ends, also write the adapter merged into its base, a whole model, to RUN/merged."
     )
 
+    allow_missing_weights: bool = _default(
+        False, "Let weights that the checkpoint lacks be random, and layers that its configuration leaves out be lost."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_adapter_settings(self)

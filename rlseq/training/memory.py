@@ -8,7 +8,6 @@ context, fragmentation, buffers of communication) and sharding (FSDP, DeepSpeed)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import trl
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from rlseq.doctor.preflight import load_configs
 from rlseq.errors import ConfigError, ModelError
 from rlseq.model_class import causal_class
+from rlseq.pretrained import is_adapter
 from rlseq.sampler import cached_numbers
 from rlseq.training.critic import critic_folder, first_line
 from rlseq.training.models import freeze_other_senses
@@ -75,12 +75,12 @@ def weightless_model(model_args: trl.ModelConfig) -> nn.Module:
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     with torch.device("meta"):
         try:
-            model = causal_class(config).from_config(config, dtype=dtype)
+            model = causal_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         except (ValueError, KeyError) as error:
             raise ModelError(f"{path!r} makes no causal language model: {first_line(error)}") from error
         freeze_other_senses(model)
-        if (Path(path) / "adapter_config.json").is_file():
-            settings = PeftConfig.from_pretrained(path)
+        if is_adapter(path):
+            settings = PeftConfig.from_pretrained(path, trust_remote_code=False)
             settings.inference_mode = False
         else:
             settings = trl.get_peft_config(model_args)
@@ -140,7 +140,7 @@ def critic_parameters(model: nn.Module, kind: str, name_or_path: str | None) -> 
     else:
         config, _ = load_configs(str(critic_folder(name_or_path) or name_or_path))
         with torch.device("meta"):
-            backbone = AutoModel.from_config(config)
+            backbone = AutoModel.from_config(config, trust_remote_code=False)
         count = sum(p.numel() for p in backbone.parameters())
     return count + backbone.config.get_text_config().hidden_size + 1
 

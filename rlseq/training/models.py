@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,15 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 
+from rlseq import pretrained
 from rlseq.errors import ConfigError, ModelError, did_you_mean
-from rlseq.model_class import causal_class
 from rlseq.packing import FLEX
 
 MERGED = "merged"  # folder of a run that holds its adapter merged into the base
@@ -58,24 +55,14 @@ def named_alone(model_args: trl.ModelConfig) -> str:
     return str(Path(cached_file(name, "config.json", revision=revision)).parent)
 
 
-def load_tokenizer(
-    name_or_path: str, *, revision: str | None = "main", trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str, *, revision: str | None = "main") -> PreTrainedTokenizerBase:
     """Load a tokenizer for generation: left padding, and a pad token (EOS where it has none).
 
     Raises:
         ModelError: there is none, or it has no EOS token.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name_or_path,
-            revision=revision or "main",
-            padding_side="left",
-            truncation_side="left",
-            trust_remote_code=trust_remote_code,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name_or_path!r}: {str(error).splitlines()[0]}") from error
+    options = {"revision": revision or "main", "padding_side": "left", "truncation_side": "left"}
+    tokenizer = pretrained.load_tokenizer(name_or_path, **options)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name_or_path!r} has no EOS token, so no completion could end")
     if tokenizer.pad_token is None:
@@ -106,8 +93,7 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
     path = model_args.model_name_or_path
     check_model_path(path)
     check_attention(model_args)
-    adapter = Path(path) / "adapter_config.json"
-    if not adapter.is_file():
+    if not pretrained.is_adapter(path):
         return _load_whole(path, model_args, model_args.model_revision, trl.get_quantization_config(model_args))
     if model_args.use_peft:
         raise ModelError(
@@ -118,25 +104,22 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
 
 
 def _load_adapted(path: str, model_args: trl.ModelConfig, quantization: Any) -> PeftModel:
-    base = json.loads((Path(path) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = pretrained.adapter_base(path)
     check_model_path(base)
-    return PeftModel.from_pretrained(_load_whole(base, model_args, "main", quantization), path, is_trainable=True)
+    whole = _load_whole(base, model_args, "main", quantization)
+    return pretrained.load_adapter(whole, path, trainable=True, allow_missing=model_args.allow_missing_weights)
 
 
 def _load_whole(path: str, model_args: trl.ModelConfig, revision: str, quantization: Any) -> PreTrainedModel:
     dtype = getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        model = causal_class(config).from_pretrained(
-            path,
-            revision=revision,
-            dtype=dtype or torch.float32,
-            attn_implementation=model_args.attn_implementation,
-            quantization_config=quantization,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a model from {path!r}: {str(error).splitlines()[0]}") from error
+    model = pretrained.load_weights(
+        path,
+        revision=revision,
+        dtype=dtype or torch.float32,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=quantization,
+        allow_missing=model_args.allow_missing_weights,
+    )
     freeze_other_senses(model)
     for module in model.modules():
         # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradient, and they give none after
@@ -239,7 +222,7 @@ def build_model(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> P
     """
     made = new_config(config, tokenizer)
     try:
-        return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(made, dtype=torch.float32, trust_remote_code=False)
     except ValueError as error:
         raise ConfigError(f"new_model makes no causal language model: {str(error).splitlines()[0]}") from error
 

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
-
 from rlseq.errors import ModelError
+from rlseq.pretrained import is_adapter, load_config, load_tokenizer
 
 # What a configuration holds beside the model: how it was begun, and what saving, training or a release changes.
 _IGNORED = re.compile(
@@ -35,7 +34,7 @@ def check_same_model(checkpoint: Path, name_or_path: str, *, revision: str = "ma
         ModelError: it says what differs, the checkpoint's value first.
     """
     held = (checkpoint / "adapter_model.safetensors").is_file()
-    wanted = use_peft or (Path(name_or_path) / "adapter_config.json").is_file()
+    wanted = use_peft or is_adapter(name_or_path)
     if held != wanted:
         kinds = {True: "an adapter (LoRA)", False: "a whole model"}
         raise ModelError(
@@ -43,8 +42,8 @@ def check_same_model(checkpoint: Path, name_or_path: str, *, revision: str = "ma
         )
     differing = []
     if not held:
-        own = AutoConfig.from_pretrained(name_or_path, revision=revision).to_dict()
-        differing = differences(AutoConfig.from_pretrained(checkpoint).to_dict(), own)
+        own = load_config(name_or_path, revision=revision).to_dict()
+        differing = differences(load_config(checkpoint).to_dict(), own)
     if not differing:
         differing = _vocabulary(checkpoint, name_or_path, revision)
     if differing:
@@ -82,8 +81,8 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 def _vocabulary(checkpoint: Path, name_or_path: str, revision: str) -> list[str]:
     if not (checkpoint / "tokenizer_config.json").is_file():
         return []
-    saved = AutoTokenizer.from_pretrained(checkpoint).get_vocab()
-    own = AutoTokenizer.from_pretrained(name_or_path, revision=revision).get_vocab()
+    saved = load_tokenizer(checkpoint).get_vocab()
+    own = load_tokenizer(name_or_path, revision=revision).get_vocab()
     moved = sorted(token for token in saved.keys() | own.keys() if saved.get(token) != own.get(token))
     if not moved:
         return []

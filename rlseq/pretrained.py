@@ -1,0 +1,182 @@
+"""Loading what others saved: no code of a model's repository is run, and no weight is left random.
+
+transformers asks on the terminal whether to run a repository's code, and takes `yes` from a pipe; and it fills what a
+checkpoint lacks with random numbers, other ones in each process. Here both are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
+
+from rlseq.errors import ModelError
+from rlseq.model_class import causal_class
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What torch.compile, FSDP and activation checkpointing put into a parameter's name; data parallelism begins it so.
+_WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_DATA_PARALLEL = re.compile(r"^(?:module\.)+")
+_ALLOWED = "or give --allow_missing_weights true where random numbers are wanted there"
+
+
+def load_tokenizer(name_or_path: str | Path, what: str | None = None, **options: Any) -> Any:
+    """A tokenizer as it was saved.
+
+    Args:
+        what: how a message calls it; by default "a tokenizer".
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {what or 'a tokenizer'} from {str(name_or_path)!r}: {reason(error)}") from error
+
+
+def load_config(name_or_path: str | Path, **options: Any) -> Any:
+    """A model's configuration; the errors are transformers' own (OSError, ValueError, KeyError)."""
+    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **options)
+
+
+def is_adapter(path: str | Path | None) -> bool:
+    """Whether a local folder holds an adapter and not a whole model."""
+    return path is not None and (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_base(path: str | Path) -> str:
+    """The path or hub id of the base that an adapter's folder names."""
+    return json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def load_weights(path: str | Path, *, allow_missing: bool = False, **options: Any) -> Any:
+    """A model that is no adapter, as `load_told` loads it.
+
+    Args:
+        allow_missing: leave weights that the checkpoint lacks as transformers made them: random.
+
+    Raises:
+        ModelError: it cannot be loaded, lacks weights, or has layers that the configuration leaves out.
+    """
+    model, missing, unexpected = load_told(path, **options)
+    if not allow_missing:
+        _refuse_missing(path, missing)
+        _refuse_left_out(path, unexpected, (name for name, _ in model.named_parameters()))
+    return model
+
+
+def load_told(
+    path: str | Path, *, what: str = "a model", kind: Any = None, **options: Any
+) -> tuple[Any, set[str], set[str]]:
+    """A model that is no adapter, from safetensors alone, whatever its checkpoint lacks.
+
+    The names that torch.compile, DistributedDataParallel and FSDP give to parameters are read as the model's own.
+
+    Args:
+        path: a folder or hub id.
+        what: how a message calls it.
+        kind: the auto class; None: that of causal language models.
+        options: of `from_pretrained`.
+
+    Returns:
+        (model, names of the weights that the checkpoint lacks, names of those that the model has no place for).
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        if kind is None:
+            revision = {name: options[name] for name in ("revision",) if name in options}
+            kind = causal_class(load_config(path, **revision))
+        options["output_loading_info"] = True
+        model, told = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
+        if renamed := _unwrapped(told["unexpected_keys"]):
+            options["key_mapping"] = {f"^{re.escape(name)}$": own for name, own in renamed.items()}
+            model, told = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"cannot load {what} from {str(path)!r}: {reason(error)}") from error
+    return model, told["missing_keys"], told["unexpected_keys"]
+
+
+def load_adapter(base: Any, path: str | Path, *, trainable: bool = False, allow_missing: bool = False) -> PeftModel:
+    """A base with the adapter of a local folder in place.
+
+    Raises:
+        ModelError: it cannot be loaded, or the folder lacks weights of it.
+    """
+    with safe_open(Path(path) / ADAPTER_WEIGHTS, framework="pt") as file:
+        names = list(file.keys())
+    mapping = {}  # peft takes the prefix `base_model.model.` off before it maps names
+    for name, own in _unwrapped(names).items():
+        inner = re.compile(r"^base_model\.model\.")
+        mapping[f"^{re.escape(inner.sub('', name))}$"] = inner.sub("", own)
+    try:
+        model = PeftModel.from_pretrained(
+            base, path, is_trainable=trainable, key_mapping=mapping or None, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"cannot load an adapter from {str(path)!r}: {reason(error)}") from error
+    if not allow_missing:
+        held = {unwrapped(name) for name in names}
+        _refuse_missing(path, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - held)
+    return model
+
+
+def load_causal(path: str | Path, *, what: str = "a model", allow_missing: bool = False, **options: Any) -> Any:
+    """The causal language model of a path or hub id; an adapter's folder gives its base with the adapter inside.
+
+    Raises:
+        ModelError: as `load_weights` and `load_adapter`.
+    """
+    if not is_adapter(path):
+        return load_weights(path, what=what, allow_missing=allow_missing, **options)
+    base = load_weights(adapter_base(path), what=f"the base of {what}", allow_missing=allow_missing, **options)
+    return load_adapter(base, path, allow_missing=allow_missing).base_model.model
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what torch.compile, DistributedDataParallel and FSDP put into it."""
+    return _WRAPPERS.sub("", _DATA_PARALLEL.sub("", _WRAPPERS.sub("", name)))
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error of transformers', or what rlseq has to say to it."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it needs code of its repository, which rlseq does not run; take a model that transformers knows"
+    return next(iter(text.splitlines()), type(error).__name__)
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    return {name: own for name in names if (own := unwrapped(name)) != name}
+
+
+def _refuse_missing(path: str | Path, missing: Collection[str]) -> None:
+    if missing:
+        raise ModelError(
+            f"{str(path)!r} lacks {len(missing):,} of the model's weights ({_some(missing)}), which would be random. "
+            f"Save it again by the class that trained it, {_ALLOWED}"
+        )
+
+
+def _refuse_left_out(path: str | Path, unexpected: Collection[str], own: Iterable[str]) -> None:
+    """Refuse layers that the configuration leaves out: numbered names that are the model's own but for the number."""
+    known = {re.sub(r"\.\d+\.", ".#.", name) for name in own}
+    left = [name for name in unexpected if re.search(r"\.\d+\.", name) and re.sub(r"\.\d+\.", ".#.", name) in known]
+    if left:
+        raise ModelError(
+            f"{str(path)!r} holds {len(left):,} weights of layers that its configuration leaves out ({_some(left)}): "
+            "it would be another model. Set num_hidden_layers in config.json to what was trained"
+        )
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names)[:3]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
