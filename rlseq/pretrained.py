@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer
 
 from rlseq.errors import ModelError
@@ -100,7 +100,7 @@ def load_told(
         if renamed := _unwrapped(told["unexpected_keys"]):
             options["key_mapping"] = {f"^{re.escape(name)}$": own for name, own in renamed.items()}
             model, told = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load {what} from {str(path)!r}: {reason(error)}") from error
     return model, told["missing_keys"], told["unexpected_keys"]
 

@@ -5,8 +5,8 @@ from test_contrast import SETTINGS, letters, quick
 from test_data import word_tokenizer
 from tiny import tiny_model
 
-from rlseq.errors import ConfigError, DataError, ModelError, RewardError
 from rlseq import model_class
+from rlseq.errors import ConfigError, DataError, ModelError, RewardError
 from rlseq.evaluation.command import evaluate, parse_models
 
 

@@ -1,6 +1,7 @@
 """Whatever loads a checkpoint, for training or evaluation, no weight of it is left random unless that was asked for."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny_task import tiny_tokenizer
 from rlseq.errors import ModelError
 from rlseq.evaluation.loading import load_checkpoint
 from rlseq.training.config import ModelArguments
-from rlseq.training.models import load_model
+from rlseq.training.models import check_model_path, load_model
 
 WRAPPED = {
     "torch.compile": lambda name: f"_orig_mod.{name}",
@@ -112,3 +113,14 @@ def test_an_adapter_saved_from_a_compiled_model_is_read_as_it_was(load, adapter)
 def test_an_adapter_that_lacks_weights_is_refused(load, adapter):
     with pytest.raises(ModelError, match="lacks 2 of the model's weights"):
         load(renamed(adapter, lambda name: None if "layers.0" in name and "q_proj" in name else name))
+
+
+def test_a_file_that_was_cut_short_is_named(tmp_path):
+    path = saved(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    for load in (for_training, load_checkpoint):
+        with pytest.raises(ModelError, match=re.escape(path)):
+            load(path)
+    with pytest.raises(ModelError, match=r"model\.safetensors' was cut short"):
+        check_model_path(path)

@@ -154,6 +154,10 @@ def remove(name):
     return lambda path: (path / name).unlink()
 
 
+def copied(path):
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": 3}))
+
+
 def cut(name):
     return lambda path: (path / name).write_bytes((path / name).read_bytes()[: (path / name).stat().st_size // 2])
 
@@ -180,6 +184,7 @@ def lose_a_shard(path):
             for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "exact_state/rank-0.pt", "config.json")
         ),
         (cut("tokenizer.json"), "tokenizer.json was cut short"),
+        (copied, "trainer_state.json is of step 3"),
     ],
 )
 def test_a_torn_checkpoint_is_skipped_with_a_warning_and_refused_by_name(tmp_path, caplog, tear, words):
@@ -189,6 +194,16 @@ def test_a_torn_checkpoint_is_skipped_with_a_warning_and_refused_by_name(tmp_pat
         open_run(tmp_path, resume="checkpoint-4")
     assert open_run(tmp_path, resume="latest").resume_from == tmp_path / "checkpoint-2"
     assert words in caplog.text
+
+
+def test_a_users_own_file_beside_the_rollouts_is_left_as_it_is(tmp_path):
+    make_checkpoint(tmp_path, 2)
+    notes = tmp_path / "rollouts" / "notes.jsonl"
+    append_jsonl(notes, [{"note": 1}, {"step": "none"}])
+    append_jsonl(tmp_path / "rollouts" / "000003.jsonl", {"step": 3})
+    before = notes.read_text()
+    open_run(tmp_path, resume="latest")
+    assert notes.read_text() == before and not (tmp_path / "rollouts" / "000003.jsonl").exists()
 
 
 @pytest.mark.parametrize("given", ["", "  "])

@@ -164,7 +164,7 @@ def test_a_tool_must_say_how_it_is_called():
         load_tools([f"{__file__}:nowhere"])
     with pytest.raises(ConfigError, match=r"tools: 'nofile\.py:f' is not found: there is no file"):
         load_tools(["nofile.py:f"])
-    with pytest.raises(ConfigError, match=r"tools: 'multiply' names nothing; expected path"):
+    with pytest.raises(ConfigError, match=r"tools: 'multiply' names no function; expected path"):
         load_tools(["multiply"])
 
 

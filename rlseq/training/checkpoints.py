@@ -148,8 +148,12 @@ def find_defect(checkpoint: Path) -> str | None:
     states, configuration, tokenizer), must be complete: a file that was cut short would end in a traceback.
     """
     try:
-        if type(checkpoint_step(checkpoint)) is not int:
+        step = checkpoint_step(checkpoint)
+        if type(step) is not int:
             return "its trainer_state.json has no step"
+        named = _NAME.fullmatch(checkpoint.name)
+        if named and int(named[1] or named[2]) != step:  # a copy: transformers would look for its own name
+            return f"its trainer_state.json is of step {step}"
     except FileNotFoundError:
         return "it has no trainer_state.json"
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):

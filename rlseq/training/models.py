@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from rlseq import pretrained
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.packing import FLEX
+from rlseq.training.checkpoints import is_whole_safetensors
 
 MERGED = "merged"  # folder of a run that holds its adapter merged into the base
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -42,6 +43,9 @@ def check_model_path(name_or_path: str | None) -> None:
             checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
             hint = f" It has {', '.join(checkpoints[-3:])}: name one of them." if checkpoints else ""
             raise ModelError(f"{name_or_path!r} holds no weights ({', '.join(WEIGHT_FILES)}).{hint}")
+        for file in sorted(path.glob("*.safetensors")):
+            if not is_whole_safetensors(file):
+                raise ModelError(f"{str(file)!r} was cut short (an interrupted download or copy?); fetch it again")
     elif path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1 or path.parent.is_dir():
         near = did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise ModelError(f"there is no model at {name_or_path!r}.{near}")

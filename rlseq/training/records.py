@@ -16,7 +16,7 @@ def trim_jsonl(path: Path, step: int) -> None:
     """Keep the records whose "step" is at most `step`.
 
     Later ones, summaries (`"summary": true`) and lines cut short by a crash go. A file without a record left
-    is removed; one without a record to drop is not touched.
+    is removed; one without a record to drop is not touched. A record without a step is somebody's own, and stays.
     """
     if not path.exists():
         return
@@ -34,6 +34,8 @@ def _is_kept(line: str, step: int) -> bool:
         record = json.loads(line)
     except json.JSONDecodeError:
         return False
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return True
     return line.endswith("\n") and record["step"] <= step and not record.get("summary", False)
 
 
