@@ -11,11 +11,13 @@ from rlseq.scoring.distance import accuracy, as_list, closest
             "edits",
             "length",
             description="phoneme error rate: Σ edits / Σ phonemes, against the closest pronunciation",
+            label="PER",
         ),
         "wer": Ratio(
             "word_error",
             "words",
             description="word error rate: share of words with at least one error",
+            label="WER",
         ),
     },
 )

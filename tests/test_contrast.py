@@ -104,7 +104,7 @@ def distance(a, b):
 def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
     results, out = measured
     assert json.loads((out / "results.json").read_text()) == results
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert {"versions", "seed", "settings", "data"} <= set(results["signature"])
     assert results["signature"]["data"]["rows"] == results["rows"] == 5
     assert list(results["models"]) == ["one", "two"]
@@ -114,7 +114,7 @@ def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
         cells = [*model["likelihood"].items(), *(c for s in model["strategies"].values() for c in s.items())]
         flat = [c for key, cell in cells for c in (cell.values() if key == "exact_pass_at_k" else [cell])]
         for cell in flat:
-            assert set(cell) == {"value", "ci95"}
+            assert set(cell) - {"completions", "of"} == {"value", "ci95"}
             low, high = cell["ci95"]
             assert low <= high and all(map(math.isfinite, (cell["value"], low, high)))
     for comparison in results["comparisons"]:
@@ -304,7 +304,7 @@ def test_a_completion_cut_before_its_stop_matches_no_reference(checkpoints):
     found = quick(
         {"one": checkpoints["one"]}, ["exact_match"], rows, max_new_tokens=1, strategies=("sample",), samples_per_row=50
     )["models"]["one"]["strategies"]["sample"]
-    assert found["reward.exact_match"]["value"] > 0  # the text of a reference, but not all of its tokens
+    assert found["reward/exact_match"]["value"] > 0  # the text of a reference, but not all of its tokens
     assert found["exact_match"]["value"] == 0
 
 
@@ -324,8 +324,8 @@ def test_a_reward_with_the_name_of_a_metric_keeps_a_series_of_its_own(checkpoint
         return 17.0
 
     found = quick({"one": checkpoints["one"]}, [length, "exact_match"])["models"]["one"]["strategies"]["greedy"]
-    assert found["reward.length"]["value"] == 17 and 1 <= found["length"]["value"] <= 5
-    assert {"reward.exact_match", "exact_match"} <= set(found)
+    assert found["reward/length"]["value"] == 17 and 1 <= found["length"]["value"] <= 5
+    assert {"reward/exact_match", "exact_match"} <= set(found)
 
 
 def test_an_aggregate_that_a_row_abstains_from_is_over_the_others(checkpoints):
@@ -333,7 +333,8 @@ def test_an_aggregate_that_a_row_abstains_from_is_over_the_others(checkpoints):
         return None if prompt.startswith("c") else 2.0
 
     found = quick({"one": checkpoints["one"]}, [shy])["models"]["one"]["strategies"]["sample"]
-    assert found["shy"] == {"value": 2.0, "ci95": [2.0, 2.0]}
+    # 3 samples of each of 5 rows, of which one abstains
+    assert found["shy"] == {"value": 2.0, "ci95": [2.0, 2.0], "completions": 12, "of": 15}
 
 
 @reward(corpus={"shyness": Ratio("a", "b")})
@@ -359,21 +360,26 @@ def test_a_reward_that_abstains_everywhere_is_null_on_file_and_the_report_says_s
                 json.loads(line, parse_constant=refuse)
         for model in results["models"].values():
             for metric in ("silent", "shyness"):
-                assert model["strategies"]["greedy"][metric] == {"value": None, "ci95": [None, None]}
+                assert model["strategies"]["greedy"][metric] == {
+                    "value": None,
+                    "ci95": [None, None],
+                    "completions": 0,
+                    "of": len(ROWS),
+                }
         for c in results["comparisons"]:
             if c["metric"] in ("silent", "shyness"):
                 assert (c["difference"], c["ci95"], c["p_value"]) == (None, [None, None], None)
             else:
                 assert math.isfinite(c["difference"]) and 0 < c["p_value"] <= 1
         printed = " ".join(capsys.readouterr().out.split())
-        assert "Not measured: Shyness under greedy is n/a for two, against n/a for one." in printed
+        assert "Not measured: shyness under greedy is n/a for two, against n/a for one." in printed
         for text in (printed, (out / "report.html").read_text(), (out / "report.md").read_text()):
             assert "n/a" in text and not re.search(r"\bnan\b", text, re.IGNORECASE)
 
 
 def test_the_headline_without_a_claim_is_about_something_measured(checkpoints, tmp_path):
     results = quick(checkpoints, [silent, letters], strategies=("greedy",))
-    assert make_headline(results).finding.partition(": ")[2].startswith("Letters under greedy")
+    assert make_headline(results).finding.partition(": ")[2].startswith("letters (reward) under greedy")
 
 
 def test_the_primary_comparison_may_be_against_another_strategy_of_the_first_model(checkpoints):

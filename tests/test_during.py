@@ -177,7 +177,7 @@ def test_a_reward_called_reward_is_not_taken_for_the_total():
         return 3.0
 
     found = make_probe([{"func": reward, "weight": 2.0}])(policy())
-    assert (found["greedy/reward"], found["greedy/reward.reward"]) == (6.0, 3.0)
+    assert (found["greedy/reward"], found["greedy/reward/reward"]) == (6.0, 3.0)
 
 
 def test_without_references_there_is_no_likelihood_and_without_a_value_there_is_nan():

@@ -79,6 +79,7 @@ def results():
         "metrics": {
             "accuracy_x": {"higher_is_better": True, "kind": "reward", "description": "", "percent": False},
             "wer": {
+                "label": "WER",
                 "higher_is_better": False,
                 "kind": "corpus",
                 "description": "share wrong",

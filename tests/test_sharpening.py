@@ -278,7 +278,7 @@ def test_the_report_shows_curves_gaps_and_diversity(tmp_path):
         options = {"settings": SETTINGS, "prompt_options": {}, "output_dir": tmp_path / "out", "title": "t"}
         contrast_and_report(models, ROWS, suite, **options)
     block = json.loads((tmp_path / "out" / "results.json").read_text())["studies"]["sharpening"]
-    assert set(block["models"]["two"]["0.5"]["quality"]) == {"exact_match", "letters", "reward.exact_match"}
+    assert set(block["models"]["two"]["0.5"]["quality"]) == {"exact_match", "letters", "reward/exact_match"}
     assert {c["metric"] for c in block["comparisons"]} == {"entropy", "unique", "top", "truncated"}
     for c in block["comparisons"]:
         values = [block["models"][c[side]]["1.0"][c["metric"]]["value"] for side in "ab"]

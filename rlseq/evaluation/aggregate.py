@@ -12,12 +12,14 @@ import numpy as np
 from rlseq.decoding import Greedy, parse_strategy
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
+from rlseq.evaluation.names import Names, statistic
 from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement, drawn_and_exact
 from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
 from rlseq.evaluation.study import rows_matrix
 from rlseq.scoring import Ratio, RewardSuite
+from rlseq.scoring.corpus import value_of
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,26 @@ class Metric:
     description: str
     percent: bool = False
     kind: str = "mean"
+    label: str = ""  # in tables and reports; of rlseq's own metrics `rlseq.evaluation.metrics` knows it
+    counted: tuple[str, str] | None = None  # statistics: completions that have a value, and all
     sampled: bool = False  # of a distribution that is sampled from: strategies that search or choose have none
 
 
 @dataclass(frozen=True)
 class _CorpusAggregate:
-    """A reward's corpus metric as an aggregate of a statistics matrix (n, K)."""
+    """A reward's corpus metric as an aggregate of a matrix (n, K + 1): its statistics, and a count of completions."""
 
+    name: str
     metric: Any
 
     def __call__(self, stats: np.ndarray) -> float:
         return float(self.from_sums(stats.sum(axis=0)))
 
     def from_sums(self, sums: np.ndarray) -> np.ndarray:
-        return self.metric.compute({name: sums[..., i] for i, name in enumerate(self.metric.statistics)})
+        by_name = {name: sums[..., i] for i, name in enumerate(self.metric.statistics)}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = value_of(self.name, self.metric, by_name)
+        return np.where(sums[..., -1] > 0, value, np.nan)
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ LIKELIHOOD_METRICS = {
     },
 }
 
-# What is measured of any completion; a reward of one of these names is listed as reward.<name>.
+# What is measured of any completion; `rlseq.evaluation.names` keeps these names from rewards and corpus metrics.
 COMPLETION_METRICS = {
     "exact_match": Metric(
         ("exact_match", "with_references"),
@@ -172,22 +180,29 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
     Without references there is none of `OF_ANSWERS`; `metrics_under` says which of them a strategy has.
     """
     metrics: dict[str, Metric] = {}
-    for reward, name in reward_metrics(suite).items():
+    names = Names.of(suite)
+    for reward, name in names.rewards.items():
+        total, count = statistic("reward", reward, "sum"), statistic("reward", reward, "count")
         metrics[name] = Metric(
-            (f"{reward}:sum", f"{reward}:count"),
+            (total, count),
             RatioOfSums(),
             True,
             "mean reward over completions",
             kind="reward",
+            label=f"{reward} (reward)",
+            counted=(count, "samples"),
         )
-    for name, corpus in suite.corpus.items():
+    for given, name in names.corpus.items():
+        corpus, count = suite.corpus[given], statistic("corpus", given)
         metrics[name] = Metric(
-            tuple(f"{corpus.reward}.{key}" for key in corpus.statistics),
-            _CorpusAggregate(corpus),
+            (*(statistic("corpus", given, key) for key in corpus.statistics), count),
+            _CorpusAggregate(given, corpus),
             corpus.higher_is_better,
-            corpus.description,
+            corpus.description or f"of the details of reward {corpus.reward}",
             percent=isinstance(corpus, Ratio),  # any other has a scale of its own: corpus chrF goes to 100
             kind="corpus",
+            label=corpus.label or given,
+            counted=(count, "samples"),
         )
     measured = COMPLETION_METRICS | GENERATION_METRICS
     return metrics | {name: m for name, m in measured.items() if with_references or name not in OF_ANSWERS}
@@ -199,15 +214,21 @@ def metrics_under(metrics: Mapping[str, Metric], strategy: str) -> dict[str, Met
     return {name: metric for name, metric in metrics.items() if draws or not metric.sampled}
 
 
-def reward_metrics(suite: RewardSuite) -> dict[str, str]:
-    """The metric of each reward: its own name, unless a metric that is always there has it."""
-    taken = {*COMPLETION_METRICS, *GENERATION_METRICS}
-    return {name: f"reward.{name}" if name in taken else name for name in suite.names}
-
-
 def matrix(rows: Sequence[RowStatistics], metric: Any) -> np.ndarray:
     """The statistics of a metric as (R, K); a row that has none of them is zeros."""
     return rows_matrix(rows, metric.statistics)
+
+
+def coverage(metric: Metric, *parts: Sequence[RowStatistics]) -> dict[str, int]:
+    """How many of all completions a number is of, where some have no value: {"completions", "of"}; else nothing.
+
+    Args:
+        parts: rows of statistics, of each checkpoint that the number is of.
+    """
+    if metric.counted is None:
+        return {}
+    present, every = (round(sum(row.get(name, 0.0) for rows in parts for row in rows)) for name in metric.counted)
+    return {"completions": present, "of": every} if present < every else {}
 
 
 def model_results(
@@ -232,6 +253,8 @@ def model_results(
             place = place.setdefault(metric_name, {})
             metric_name = key
         place[metric_name] = {"value": interval.value, "ci95": list(interval.ci95)}
+        if strategy is not None:
+            place[metric_name] |= coverage(metrics[metric_name], found[name].strategies[strategy])
     for name, statistics in found.items():
         counts = agreement(statistics.strategies.get(Greedy().signature, []))
         if counts is not None:
@@ -312,15 +335,3 @@ def comparisons(
         }
         for (a, b, strategy_a, strategy_b, name), result in found_pairs.items()
     ]
-
-
-def primary_comparison(settings: ContrastSettings, names: list[str]) -> dict[str, str] | None:
-    """Which comparison has the claim, as results.json names it; None where there is none."""
-    if settings.primary is None or len(names) < 2:
-        return None
-    metric, _, strategy = settings.primary.partition(":")
-    primary = {"metric": metric, "strategy": parse_strategy(strategy).signature, "a": names[0], "b": names[1]}
-    against = primary["strategy"]
-    if settings.primary_against:
-        against = parse_strategy(settings.primary_against).signature
-    return primary if against == primary["strategy"] else {**primary, "strategy_a": against}

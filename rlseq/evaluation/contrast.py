@@ -14,18 +14,14 @@ from typing import Any
 from accelerate import PartialState
 
 from rlseq.data import fingerprint
-from rlseq.decoding import parse_strategy
-from rlseq.errors import ConfigError, DataError, did_you_mean
+from rlseq.errors import ConfigError, DataError
+from rlseq.evaluation import tables
 from rlseq.evaluation.aggregate import (
-    COMPLETION_METRICS,
-    GENERATION_METRICS,
     LIKELIHOOD_METRICS,
     Metric,
     comparisons,
     model_results,
-    primary_comparison,
     quality_metrics,
-    reward_metrics,
 )
 from rlseq.evaluation.choice import check_choices, choice_notes, choice_signature, choose, chosen_for, families
 from rlseq.evaluation.compression import document_results, lossy_notes
@@ -34,6 +30,8 @@ from rlseq.evaluation.documents import check_documents, check_windows, load_docu
 from rlseq.evaluation.fit import check_models
 from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.methods import method_comparisons, method_results
+from rlseq.evaluation.metrics import KNOWN
+from rlseq.evaluation.primary import check_primary, primary_comparison, refuse_oracle_claims, with_primary_name
 from rlseq.evaluation.references import solution_note
 from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, seed_notes
@@ -104,6 +102,7 @@ def _contrast(
     if not rows:
         raise DataError("the data set is empty")
     methods(models)
+    settings = with_primary_name(settings, suite)
     check_settings(settings, suite, rows, prompt_options)
     chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
     check_windows(settings, models)
@@ -200,6 +199,7 @@ def assemble(
             name: {
                 "higher_is_better": m.higher_is_better,
                 "kind": m.kind,
+                "label": m.label or KNOWN[name.partition(".")[0]][0],
                 "description": m.description,
                 "percent": m.percent,
             }
@@ -217,6 +217,7 @@ def assemble(
         tokens, references = (sum(row.get(key, 0.0) for row in scored) for key in ("tokens", "references"))
         texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
+    results["notes"] += _partial_notes(results)
     if chosen:
         results["chosen"] = chosen
         results["notes"] += choice_notes(chosen)
@@ -232,6 +233,18 @@ def assemble(
         results["documents"] = document_results(coded, documents, settings)
         results["notes"] += lossy_notes(results["documents"])
     return finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
+
+
+def _partial_notes(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for each corpus metric that is not of all completions."""
+    return [
+        f"{results['metrics'][name]['label']} of {model} under {strategy} is of {cell['completions']:,} of "
+        f"{cell['of']:,} completions: the reward gave no details for it on the others."
+        for model, entry in (results["models"] | results["methods"]).items()
+        for strategy, block in entry["strategies"].items()
+        for name, cell in block.items()
+        if "completions" in (cell if tables.is_cell(cell) else {}) and results["metrics"][name]["kind"] == "corpus"
+    ]
 
 
 def contrast_and_report(
@@ -319,54 +332,14 @@ def check_settings(
         raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
     check_studies(settings, suite)
     check_documents(settings)
-    _check_primary(settings, suite, measured)
+    settings = with_primary_name(settings, suite)
+    check_primary(settings, measured)
     knowing = oracles(settings.parsed(), suite, ANSWERS)
     if rows:
         columns = {*rows[0], "references"}
         knowing |= oracles(settings.parsed(), suite, columns, prompt_columns(prompt_options or {}))
-    _refuse_oracle_claims(settings, knowing)
+    refuse_oracle_claims(settings, knowing)
     check_choices(settings, suite)
-
-
-def _check_primary(settings: ContrastSettings, suite: RewardSuite, measured: Sequence[str]) -> None:
-    """The part of `check_settings` on the primary comparison, among the strategies of these signatures."""
-    if settings.primary is None:
-        if settings.primary_against is not None:
-            raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")
-        return
-    metric, colon, strategy = settings.primary.partition(":")
-    if not colon:
-        raise ConfigError(f"--primary is {settings.primary!r}; expected METRIC:STRATEGY, for example wer:greedy")
-    known = [*reward_metrics(suite).values(), *suite.corpus, *COMPLETION_METRICS, *GENERATION_METRICS]
-    if metric not in known:
-        raise ConfigError(
-            f"--primary names no metric of this evaluation: {metric!r}; there are {', '.join(known)}."
-            + did_you_mean(metric, known)
-        )
-    for flag, text in (("primary", strategy), ("primary_against", settings.primary_against)):
-        if text is not None and parse_strategy(text).signature not in measured:
-            raise ConfigError(
-                f"--{flag} names the strategy {text!r}, which is not among --strategies {' '.join(measured)}."
-                + did_you_mean(text, measured)
-            )
-        if text is not None and metric in GENERATION_METRICS and not parse_strategy(text).samples:
-            raise ConfigError(
-                f"--{flag} asks for {metric} under {text!r}, which draws from no distribution; name a strategy that "
-                "samples, or the metric exact_match"
-            )
-
-
-def _refuse_oracle_claims(settings: ContrastSettings, chosen_by: Mapping[str, Sequence[str]]) -> None:
-    """Raise ConfigError if the primary comparison is of a strategy that knows the answers."""
-    if settings.primary is None:
-        return
-    for flag, text in (("primary", settings.primary.partition(":")[2]), ("primary_against", settings.primary_against)):
-        strategy = parse_strategy(text).signature if text else None
-        if strategy in chosen_by:
-            raise ConfigError(
-                f"--{flag} names {strategy!r}, an oracle: it chooses by a reward that reads "
-                f"{', '.join(chosen_by[strategy])}. No claim can rest on it; name a strategy that decodes."
-            )
 
 
 def _signature(

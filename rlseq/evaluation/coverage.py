@@ -18,6 +18,7 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation.coverage_report import section_of
 from rlseq.evaluation.decode import columns_of
 from rlseq.evaluation.majority import win_chances
+from rlseq.evaluation.names import Names
 from rlseq.evaluation.references import SAMPLING_ROUNDING
 from rlseq.evaluation.stats import RatioOfSums, best_of_k, pass_at_k
 from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, summarise
@@ -58,10 +59,8 @@ class Coverage:
 
     def measure(self, context: Context) -> list[RowStatistics]:
         """Draw, score and keep of each row what `row_statistics` gives."""
-        from rlseq.evaluation.aggregate import reward_metrics  # here: it imports `measure`, which runs studies
-
         settings, n = context.settings, context.settings.coverage_samples
-        names = reward_metrics(context.suite)
+        names = Names.of(context.suite).rewards
         chances = _chances(context)
         at_once = max(1, _HELD_TOKENS // (n * settings.max_new_tokens))
         statistics: list[RowStatistics] = []

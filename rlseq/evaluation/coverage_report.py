@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,9 +36,10 @@ class _Family:
 def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     """For each metric a plot and a table of values, and of differences if there are; then the agreement."""
     models, shown, figures = list(results["models"]), [], {}
-    for family in _families(block, results):
+    families = list(_families(block, results))
+    names = plots.file_names("coverage", [family.info.name for family in families])
+    for name, family in zip(names, families, strict=True):
         info, (solid, dashed, *dotted) = family.info, (label for _, label in family.curves)
-        name = "coverage-" + re.sub("[^a-zA-Z0-9]+", "-", info.name)
         shown.append(_values(block, family))
         curves = {
             (model, curve): found[curve]

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 
 from rlseq.errors import DataError
-from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, matrix, quality_metrics, reward_metrics
+from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, coverage, matrix, quality_metrics
 from rlseq.evaluation.measure import measure
+from rlseq.evaluation.names import TOTAL, Names, statistic
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
 STRATEGIES = ("greedy", "sample")
 LIKELIHOOD = ("nll_per_token", "exact_accuracy")
-TOTAL = "reward"  # the mean total of the optimised rewards; a reward of this name is listed as reward.reward
 STEPS = 10  # logged steps in a row that `learning_warnings` takes for more than chance
 EVALUATIONS = 3
 ZERO_STD_LIMIT = 0.8
@@ -43,8 +43,9 @@ class ValidationProbe:
       `S/NAME`, each reward's mean, optimised or only measured; `S/METRIC`, each corpus metric, such as `per` and
       `wer`; `S/length` (tokens), `S/truncated` (share cut at the limit), `S/logprob` (nats, of a completion),
       `S/repetition` (share of repeated 4-grams), and with references `S/exact_match` and `S/length_ratio`. As in a
-      contrast, a reward with the name of one of these is `S/reward.NAME`;
-    * `S/NAME/failed`, the share of completions a reward failed on, only where it did.
+      contrast, a reward or corpus metric whose name another number has is `S/reward/NAME` or `S/corpus/NAME`;
+    * `S/NAME/failed`, the share of completions a reward failed on, only where it did;
+    * `S/METRIC/present`, the share of completions whose details a corpus metric is of, only where some lack them.
 
     Twice on the same weights gives the same numbers. The state of torch's, NumPy's and Python's random generators
     and the model's train or eval mode are as before afterwards.
@@ -95,9 +96,10 @@ class ValidationProbe:
         )
         self.suite, names = measured_together(suite, eval_suite)
         self.suite.check_columns(["prompt", *self.prompts[0].columns])
-        series = reward_metrics(self.suite)
-        self.eval_rewards = tuple(_key(series[name]) for name in names if name not in suite.names)
-        self.best = f"greedy/{_key(series[[*names, *suite.names][0]])}"
+        self.names = Names.of(self.suite)
+        series = self.names.rewards
+        self.eval_rewards = tuple(series[name] for name in names if name not in suite.names)
+        self.best = f"greedy/{series[[*names, *suite.names][0]]}"
         references = any(prompt.columns.get("references") for prompt in self.prompts)
         self._likelihood = {name: LIKELIHOOD_METRICS[name] for name in LIKELIHOOD} if references else {}
         quality = quality_metrics(self.suite, with_references=references)
@@ -105,7 +107,7 @@ class ValidationProbe:
         self.metrics: dict[str, bool | None] = {name: m.higher_is_better for name, m in self._likelihood.items()}
         for strategy in STRATEGIES:
             self.metrics[f"{strategy}/{TOTAL}"] = True
-            self.metrics |= {f"{strategy}/{_key(name)}": m.higher_is_better for name, m in self._quality.items()}
+            self.metrics |= {f"{strategy}/{name}": m.higher_is_better for name, m in self._quality.items()}
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         """Measure the model.
@@ -127,11 +129,13 @@ class ValidationProbe:
             totals = [s["total"] for s in found.samples if s["strategy"] == strategy and s["total"] is not None]
             values[f"{strategy}/{TOTAL}"] = sum(totals) / len(totals) if totals else math.nan
             for name, metric in self._quality.items():
-                values[f"{strategy}/{_key(name)}"] = metric.aggregate(matrix(rows, metric))
-            for reward, name in reward_metrics(self.suite).items():
-                failed = sum(row[f"{reward}:failed"] for row in rows) / sum(row["samples"] for row in rows)
+                values[f"{strategy}/{name}"] = metric.aggregate(matrix(rows, metric))
+                if metric.kind == "corpus" and (part := coverage(metric, rows)):
+                    values[f"{strategy}/{name}/present"] = part["completions"] / part["of"]
+            for reward, name in self.names.rewards.items():
+                failed = sum(row[statistic("reward", reward, "failed")] for row in rows)
                 if failed:
-                    values[f"{strategy}/{_key(name)}/failed"] = failed
+                    values[f"{strategy}/{name}/failed"] = failed / sum(row["samples"] for row in rows)
         return values
 
 
@@ -205,10 +209,6 @@ def _decisive(suite: RewardSuite) -> dict[str, dict[str, Any]]:
         name: {key: value for key, value in signature.items() if key != "weight"}
         for name, signature in suite.signature().items()
     }
-
-
-def _key(name: str) -> str:
-    return f"{TOTAL}.{name}" if name == TOTAL else name
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ def _source(results: Results, a: str, b: str) -> str:
         if (gap["a"], gap["b"]) == (a, b) and "rest" in gap and gap["total"]["value"] is not None:
             info = tables.metric(results, gap["metric"])
             total, sharpening, rest = (info.difference(gap[part]["value"]) for part in ("total", "sharpening", "rest"))
-            label, interval = info.label.lower(), info.difference_interval(gap["rest"]["ci95"])
+            label, interval = _inside(info.label), info.difference_interval(gap["rest"]["ci95"])
             if gap["rest"]["value"] is None:
                 return (
                     f"In plain sampling {label} differs by {total}: how much of it a lower temperature gives {a} is "
@@ -167,6 +167,11 @@ def _source(results: Results, a: str, b: str) -> str:
     return ""
 
 
+def _inside(label: str) -> str:
+    """A label within a sentence: its first letter small, unless it is an abbreviation."""
+    return label[:1].lower() + label[1:] if label[1:2].islower() else label
+
+
 def _headline_without_comparison(results: Results, models: Sequence[str]) -> Headline:
     strategy = next(iter(tables.fair_strategies(results)), None)
     names = tables.quality_metrics(results)[:3]
@@ -174,7 +179,7 @@ def _headline_without_comparison(results: Results, models: Sequence[str]) -> Hea
     for name in names:
         info, found = tables.metric(results, name), tables.cell(results, models[0], strategy, name)
         if found:
-            parts.append(f"{info.label} {info.value(found['value'])}")
+            parts.append(f"{info.label} {tables.shown(info, found)}")
     return Headline(
         title=", ".join(models),
         finding=f"Under {strategy}, {models[0]} has {', '.join(parts)}." if parts else "Nothing was generated.",

@@ -26,6 +26,7 @@ from rlseq.evaluation.documents import Coding, DocumentStatistics, measure_docum
 from rlseq.evaluation.fit import check_answers
 from rlseq.evaluation.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.modes import add_mode_statistics
+from rlseq.evaluation.names import statistic
 from rlseq.evaluation.references import (
     RowStatistics,
     agreement_rows,
@@ -42,6 +43,7 @@ from rlseq.evaluation.unfinished import DOCUMENTS, LIKELIHOOD, Parts, parts_of, 
 from rlseq.likelihood import TeacherForced
 from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
+from rlseq.scoring.corpus import statistics_of
 from rlseq.types import Prompt, Rollout
 
 
@@ -352,15 +354,14 @@ def _quality_rows(
             add(row, key, value)
         for reward in suite.names:
             value = scored.values[reward]
-            add(row, f"{reward}:sum", value or 0.0)
-            add(row, f"{reward}:count", float(value is not None))
-            add(row, f"{reward}:failed", float(scored.status[reward] not in ("ok", "abstained")))
-        for metric in suite.corpus.values():
-            details = scored.details[metric.reward]
-            for key in metric.statistics:
-                statistics[row][f"{metric.reward}.{key}"] = statistics[row].get(f"{metric.reward}.{key}", 0.0) + float(
-                    details.get(key, 0.0)
-                )
+            add(row, statistic("reward", reward, "sum"), value or 0.0)
+            add(row, statistic("reward", reward, "count"), float(value is not None))
+            add(row, statistic("reward", reward, "failed"), float(scored.status[reward] not in ("ok", "abstained")))
+        for given, metric in suite.corpus.items():
+            found = statistics_of(given, metric, scored.details[metric.reward])
+            add(row, statistic("corpus", given), float(found is not None))
+            for key, value in zip(metric.statistics, found or (), strict=found is not None):
+                add(row, statistic("corpus", given, key), value)
         records.append(
             {
                 "model": name,

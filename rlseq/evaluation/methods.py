@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, Metric, matrix, measured_places, metrics_under
+from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, Metric, coverage, matrix, measured_places, metrics_under
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.modes import proven_rows
 from rlseq.evaluation.references import RowStatistics
@@ -48,6 +48,8 @@ def method_results(
             outer, _, name = name.partition(".")
             place = place.setdefault(outer, {})
         place[name] = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
+        if strategy is not None:
+            place[name] |= coverage(metrics[name], *(found[seed].strategies[strategy] for seed in repeated[method]))
     return results
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 NOTHING = "n/a"  # shown where a value is null or was not measured
 
-# name: (label, higher is better, a share shown in percent, definition)
+# Of the metrics that are not a user's, name: (label, higher is better, a share shown in percent, definition)
 KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
     "nll_per_token": (
         "NLL per token",
@@ -49,13 +49,6 @@ KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
         True,
         "Share of completions equal to one of the references.",
     ),
-    "per": (
-        "PER",
-        False,
-        True,
-        "Phoneme error rate: edits to the closest listed pronunciation over its length, summed over rows.",
-    ),
-    "wer": ("WER", False, True, "Word error rate: share of words with at least one error."),
     "length": ("Length", None, False, "Mean completion length in tokens, stop token included."),
     "logprob": ("Own log-prob", None, False, "Mean log-probability of what was generated, in nats."),
     "mode_empty": ("Empty modes", None, True, "Share of proven modes that are a stop token alone."),

@@ -254,13 +254,26 @@ def curves(
     return figure
 
 
+def file_names(kind: str, metrics: Sequence[str]) -> list[str]:
+    """By metric a name for the file of its figure, of letters, digits and hyphens; all are different."""
+    found: list[str] = []
+    for metric in metrics:
+        base = name = f"{kind}-" + re.sub("[^a-zA-Z0-9]+", "-", metric)
+        number = 1
+        while any(name in (other, f"{other}-difference") or other == f"{name}-difference" for other in found):
+            number += 1
+            name = f"{base}-{number}"
+        found.append(name)
+    return found
+
+
 def training_series(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
     """Title -> (steps, values) of every known series that was logged with finite numbers at least twice."""
     keys = {key for row in metrics for key in row}
     wanted = [(title, next((key for key in names if key in keys), None)) for title, names in TRAINING_SERIES]
     parts = sorted(k for k in keys if re.fullmatch(r"rewards/.+/mean", k))
     if len(parts) > 1:  # with one reward the series above says it already
-        wanted[1:1] = [(f"Reward {key.split('/')[1]}", key) for key in parts]
+        wanted[1:1] = [(f"Reward {key.removeprefix('rewards/').removesuffix('/mean')}", key) for key in parts]
     series = {}
     for title, key in wanted:
         pairs = [(row["step"], row[key]) for row in metrics if "step" in row and _is_finite(row.get(key))]

@@ -79,16 +79,24 @@ def print_summary(results: Results) -> None:
         table.add_column(name, overflow="fold", no_wrap=max(map(len, words)) <= 24)
     for info in quality:
         table.add_column(info.label, justify="right")
+    partial: list[str] = []
     for strategy in tables.strategies(results):
         for model in results["models"]:
             cells = [tables.cell(results, model, strategy, info.name) for info in quality]
+            partial += [
+                f"* {info.label} of {model} under {strategy}{said}"
+                for info, found in zip(quality, cells, strict=True)
+                if found and (said := tables.of_completions(found))
+            ]
             table.add_row(
                 model,
                 tables.labelled(results, strategy),
-                *(i.value(c["value"]) if c else "n/a" for i, c in zip(quality, cells, strict=True)),
+                *(i.value(c["value"]) + "*" * bool(tables.of_completions(c)) if c else "n/a" for i, c in zip(quality, cells, strict=True)),
             )
         table.add_section()
     console.print(table)
+    for line in partial:
+        console.print(line, markup=False, highlight=False)
     names = tables.likelihood_metrics(results)
     for model in results["models"]:
         parts = [(tables.metric(results, n), tables.cell(results, model, None, n)) for n in names]
@@ -135,7 +143,7 @@ def _context(
         "strategies": tables.strategies(results),
         "generated": tables.generated(results),
         "likelihood": [tables.metric(results, n) for n in tables.likelihood_metrics(results)],
-        "comparisons": [c for c in found if not c.metric.name.startswith("exact_pass_at_k")],
+        "comparisons": [c for c in found if not c.metric.name.startswith("exact_pass_at_k.")],
         "modes": tables.modes(results),
         "sections": [*sections(results), *compression.sections(results)],
         "pass_curves": curves,

@@ -16,7 +16,7 @@ from rlseq.evaluation.documents import Coding, DocumentStatistics
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.types import Prompt
 
-SCHEMA = 1  # of results.json
+SCHEMA = 2  # of results.json
 
 
 def finite_or_null(value: Any) -> Any:

@@ -13,6 +13,7 @@ from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.decode import columns_of
 from rlseq.evaluation.equal_entropy import Curve, mean_gap
+from rlseq.evaluation.names import Names
 from rlseq.evaluation.seeds import claim_of, methods, pair_draws
 from rlseq.evaluation.sharpening_report import section_of
 from rlseq.evaluation.stats import RatioOfSums, percentiles, resampled_counts
@@ -24,6 +25,7 @@ from rlseq.types import Rollout
 DRAW = 1100  # with a temperature's place added, names its noise
 EXACT = "exact_match"
 ONE = "1.0"  # how results call the temperature at which gains are stated
+_ENTROPY = None  # beside qualities by name, of which one may be called entropy
 SHAPE = ("entropy", "unique", "top", "truncated")  # beside qualities, per sample
 
 
@@ -107,14 +109,15 @@ class Sharpening:
         names = dict.fromkeys(key.partition("|")[2] for key in keys)
         qualities = [name.removesuffix(":sum") for name in names if name.endswith(":sum")]
         shape = [name for name in SHAPE if name in names]
-        metrics = {(t, name): _metric(t, name) for t in temperatures for name in (*shape, *qualities)}
-        at_one = {name: _metric(ONE, name) for name in shape}
+        metrics = {(t, "shape", name): _shape(t, name) for t in temperatures for name in shape}
+        metrics |= {(t, "quality", name): _quality(t, name) for t in temperatures for name in qualities}
+        at_one = {name: _shape(ONE, name) for name in shape}
         models: dict[str, Any] = {}
         for model, cells in summarise(found, metrics, settings, compare=False)["models"].items():
             models[model] = {
                 t: {
-                    **{name: cells[t, name] for name in shape},
-                    "quality": {name: cells[t, name] for name in qualities},
+                    **{name: cells[t, "shape", name] for name in shape},
+                    "quality": {name: cells[t, "quality", name] for name in qualities},
                 }
                 for t in temperatures
             }
@@ -140,12 +143,10 @@ def key_of(temperature: float) -> str:
 
 
 def _add(statistics: Sequence[RowStatistics], key: str, groups: Sequence[Sequence[Rollout]], context: Context) -> None:
-    from rlseq.evaluation.aggregate import reward_metrics  # here: it imports `measure`, which runs studies
-
     flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
     columns = columns_of(context.prompts, [row for row, _ in flat])
     values = context.suite.score([rollout for _, rollout in flat], columns).values
-    names = reward_metrics(context.suite)
+    names = Names.of(context.suite).rewards
     for row, group in enumerate(groups):
         counts = Counter(rollout.completion_ids for rollout in group)
         mine = {
@@ -165,9 +166,12 @@ def _add(statistics: Sequence[RowStatistics], key: str, groups: Sequence[Sequenc
         statistics[row].update({f"{key}|{name}": float(value) for name, value in mine.items()})
 
 
-def _metric(temperature: str, name: str) -> StudyMetric:
-    parts = (name, "samples") if name in SHAPE else (f"{name}:sum", f"{name}:count")
-    return StudyMetric(tuple(f"{temperature}|{part}" for part in parts), RatioOfSums())
+def _shape(temperature: str, name: str) -> StudyMetric:
+    return StudyMetric((f"{temperature}|{name}", f"{temperature}|samples"), RatioOfSums())
+
+
+def _quality(temperature: str, name: str) -> StudyMetric:
+    return StudyMetric((f"{temperature}|{name}:sum", f"{temperature}|{name}:count"), RatioOfSums())
 
 
 def _gaps(
@@ -205,7 +209,7 @@ def _gaps(
                 "total": cells["total"],
                 **(claim_of(len(seeds_a), len(seeds_b)) if len(seeds_a) + len(seeds_b) > 2 else {}),
             }
-            at_one = [np.mean([values[seed]["entropy"][0, one] for seed in seeds]) for seeds in (seeds_a, seeds_b)]
+            at_one = [np.mean([values[seed][_ENTROPY][0, one] for seed in seeds]) for seeds in (seeds_a, seeds_b)]
             if at_one[1] < at_one[0]:
                 gap |= {"sharpening": cells["sharpening"], "rest": cells[ONE]}
             gaps.append(gap)
@@ -217,13 +221,13 @@ def _values(
     counts: np.ndarray,
     qualities: Iterable[str],
     temperatures: Sequence[str],
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, dict[str | None, np.ndarray]]:
     """By model, entropy and each quality at each temperature, (n, K), of n resamples given as counts (n, R)."""
-    values: dict[str, dict[str, np.ndarray]] = {model: {} for model in found}
-    for name in ("entropy", *qualities):
+    values: dict[str, dict[str | None, np.ndarray]] = {model: {} for model in found}
+    for name in (_ENTROPY, *qualities):
         by_temperature: dict[str, list[np.ndarray]] = {model: [] for model in found}
         for t in temperatures:
-            metric = _metric(t, name)
+            metric = _shape(t, "entropy") if name is _ENTROPY else _quality(t, name)
             tables = {model: rows_matrix(rows, metric.statistics) for model, rows in found.items()}
             base = next(iter(tables.values()))
             sums = counts @ base
@@ -236,7 +240,7 @@ def _values(
 
 
 def _pairs(
-    values: Mapping[str, Mapping[str, np.ndarray]],
+    values: Mapping[str, Mapping[str | None, np.ndarray]],
     seeds_a: Sequence[str],
     seeds_b: Sequence[str],
     quality: str,
@@ -248,20 +252,23 @@ def _pairs(
 
 
 def _compare(
-    base: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], quality: str, temperatures: Sequence[str]
+    base: Mapping[str | None, np.ndarray],
+    other: Mapping[str | None, np.ndarray],
+    quality: str,
+    temperatures: Sequence[str],
 ) -> dict[str, np.ndarray]:
     """By name, (n,) numbers that say how far `other` is above the base: see `Sharpening.results`."""
-    below = Curve.through(base["entropy"], base[quality])
+    below = Curve.through(base[_ENTROPY], base[quality])
     reached = {}
     for i, t in enumerate(temperatures):
         # At one temperature with one entropy it is the base's own point, whose quality needs no line.
-        same = other["entropy"][:, i] == base["entropy"][:, i]
-        reached[t] = np.where(same, base[quality][:, i], below.at(other["entropy"][:, i]))
+        same = other[_ENTROPY][:, i] == base[_ENTROPY][:, i]
+        reached[t] = np.where(same, base[quality][:, i], below.at(other[_ENTROPY][:, i]))
     found = {t: other[quality][:, i] - reached[t] for i, t in enumerate(temperatures)}
     one = temperatures.index(ONE)
     found["total"] = other[quality][:, one] - base[quality][:, one]
     found["sharpening"] = reached[ONE] - base[quality][:, one]
-    found["mean"], found["low"], found["high"] = mean_gap(below, Curve.through(other["entropy"], other[quality]))
+    found["mean"], found["low"], found["high"] = mean_gap(below, Curve.through(other[_ENTROPY], other[quality]))
     return found
 
 

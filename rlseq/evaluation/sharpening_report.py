@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +42,11 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         "completions depend on the number of samples, and compare at equal numbers only.",
         [*found, _temperature_table(block, infos)],
         {
-            f"sharpening-{re.sub('[^a-zA-Z0-9]+', '-', info.name)}": (
+            figure: (
                 f"{info.label} against entropy; numbers are temperatures, dotted lines the gaps at temperature 1",
                 plots.to_svg(_curves(block, info)),
             )
-            for info in infos
+            for figure, info in zip(plots.file_names("sharpening", [info.name for info in infos]), infos, strict=True)
         },
     )
 

@@ -81,15 +81,15 @@ class ModeTable:
 
 def metric(results: Results, name: str) -> Metric:
     """The metric by this name: what results say of it, else what is known of it, else its bare name."""
+    said = results.get("metrics", {}).get(name, {})
     outer, _, k = name.partition(".")
-    label, better, percent, description = KNOWN.get(outer, (name.replace("_", " ").capitalize(), None, False, ""))
+    label, better, percent, description = KNOWN.get(outer, (name, None, False, ""))
     if k and outer == "exact_pass_at_k":
         label = f"Exact pass@{k}"
-    said = results.get("metrics", {}).get(name, {})
     percent = said.get("percent", percent)
     return Metric(
         name=name,
-        label=label,
+        label=said.get("label") or label,
         better=said.get("higher_is_better", better),
         percent=percent,
         description=said.get("description") or description,
@@ -173,6 +173,18 @@ def likelihood_metrics(results: Results) -> list[str]:
     return list(dict.fromkeys(n for block in blocks for n, v in block.items() if is_cell(v)))
 
 
+def shown(info: Metric, found: Mapping[str, Any] | None) -> str:
+    """A value as tables have it: with how many completions it is of, where that is not all."""
+    return info.value(found["value"]) + of_completions(found) if found else NOTHING
+
+
+def of_completions(found: Mapping[str, Any]) -> str:
+    """What stands behind a value that is not of all completions; else ""."""
+    if "completions" not in found or found["value"] is None:
+        return ""
+    return f" (of {found['completions']:,} of {found['of']:,} completions)"
+
+
 def is_cell(value: Any) -> bool:
     return isinstance(value, Mapping) and "value" in value
 
@@ -235,10 +247,11 @@ def comparisons(results: Results) -> list[Comparison]:
     for raw in results.get("comparisons", ()):
         info = metric(results, raw["metric"])
         strategy_a = raw.get("strategy_a", raw["strategy"])
-        values = []
+        values, partial = [], []
         for side, strategy in (("a", strategy_a), ("b", raw["strategy"])):
             found_cell = cell(results, raw[side], strategy, raw["metric"]) or {}
             values.append(raw.get(f"value_{side}", found_cell.get("value")))
+            partial.append(of_completions(found_cell))
         verdict = _verdict(raw, info.better)
         if verdict not in ("equal", "unclear"):
             info = _telling(info, *values)
@@ -252,8 +265,8 @@ def comparisons(results: Results) -> list[Comparison]:
                 strategy=raw["strategy"],
                 strategy_a=strategy_a,
                 metric=info,
-                value_a=info.value(values[0]),
-                value_b=info.value(values[1]),
+                value_a=info.value(values[0]) + partial[0],
+                value_b=info.value(values[1]) + partial[1],
                 difference=info.difference(raw["difference"]),
                 interval=info.difference_interval(raw["ci95"]),
                 p=p_text(raw.get("p_value")),

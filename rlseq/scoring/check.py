@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import RewardError
 from ..types import Prompt, Rollout
+from .corpus import of_completions
 from .outcome import FAILURES, shorten
 from .suite import RewardSuite, ScoreTable, load_rewards
 
@@ -78,11 +79,30 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
                 return checks
             checks += [_alone(suite, items, values), _order(suite, items, values), _twice(suite, items, values)]
             checks.append(_in_range(suite, values))
+            checks += _corpus(suite, table)
         except RewardError as error:  # a wrong count
             return [*checks, Check("it runs on these rows", False, str(error))]
         checks += _in_workers(plain, suite, items, values, search_root)
         checks.append(_speed(suite, items, seconds))
         checks += _against_references(suite, prompts)
+    return checks
+
+
+def _corpus(suite: RewardSuite, table: Any) -> list[Check]:
+    """Whether the details hold what corpus metrics are computed of: finite numbers, at least where there is a value."""
+    checks = []
+    for name, metric in suite.corpus.items():
+        question = f"details for the corpus metric {name}"
+        try:
+            _, present = of_completions(name, metric, table.details[metric.reward])
+        except RewardError as error:
+            checks.append(Check(question, False, str(error)))
+            continue
+        count, valued = len(table.totals), sum(value is not None for value in table.values[metric.reward])
+        missing = f"the others are left out; to count them, return {', '.join(metric.statistics)} for all"
+        passed = None if 0 < present < valued else present == valued
+        finding = f"of {present} of {count} completions" + (f": {missing}" if present < valued else "")
+        checks.append(Check(question, passed, finding))
     return checks
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import ConfigError, ModelError
 from ..types import Prompt
 from .check import Check, run_checks, spread
+from .corpus import of_completions
 from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
 from .options import parse_spec
 from .outcome import json_ready
@@ -193,12 +194,12 @@ def _summary(suite: RewardSuite, table: ScoreTable) -> None:
     rows.append(("total", "", *_moments(table.totals), "", "", "", ""))
     header = ("reward", "weight", "n", "mean", "sd", "min", "max", "abstained", "error", "timeout", "invalid")
     print(_table(header, rows))
-    import numpy as np
-
+    count = len(table.totals)
     for name, metric in suite.corpus.items():
-        details = table.details[metric.reward]
-        sums = {key: np.sum([row.get(key, 0) for row in details]) for key in metric.statistics}
-        print(f"{name} = {_number(float(metric.compute(sums)))}  ({metric.description})")
+        value, present = of_completions(name, metric, table.details[metric.reward])
+        of = f" of {present:,} of {count:,} completions" if present < count else ""
+        said = f"  ({metric.description})" if metric.description else ""
+        print(f"{name} = {_number(value)}{of}{said}")
 
 
 def _moments(values: Sequence[float | None]) -> tuple[str, ...]:

@@ -21,11 +21,13 @@ class CorpusMetric:
     As in sacrebleu, a metric is statistics -> sums -> score; a bootstrap then only resamples the statistics.
 
     Attributes:
-        statistics: names of numbers in the details a reward returns beside its value.
+        statistics: names of numbers in the details a reward returns beside its value. A completion whose details lack
+            one of them is left out.
         function: maps {statistic: sums, any array shape (..., )} to scores of that shape.
         higher_is_better: which way is good.
         description: one line for tables and reports, or a function that makes it from the kwargs of the reward's spec
             (a signature depends on them); text once a suite is loaded.
+        label: what tables and reports call it; by default its name.
         reward: the name of the reward whose details hold the statistics; set when a suite is loaded.
     """
 
@@ -33,6 +35,7 @@ class CorpusMetric:
     function: Callable[[Mapping[str, Any]], Any]
     higher_is_better: bool = True
     description: str | Callable[..., str] = ""
+    label: str = ""
     reward: str = ""
 
     def compute(self, sums: Mapping[str, Any]) -> Any:
@@ -48,6 +51,7 @@ class Ratio:
     denominator: str
     higher_is_better: bool = False
     description: str | Callable[..., str] = ""
+    label: str = ""
     reward: str = ""
 
     @property
