@@ -91,7 +91,10 @@ def print_summary(results: Results) -> None:
             table.add_row(
                 model,
                 tables.labelled(results, strategy),
-                *(i.value(c["value"]) + "*" * bool(tables.of_completions(c)) if c else "n/a" for i, c in zip(quality, cells, strict=True)),
+                *(
+                    i.value(c["value"]) + "*" * bool(tables.of_completions(c)) if c else "n/a"
+                    for i, c in zip(quality, cells, strict=True)
+                ),
             )
         table.add_section()
     console.print(table)
