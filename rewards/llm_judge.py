@@ -1,6 +1,7 @@
 """A language model behind an OpenAI-compatible endpoint as the judge."""
 
 import asyncio
+import json
 import os
 import re
 from typing import Any
@@ -21,8 +22,18 @@ Answer:
 {references}
 Give your reasons in a sentence or two, then a last line `Score: N` with N from {low:g} to {high:g}."""
 
-# no bracket between: "Score (0-10): 7" names the scale there
-_SCORE = re.compile(r"score[^\w(]{0,6}?([-−]?(?:\d+(?:\.\d+)?|\.\d+))", re.IGNORECASE)
+# no bracket between: "Score (0-10): 7" names the scale there; a number is read whole ("1e5", and "7,5" not at all)
+_SCORE = re.compile(
+    r"score[^\w(]{0,6}?([-−]?(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?)(?!\d|[.,]\d|e[-+]?\d)", re.IGNORECASE
+)
+_THOUGHT = re.compile(
+    r"(?:\A|<(think|thinking|thought|reasoning)>)(?:(?!<(?:think|thinking|thought|reasoning)>).)*?"
+    r"</(?:think|thinking|thought|reasoning)>",
+    re.IGNORECASE | re.DOTALL,
+)
+_OPEN_THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+_BLANK = re.compile(r"\{(rubric|prompt|completion|references|low|high)(?::g)?\}")
+LARGEST_ANSWER = 2**20  # bytes of a judge's answer, which holds some hundred words
 
 
 @reward(range=(0, 1), extra="judge")
@@ -43,37 +54,101 @@ async def llm_judge(
 ) -> tuple[float, dict]:
     """The score a judge gives, scaled from [low, high] to [0, 1]; details: its reasons.
 
-    It is asked by POST to `base_url`/chat/completions. `template` is filled with rubric, prompt,
-    completion, references, low and high. `api_key_variable` names the environment variable with the key;
-    none is read without it. An answer without a score in range, and an HTTP error, are errors: `retries`
-    (2) tries again, `concurrency` (16) asks at once, `cache: true` keeps the verdicts.
+    It is asked by POST to `base_url`/chat/completions. In `template`, {rubric}, {prompt}, {completion},
+    {references}, {low} and {high} are filled in; other braces stay. `api_key_variable` names the environment
+    variable with the key; none is read without it. A user and password in `base_url` are sent, the password as the
+    environment variable that it names: `http://me:${JUDGE_PASSWORD}@host/v1`. A score within a thought
+    (<think>...</think>) does not count. An answer without a score in range, one that was cut off at `max_tokens` or is
+    larger than 1 MiB, one that is not complete after `seconds`, and an HTTP error, are errors: `retries` (2) tries
+    again, `concurrency` (16) asks at once, `cache: true` keeps the verdicts.
     """
-    question = template.format(
+    question = _filled(
+        template,
         rubric=rubric,
         prompt=_text(prompt),
         completion=completion,
         references=f"\nReference answers:\n{_lines(references)}\n" if references else "",
-        low=low,
-        high=high,
+        low=f"{low:g}",
+        high=f"{high:g}",
     )
-    response = await _client().post(
-        f"{base_url.rstrip('/')}/chat/completions",
-        json={
-            "model": model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": temperature,
-            "max_tokens": max_tokens,
-        },
-        headers={"Authorization": f"Bearer {os.environ[api_key_variable]}"} if api_key_variable else {},
-        timeout=seconds,
-    )
-    response.raise_for_status()
-    verdict = response.json()["choices"][0]["message"]["content"]
-    found = _SCORE.findall(verdict)
+    request = {
+        "model": model,
+        "messages": [{"role": "user", "content": _encodable(question)}],
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+    }
+    headers = {"Authorization": f"Bearer {_variable(api_key_variable)}"} if api_key_variable else {}
+    try:
+        body = await asyncio.wait_for(_ask(base_url, request, headers, seconds), seconds)
+    except TimeoutError:
+        raise TimeoutError(f"the judge's answer was not complete after {seconds:g} s (seconds)") from None
+    verdict = _verdict(body, max_tokens)
+    found = _SCORE.findall(_THOUGHT.sub("", verdict))
     score = float(found[-1].replace("−", "-")) if found else None
     if score is None or not low <= score <= high:
         raise ValueError(f"the judge gave no score from {low:g} to {high:g}: {verdict[:200]!r}")
     return (score - low) / (high - low), {"verdict": verdict}
+
+
+def _filled(template: str, **values: str) -> str:
+    """The template with its blanks filled; other braces, and those in what is filled in, are text."""
+    if "completion" not in _BLANK.findall(template):
+        raise ValueError("the template has no {completion}, without which the judge sees no answer")
+    return _BLANK.sub(lambda match: values[match[1]], template)
+
+
+async def _ask(base_url: str, request: dict, headers: dict, seconds: float) -> bytes:
+    """The body of the judge's answer."""
+    url = httpx.URL(f"{base_url.rstrip('/')}/chat/completions")
+    # apart from the URL, which is in the messages of errors
+    auth = httpx.BasicAuth(os.path.expandvars(url.username), _password(url.password)) if url.userinfo else None
+    url = url.copy_with(username=None, password=None)
+    headers = {"Accept-Encoding": "identity", **headers}  # a compressed body would have no known size
+    options = {"json": request, "headers": headers, "timeout": seconds}
+    async with _client().stream("POST", url, auth=auth, **options) as response:
+        response.raise_for_status()
+        body = bytearray()
+        async for part in response.aiter_raw():
+            body += part
+            if len(body) > LARGEST_ANSWER:
+                raise ValueError(f"the judge's answer is larger than {LARGEST_ANSWER:,} bytes")
+        return bytes(body)
+
+
+def _verdict(body: bytes, max_tokens: int) -> str:
+    """What the judge said, in full."""
+    try:
+        choice = json.loads(body)["choices"][0]
+        verdict, reason = choice["message"].get("content"), choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"expected a chat completion from the judge, got {body[:200]!r}") from None
+    if reason == "length" or (isinstance(verdict, str) and _OPEN_THOUGHT.search(_THOUGHT.sub("", verdict))):
+        raise ValueError(f"the judge's answer was cut off: raise max_tokens ({max_tokens}); it ends in {_end(verdict)}")
+    if not isinstance(verdict, str):
+        raise ValueError(f"the judge's content is {verdict!r:.200} (finish_reason {reason!r}); expected text")
+    return _encodable(verdict)
+
+
+def _end(verdict: Any) -> str:
+    return repr(verdict[-100:]) if isinstance(verdict, str) else repr(verdict)[:100]
+
+
+def _encodable(text: str) -> str:
+    """The text with `?` for half a surrogate pair, which no file and no request can hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _variable(name: str) -> str:
+    if name not in os.environ:
+        raise ValueError(f"the environment variable {name}, which api_key_variable names, is not set")
+    return os.environ[name]
+
+
+def _password(written: str) -> str:
+    password = os.path.expandvars(written)
+    if password == written and written:
+        raise ValueError("base_url holds a password; name an environment variable: http://USER:${VARIABLE}@HOST/v1")
+    return password
 
 
 def _text(prompt: Any) -> str:

@@ -389,3 +389,10 @@ def test_a_recipe_process_prints_no_traceback_and_no_usage(tmp_path):
 def test_numbers_that_would_be_taken_for_something_else_are_refused(settings, values, message):
     with pytest.raises(ConfigError, match=message):
         settings(**values)
+
+
+def test_a_password_in_a_url_is_refused_before_any_file_is_written(tmp_path):
+    spec = '{"func": "llm_judge", "kwargs": {"base_url": "http://me:hunter2@host/v1", "model": "m"}}'
+    with pytest.raises(ConfigError, match="--reward_funcs holds a password") as refused:
+        RecipeParser([RewardArguments]).parse(["--reward_funcs", spec])
+    assert "hunter2" not in str(refused.value)

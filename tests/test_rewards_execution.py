@@ -366,3 +366,120 @@ def test_a_cached_verdict_is_not_asked_for_again(judge, tmp_path):
         [rollout("5")], {"prompt": ["q"]}
     )
     assert len(judge.requests) == 3  # other arguments, another question
+
+
+class Fixed(BaseHTTPRequestHandler):
+    """Answers with the bytes that the server holds, slowly where it says so."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.headers_seen.append(dict(self.headers))
+        self.send_response(200)
+        self.send_header("Content-Length", str(sum(map(len, self.server.parts))))
+        self.end_headers()
+        try:
+            for part in self.server.parts:
+                self.wfile.write(part)
+                self.wfile.flush()
+                time.sleep(self.server.pause)
+        except OSError:  # the reward has hung up
+            pass
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def fixed():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Fixed)
+    server.daemon_threads = True
+    server.pause, server.headers_seen = 0.0, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fixed_answer(content, reason="stop"):
+    return [json.dumps({"choices": [{"finish_reason": reason, "message": {"content": content}}]}).encode()]
+
+
+def judged(server, **kwargs):
+    spec = judge_spec(server, retries=0, on_error="abstain", kwargs=kwargs)
+    table = load_rewards([spec], max_error_rate=1.0).score([rollout("4")], {"prompt": ["2+2?"]})
+    return table.totals[0], table.messages["llm_judge"].get(0, ""), table.details["llm_judge"][0]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "expected"),
+    [
+        ("<think>Score: 2</think>Score: 9", "stop", 0.9),
+        ("a thought that began in the template, Score: 2</think>\nScore: 9", "stop", 0.9),
+        ("<think>It could get Score: 2, but", "stop", "cut off"),
+        ("<think>It could get Score: 2, but", "length", "cut off"),
+        ("Score: 1", "length", "cut off"),  # it may have been 10
+        (None, "length", "cut off"),
+        (None, "stop", "content is None"),
+        ([{"type": "text"}], "stop", "expected text"),
+        ("<think>Score: 3</think>I cannot say.", "stop", "gave no score"),
+        ("Score: 1e5", "stop", "gave no score"),
+        ("Score: 1e0", "stop", 0.1),
+        ("Score: 7,5", "stop", "gave no score"),
+    ],
+)
+def test_a_verdict_is_read_whole_or_is_an_error_in_one_line(fixed, content, reason, expected):
+    fixed.parts = fixed_answer(content, reason)
+    value, message, _ = judged(fixed)
+    if isinstance(expected, str):
+        assert value is None and expected in message
+    else:
+        assert value == expected
+
+
+@pytest.mark.parametrize("body", [b"not json", b"[]", b'{"choices": []}', b'{"choices": [{"message": null}]}', b"\xff"])
+def test_an_answer_that_is_no_chat_completion_is_an_error_in_one_line(fixed, body):
+    fixed.parts = [body]
+    value, message, _ = judged(fixed)
+    assert value is None and "expected a chat completion" in message and "\n" not in message
+
+
+def test_the_judge_has_its_seconds_for_the_whole_answer_and_its_size_is_bounded(fixed):
+    fixed.parts, fixed.pause = [b"x"] * 40, 0.25
+    start = time.monotonic()
+    value, message, _ = judged(fixed, seconds=1)
+    assert value is None and "not complete after 1 s" in message and time.monotonic() - start < 5
+    fixed.parts, fixed.pause = [b"x" * 2**20] * 8, 0.0
+    value, message, _ = judged(fixed)
+    assert value is None and "larger than" in message
+
+
+def test_half_a_surrogate_pair_in_a_verdict_becomes_a_question_mark(fixed):
+    fixed.parts = fixed_answer("Good \ud83d Score: 5")
+    assert judged(fixed) == (0.5, "", {"verdict": "Good ? Score: 5"})
+
+
+def test_a_template_keeps_its_braces_and_needs_the_completion(judge):
+    template = 'Give {"score": 1} of {low:g} to {high:g}. {prompt}\nAnswer:\n{completion}\n{rubric}'
+    spec = judge_spec(judge, kwargs={"template": template, "rubric": "{prompt} is no blank"})
+    assert load_rewards([spec]).score([rollout("5")], {"prompt": ["why?"]}).totals == [0.5]
+    asked = judge.requests[0][2]["messages"][0]["content"]
+    assert asked == 'Give {"score": 1} of 0 to 10. why?\nAnswer:\n5\n{prompt} is no blank'
+    with pytest.raises(RewardError, match=r"no \{completion\}"):
+        load_rewards([judge_spec(judge, retries=0, kwargs={"template": "Rate {answer}"})]).score(
+            [rollout("5")], {"prompt": ["q"]}
+        )
+
+
+def test_a_password_in_a_url_is_refused_and_one_from_the_environment_is_sent(fixed, monkeypatch):
+    address = f"127.0.0.1:{fixed.server_port}/v1"
+    with pytest.raises(RewardError, match="hold a password") as refused:
+        load_rewards([judge_spec(fixed, kwargs={"base_url": f"http://me:hunter2@{address}"})])
+    assert "hunter2" not in str(refused.value)
+    monkeypatch.setenv("JUDGE_PASSWORD", "hunter2")
+    fixed.parts = fixed_answer("Score: 5")
+    assert judged(fixed, base_url=f"http://me:${{JUDGE_PASSWORD}}@{address}")[0] == 0.5
+    assert fixed.headers_seen[0]["Authorization"] == "Basic bWU6aHVudGVyMg=="  # base64 of me:hunter2
+    fixed.shutdown()
+    fixed.server_close()
+    value, message, _ = judged(fixed, base_url=f"http://me:${{JUDGE_PASSWORD}}@{address}")
+    assert value is None and message and "hunter2" not in message

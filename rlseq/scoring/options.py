@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RewardError, did_you_mean
+from ..passwords import ADVICE, holds_password
 from .cache import Cache, default_path
 from .conventions import reads_messages
 from .execute import Concurrent, InProcess, Retry, is_async
@@ -98,6 +99,7 @@ def parse_spec(spec: Any) -> Any:
 
 def _checked_options(spec: Any) -> dict[str, Any]:
     options = dict(spec) if isinstance(spec, Mapping) else {"func": spec}
+    _refuse_passwords(options)
     for option in options:
         if option not in OPTIONS:
             raise RewardError(
@@ -108,6 +110,15 @@ def _checked_options(spec: Any) -> dict[str, Any]:
     if not (callable(func) or (isinstance(func, str) and func)):
         raise RewardError(f"reward spec {spec!r} has no 'func'; expected a name, path.py:function, or a model id.")
     return options
+
+
+def _refuse_passwords(options: Mapping[str, Any]) -> None:
+    """Refuse a URL with a password in the arguments: a run writes them to config.yaml, logs and model card."""
+    if holds_password(options.get("kwargs")):
+        raise RewardError(
+            f"the kwargs of reward {options.get('func')!r} hold a password in a URL, which the run's files would show; "
+            f"{ADVICE}"
+        )
 
 
 def _executor(name: str, found: Found, options: Mapping[str, Any]) -> Executor:

@@ -23,6 +23,7 @@ from trl import TrlParser
 
 from rlseq.errors import ConfigError, TrainingError, did_you_mean
 from rlseq.flags import HelpFormatter
+from rlseq.passwords import ADVICE, holds_password
 from rlseq.training.batch_sizes import working_batch_sizes
 from rlseq.training.config_file import (
     beside_config,
@@ -92,6 +93,9 @@ class RecipeParser(TrlParser):
         flags = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
         config = flags.pop("config", default_config)
         given = {**(self._read_yaml(find_config(config)) if config else {}), **flags}
+        for name, value in given.items():
+            if holds_password(value):
+                raise ConfigError(f"--{name} holds a password in a URL, which the run's files would show; {ADVICE}")
         missing = [f"--{name}" for name in self._required if name not in given]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, as a flag or in the --config file.")
