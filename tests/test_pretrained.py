@@ -119,7 +119,7 @@ def test_a_file_that_was_cut_short_is_named(tmp_path):
     path = saved(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    for load in (for_training, load_checkpoint):
+    for load in (for_training, for_evaluation):
         with pytest.raises(ModelError, match=re.escape(path)):
             load(path)
     with pytest.raises(ModelError, match=r"model\.safetensors' was cut short"):
