@@ -257,6 +257,9 @@ class RunArguments:
     overwrite_output_dir: bool = _default(
         False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start anew."
     )
+    resume_with_changes: bool = _default(
+        False, "Go on from a checkpoint though reward code, reward arguments or data rows are others than before."
+    )
     dry_run: bool = _default(
         False, "Check everything that needs no model, print what the run would do and need, and stop."
     )

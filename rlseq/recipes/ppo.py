@@ -32,7 +32,7 @@ from rlseq.training.dry_run import describe_rollouts
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.ppo import PPOTrainer
-from rlseq.training.recipe import announce, default_config, describe_round, open_run, say
+from rlseq.training.recipe import announce, default_config, describe_round, open_run, say, task_began_with
 
 DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "ppo.yaml"
 
@@ -52,7 +52,8 @@ def main() -> None:
         say(describe_rollouts(config, run, model_args, task.prompts))
         prepared.close()
         return
-    directory = open_run(config, run, data, rewards, evaluation, model_args)
+    began = task_began_with(task, config)
+    directory = open_run(config, run, data, rewards, evaluation, model_args, began=began)
     announce(config, run, f"{task.describe()}, {describe_round(config)}")
 
     trainer = PPOTrainer(

@@ -34,6 +34,7 @@ from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
 from rlseq.scoring.find import bundled_folder
 from rlseq.scoring.trial import try_rewards
+from rlseq.training.began_with import began_with
 from rlseq.training.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
 from rlseq.training.checks import describe_left_out
 from rlseq.training.config import (
@@ -164,7 +165,10 @@ def main() -> None:
             model = build_model(new.new_model, tokenizer) if new.new_model else weightless_model(model_args)
         say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn, cached_tokens=cached))
         return
-    directory = open_run(config, run, data, new, rejection, model_args)
+    rewards = {"reward": suite} if rejection.rejection_samples else {}
+    rows = [(p.messages_or_text, p.columns) for p in prompts] if rejection.rejection_samples else train
+    began = began_with(rewards, {"training rows": rows, "evaluation rows": validation})
+    directory = open_run(config, run, data, new, rejection, model_args, began=began)
     own = [p.messages_or_text for p in held_out]
     trained = [c["prompt"] for c in candidates] if rejection.from_rollouts else [p.messages_or_text for p in prompts]
     shared = describe_shared(own, data.eval_split, trained, "training")

@@ -35,12 +35,15 @@ class Found:
         address: "path.py:function" or "module:function", from which another process loads the same function;
             None for a function handed over as an object that no other process can find.
         kwargs: arguments the spec implies (the model of a model id).
+        source: of the file that holds it, as it was loaded: a process that starts later runs this, whatever became of
+            the file. None where there is no Python file.
     """
 
     function: Callable
     name: str
     address: str | None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    source: bytes | None = None
 
 
 def bundled_folder(name: str = "rewards") -> Path:
@@ -87,7 +90,9 @@ def find(spec: str | Callable, search_root: Path) -> Found:
         RewardError: when nothing is found, a name is found in two places, or a needed extra is missing.
     """
     if callable(spec):
-        return Found(spec, getattr(spec, "__name__", type(spec).__name__), _address_of(spec))
+        address = _address_of(spec)
+        source = _source_of(spec.__module__) if address else None
+        return Found(spec, getattr(spec, "__name__", type(spec).__name__), address, source=source)
     if match := re.fullmatch(r"(?P<path>.+\.py)(?::(?P<function>\w+))?", spec):
         return _from_file(_existing(match["path"], search_root), match["function"])
     if ":" in spec:
@@ -147,20 +152,41 @@ def _from_point(point: importlib.metadata.EntryPoint) -> Found:
     return _from_module(point.module, point.attr, name=point.name)
 
 
-def load_address(address: str) -> Callable:
-    """Load a function from `Found.address`; what a worker process does."""
+def load_address(address: str, source: bytes | None = None) -> Callable:
+    """Load a function from `Found.address`, of the given source in place of its file's; what a worker process does."""
     place, function = address.rsplit(":", 1)
-    module = load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    if place.endswith(".py"):
+        module = load_file(Path(place), source)
+    else:
+        module = importlib.import_module(place) if source is None else _import_from(place, source)
     return getattr(module, function)
 
 
-def load_file(path: Path) -> ModuleType:
+def _import_from(name: str, source: bytes) -> ModuleType:
+    """Import a module whose file may have been edited, or be gone, since `source` was read from it."""
+    spec: Any = importlib.util.find_spec(name)  # imports the packages around it
+    if spec is None or not spec.origin:
+        raise RewardError(f"the module {name!r} is not there any more")
+    file = Path(spec.origin)
+    if file.is_file() and file.read_bytes() == source:
+        return importlib.import_module(name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    exec(compile(source, spec.origin, "exec"), vars(module))
+    return module
+
+
+def load_file(path: Path, source: bytes | None = None) -> ModuleType:
     """Import a file by its location; an unchanged file is imported once, a changed one afresh.
+
+    Args:
+        path: the file; it need not be there where its source is given.
+        source: what to run in place of what the file holds now.
 
     Raises:
         RewardError: when importing it fails; names the extra to install where the file declares one.
     """
-    source = path.read_bytes()
+    source = path.read_bytes() if source is None else source
     digest = hashlib.sha256(str(path).encode() + b"\0" + source).hexdigest()[:12]
     name = f"_rlseq_reward_{path.stem}_{digest}"
     if name in sys.modules:
@@ -168,6 +194,7 @@ def load_file(path: Path) -> ModuleType:
     spec: Any = importlib.util.spec_from_file_location(name, path)  # never None: the file ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # before it runs, as dataclasses and pickle look there
+    module.rlseq_source = source  # type: ignore[attr-defined]  # modules take any attribute
     try:
         exec(compile(source, str(path), "exec"), vars(module))  # not a .pyc: that can be older than the source
     except BaseException as error:
@@ -242,7 +269,7 @@ def _from_file(path: Path, function_name: str | None) -> Found:
             f"{path} has no function {function_name!r}.{did_you_mean(function_name, own)} It has "
             f"{', '.join(own) or 'none'}."
         )
-    return Found(function, function_name, f"{path}:{function_name}")
+    return Found(function, function_name, f"{path}:{function_name}", source=module.rlseq_source)
 
 
 def _from_module(module_name: str, function_name: str, name: str | None = None) -> Found:
@@ -257,12 +284,18 @@ def _from_module(module_name: str, function_name: str, name: str | None = None) 
     if not callable(function):
         names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         raise RewardError(f"{module_name} has no function {function_name!r}.{did_you_mean(function_name, names)}")
-    return Found(function, name or function_name, f"{module_name}:{function_name}")
+    address = f"{module_name}:{function_name}"
+    return Found(function, name or function_name, address, source=_source_of(module_name))
 
 
 def _model(model: str, search_root: Path) -> Found:
     found = _from_file(bundled_folder() / "reward_model.py", "reward_model")
-    return Found(found.function, model.rstrip("/").rsplit("/", 1)[-1], found.address, {"model": model})
+    return Found(found.function, model.rstrip("/").rsplit("/", 1)[-1], found.address, {"model": model}, found.source)
+
+
+def _source_of(module_name: str) -> bytes | None:
+    file = getattr(sys.modules.get(module_name), "__file__", None) or ""
+    return Path(file).read_bytes() if file.endswith(".py") and Path(file).is_file() else None
 
 
 def _address_of(function: Callable) -> str | None:

@@ -143,7 +143,7 @@ def _executor(name: str, found: Found, options: Mapping[str, Any]) -> Executor:
             f"reward {name!r} is a function object that no worker process can find; give it as "
             "path/to/file.py:function or package.module:function, or leave out timeout and workers."
         )
-    return WorkerPool(found.address, name, workers or 1, timeout, retry)
+    return WorkerPool(found.address, name, workers or 1, timeout, retry, found.source)
 
 
 def _cache(name: str, given: Any, search_root: Path) -> Cache | None:

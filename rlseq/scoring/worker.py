@@ -28,9 +28,9 @@ def main(descriptor: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection = Connection(descriptor)
-    address, retry = connection.recv()
+    address, source, retry = connection.recv()
     try:
-        function = load_address(address)
+        function = load_address(address, source)
     except Exception as error:
         connection.send(failed(error))
         return

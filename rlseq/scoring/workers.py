@@ -57,12 +57,23 @@ class WorkerPool:
         workers: number of processes at work; with a timeout there is a spare one more.
         timeout: seconds a call may take; a late call's process is killed and the call becomes a "timeout".
         retry: for an async reward: a process then makes `retry.concurrency` calls at a time.
+        source: of the reward's file when the run began, which a worker that takes another's place runs too; None: what
+            the file then holds.
     """
 
     apart = True
 
-    def __init__(self, address: str, name: str, workers: int, timeout: float | None, retry: Retry | None = None):
+    def __init__(
+        self,
+        address: str,
+        name: str,
+        workers: int,
+        timeout: float | None,
+        retry: Retry | None = None,
+        source: bytes | None = None,
+    ):
         self.address = address
+        self.source = source
         self.name = name
         self.count = workers
         self.timeout = timeout
@@ -130,7 +141,7 @@ class WorkerPool:
             )
         connection = Connection(ours.detach())
         self._workers.append(_Worker(process, connection, time.monotonic() + LOAD_LIMIT))
-        connection.send((self.address, self.retry))
+        connection.send((self.address, self.source, self.retry))
 
     def _give(self, worker: _Worker, task: _Task, calls: Sequence[Arguments]) -> None:
         try:

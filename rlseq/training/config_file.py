@@ -19,7 +19,7 @@ from rlseq.training.values import describe_choices, plain
 
 MOST_VALUES = 100_000  # of a YAML file with its aliases written out: ten lines may stand for billions
 # Orders to one process, and secrets: a file that repeats the run must hold neither.
-_NOT_WRITTEN = ("resume_from_checkpoint", "overwrite_output_dir", "dry_run", "hub_token")
+_NOT_WRITTEN = ("resume_from_checkpoint", "overwrite_output_dir", "resume_with_changes", "dry_run", "hub_token")
 
 
 def find_config(path: str | os.PathLike) -> Path:

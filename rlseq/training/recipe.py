@@ -22,6 +22,8 @@ from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.trial import try_rewards
 from rlseq.training.adapters import ignored_adapter_settings
+from rlseq.training.began_with import began_with, check_unchanged
+from rlseq.training.began_with import write as write_began_with
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router, describe_left_out
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
@@ -124,6 +126,18 @@ def load_task(
     return Task(tokenizer, prompts, list(eval_rows), shared, suite, eval_suite)
 
 
+def task_began_with(task: Task, config: Any) -> dict[str, Any]:
+    """What a run on rollouts begins with beside its settings."""
+    return began_with(
+        {"reward": task.suite, "eval reward": task.eval_suite},
+        {
+            "training rows": [(p.messages_or_text, p.prompt_ids, p.columns) for p in task.prompts],
+            "evaluation rows": task.eval_rows,
+        },
+        [*(config.tools or []), *([config.environment] if config.environment else [])],
+    )
+
+
 def prompt_options(data: DataArguments, config: Any) -> dict[str, Any]:
     """How rows become prompts, in training and in the evaluation of its result."""
     given = config.chat_template_kwargs
@@ -218,11 +232,17 @@ def choose_best_by(config: TrainingArguments, known: Mapping[str, bool | None], 
     config.greater_is_better = own if asked is None else asked
 
 
-def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunDirectory:
+def open_run(
+    config: TrainingArguments, run: RunArguments, *others: Any, began: Mapping[str, Any] | None = None
+) -> RunDirectory:
     """Claim the run directory and write config.yaml; every rank returns the same paths, only the first writes.
 
+    Args:
+        began: what the run begins with beside its settings, as `began_with` describes it.
+
     Raises:
-        RunDirectoryError: the directory holds a run and neither continuing nor replacing it was asked for.
+        RunDirectoryError: the directory holds a run and neither continuing nor replacing it was asked for; or it began
+            with other rewards or rows.
         ModelError: the checkpoint to go on from is of another model.
     """
     state = PartialState()
@@ -230,6 +250,9 @@ def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunD
     checkpoint = prepare(config.output_dir, **asked, main_process=False).resume_from  # claims nothing yet
     if checkpoint is not None:
         check_checkpoint(checkpoint, others)
+        changed = began and check_unchanged(checkpoint.parent, began, accepted=run.resume_with_changes)
+        if changed:
+            say(f"rlseq: warning: {changed}")
     state.wait_for_everyone()  # the first process may rename checkpoints: while it does, the others do not look
     with state.main_process_first():
         directory = prepare(config.output_dir, **asked, main_process=state.is_main_process)
@@ -237,6 +260,8 @@ def open_run(config: TrainingArguments, run: RunArguments, *others: Any) -> RunD
             if directory.resume_from is not None:
                 _warn_of_changes(directory, config, run, *others)
             write_config(directory.config, config, run, *others)
+            if began:
+                write_began_with(directory.path, began)
     return directory
 
 
