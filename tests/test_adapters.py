@@ -112,7 +112,6 @@ def test_a_merged_adapter_is_a_plain_model_with_the_same_logits(dtype, folders, 
 
 
 def test_an_adapter_is_evaluated_as_it_was_trained(folders):
-    # Evaluation loads by transformers alone; training by peft.
     trained = load_model(ModelArguments(model_name_or_path=str(folders / "sft")))
     assert torch.allclose(logits(load_checkpoint("tuned", str(folders / "sft"))), logits(trained), atol=1e-6)
 

@@ -221,8 +221,10 @@ def check_adapter(model: nn.Module) -> Finding:
     model.add_adapter("reference", model.peft_config[active])
     try:
         for name, parameter in list(model.named_parameters()):
-            if f".{active}." in name:
-                model.get_parameter(name.replace(f".{active}.", ".reference.")).data.copy_(parameter.data)
+            parts = name.split(".")
+            if active in parts:
+                copied = ".".join("reference" if part == active else part for part in parts)
+                model.get_parameter(copied).data.copy_(parameter.data)
         model.set_adapter("reference")
         kl = _kl(start, _logprobs(model))
     finally:

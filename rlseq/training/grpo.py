@@ -43,6 +43,7 @@ from rlseq.training.objectives import (
     reference_exact_loss,
     reference_loss,
 )
+from rlseq.training.reference import begin_reference_at_start
 from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
 from rlseq.training.tools import check_tools, load_tools
@@ -129,6 +130,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             processing_class=tokenizer,
             **kwargs,
         )
+        begin_reference_at_start(self)
         self.reward_weights = torch.tensor(suite.weights)
         self._leave_rewards_to_suite()
         self._check_rendering()

@@ -168,10 +168,24 @@ def write_merged(run: Path, model_args: trl.ModelConfig) -> Path:
     Raises:
         ModelError: the base cannot be loaded.
     """
-    merged = _load_adapted(str(run), model_args, None).merge_and_unload()
+    adapted = _load_adapted(str(run), model_args, None)
+    _untie_adapted(adapted)
+    merged = adapted.merge_and_unload()
     merged.save_pretrained(run / MERGED)
     load_tokenizer(str(run)).save_pretrained(run / MERGED)
     return run / MERGED
+
+
+def _untie_adapted(model: PeftModel) -> None:
+    """Part head and embedding where an adapter changes one of the two: merged into both it would change the other."""
+    whole = model.base_model.model
+    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    inner, outer = (getattr(layer, "base_layer", layer) for layer in (embedding, head))
+    if (inner is embedding and outer is head) or getattr(outer, "weight", None) is not inner.weight:
+        return
+    outer.weight = torch.nn.Parameter(inner.weight.detach().clone())
+    for config in (whole.config, whole.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
