@@ -15,6 +15,8 @@ from rlseq.cli import main
 from rlseq.errors import RewardError, RunDirectoryError
 from rlseq.scoring.rescore import compare, read_rollouts, score_by_step, spearman
 from rlseq.scoring.suite import load_rewards
+from rlseq.training.rollout_log import rollout_records, write_rollouts
+from rlseq.types import Prompt, Rollout
 
 
 def jsonl(path, records):
@@ -116,11 +118,54 @@ def test_score_prints_moments_and_corpus_metrics(tmp_path, capsys):
     assert out.splitlines()[2].split()[:7] == ["phoneme_accuracy", "1", "2", "0.875", "0.125", "0.75", "1"]
 
 
-def test_a_log_without_ids_keeps_lengths_and_the_mean_log_prob(tmp_path):
+def test_a_log_without_ids_refuses_by_name_the_rewards_that_ask_for_what_it_lacks(tmp_path):
+    def distinct(completion_ids):
+        return len(set(completion_ids))
+
+    def maybe(completion, logprobs=None, finish_reason="stop"):
+        return 0.0
+
+    def scheduled(completions, trainer_state):
+        return [0.0] * len(completions)
+
+    def any_name(completion, **kwargs):
+        assert not {"completion_ids", "raw_completion", "logprobs", "finish_reason"} & kwargs.keys()
+        return 1.0
+
     logged = read_rollouts(jsonl(tmp_path / "r.jsonl", [record(1, "p", 0, "one two", 1.0, length=4, logprob=-2.0)]))
-    assert logged.rollouts[0].completion_ids == (0,) * 4
-    assert logged.rollouts[0].logprobs == (-0.5,) * 4
-    assert set(logged.columns) == {"prompt", "references"}
+    for reward, names in (
+        (distinct, "'completion_ids'"),
+        (maybe, "'logprobs', 'finish_reason'"),
+        (scheduled, "'trainer_state'"),
+    ):
+        with pytest.raises(
+            RewardError, match=f"{reward.__name__!r} asks for {names}, which these rollouts do not hold"
+        ):
+            score_by_step(load_rewards([reward]), logged)
+    assert score_by_step(load_rewards([any_name]), logged).totals == [1.0]
+
+
+def test_what_training_logs_is_scored_again_bit_for_bit(tmp_path):
+    calls = ({"role": "assistant", "content": "", "tool_calls": [1]}, {"role": "assistant", "content": "b"})
+    rollouts = [
+        Rollout("p", 0, (5, 5, 7), (True,) * 3, (-0.1, -1 / 3, -2e-17), "a b", "a b<end>", None, "length", "s"),
+        Rollout("p", 1, (), (), (), "", "", None, "stop", "s"),
+        Rollout("q", 0, (9,), (True,), (-0.5,), "b", "b\u202e<end>", calls, "stop", "s"),
+    ]
+    prompts = [Prompt(key, "?", (1,), {"references": ["a"]}) for key in "ppq"]
+
+    def everything(completion_ids, logprobs, raw_completion, finish_reason, sample, prompt_key, messages):
+        given = (completion_ids, logprobs, raw_completion, finish_reason, sample, prompt_key, messages)
+        seen.append(given)
+        return sum(logprobs) + len(set(completion_ids))
+
+    seen = []
+    suite = load_rewards([everything])
+    table = suite.score(rollouts, {"prompt": ["?"] * 3})
+    write_rollouts(tmp_path / "rollouts", 1, rollout_records(1, prompts, table.scored, [0.0] * 3))
+    again = score_by_step(suite, read_rollouts(tmp_path))
+    assert again.values == table.values
+    assert seen[:3] == seen[3:]
 
 
 def test_bad_logs_are_named(tmp_path):

@@ -13,7 +13,7 @@ the two batch forms one for all rows, or for each group, or (under `split`) for 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,20 +129,24 @@ def missing_columns(form: str, parameters: Parameters, given: Iterable[str], ava
 
 @dataclass(frozen=True)
 class Rows:
-    """N rollouts and the columns of their prompts: lists of N values, `prompt` among them."""
+    """N rollouts and the columns of their prompts: lists of N values, `prompt` among them.
+
+    `absent` are fields that the rollouts were read without; no reward gets them.
+    """
 
     rollouts: Sequence[Rollout]
     columns: Mapping[str, Sequence[Any]]
+    absent: Collection[str] = ()
 
     def values(self, name: str) -> Sequence[Any]:
         """The N values of a field or column."""
-        if name in FIELDS and (name in RESERVED or name not in self.columns):
+        if name in FIELDS and name not in self.absent and (name in RESERVED or name not in self.columns):
             read = FIELDS[name]
             return [read(rollout) for rollout in self.rollouts]
         return list(map(as_messages, self.columns[name])) if name == "prompt" else self.columns[name]
 
     def knows(self, name: str) -> bool:
-        return name in self.columns or name in FIELDS
+        return name in self.columns or (name in FIELDS and name not in self.absent)
 
     def prompt_texts(self) -> list[str]:
         """The prompts as text; of chat data, the contents of the messages, one a line."""

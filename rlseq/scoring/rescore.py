@@ -23,21 +23,27 @@ LOGGED = frozenset(
     )
 )
 
+OPTIONAL = ("completion_ids", "raw_completion", "logprobs", "finish_reason")
+
 
 @dataclass(frozen=True)
 class Logged:
-    """Rollouts of a log with their columns and the records they were read from; equal lengths, same order."""
+    """Rollouts of a log with their columns and the records they were read from; equal lengths, same order.
+
+    `absent` names the fields of a rollout that some record lacks: what stands for them in the rollouts is no value.
+    """
 
     rollouts: list[Rollout]
     columns: dict[str, list[Any]]
     records: list[dict[str, Any]]
+    absent: frozenset[str] = frozenset()
 
 
 def read_rollouts(path: Path) -> Logged:
     """Read rollouts from a jsonl file, or from all of a run's `rollouts/`.
 
-    A record needs `prompt` and `completion`. A log keeps no token ids: `completion_ids` are then zeros, as
-    many as `length` says, and `logprobs` share the logged sum equally.
+    A record needs `prompt` and `completion`. Token ids, log-probs, the raw text and the finish reason may be absent, as
+    where the completions were written by hand; a reward that asks for them is then refused.
 
     Raises:
         RunDirectoryError: there are none.
@@ -56,7 +62,8 @@ def read_rollouts(path: Path) -> Logged:
         raise RunDirectoryError(f"{path} has no rollouts: {len(files)} files, all empty.")
     names = dict.fromkeys(name for record in records for name in record if name not in LOGGED)
     columns = {name: [record.get(name) for record in records] for name in names}
-    return Logged([_rollout(record) for record in records], columns, records)
+    absent = frozenset(name for name in OPTIONAL if any(record.get(name) is None for record in records))
+    return Logged([_rollout(record) for record in records], columns, records, absent)
 
 
 def _records(file: Path) -> Iterable[dict[str, Any]]:
@@ -79,34 +86,39 @@ def _records(file: Path) -> Iterable[dict[str, Any]]:
 def _rollout(record: Mapping[str, Any]) -> Rollout:
     text, prompt = record["completion"], record["prompt"]
     length = record.get("length")
-    ids = record.get("completion_ids", [0] * (len(text.split()) if length is None else length))
-    logprobs = record.get("logprobs")
-    if logprobs is None:
-        logprobs = [(record.get("logprob") or 0.0) / len(ids)] * len(ids) if ids else []
+    ids = record.get("completion_ids")
+    if ids is None:  # their number is known where the log has a length
+        ids = [0] * (len(text.split()) if length is None else length)
     chat = None if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
     return Rollout(
         prompt_key=str(record.get("prompt_key", record.get("key", prompt))),
         sample=record.get("sample", 0),
         completion_ids=tuple(ids),
         trained_mask=(True,) * len(ids),
-        logprobs=tuple(logprobs),
+        logprobs=tuple(record.get("logprobs") or ()),
         text=text,
-        raw_text=record.get("raw_completion", text),
+        raw_text=record.get("raw_completion") or text,
         messages=record.get("messages", chat),
-        finish_reason=record.get("finish_reason", "stop"),
+        finish_reason=record.get("finish_reason") or "stop",
         strategy=str(record.get("strategy", "logged")),
     )
 
 
 def score_by_step(suite: RewardSuite, logged: Logged) -> ScoreTable:
-    """Score rollouts step by step, as training did: a prompt's group is that of one step."""
+    """Score rollouts step by step, as training did: a prompt's group is that of one step.
+
+    Raises:
+        RewardError: a reward asks by name for what the log lacks.
+    """
+    for reward in suite.rewards:
+        reward.check_logged(logged.absent)
     steps: dict[Hashable, list[int]] = defaultdict(list)
     for row, record in enumerate(logged.records):
         steps[record.get("step"), record.get("model"), record.get("strategy")].append(row)
     parts: list[tuple[list[int], ScoreTable]] = []
     for rows in steps.values():
         columns = {name: [values[row] for row in rows] for name, values in logged.columns.items()}
-        parts.append((rows, suite.score([logged.rollouts[row] for row in rows], columns)))
+        parts.append((rows, suite.score([logged.rollouts[row] for row in rows], columns, absent=logged.absent)))
     place = {row: (table, i) for rows, table in parts for i, row in enumerate(rows)}
     ordered = [place[row] for row in range(len(logged.rollouts))]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -99,6 +99,20 @@ class Reward:
                 "or give it in kwargs."
             )
 
+    def check_logged(self, absent: Collection[str]) -> None:
+        """Raise RewardError if the reward asks by name for what a log of rollouts lacks: these fields, or a trainer."""
+        lacks = {*absent, "trainer_state"}
+        if self.form == "openrlhf" and "raw_completion" in absent:
+            lacks.add("queries")
+        asked = [name for name in self.parameters.named if name in lacks]
+        asked = [name for name in asked if name not in self.kwargs and name not in self.columns]
+        if asked:
+            raise RewardError(
+                f"reward {self.name!r} asks for {', '.join(map(repr, asked))}, which these rollouts do not hold; any "
+                "value would be invented. Training logs token ids, log-probs and raw text; a trainer's state is in no "
+                "log. Score rollouts of such a run, or leave this reward out."
+            )
+
     def outcomes(self, rows: Rows, context: Any = None) -> list[Outcome]:
         """Score all rows: one `Outcome` each, in order, `on_error` applied.
 
@@ -110,7 +124,7 @@ class Reward:
             return []
         if self.columns:
             mapped = {parameter: rows.columns[column] for parameter, column in self.columns.items()}
-            rows = Rows(rows.rollouts, {**rows.columns, **mapped})
+            rows = dataclasses.replace(rows, columns={**rows.columns, **mapped})
         extras = NO_CONTEXT if context is None else {name: getattr(context, name, None) for name in CONTEXT}
         calls = make_calls(
             self.form, self.parameters, self.info, rows, kwargs=self.kwargs, split=self.split, context=extras

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,7 @@ class RewardSuite:
         *,
         gather: Callable[[Any], list[Any]] | None = None,
         begun: Begun | None = None,
+        absent: Collection[str] = (),
     ) -> ScoreTable:
         """Score N rollouts.
 
@@ -151,6 +152,7 @@ class RewardSuite:
                 `lambda mine: gather_object([mine])`). It is called exactly once, also where scoring fails here;
                 `max_error_rate` is then judged over all parts, and an error in one process is raised in all.
             begun: what `begin` gave for these rollouts; the rewards it holds are waited for, not called.
+            absent: fields that the rollouts were read without, which no reward then gets.
 
         Raises:
             RewardError: a reward failed and its `on_error` is "raise"; a batch form returned a wrong number
@@ -160,7 +162,7 @@ class RewardSuite:
         outcomes: list[list[Outcome]] = []
         trouble: Exception | None = None
         try:
-            rows = Rows(rollouts, columns)
+            rows = Rows(rollouts, columns, absent)
             self._check_lengths(rows)
             if rollouts:
                 self.check_columns(columns)

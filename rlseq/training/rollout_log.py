@@ -9,7 +9,7 @@ from typing import Any
 
 from rlseq.scoring.outcome import json_ready
 from rlseq.training.faults import writing
-from rlseq.types import Prompt, ScoredRollout
+from rlseq.types import Prompt, Rollout, ScoredRollout
 
 
 def rollout_records(
@@ -17,8 +17,9 @@ def rollout_records(
 ) -> list[dict[str, Any]]:
     """One record a rollout: what was asked, what came back, and what it earned.
 
-    The `completion` is what rewards score. Where tools were called that is the last answer alone, and `messages` are
-    all turns.
+    The `completion` is what rewards score. Where tools were called that is the last answer alone. `messages` are there
+    where they are more than one answer with that text. All that a reward can ask for but the other columns of the data
+    set is there, as it was, so that a replay scores the same rollout.
 
     Args:
         step: the first optimizer step that trains on them.
@@ -34,7 +35,10 @@ def rollout_records(
             "prompt": prompt.messages_or_text,
             "references": prompt.columns.get("references", []),
             "completion": one.rollout.text,
-            **({"messages": json_ready(one.rollout.messages)} if calls_tools(one.rollout.messages) else {}),
+            "raw_completion": one.rollout.raw_text,
+            "completion_ids": list(one.rollout.completion_ids),
+            "logprobs": list(one.rollout.logprobs),
+            **({"messages": json_ready(one.rollout.messages)} if _says_more(one.rollout) else {}),
             "values": dict(one.values),
             "status": dict(one.status),
             "details": json_ready({name: dict(details) for name, details in one.details.items()}),
@@ -46,6 +50,11 @@ def rollout_records(
         }
         for prompt, one, advantage in zip(prompts, scored, advantages, strict=True)
     ]
+
+
+def _says_more(rollout: Rollout) -> bool:
+    """Whether the messages of a rollout are other than the one that its text makes."""
+    return rollout.messages is not None and list(rollout.messages) != [{"role": "assistant", "content": rollout.text}]
 
 
 def calls_tools(messages: Sequence[Mapping[str, Any]] | None) -> bool:
