@@ -36,13 +36,13 @@ def python_tests(
     runs in a fresh process, in a temporary folder that is deleted afterwards, without this process's environment
     variables and without input, with limits on: wall-clock and CPU time (`seconds`), memory (`memory`, MiB of
     address space), the size of a file it writes (`file_size`, MiB), and processes (it may start none).
-    Its whole process group is killed at the end. Leaving early (sys.exit, os._exit) passes no test. Use
-    `workers` to run several at once.
+    On Linux (x86-64, ARM64) the kernel refuses it processes, sockets, signals to others and their memory, and, where
+    user namespaces are allowed or the trainer is root, the trainer's environment. Its whole process group is killed
+    at the end. Leaving early (sys.exit, os._exit) passes no test. Use `workers` to run several at once.
 
-    **This is no sandbox for hostile code.** It contains accidents: endless loops, memory that grows, files
-    written beside the point. It does not hide the file system, the network or the user's rights, and code
-    that sets out to forge its own result can. For code from anyone but your own model, run the whole
-    training in a container.
+    **This is no sandbox for hostile code.** It does not hide the file system or the user's files, and tests run
+    beside the code that they test: code that sets out to pass them without solving the task can. A report that
+    cannot be true passes no test. For code from anyone but your own model, run the whole training in a container.
 
     Details: passed, tests, and how the process ended ("finished", "timeout", or what went wrong).
     """
@@ -52,17 +52,30 @@ def python_tests(
     fenced = python or [block for _, block in blocks]
     code = textwrap.dedent(fenced[-1]) if fenced else completion
     nonce = secrets.token_hex(16)
-    task = {"code": code, "tests": statements, "seconds": seconds, "memory": memory, "file_size": file_size}
+    limits = {"code": code, "seconds": seconds, "memory": memory, "file_size": file_size}
     with tempfile.TemporaryDirectory(prefix="rlseq-tests-", ignore_cleanup_errors=True) as folder:
-        report, ended = _run(json.dumps(task | {"nonce": nonce}), folder, seconds)
-    passed = 0
-    if report.startswith(f"{nonce} "):
-        _, count, ended = report.split(" ", 2)
-        passed = int(count)
-    return passed / len(statements), {"passed": passed, "tests": len(statements), "ended": ended.strip()}
+        task = _packed(limits) + _packed({"tests": statements, "nonce": nonce})
+        report, ended = _run(task, folder, seconds)
+    passed, ended = _read_report(report, nonce, len(statements), ended)
+    return passed / len(statements), {"passed": passed, "tests": len(statements), "ended": ended}
 
 
-def _run(task: str, folder: str, seconds: float) -> tuple[str, str]:
+def _packed(part: dict) -> bytes:
+    data = json.dumps(part).encode()
+    return len(data).to_bytes(8, "big") + data
+
+
+def _read_report(report: str, nonce: str, tests: int, ended: str) -> tuple[int, str]:
+    """How many tests passed, and how it ended; what the process cannot have said truthfully counts as none."""
+    if not report:
+        return 0, ended
+    found = re.fullmatch(rf"{nonce} (\d{{1,9}}) (.*)", report, re.DOTALL | re.ASCII)
+    if found is None or int(found[1]) > tests or (int(found[1]) < tests) == (found[2] == "finished"):
+        return 0, "a report that is not the runner's"
+    return int(found[1]), found[2].strip()
+
+
+def _run(task: bytes, folder: str, seconds: float) -> tuple[str, str]:
     """Run the task; return what it reported, and how its process ended."""
     read_end, write_end = os.pipe()
     try:
@@ -77,7 +90,7 @@ def _run(task: str, folder: str, seconds: float) -> tuple[str, str]:
             start_new_session=True,
         )
         try:
-            process.communicate(task.encode(), timeout=seconds)
+            process.communicate(task, timeout=seconds)
             ended = f"exited with status {process.returncode} before the tests were done"
         except subprocess.TimeoutExpired:
             ended = "timeout"

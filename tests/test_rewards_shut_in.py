@@ -1,0 +1,101 @@
+"""python_tests: what code that means ill gets. The kernel's refusals are Linux's, on x86-64 and ARM64."""
+
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlseq.scoring.find import find
+
+FORGED = """
+import os, sys
+frame = sys._getframe(1)
+while frame.f_code.co_name != "main":
+    frame = frame.f_back
+{when}
+    v = frame.f_locals
+    os.write(v["descriptor"], f'{{v["task"]["nonce"]}} {report}'.encode())
+    os._exit(0)
+"""
+SHUT_IN = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="the kernel's filter is Linux's"
+)
+
+
+def python_tests(code, tests=("assert f(2) == 4", "assert f(3) == 9")):
+    return find("python_tests", Path("/nowhere")).function(code, list(tests), seconds=5)
+
+
+@pytest.mark.parametrize("report", ["1000 finished", "-1000 finished", "xx x", "1 finished", "2 x", "", "1e1 x"])
+@pytest.mark.parametrize("when", ["if True:", "def f(x):"])
+def test_a_report_that_cannot_be_true_counts_against_the_completion(report, when):
+    value, details = python_tests(FORGED.format(when=when, report=report))
+    assert (value, details["passed"]) == (0.0, 0)
+
+
+@pytest.mark.parametrize("builtin", ["exec", "compile"])
+def test_code_that_replaces_what_runs_the_tests_passes_none(builtin):
+    assert python_tests(f"import builtins\nbuiltins.{builtin} = lambda *a, **k: None")[0] == 0.0
+
+
+@SHUT_IN
+@pytest.mark.parametrize(
+    "code",
+    [
+        'import ctypes\nassert ctypes.CDLL(None).system(b"true") == 0',
+        "import ctypes\nassert ctypes.CDLL(None).fork() >= 0",
+        "import socket\nsocket.socket()",
+        "import os\nos.kill(os.getppid(), 0)",
+        "import os\nos.setsid()",
+    ],
+)
+def test_the_kernel_refuses_processes_sockets_and_signals_to_others(code):
+    value, details = python_tests(code + "\ndef f(x): return x * x")
+    assert value == 0.0
+    assert "in the code" in details["ended"]
+
+
+@SHUT_IN
+def test_no_process_is_left_behind_by_a_c_library(tmp_path):
+    mark = tmp_path / "mark"
+    code = (
+        f"import ctypes\nctypes.CDLL(None).system(b\"setsid sh -c 'sleep 1; touch {mark}' &\")\ndef f(x): return x * x"
+    )
+    assert python_tests(code)[0] == 1.0
+    time.sleep(1.5)
+    assert not mark.exists()
+
+
+@SHUT_IN
+def test_the_trainers_environment_cannot_be_read():
+    code = f"""
+def f(x):
+    for number in ({os.getpid()}, {os.getppid()}):
+        try:
+            open(f"/proc/{{number}}/environ", "rb").read(1)
+        except OSError:
+            continue
+        return None
+    return x * x
+"""
+    if os.geteuid() and python_tests("", ["assert open('/proc/self/uid_map').read().split()[2] == '1'"])[0] != 1.0:
+        pytest.skip("neither root nor user namespaces here")
+    assert python_tests(code)[0] == 1.0
+
+
+def test_threads_and_numpy_still_work():
+    code = """
+import threading, numpy
+def f(x):
+    found = []
+    if __import__("os").geteuid() == 0:  # others may start no thread
+        thread = threading.Thread(target=lambda: found.append(x))
+        thread.start()
+        thread.join()
+        assert found == [x]
+    return int(numpy.array([x]) @ numpy.array([x]))
+"""
+    assert python_tests(code)[0] == 1.0
