@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.data_files import check_csv, csv_width, find_fault, numbers_as_written, place_of, rows_of
+from rlseq.data_files import parquet_fault, read_rows, rows_of, rows_of_dataset
 from rlseq.errors import DataError, RlseqError, did_you_mean
 from rlseq.prompts import (
     build_prompts,
@@ -31,10 +31,9 @@ from rlseq.prompts import (
     digest,
     fingerprint,
     keeping_all,
-    prompt_maker,
+    made_prompts,
     reference_ids,
     reference_texts,
-    require_column,
 )
 from rlseq.types import Prompt
 
@@ -46,7 +45,7 @@ __all__ = [
     "keeping_all",
     "load_prompts",
     "load_rows",
-    "prompt_maker",
+    "made_prompts",
     "reference_ids",
     "reference_texts",
 ]
@@ -77,8 +76,7 @@ def load_rows(
     if dataset_name.endswith(".py"):
         rows = _ask_task_module(Path(dataset_name), split or "validation")
     else:
-        made_of = prompt_column if prompt_template is None else None
-        split_of = functools.partial(_hash_split, prompt_maker(prompt_column, prompt_template), made_of)
+        split_of = functools.partial(_hash_split, prompt_column, prompt_template)
         rows = _load_with_datasets(dataset_name, split, config_name, split_of)
     if not rows:
         raise DataError(f"the data set {dataset_name!r} has no rows in split {split or 'validation'!r}")
@@ -102,7 +100,7 @@ def load_prompts(
 
 def _ask_task_module(path: Path, split: str) -> list[Any]:
     try:
-        return list(_load_task_module(path)(split))
+        return rows_of_dataset(_load_task_module(path)(split))
     except RlseqError:
         raise
     except Exception as error:  # whatever the module's own code raises
@@ -167,36 +165,32 @@ def _load_with_datasets(
     by_split: dict[str, list[Path]] = {}
     for file in files or ():
         by_split.setdefault(_split_of_file(file), []).append(file)
-        if file.suffix == ".csv":
-            check_csv(file)
     try:
-        splits = _read(dataset_name, config_name, files, by_split)
+        ours = files is not None and files[0].suffix != ".parquet"
+        splits = {} if ours else _read(dataset_name, config_name, by_split)
         return _rows_of_split(dataset_name, splits, split, by_split, split_of)
     except RlseqError:
         raise
     except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
         cause = error.__cause__ or error
-        fault = find_fault(files) if files else None
+        fault = next(
+            filter(None, map(parquet_fault, [f for f in files or () if f.suffix == ".parquet"])), None
+        )  # slow: it reads the files again
         reason = fault or (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(f"cannot load the data set {dataset_name!r}: {reason}") from error
 
 
-def _read(
-    dataset_name: str, config_name: str | None, files: list[Path] | None, by_split: Mapping[str, list[Path]]
-) -> dict[str, Any]:
+def _read(dataset_name: str, config_name: str | None, by_split: Mapping[str, list[Path]]) -> dict[str, Any]:
+    """Load a hub set, or where there are any, parquet files."""
     import datasets
 
-    if files is None:
+    if not by_split:
         return dict(datasets.load_dataset(dataset_name, config_name))
-    kind = FILE_FORMATS[files[0].suffix]
     named = {split: [str(file) for file in of_split] for split, of_split in by_split.items()}
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, too, what it raises
     try:
-        options: dict[str, Any] = {}
-        if kind == "csv":  # every field as text: pandas would read 007 as 7, and 5 as 5.0 where a field is empty
-            options = {"converters": dict.fromkeys(range(max(map(csv_width, files))), str), "keep_default_na": False}
-        return dict(datasets.load_dataset(kind, data_files=named, **options))
+        return dict(datasets.load_dataset("parquet", data_files=named))
     finally:
         datasets.logging.set_verbosity(verbosity)
 
@@ -209,33 +203,36 @@ def _rows_of_split(
     split_of: Callable[[Sequence[Mapping]], list[str]],
 ) -> list[dict[str, Any]]:
     def rows_in(name: str) -> list[dict[str, Any]]:
-        rows = splits[name].to_list()
-        if not files:
-            return rows
-        return [*rows_of(numbers_as_written(rows) if files[name][0].suffix == ".csv" else rows, files[name])]
+        if name in splits:
+            rows = rows_of_dataset(splits[name])
+            return [*rows_of(rows, files[name])] if files else rows
+        try:
+            return [*read_rows(files[name])]
+        except DataError as error:
+            raise DataError(f"cannot load the data set {dataset_name!r}: {error}") from None
 
+    names = [*(splits or files)]
     if split is None:
-        if list(splits) == ["train"]:
+        if names == ["train"]:
             return rows_in("train")
         split = "validation"
-    if list(splits) == ["train"] and split in SPLIT_ALIASES:
+    if names == ["train"] and split in SPLIT_ALIASES:
         whole = rows_in("train")
         rows = [row for row, own in zip(whole, split_of(whole), strict=True) if own == split]
-        if not rows and len(splits["train"]):
+        if not rows and whole:
             raise DataError(
-                f"the data set {dataset_name!r} has the split train alone, of {len(splits['train'])} rows; divided by "
+                f"the data set {dataset_name!r} has the split train alone, of {len(whole)} rows; divided by "
                 f"hash (90% train, 5% validation, 5% test) none of them falls to {split!r}. "
                 f"Give more rows, or files named after their splits (train.csv, validation.csv)"
             )
         return rows
-    if split in splits:
+    if split in names:
         return rows_in(split)
-    alias = next((s for s in splits if s in SPLIT_ALIASES.get(split, ())), None)
+    alias = next((name for name in names if name in SPLIT_ALIASES.get(split, ())), None)
     if alias:
         return rows_in(alias)
     raise DataError(
-        f"the data set {dataset_name!r} has no split {split!r}; it has {', '.join(splits)}."
-        + did_you_mean(split, splits)
+        f"the data set {dataset_name!r} has no split {split!r}; it has {', '.join(names)}." + did_you_mean(split, names)
     )
 
 
@@ -246,15 +243,8 @@ def _split_of_file(file: Path) -> str:
     return "train"
 
 
-def _hash_split(make_prompt: Callable[[Mapping], Any], column: str | None, rows: Sequence[Mapping]) -> list[str]:
-    """Split rows by what becomes their prompt, made of a column unless that is None: equal prompts stay together."""
-    if column is not None:
-        require_column(column, list(dict.fromkeys(name for row in rows for name in row)), "prompt_column")
-    splits = []
-    for number, row in enumerate(rows):
-        try:
-            bucket = int.from_bytes(digest(make_prompt(row)), "big") % 20
-        except DataError as error:
-            raise DataError(f"{place_of(row, number)}: {error}") from error.__cause__
-        splits.append({0: "test", 1: "validation"}.get(bucket, "train"))
-    return splits
+def _hash_split(prompt_column: str, prompt_template: str | None, rows: Sequence[Mapping]) -> list[str]:
+    """Name the split of each row by what becomes its prompt: equal prompts stay together."""
+    names = {0: "test", 1: "validation"}
+    prompts = made_prompts(rows, prompt_column, prompt_template)
+    return [names.get(int.from_bytes(digest(prompt), "big") % 20, "train") for prompt in prompts]

@@ -1,4 +1,9 @@
-"""Data files as they lie on disk: where in them a row is, and what is wrong with one that cannot be read."""
+"""Data files as they lie on disk: their rows as they stand there, where a row is, and what is wrong with one that cannot
+be read.
+
+json and csv are read here and not by `datasets`, which keeps rows as Arrow columns of one type each: there 5 beside 0.5
+is 5.0, a date is no text, and a key that a row lacks is None.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.errors import DataError
-
-KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
 
 
 class Row(dict):
@@ -63,35 +66,37 @@ def _places(file: Path) -> list[str] | None:
         return None  # of a form that is read, but not a line a row
 
 
-def find_fault(files: Iterable[Path]) -> str | None:
-    """Return what is wrong with the first file that is not whole, with its line or row; None where nothing is found.
+def read_rows(files: Sequence[Path]) -> list[Row]:
+    """Return the rows of json, jsonl or csv files with the values and the keys that stand there.
 
-    Read strictly, and slowly: for what `datasets` could not read, and says no line of.
-    """
-    for file in files:
-        found = _fault(file)
-        if found:
-            return found
-    return None
-
-
-def check_csv(file: Path) -> None:
-    """Refuse a csv file with a row that has fewer or more fields than there are columns, as a file cut short has, and
-    one with two columns of a name.
-
-    pandas fills the missing fields, and renames the second column, in silence.
+    A row has the keys that its line has, in their order: null is None, and a key left out is left out.
 
     Raises:
-        DataError: names the file and the line.
+        DataError: a file cannot be read; names the file and the line.
     """
-    found = _csv_fault(file, strict=False)
-    if found:
-        raise DataError(found)
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            rows += _csv_rows(file) if file.suffix == ".csv" else [row for _, row in _json_rows(file)]
+        except UnicodeDecodeError:
+            raise DataError(_encoding_fault(file) or f"{file}: not UTF-8") from None
+    return rows_of(numbers_as_written(rows) if files[0].suffix == ".csv" else rows, files)
 
 
-def csv_width(file: Path) -> int:
-    """Number of columns in the header of a csv file that `check_csv` found no fault in."""
-    return len(next(_csv_records(file, strict=False))[1])
+def rows_of_dataset(rows: Any) -> list[dict[str, Any]]:
+    """Return rows as a list; those of a data set of `datasets` without the keys that a row lacks.
+
+    Arrow keeps a column, and a field of a struct, for every row, and null where a row has none.
+    """
+    if hasattr(rows, "features") and hasattr(rows, "to_list"):
+        return [_present(row) for row in rows.to_list()]
+    return list(rows)
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _present(inner) for name, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def numbers_as_written(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -101,8 +106,8 @@ def numbers_as_written(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     False. An empty field is None in every column.
     """
     readers = {}
-    for column in rows[0] if rows else ():
-        fields = {row[column] for row in rows} - {"", None}
+    for column in dict.fromkeys(name for row in rows for name in row):
+        fields = {row[column] for row in rows if column in row} - {""}
         readers[column] = next((read for read in (_number, _truth) if all(read(f) is not None for f in fields)), str)
     return [{name: readers[name](field) if field else None for name, field in row.items()} for row in rows]
 
@@ -122,16 +127,6 @@ def _truth(field: str) -> bool | None:
     return {"True": True, "False": False}.get(field)
 
 
-def _fault(file: Path) -> str | None:
-    if file.stat().st_size == 0:
-        return f"{str(file)!r} is empty; expected rows"
-    if file.suffix == ".parquet":
-        return _parquet_fault(file)
-    if file.suffix == ".csv":
-        return _csv_fault(file, strict=True)
-    return _encoding_fault(file) or _json_fault(file)
-
-
 def _encoding_fault(file: Path) -> str | None:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -143,70 +138,79 @@ def _encoding_fault(file: Path) -> str | None:
     return None
 
 
-def _json_fault(file: Path) -> str | None:
+def _json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a list, or of mappings one after the other, each with its place in words."""
     text = file.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return f"{str(file)!r} is empty; expected rows"
-    if file.suffix == ".json" and not text.lstrip().startswith("{"):
+    begins = text.lstrip()[:1]
+    if not begins:
+        raise DataError(f"{str(file)!r} is empty; expected rows")
+    found: list[tuple[str, Any]] = []
+    if begins == "[" or (file.suffix == ".json" and begins != "{"):
         try:
             whole = _parse(text)
         except json.JSONDecodeError as error:
-            return f"{file}, line {error.lineno}: {_not_json(error)}; expected a list of mappings of column to value"
-        rows = whole if isinstance(whole, list) else [whole]
-        if not rows:
-            return f"{str(file)!r} is an empty list; expected rows"
-        return _types_fault(file, ((f"row {number}", row) for number, row in enumerate(rows, start=1)))
-    parsed: list[tuple[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            parsed.append((f"line {number}", _parse(line)))
-        except json.JSONDecodeError as error:
-            return f"{file}, line {number}: {_not_json(error)}; expected one mapping of column to value a line"
-    return _types_fault(file, parsed)
+            raise DataError(
+                f"{file}, line {error.lineno}: {_not_json(error)}; expected a list of mappings of column to value"
+            ) from None
+        found = [(f"row {number}", row) for number, row in enumerate(whole if isinstance(whole, list) else [whole], 1)]
+        if not found:
+            raise DataError(f"{str(file)!r} is an empty list; expected rows")
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                found.append((f"line {number}", _parse(line)))
+            except json.JSONDecodeError as error:
+                if file.suffix == ".json" and not found and (row := _one_mapping(text)) is not None:
+                    return [("row 1", row)]
+                raise DataError(
+                    f"{file}, line {number}: {_not_json(error)}; expected one mapping of column to value a line"
+                ) from None
+    for place, row in found:
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, {place}: {_shown(row)} is no row; expected a mapping of column to value")
+        if not row:
+            raise DataError(f"{file}, {place}: the row has no columns; expected a mapping of column to value")
+    return found
+
+
+def _one_mapping(text: str) -> dict[str, Any] | None:
+    """The one mapping that a text of several lines is, or None."""
+    try:
+        return _parse(text) or None
+    except json.JSONDecodeError:
+        return None
 
 
 def _parse(text: str) -> Any:
-    """Read JSON as strictly as `datasets` does: no key twice in a mapping, no half of a surrogate pair in a text."""
+    """Read JSON strictly: no key twice in a mapping, no half of a surrogate pair in a text."""
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
             name = next(name for name in names if names.count(name) > 1)
             raise json.JSONDecodeError(f"{name!r} is given twice", text, 0)
-        return dict(pairs)
+        return found
 
     try:
         value = json.loads(text, object_pairs_hook=distinct)
-        json.dumps(value, ensure_ascii=False).encode()
+        if "\\u" in text:  # nothing else makes half a pair of a text in UTF-8
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", text, 0) from None
     except UnicodeEncodeError:
         raise json.JSONDecodeError("half of a surrogate pair", text, 0) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a whole number with more digits than Python reads
+        raise json.JSONDecodeError(str(error).split(";")[0], text, 0) from None
     return value
 
 
 def _not_json(error: json.JSONDecodeError) -> str:
     return f"not valid JSON ({error.msg}{f', at character {error.colno}' if error.pos else ''})"
-
-
-def _types_fault(file: Path, rows: Iterable[tuple[str, Any]]) -> str | None:
-    first: dict[str, tuple[str, str]] = {}  # column -> its kind, and where it was first
-    for place, row in rows:
-        if not isinstance(row, dict):
-            return f"{file}, {place}: {_shown(row)} is no row; expected a mapping of column to value"
-        if not row:
-            return f"{file}, {place}: the row has no columns; expected a mapping of column to value"
-        for column, value in row.items():
-            kind = KINDS.get(type(value))
-            if kind is None:  # null fits every kind
-                continue
-            before, where = first.setdefault(column, (kind, place))
-            if kind != before:
-                found = f"the column {column!r} is {kind}, {_shown(value)}"
-                return f"{file}, {place}: {found}; expected {before}, as in {where}"
-    return None
 
 
 def _shown(value: Any) -> str:
@@ -224,6 +228,19 @@ def _csv_records(file: Path, *, strict: bool) -> Iterator[tuple[int, list[str]]]
             if fields:
                 yield begins, fields
             begins = reader.line_num + 1
+
+
+def _csv_rows(file: Path) -> list[dict[str, str]]:
+    """The fields of a csv file by column, as text; a row with fewer or more fields than there are columns is refused,
+    as a file cut short has, and so is a quote that is never closed."""
+    fault = _csv_fault(file, strict=False)
+    if fault is None and (found := _csv_fault(file, strict=True)) and "unexpected end of data" in found:
+        fault = found
+    if fault is not None:
+        raise DataError(fault)
+    (_, header), *records = _csv_records(file, strict=False)
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
+    return [dict(zip(names, fields, strict=True)) for _, fields in records]
 
 
 def _csv_fault(file: Path, *, strict: bool) -> str | None:
@@ -256,10 +273,13 @@ def _csv_fault(file: Path, *, strict: bool) -> str | None:
     return None
 
 
-def _parquet_fault(file: Path) -> str | None:
+def parquet_fault(file: Path) -> str | None:
+    """What is wrong with a parquet file that is not whole, with its rows; None where nothing is found."""
     import pyarrow
     import pyarrow.parquet
 
+    if file.stat().st_size == 0:
+        return f"{str(file)!r} is empty; expected rows"
     try:
         opened = pyarrow.parquet.ParquetFile(file)
     except (pyarrow.ArrowException, OSError) as error:

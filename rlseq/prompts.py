@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlseq.data_files import place_of
+from rlseq.data_files import place_of, rows_of_dataset
 from rlseq.errors import DataError, did_you_mean
 from rlseq.types import Prompt
 
@@ -37,21 +37,38 @@ def digest(value: Any) -> bytes:
     return hashlib.blake2b(_CANONICAL.encode(value).encode(), digest_size=8).digest()
 
 
-def prompt_maker(prompt_column: str = "prompt", prompt_template: str | None = None) -> Callable[[Mapping], Any]:
-    """Return what makes a row's prompt, text or messages, as `build_prompts` does; unchecked.
+def made_prompts(
+    rows: Sequence[Mapping[str, Any]], prompt_column: str = "prompt", prompt_template: str | None = None
+) -> list[Any]:
+    """Return what becomes each row's prompt, text or messages, as `build_prompts` makes it, unchecked.
 
     Raises:
-        DataError: the template is not valid; from the function, that the template fails on the row.
+        DataError: no row has the column; the template is not valid, or fails on a row.
     """
-    render = _template(prompt_template, "prompt_template")
-    return render if render is not None else lambda row: row.get(prompt_column)
+    columns = columns_of_rows(rows)
+    if prompt_template is None:
+        _require_column(prompt_column, columns, "prompt_column")
+        return [row.get(prompt_column) for row in rows]
+    render = _template(prompt_template, "prompt_template", columns)
+    made = []
+    for number, row in enumerate(rows):
+        try:
+            made.append(render(row))
+        except DataError as error:
+            raise DataError(f"{place_of(row, number)}: {error}") from error.__cause__
+    return made
+
+
+def columns_of_rows(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names that stand in any of the rows, as each may lack some."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def describe_shared(prompts: Iterable[Any], split: str, others: Iterable[Any], other: str) -> str:
     """Say how many of the distinct prompts of a split are also in another, in words.
 
     Args:
-        prompts, others: text or messages, as `prompt_maker` makes them.
+        prompts, others: text or messages, as `made_prompts` gives them.
         split, other: the names of the two splits.
     """
     own = {digest(prompt) for prompt in prompts}
@@ -87,24 +104,24 @@ def build_prompts(
         DataError: a column is missing (the message names the nearest), a prompt is empty, without tokens or of a
             wrong type, or a row holds an image.
     """
-    rows = list(rows)
+    rows = rows_of_dataset(rows)
     if not rows:
         raise DataError("the data set is empty")
-    columns = list(dict.fromkeys(name for row in rows for name in row))  # a row may lack some
+    columns = columns_of_rows(rows)
     if prompt_template is None:
-        require_column(prompt_column, columns, "prompt_column")
+        _require_column(prompt_column, columns, "prompt_column")
     if reference_column is not None and reference_template is None and reference_column not in columns:
         if reference_column != "references":
-            require_column(reference_column, columns, "reference_column")
+            _require_column(reference_column, columns, "reference_column")
         reference_column = None
-    make_prompt = prompt_maker(prompt_column, prompt_template)
-    render_reference = _template(reference_template, "reference_template")
+    render_prompt = _template(prompt_template, "prompt_template", columns)
+    render_reference = _template(reference_template, "reference_template", columns)
 
     merged: dict[str, dict[str, Any]] = {}
     records: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
         try:
-            prompt = _as_prompt(make_prompt(row))
+            prompt = _as_prompt(render_prompt(row) if render_prompt else row.get(prompt_column))
             if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
                 raise DataError(f"the prompt is {_shown(prompt)}; text and chat messages cannot be mixed")
             _refuse_images(row, prompt)
@@ -174,7 +191,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def require_column(name: str, columns: Sequence[str], flag: str) -> None:
+def _require_column(name: str, columns: Sequence[str], flag: str) -> None:
     if name not in columns:
         raise DataError(
             f"the data has no column {name!r} (--{flag}); its columns are {', '.join(columns)}."
@@ -233,14 +250,28 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _template(source: str | None, flag: str) -> Callable[[Mapping[str, Any]], str] | None:
+def _template(source: str | None, flag: str, columns: Iterable[str]) -> Any:
+    """What renders a row; None without a template.
+
+    A column that other rows have and this one lacks is false, and an error only where it would be printed; a name that
+    no row has is an error wherever it stands.
+    """
     if source is None:
         return None
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import SandboxedEnvironment
+    from jinja2.utils import missing
+
+    known = set(columns)
+
+    class Lacking(StrictUndefined):
+        def __bool__(self) -> bool:
+            if self._undefined_obj is missing and self._undefined_name in known:
+                return False
+            return super().__bool__()
 
     try:
-        template = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+        template = SandboxedEnvironment(undefined=Lacking, keep_trailing_newline=True).from_string(source)
     except TemplateError as error:
         raise DataError(f"--{flag} is not a valid template: {error}") from error
 

@@ -148,7 +148,7 @@ def evaluate(
         import torch
         from accelerate import PartialState
 
-        from rlseq.data import load_rows, prompt_maker
+        from rlseq.data import load_rows, made_prompts
         from rlseq.evaluation.choice import families
         from rlseq.evaluation.contrast import contrast_and_report
         from rlseq.scoring import load_rewards
@@ -175,7 +175,7 @@ def evaluate(
     load: Callable[[str], list[dict[str, Any]]] = partial(load_rows, dataset_name, config_name=config_name, **made_by)
     rows = load(split)[:limit]
     if PartialState().is_main_process and split != TRAIN:
-        _say_shared(rows, split, load, prompt_maker(**made_by))
+        _say_shared(rows, split, load, partial(made_prompts, **made_by))
     choice_rows = []
     if choosing:
         choice_rows = load(settings.choose_split)[: settings.choose_rows]
@@ -192,13 +192,12 @@ def evaluate(
         )
 
 
-def _say_shared(rows: Sequence[Mapping], split: str, load: Callable, make_prompt: Callable[[Mapping], Any]) -> None:
+def _say_shared(rows: Sequence[Mapping], split: str, load: Callable, made: Callable) -> None:
     """Say how many of the prompts that are evaluated are also in the data set's training split, if it has one."""
     from rlseq.data import describe_shared
 
     try:
-        trained = load(TRAIN)
-        said = describe_shared(map(make_prompt, rows), split, map(make_prompt, trained), TRAIN)
+        said = describe_shared(made(rows), split, made(load(TRAIN)), TRAIN)
     except DataError:  # there is no such split, or no prompt can be made: of the rows evaluated, the evaluation says so
         return
     print(f"rlseq: evaluates {len(rows):,} rows ({said})", flush=True)

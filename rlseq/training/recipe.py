@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from transformers import Trainer, TrainingArguments
 
-from rlseq.data import build_prompts, describe_shared, keeping_all, load_rows, prompt_maker
+from rlseq.data import build_prompts, describe_shared, keeping_all, load_rows, made_prompts
 from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.doctor.prompts import check_context
@@ -116,8 +116,7 @@ def load_task(
     if evaluates:
         check_measured(config, suite, eval_suite)
         eval_rows = load_rows(data.dataset_name, data.eval_split, **data.row_options())[: data.eval_rows]
-        make_prompt = prompt_maker(data.prompt_column, data.prompt_template)
-        held_out = map(make_prompt, eval_rows)
+        held_out = made_prompts(eval_rows, data.prompt_column, data.prompt_template)
         shared = describe_shared(held_out, data.eval_split, (p.messages_or_text for p in prompts), data.train_split)
     for each in (suite, eval_suite):
         if each is not None:
