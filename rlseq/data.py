@@ -27,6 +27,7 @@ from rlseq.data_files import parquet_fault, read_rows, rows_of, rows_of_dataset
 from rlseq.errors import DataError, RlseqError, did_you_mean
 from rlseq.prompts import (
     build_prompts,
+    columns_of_rows,
     describe_shared,
     digest,
     fingerprint,
@@ -40,6 +41,7 @@ from rlseq.types import Prompt
 __all__ = [
     "FILE_FORMATS",
     "build_prompts",
+    "columns_of_rows",
     "describe_shared",
     "fingerprint",
     "keeping_all",

@@ -1,5 +1,4 @@
-"""Data files as they lie on disk: their rows as they stand there, where a row is, and what is wrong with one that cannot
-be read.
+"""Data files as they lie on disk: their rows as they stand there, where a row is, and what makes a file unreadable.
 
 json and csv are read here and not by `datasets`, which keeps rows as Arrow columns of one type each: there 5 beside 0.5
 is 5.0, a date is no text, and a key that a row lacks is None.

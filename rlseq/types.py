@@ -11,11 +11,24 @@ when a batch of tensors is made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+class Absent:
+    """Stands in a list of a column's values for a row that lacks the column, which None need not mean."""
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+    def __reduce__(self) -> str:
+        return "ABSENT"  # the one there is, in another process too
+
+
+ABSENT = Absent()
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,17 @@ class Prompt:
         if isinstance(self.messages_or_text, str):
             return self.messages_or_text
         return "\n".join(str(message.get("content", "")) for message in self.messages_or_text)
+
+
+def column_names(prompts: Iterable[Prompt]) -> list[str]:
+    """The columns that any of these prompts has, `prompt` last: each may lack some."""
+    return [*dict.fromkeys(name for prompt in prompts for name in prompt.columns if name != "prompt"), "prompt"]
+
+
+def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The columns of prompts as lists, `prompt` among them; ABSENT where a prompt lacks one."""
+    columns = {name: [prompt.columns.get(name, ABSENT) for prompt in prompts] for name in column_names(prompts)[:-1]}
+    return columns | {"prompt": [prompt.messages_or_text for prompt in prompts]}
 
 
 @dataclass(frozen=True)

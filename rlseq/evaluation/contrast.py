@@ -13,7 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from rlseq.data import fingerprint
+from rlseq.data import columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation import tables
 from rlseq.evaluation.aggregate import (
@@ -104,7 +104,9 @@ def _contrast(
     methods(models)
     settings = with_primary_name(settings, suite)
     check_settings(settings, suite, rows, prompt_options)
-    chosen_by = oracles(settings.parsed(), suite, {*rows[0], "references"}, prompt_columns(prompt_options))
+    chosen_by = oracles(
+        settings.parsed(), suite, {*columns_of_rows(rows), "references"}, prompt_columns(prompt_options)
+    )
     check_windows(settings, models)
     check_models(models, rows, prompt_options, settings, suite, choice_rows)
     documents = load_documents(settings)
@@ -336,7 +338,7 @@ def check_settings(
     check_primary(settings, measured)
     knowing = oracles(settings.parsed(), suite, ANSWERS)
     if rows:
-        columns = {*rows[0], "references"}
+        columns = {*columns_of_rows(rows), "references"}
         knowing |= oracles(settings.parsed(), suite, columns, prompt_columns(prompt_options or {}))
     refuse_oracle_claims(settings, knowing)
     check_choices(settings, suite)

@@ -20,7 +20,7 @@ from rlseq.likelihood import score
 from rlseq.sampler import rows_within, sample
 from rlseq.scoring import RewardSuite
 from rlseq.search import TOGETHER, beam, modes
-from rlseq.types import Prompt, Rollout
+from rlseq.types import ABSENT, Prompt, Rollout, column_names
 
 Groups = list[list[Rollout]]
 ANSWERS = ("references", "ground_truth", "reward_model", "labels", "label")  # columns that hold answers wherever met
@@ -158,7 +158,8 @@ def most_useful(groups: Groups, prompts: Sequence[Prompt], suite: RewardSuite, u
 
 def columns_of(prompts: Sequence[Prompt], rows: Sequence[int]) -> dict[str, list[Any]]:
     """The columns that rewards may ask for, `prompt` among them, of completions of these rows."""
-    columns = {key: [prompts[row].columns.get(key) for row in rows] for key in (prompts[0].columns if prompts else ())}
+    names = [name for name in column_names(prompts) if name != "prompt"]  # of all, as these rows may all lack one
+    columns = {name: [prompts[row].columns.get(name, ABSENT) for row in rows] for name in names}
     return columns | {"prompt": [prompts[row].messages_or_text for row in rows]}
 
 

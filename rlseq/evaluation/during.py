@@ -22,7 +22,7 @@ from rlseq.evaluation.measure import measure
 from rlseq.evaluation.names import TOTAL, Names, statistic
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
-from rlseq.types import Prompt
+from rlseq.types import Prompt, column_names
 
 STRATEGIES = ("greedy", "sample")
 LIKELIHOOD = ("nll_per_token", "exact_accuracy")
@@ -95,7 +95,7 @@ class ValidationProbe:
             batch_rows=batch_rows,
         )
         self.suite, names = measured_together(suite, eval_suite)
-        self.suite.check_columns(["prompt", *self.prompts[0].columns])
+        self.suite.check_columns(column_names(self.prompts))
         self.names = Names.of(self.suite)
         series = self.names.rewards
         self.eval_rewards = tuple(series[name] for name in names if name not in suite.names)

@@ -44,7 +44,7 @@ from rlseq.likelihood import TeacherForced
 from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.corpus import statistics_of
-from rlseq.types import Prompt, Rollout
+from rlseq.types import Prompt, Rollout, column_names
 
 
 @dataclass
@@ -103,7 +103,7 @@ def measure_checkpoint(
     state = PartialState()
     tokenizer = load_tokenizer(name, path)
     prompts = build_prompts(rows, tokenizer, **prompt_options)
-    suite.check_columns(["prompt", *prompts[0].columns])
+    suite.check_columns(column_names(prompts))
     check_answers(settings, prompts)
     allowed = settings.allow_missing_weights
     model = load_checkpoint(name, path, allowed)

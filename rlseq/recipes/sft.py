@@ -224,12 +224,17 @@ def main() -> None:
 def examples(pairs: list[tuple[Any, str]]) -> datasets.Dataset:
     """(prompt, completion text) pairs as TRL takes them: text, or for chat prompts an assistant's message."""
     chat = not isinstance(pairs[0][0], str)
-    return datasets.Dataset.from_dict(
-        {
-            "prompt": [prompt for prompt, _ in pairs],
-            "completion": [[{"role": "assistant", "content": text}] if chat else text for _, text in pairs],
-        }
-    )
+    columns = {
+        "prompt": [prompt for prompt, _ in pairs],
+        "completion": [[{"role": "assistant", "content": text}] if chat else text for _, text in pairs],
+    }
+    made = datasets.Dataset.from_dict(columns)
+    if not chat or made[:]["prompt"] == columns["prompt"]:
+        return made
+    if not hasattr(datasets, "Json"):
+        raise ConfigError("chat messages have unequal keys, which need a newer `datasets`: pip install -U datasets")
+    kinds = datasets.Features({**made.features, "prompt": datasets.Json()})  # else each has the others' keys, as None
+    return datasets.Dataset.from_dict(columns, features=kinds)
 
 
 def select(candidates: list[Record], rejection: RejectionArguments) -> tuple[datasets.Dataset, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RewardError
-from ..types import Prompt, Rollout
+from ..types import Prompt, Rollout, column_names, columns_of
 from .corpus import of_completions
 from .outcome import FAILURES, shorten
 from .suite import RewardSuite, ScoreTable, load_rewards
@@ -65,7 +65,7 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
         reward = suite.rewards[0]
         checks = [Check("it loads", True, f"form: {FORM_NAMES[reward.form]}; scope: {reward.info.scope}")]
         try:
-            suite.check_columns(columns_of(prompts[:1]))
+            suite.check_columns(column_names(prompts))
         except RewardError as error:
             return [*checks, Check("its columns are there", False, str(error))]
         items = _items(prompts)
@@ -134,14 +134,6 @@ def make_rollout(prompt: Prompt, text: str, sample: int = 0) -> Rollout:
         "stop",
         "written",
     )
-
-
-def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The columns of prompts as lists, `prompt` among them."""
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names} | {
-        "prompt": [prompt.messages_or_text for prompt in prompts]
-    }
 
 
 def score_items(suite: RewardSuite, items: Sequence[Item]) -> ScoreTable:

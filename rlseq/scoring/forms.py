@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RewardError, did_you_mean
-from ..types import Rollout
+from ..types import ABSENT, Rollout
 from .handover import as_messages
 from .reward import RewardInfo
 
@@ -195,6 +195,11 @@ def make_calls(
         names = tuple(lists)
         if not names:
             return [((row,), dict(kwargs)) for row in range(len(rows.rollouts))]
+        if any(value is ABSENT for values in lists.values() for value in values):
+            return [
+                ((row,), {**_there(dict(zip(names, values, strict=True)), parameters), **kwargs})
+                for row, values in enumerate(zip(*lists.values(), strict=True))
+            ]
         return [
             ((row,), {**dict(zip(names, values, strict=True)), **kwargs})
             for row, values in enumerate(zip(*lists.values(), strict=True))
@@ -211,9 +216,21 @@ def make_calls(
         else {name: value for name, value in {**(context or {}), **kwargs}.items() if name in parameters.named}
     )
     return [
-        (indices, {name: [values[i] for i in indices] for name, values in lists.items()} | extra)
+        (indices, {name: [_or_none(values[i]) for i in indices] for name, values in lists.items()} | extra)
         for indices in index_sets
     ]
+
+
+def _there(arguments: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
+    """The arguments that a row has: a parameter's default holds where it lacks the column, None where there is none."""
+    return {
+        name: _or_none(value) for name, value in arguments.items() if value is not ABSENT or name in parameters.required
+    }
+
+
+def _or_none(value: Any) -> Any:
+    """A value in a list of many rows, where a lacking one is None, as TRL gives it."""
+    return None if value is ABSENT else value
 
 
 def _wanted(parameters: Parameters, rows: Rows, fields: Iterable[str] = FIELDS) -> list[str]:
@@ -248,7 +265,9 @@ def _verl(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Seq
     if "data_source" not in rows.columns:
         lists["data_source"] = [""] * len(rows.rollouts)
     if "ground_truth" not in rows.columns and "reward_model" in rows.columns:
-        lists["ground_truth"] = [value["ground_truth"] for value in rows.columns["reward_model"]]
+        lists["ground_truth"] = [
+            ABSENT if value is ABSENT else value["ground_truth"] for value in rows.columns["reward_model"]
+        ]
     if "extra_info" not in rows.columns:
         lists["extra_info"] = [None] * len(rows.rollouts)
     four = ("data_source", "ground_truth", "extra_info")

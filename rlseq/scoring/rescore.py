@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RewardError, RunDirectoryError
-from ..types import Rollout
+from ..types import ABSENT, Rollout
 from .suite import RewardSuite, ScoreTable
 
 # what a run logs of a rollout; any other key of a record is a column
@@ -61,7 +61,7 @@ def read_rollouts(path: Path) -> Logged:
     if not records:
         raise RunDirectoryError(f"{path} has no rollouts: {len(files)} files, all empty.")
     names = dict.fromkeys(name for record in records for name in record if name not in LOGGED)
-    columns = {name: [record.get(name) for record in records] for name in names}
+    columns = {name: [record.get(name, ABSENT) for record in records] for name in names}
     absent = frozenset(name for name in OPTIONAL if any(record.get(name) is None for record in records))
     return Logged([_rollout(record) for record in records], columns, records, absent)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RewardError, RlseqError
-from ..types import Prompt
+from ..types import ABSENT, Prompt
 from .rescore import Logged
 from .suite import RewardSuite
 
@@ -88,7 +88,9 @@ def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.
             "split, columns and templates that made the rollouts with the flags (rlseq reward replay --help)."
         )
     rows = [prompts[rollout.prompt_key].columns for rollout in logged.rollouts]
-    more = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    more = {
+        name: [row.get(name, ABSENT) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
+    }
     return dataclasses.replace(logged, columns={**more, **logged.columns})
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import RewardError
-from ..types import Prompt
-from .check import columns_of, make_rollout, score_items
+from ..types import ABSENT, Prompt, column_names
+from .check import make_rollout
 from .suite import RewardSuite
 
 
@@ -38,12 +38,13 @@ def try_rewards(suite: RewardSuite, prompts: Sequence[Prompt]) -> None:
 
 def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
     prompt = prompts[number]
-    suite.check_columns(columns_of([prompt]))
+    columns = {name: [prompt.columns.get(name, ABSENT)] for name in column_names(prompts)}
+    suite.check_columns(columns)
     references = prompt.columns.get("references") or [prompt.text]
     try:
-        score_items(suite, [(prompt, make_rollout(prompt, references[0]))])
+        suite.score([make_rollout(prompt, references[0])], columns | {"prompt": [prompt.messages_or_text]})
     except RewardError as error:
-        lacks = [name for name, value in prompt.columns.items() if _nothing(value)]
+        lacks = [name for name, (value,) in columns.items() if name != "prompt" and _nothing(value)]
         without = f", which has nothing in {', '.join(map(repr, lacks))}" if lacks else ""
         raise RewardError(f"tried on row {number + 1:,} of {len(prompts):,}{without}: {error}") from error
 
@@ -51,11 +52,12 @@ def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
 def _unlike(prompts: Sequence[Prompt]) -> list[int]:
     """Of each column the first prompt with a value and the first without one, by number."""
     first: dict[tuple[str, bool], int] = {}
+    names = [name for name in column_names(prompts) if name != "prompt"]
     for number, prompt in enumerate(prompts):
-        for column, value in prompt.columns.items():
-            first.setdefault((column, _nothing(value)), number)
+        for column in names:
+            first.setdefault((column, _nothing(prompt.columns.get(column, ABSENT))), number)
     return sorted({0, *first.values()})
 
 
 def _nothing(value: object) -> bool:
-    return value is None or value == []
+    return value is None or value is ABSENT or value == []

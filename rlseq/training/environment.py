@@ -18,7 +18,7 @@ from rlseq.errors import ConfigError, RewardError, TrainingError, did_you_mean
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.forms import Parameters, parameters_of
 from rlseq.training.tools import check_schema, find_callable, load_tools
-from rlseq.types import Prompt, Rollout
+from rlseq.types import Prompt, Rollout, column_names
 
 COLUMN = "environment_reward"
 OWN = ("reset", "get_reward")  # what the trainer calls, and the model may not
@@ -70,7 +70,7 @@ def load_environment(config: Any, prompts: Sequence[Prompt], suite: RewardSuite)
     if twice:
         raise ConfigError(f"{', '.join(sorted(twice))} is both in tools and a method of {name}: rename one.")
     asked = parameters_of(first.reset)
-    row = [*prompts[0].columns, "prompt"]
+    row = column_names(prompts)
     missing = [p for p in asked.required if p not in row]
     if missing:
         raise ConfigError(
@@ -175,7 +175,7 @@ def _check_reward(suite: RewardSuite, prompts: Sequence[Prompt], owned: bool, na
             f"{name} scores its rollouts (get_reward), but no reward asks for that: add {COLUMN} to reward_funcs (with "
             "weight 0 to log it alone)."
         )
-    if asking and not owned and COLUMN not in prompts[0].columns:
+    if asking and not owned and COLUMN not in column_names(prompts):
         what = f"{name} has no get_reward" if name else "no environment is named"
         raise ConfigError(f"{', '.join(asking)} asks for {COLUMN}, but {what}: add it, or leave the reward out.")
 

@@ -12,6 +12,7 @@ How a step flows (TRL's method, and what happens there):
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,10 +57,16 @@ ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
 
 def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
-    """Make the data set that TRL's data loader draws from: the prompt and the index of the `Prompt` it stands for."""
-    return datasets.Dataset.from_dict(
-        {"prompt": [p.messages_or_text for p in prompts], "index": list(range(len(prompts)))}
-    )
+    """Make the data set that TRL's data loader draws from: the prompt and the index of the `Prompt` it stands for.
+
+    The prompts are put in as they are drawn: kept in Arrow, messages would have each other's keys, as None.
+    """
+
+    def drawn(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        return {"prompt": [copy.deepcopy(prompts[i].messages_or_text) for i in batch["index"]], "index": batch["index"]}
+
+    numbers = list(range(len(prompts)))
+    return datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers}).with_transform(drawn)
 
 
 class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMixin, RolloutMixin, trl.GRPOTrainer):

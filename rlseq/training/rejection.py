@@ -26,7 +26,7 @@ from rlseq.sampler import sample, stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.rescore import read_rollouts
 from rlseq.training.rollout_log import calls_tools, rollout_records
-from rlseq.types import Prompt
+from rlseq.types import Prompt, columns_of
 
 Record = Mapping[str, Any]  # of a rollout, as a run's rollouts/*.jsonl has it
 CHUNK_ROWS = 1024  # completions drawn and scored together
@@ -181,10 +181,7 @@ def draw_candidates(
 
 def _scored(prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]], suite: RewardSuite) -> list[Record]:
     flat = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    columns = {name: [prompt.columns.get(name) for prompt, _ in flat] for name in names}
-    columns["prompt"] = [prompt.messages_or_text for prompt, _ in flat]
-    scored = suite.score([rollout for _, rollout in flat], columns).scored
+    scored = suite.score([rollout for _, rollout in flat], columns_of([prompt for prompt, _ in flat])).scored
     return rollout_records(0, [prompt for prompt, _ in flat], scored, [None] * len(flat))
 
 

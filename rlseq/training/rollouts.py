@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from rlseq.scoring.suite import Begun
 from rlseq.training.environment import check_group_prompts, environment_rewards
 from rlseq.training.forward import Ids
 from rlseq.training.sharding import whole_weights
-from rlseq.types import Prompt, Rollout, ScoredRollout
+from rlseq.types import ABSENT, Prompt, Rollout, ScoredRollout, column_names
 
 T = TypeVar("T")
 NAN = float("nan")
@@ -224,8 +225,13 @@ class RolloutMixin(trl.GRPOTrainer):
         return self.accelerator.gather(values)
 
     def _columns(self, indices: Sequence[int]) -> dict[str, list[Any]]:
-        names = sorted({name for index in indices for name in self.prompts[index].columns})
-        return {name: [self.prompts[index].columns.get(name) for index in indices] for name in names}
+        names = self._column_names
+        return {name: [self.prompts[index].columns.get(name, ABSENT) for index in indices] for name in names}
+
+    @functools.cached_property
+    def _column_names(self) -> list[str]:
+        """Of all prompts, as those of a batch may all lack one."""
+        return [name for name in column_names(self.prompts) if name != "prompt"]
 
     def _score_alone(self, rollouts: Sequence[tuple[int, Rollout]]) -> list[float]:
         """Totals of completions beside the groups, (prompt index, rollout) each; NaN where every reward abstained."""
