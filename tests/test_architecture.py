@@ -15,7 +15,7 @@ from rlseq.double import double_device, to_double
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
 
-LEAVES = {"double", "errors", "interrupts", "types"}
+LEAVES = {"double", "errors", "escapes", "interrupts", "types"}
 TOOLS = {
     "arguments",
     "flags",
@@ -43,6 +43,7 @@ LOWER = LEAVES | TOOLS | DRAWING | {"beginnings"}
 MAY_IMPORT = {
     "double": set(),
     "errors": set(),
+    "escapes": set(),
     "interrupts": set(),
     "types": set(),
     **{room: LEAVES for room in TOOLS},

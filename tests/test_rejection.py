@@ -428,6 +428,8 @@ def test_two_processes_draw_what_one_draws(task, tmp_path, monkeypatch):
     assert len(one) == 48
     for a, b in zip(one, two, strict=True):
         assert math.isclose(a.pop("logprob"), b.pop("logprob"), abs_tol=1e-4)
+        for x, y in zip(a.pop("logprobs"), b.pop("logprobs"), strict=True):
+            assert math.isclose(x, y, abs_tol=1e-4)
         assert a == b
     losses = [
         [line["loss"] for line in read_lines(tmp_path / n / "metrics.jsonl") if "loss" in line] for n in ("one", "two")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
+from rlseq.escapes import visible
 from rlseq.evaluation import compression, plots, tables
 from rlseq.evaluation.headline import make_headline
 from rlseq.evaluation.sidebyside import SideBySide, monte_carlo_pass_at_k, side_by_side
@@ -296,4 +297,4 @@ def _render(template: str, context: Mapping[str, Any], *, html: bool) -> str:
     )
     environment.filters["md"] = _markdown_cell
     environment.filters["number"] = tables.number
-    return environment.get_template(template).render(context)
+    return visible(environment.get_template(template).render(context))

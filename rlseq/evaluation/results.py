@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.errors import DataError
+from rlseq.escapes import encodable
 from rlseq.evaluation.compression import write_documents
 from rlseq.evaluation.documents import Coding, DocumentStatistics
 from rlseq.evaluation.measure import ModelStatistics
@@ -217,4 +218,4 @@ def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _json(value: Any, **options: Any) -> str:
-    return json.dumps(finite_or_null(value), ensure_ascii=False, allow_nan=False, **options)
+    return encodable(json.dumps(finite_or_null(value), ensure_ascii=False, allow_nan=False, **options))

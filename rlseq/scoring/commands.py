@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelError
+from ..escapes import encodable, visible
 from ..types import Prompt
 from .check import Check, run_checks, spread
 from .corpus import of_completions
@@ -222,7 +223,8 @@ def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:
     with path.open("w", encoding="utf-8") as lines:
         for record, scored in zip(logged.records, table.scored, strict=True):
             said = {field: getattr(scored, field) for field in ("values", "status", "details", "total")}
-            lines.write(json.dumps(json_ready({**record, **said}), ensure_ascii=False, allow_nan=False) + "\n")
+            line = json.dumps(json_ready({**record, **said}), ensure_ascii=False, allow_nan=False)
+            lines.write(encodable(line) + "\n")
 
 
 def _width() -> int:
@@ -241,4 +243,4 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         wrapped = [piece for line in row[-1].splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
         lines += [(start + wrapped[0]).rstrip(), *(" " * indent + piece for piece in wrapped[1:])]
     lines.insert(1, "-" * min(_width(), max(len(line) for line in lines)))
-    return "\n".join(lines)
+    return visible("\n".join(lines))

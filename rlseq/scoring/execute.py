@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..escapes import visible
 from .handover import as_returned, fresh
+from .isolation import kept_settings
 from .outcome import Failed, text_of
 
 Arguments = dict[str, Any]
@@ -48,7 +50,7 @@ def failed(error: BaseException) -> Failed:
     """An exception of a reward, as a result: what it says, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    return Failed("error", f"{type(error).__name__}: {text_of(error)}{where}")
+    return Failed("error", visible(f"{type(error).__name__}: {text_of(error)}{where}"))
 
 
 def call_once(function: Callable, arguments: Arguments) -> Any:
@@ -115,7 +117,8 @@ class InProcess:
         self.function = function
 
     def run(self, calls: Sequence[Arguments], sizes: Sequence[int]) -> list[Any]:
-        return [call_once(self.function, arguments) for arguments in calls]
+        with kept_settings():
+            return [call_once(self.function, arguments) for arguments in calls]
 
     def close(self) -> None:
         """Nothing to end."""
@@ -131,14 +134,15 @@ class Concurrent:
         self.retry = retry
 
     def run(self, calls: Sequence[Arguments], sizes: Sequence[int]) -> list[Any]:
-        future = asyncio.run_coroutine_threadsafe(
-            call_concurrently(self.function, calls, self.retry), _background_loop()
-        )
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        with kept_settings(random_states=False):  # training may draw on another thread meanwhile
+            future = asyncio.run_coroutine_threadsafe(
+                call_concurrently(self.function, calls, self.retry), _background_loop()
+            )
+            try:
+                return future.result()
+            except BaseException:
+                future.cancel()
+                raise
 
     def close(self) -> None:
         """Nothing to end: the loop's thread ends with the process."""

@@ -16,6 +16,7 @@ from .execute import Concurrent, InProcess, Retry, is_async
 from .find import Found, find
 from .fingerprint import code_hash
 from .forms import FORMS_HELP, ONE_AT_A_TIME, Parameters, parameters_of, tell_form
+from .isolation import kept_settings
 from .reward import SCOPES, RewardInfo, info_of
 from .runner import Executor, Reward
 from .workers import WorkerPool
@@ -45,7 +46,8 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
         RewardError: an unknown option or value, or a reward that is not found or fits no form.
     """
     options = _checked_options(spec)
-    found = find(options["func"], search_root)
+    with kept_settings():
+        found = find(options["func"], search_root)
     name = options.get("name") or found.name
     if isinstance(found.function, type):
         raise RewardError(

@@ -1,0 +1,135 @@
+"""What a reward changes of its process does not reach training, and what it says can be written."""
+
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from rlseq import load_rewards
+from rlseq.escapes import encodable, visible
+from rlseq.training.rollout_log import rollout_records, write_rollouts
+from rlseq.types import Prompt, Rollout
+
+ONE = Rollout("p", 0, (1,), (True,), (-0.5,), "a", "a", None, "stop", "s")
+
+CHANGES = """
+import random
+import numpy as np
+import torch
+
+def change():
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+AT_LOAD
+def r(completion):
+    change()
+    return random.random() + np.random.rand() + torch.rand(()).item()
+
+async def later(completion):
+    change()
+    return 0.0
+"""
+
+
+def state():
+    cudnn = torch.backends.cudnn
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        cudnn.benchmark,
+    )
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+@pytest.mark.parametrize("function", ["r", "later"])
+@pytest.mark.parametrize("at_load", ["change()", ""])
+def test_settings_of_torch_that_a_reward_file_changes_stay_as_they_were(tmp_path, function, at_load):
+    path = tmp_path / "r.py"
+    path.write_text(CHANGES.replace("AT_LOAD", at_load))
+    before = state()
+    suite = load_rewards([f"{path}:{function}"])
+    assert state() == before
+    suite.score([ONE], {"prompt": ["?"]})
+    assert state() == before
+
+
+def test_a_reward_that_seeds_or_draws_does_not_change_what_training_draws():
+    def seeds(completion):
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        return random.random()
+
+    def quiet(completion):
+        return 0.0
+
+    found = []
+    for reward in (seeds, quiet):
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+        load_rewards([reward]).score([ONE], {"prompt": ["?"]})
+        found.append(draws())
+    assert found[0] == found[1]
+
+
+def test_a_noisy_reward_draws_other_noise_at_each_call_and_the_same_from_one_seed():
+    def noisy(completion):
+        return random.random() + np.random.rand() + torch.rand(()).item()
+
+    suite, found = load_rewards([noisy]), []
+    for _ in range(2):
+        random.seed(5)
+        found.append([suite.score([ONE], {"prompt": ["?"]}).totals[0] for _ in range(3)])
+    assert found[0] == found[1] and len(set(found[0])) == 3
+
+
+HARMFUL = "half \ud83d, esc \x1b[31m, turned \u202egpj.exe, line\u2028"
+
+
+def test_text_that_cannot_be_encoded_is_logged_as_escapes_and_read_back_whole(tmp_path):
+    def judged(completion):
+        return 1.0, {"verdict": HARMFUL, HARMFUL: 1}
+
+    table = load_rewards([judged]).score([ONE], {"prompt": ["?"]})
+    write_rollouts(tmp_path, 1, rollout_records(1, [Prompt("p", "?", (1,))], table.scored, [0.0]))
+    text = (tmp_path / "000001.jsonl").read_text(encoding="utf-8")
+    assert text.count("\n") == 1 and text[:-1].isprintable()
+    assert json.loads(text)["details"]["judged"] == {"verdict": HARMFUL, HARMFUL: 1}
+
+
+def test_escapes_leave_words_of_any_script_and_emoji_as_they_are():
+    plain = "שלום é 👩\u200d👧\n\tx"
+    assert visible(plain) == encodable(plain) == plain
+    assert visible(HARMFUL) == "half \\ud83d, esc \\u001b[31m, turned \\u202egpj.exe, line\\u2028"
+
+
+def test_errors_of_a_reward_show_what_they_hide():
+    def sad(completion):
+        raise ValueError(HARMFUL)
+
+    table = load_rewards([{"func": sad, "on_error": "abstain"}]).score([ONE], {"prompt": ["?"]})
+    assert "\\u202e" in table.messages["sad"][0] and table.messages["sad"][0].isprintable()
+
+
+def test_a_worker_process_imports_no_torch_for_it():
+    code = "import rlseq.scoring.worker, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
