@@ -15,7 +15,7 @@ from rlseq.double import double_device, to_double
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
 
-LEAVES = {"double", "errors", "escapes", "interrupts", "types"}
+LEAVES = {"double", "errors", "escapes", "interrupts", "passwords", "types"}
 TOOLS = {
     "arguments",
     "flags",
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "double": set(),
     "errors": set(),
     "escapes": set(),
+    "passwords": set(),
     "interrupts": set(),
     "types": set(),
     **{room: LEAVES for room in TOOLS},
