@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlseq.kv_cache import RoomyLayer
@@ -112,6 +113,18 @@ class SharedPrompt(RoomyLayer):
         return (of_prompt * share + drawn * (1 - share)).to(query.dtype).reshape(U, 1, H * N, D)
 
 
+class _Repeated:
+    """An attention module whose keys are repeated already: what SDPA asks it is answered by the module otherwise."""
+
+    num_key_value_groups = 1
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def _softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention (…, Q, D), and the log of its sum of exponentials (…, Q, 1), in float32 or wider."""
     scores = query @ keys.transpose(-1, -2)  # (…, Q, K)
@@ -134,6 +147,12 @@ def _attend(
     blocks = getattr(attention_mask, _CAUSAL, False) and key.shape[2] == tokens >= 2 * BLOCK
     if not blocks or more.get("position_bias") is not None:
         return _whole(module, query, key, value, attention_mask, **more)
+    # Heads of keys that several heads of queries share are repeated here, once: SDPA's own copies, one a block, would
+    # all be kept for the backward.
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+        module = _Repeated(module)
     parts = []
     for start in range(0, tokens, BLOCK):
         end = min(start + BLOCK, tokens)

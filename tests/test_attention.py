@@ -77,3 +77,21 @@ def test_anything_else_is_handed_on(spans):
 
 def test_transformers_looks_attention_up_by_name():
     assert transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"] is attention._attend
+
+
+def test_repeated_keys_are_held_once_and_not_by_every_block(monkeypatch):
+    pack(GROUPS, pad_id=PAD)
+    kept, whole = [], attention._whole
+
+    def spy(module, query, key, value, *args, **more):
+        kept.append((module.num_key_value_groups, key.shape[1], key.untyped_storage().data_ptr()))
+        return whole(module, query, key, value, *args, **more)
+
+    monkeypatch.setattr(attention, "_whole", spy)
+    monkeypatch.setattr(attention, "BLOCK", 4)
+    model = tiny_model("llama")
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)
+    batch = pack(GROUPS, pad_id=PAD, row_tokens=32)
+    shifted_logprobs(model, batch)  # with gradient: what a block was given is held
+    assert len(kept) > 6 and {(groups, heads) for groups, heads, _ in kept} == {(1, 2)}
+    assert len({storage for _, _, storage in kept}) == 2  # one a layer

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.data import build_prompts
 from rlseq.training.config import GRPOConfig, ModelArguments
-from rlseq.training.dry_run import count_checkpoints, plan_rollouts
+from rlseq.training.dry_run import count_checkpoints, plan_rollouts, update_tokens
 from rlseq.training.memory import critic_parameters, memory, size_of, weightless_model
 from rlseq.training.parser import run_recipe
 
@@ -152,15 +152,35 @@ def test_an_adapter_that_trains_on_is_counted_alone(task, tmp_path):
 def test_memory_is_the_sum_that_its_formulas_say(task):
     size = size_of(weightless_model(ModelArguments(model_name_or_path=str(task / "model"))))
     common = {"optim": "adamw_torch", "reference": True, "averages": 1, "quantized_bits": None, "compute_bytes": 4}
-    held = memory(size, **common, update_tokens=40, cached_tokens=80, checkpointing=False, logits=False)
+    common |= {"update_tokens": 40, "cached_tokens": 80, "checkpointing": False, "logits": False}
+    held = memory(size, **common, cpu=False)
     bytes_of = {name: number for name, (number, _) in held.items()}
     weights = 4 * size.parameters
     assert bytes_of["weights"] == bytes_of["gradients"] == bytes_of["reference model"] == weights
     assert bytes_of["optimizer state"] == 2 * weights
-    # The cache: 2 layers · key and value · 1 head · 48 numbers · 4 bytes; activations: 2 layers · 17 · 96 · 4 bytes.
+    # The cache: 2 layers · key and value · 1 head · 48 numbers · 4 bytes.
     assert bytes_of["KV cache"] == 80 * 2 * 2 * 48 * 4
-    assert bytes_of["activations, roughly"] == 40 * 2 * 17 * 96 * 4
-    assert bytes_of["peak of a process"] == 6 * weights + 40 * 2 * 17 * 96 * 4
+    # Two layers: norms 6 · 96, attention 5 · 2 heads · 48, MLP 4 · 192 numbers of 4 bytes.
+    activations = 40 * 2 * (6 * 96 + 5 * 96 + 4 * 192) * 4
+    assert bytes_of["activations, roughly"] == activations
+    tile = 40 * size.vocabulary * 4
+    assert bytes_of["logits"] == tile
+    assert bytes_of["peak of a process"] == 6 * weights + activations + tile
+    on_cpu = {name: number for name, (number, _) in memory(size, **common, cpu=True).items()}
+    assert on_cpu["logits"] == 8 * tile
+    assert on_cpu["activations, roughly"] == int(activations * 1.55)
+    assert (
+        on_cpu["peak of a process"] == 6 * weights + int(activations * 1.55) + 8 * tile + on_cpu["the process itself"]
+    )
+
+
+def test_a_packed_update_counts_each_prompt_once():
+    config = GRPOConfig(output_dir="x", per_device_train_batch_size=8, num_generations=4, max_completion_length=16)
+    plan = plan_rollouts(config, build_prompts(ROWS, tiny_tokenizer()), 1)
+    prompt = plan.longest - 16
+    assert update_tokens(config, plan) == 2 * prompt + 8 * 16  # two prompts of four samples
+    config.pack_updates = False
+    assert update_tokens(config, plan) == 8 * (prompt + 16)
 
 
 def test_several_processes_share_the_batch(task):

@@ -194,13 +194,27 @@ def _describe(
         averages=ema + bool(ema and config.start_weight),
         quantized_bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
         compute_bytes=2 if half else 4,
-        update_tokens=config.per_device_train_batch_size * plan.longest,
+        update_tokens=update_tokens(config, plan),
         cached_tokens=cached_tokens,
         checkpointing=bool(config.gradient_checkpointing),
         logits=not hasattr(config, "max_completion_length"),
+        cpu=config.device.type == "cpu",
     )
     each = checkpoint_bytes(size, optim=optim, average=ema, save_only_model=config.save_only_model)
     return _table(plan, held, each, count_checkpoints(config, plan))
+
+
+def update_tokens(config: Any, plan: Plan) -> int:
+    """Tokens of a micro-batch at most: padded rows, or where updates are packed each prompt once.
+
+    What completions begin with in common is computed once too, which is not known beforehand.
+    """
+    rows = config.per_device_train_batch_size
+    if not getattr(config, "pack_updates", False):
+        return rows * plan.longest
+    samples = getattr(config, "num_generations", 1)
+    prompts = -(-rows // samples)
+    return prompts * (plan.longest - config.max_completion_length) + rows * config.max_completion_length
 
 
 def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkpoints: int) -> str:
