@@ -274,6 +274,16 @@ def check_group_rewards(config: Any, suite: RewardSuite) -> None:
         )
 
 
+# Of generation_kwargs: each draws from another distribution than the one whose log-probs are optimised.
+WARPING = (
+    *("temperature", "do_sample", "num_beams", "num_return_sequences", "penalty_alpha", "guidance_scale"),
+    *("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "bad_words_ids", "bad_words"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id", "sequence_bias", "logit_bias"),
+    *("min_length", "min_new_tokens", "min_tokens", "exponential_decay_length_penalty", "renormalize_logits"),
+    *("presence_penalty", "frequency_penalty", "logits_processor", "allowed_token_ids"),
+)
+
+
 def refuse_warped_training(config: trl.GRPOConfig) -> None:
     """Refuse truncated sampling in training: a token that leaves the nucleus has log-prob −∞ and no gradient.
 
@@ -281,11 +291,10 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
         ConfigError: top_k, top_p, min_p or repetition_penalty is set, or generation_kwargs does so or is not read.
     """
     more = config.generation_kwargs or {}
-    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
-    if more and not (by_trl or config.tools or config.environment):
+    if "stop_strings" in more or ("stop" in more and not config.use_vllm):
         raise ConfigError(
-            f"generation_kwargs is {more}, which rlseq's sampler does not read. Leave it out, or let TRL draw "
-            "(--rlseq_sampler false)."
+            "stop strings (generation_kwargs) are not served in training: a completion ends at the model's end tokens. "
+            "Leave them out, and let the model learn its end token: references and the SFT before end with it."
         )
     set_to = {
         "top_k": config.top_k not in (None, 0, -1),
@@ -294,12 +303,20 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
         "repetition_penalty": config.repetition_penalty not in (None, 1.0),
     }
     wrong = [name for name, is_set in set_to.items() if is_set]
-    wrong += [f"{name} (generation_kwargs)" for name in more if name in (*set_to, "temperature")]
+    plain = {"num_beams": 1, "num_return_sequences": 1, "do_sample": True}
+    warping = [n for n in more if n in WARPING and (n not in plain or more[n] != plain[n])]
+    wrong += [f"{name} (generation_kwargs)" for name in more if name in set_to or name in warping]
     if wrong:
         raise ConfigError(
             f"{', '.join(wrong)} cannot be used in training: the log-probs that are optimised would not be those of "
             "the distribution sampled from. Leave it out (--temperature is supported), or use it in evaluation "
             "(--strategies)."
+        )
+    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
+    if more and not (by_trl or config.tools or config.environment):
+        raise ConfigError(
+            f"generation_kwargs is {more}, which rlseq's sampler does not read. Leave it out, or let TRL draw "
+            "(--rlseq_sampler false)."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainingArguments
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import Trainer, TrainingArguments, get_scheduler
 
 from rlseq.data import build_prompts, describe_shared, keeping_all, load_rows, made_prompts
 from rlseq.doctor.finding import FAILED, WARNING
@@ -25,6 +27,7 @@ from rlseq.training.adapters import ignored_adapter_settings
 from rlseq.training.began_with import began_with, check_unchanged
 from rlseq.training.began_with import write as write_began_with
 from rlseq.training.callbacks import GracefulStop
+from rlseq.training.checkpoints import checkpoint_step
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router, describe_left_out
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
 from rlseq.training.config_file import changed_values
@@ -187,7 +190,12 @@ def check_fit(
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
     if model_args.use_peft and new is None:
-        weightless_model(model_args)  # says where the adapter does not fit
+        adapted = weightless_model(model_args)  # says where the adapter does not fit
+        if hasattr(config, "max_completion_length") and isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+            raise ConfigError(
+                "the adapter is on the output layer too (lm_head), which training on rollouts reads without it: leave "
+                "that out of --lora_target_modules"
+            )
     for line in lines[WARNING]:
         say(f"rlseq: warning: {line}")
 
@@ -264,6 +272,7 @@ def open_run(
     return directory
 
 
+OF_THE_SCHEDULE = {"max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs"}
 OF_THE_START = {"resume_from_checkpoint", "overwrite_output_dir", "output_dir"}  # of a start and not of the run
 
 
@@ -277,9 +286,38 @@ def _warn_of_changes(directory: RunDirectory, *configs: Any) -> None:
     if changed:
         say(
             f"rlseq: warning: the run goes on with other settings than it had: {'; '.join(changed)}. config.yaml holds "
-            "the new ones alone. Optimizer and learning rate go on as the checkpoint has them: a new learning_rate or "
-            "weight_decay has no effect."
+            "the new ones alone. The optimizer goes on as the checkpoint has it: a new learning_rate or weight_decay "
+            f"has no effect.{_schedule_change(directory.resume_from, configs[0], values)}"
         )
+
+
+def _schedule_change(checkpoint: Path, config: TrainingArguments, values: Mapping[str, tuple[Any, Any]]) -> str:
+    """What becomes of the learning rate where its schedule, which no checkpoint holds, is another than before."""
+    if not OF_THE_SCHEDULE & values.keys():
+        return ""
+    says = " The schedule is that of the new settings, so the learning rate jumps"
+    step, had = checkpoint_step(checkpoint), {name: had for name, (had, _) in values.items()}
+    shares = [_rate_share(config, step, had), _rate_share(config, step, {})]
+    if None in shares:
+        return f"{says} to where step {step} of that is."
+    return f"{says} at step {step} from {shares[0]:.4g} to {shares[1]:.4g} of learning_rate."
+
+
+def _rate_share(config: TrainingArguments, step: int, other: Mapping[str, Any]) -> float | None:
+    """The share of the learning rate at a step, with some settings other ones; None where it is not known yet."""
+    given = {name: other.get(name, getattr(config, name)) for name in OF_THE_SCHEDULE}
+    steps, warmup = given["max_steps"], given["warmup_steps"] or 0
+    if steps < 1:
+        return None
+    warmup = math.ceil(steps * warmup) if warmup < 1 else int(warmup)  # transformers takes a share too
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    options = {"num_warmup_steps": warmup, "num_training_steps": steps}
+    kind, more = (
+        str(getattr(given["lr_scheduler_type"], "value", given["lr_scheduler_type"])),
+        given["lr_scheduler_kwargs"],
+    )
+    schedule = get_scheduler(kind, optimizer, **options, scheduler_specific_kwargs=more)
+    return schedule.lr_lambdas[0](step) if hasattr(schedule, "lr_lambdas") else None
 
 
 def check_checkpoint(checkpoint: Path, settings: Sequence[Any]) -> None:
