@@ -137,7 +137,8 @@ def build_prompts(
                 continue
         records.append(record)
 
-    all_ids = _tokenize([record["prompt"] for record in records], tokenizer, dict(chat_template_kwargs or {}))
+    options = dict(chat_template_kwargs or {})
+    all_ids = tokenize_prompts([record["prompt"] for record in records], tokenizer, options)
     seen: Counter[str] = Counter()
     prompts = []
     for record, ids in zip(records, all_ids, strict=True):
@@ -148,7 +149,9 @@ def build_prompts(
         if seen[key] > 1:
             key = f"{key}-{seen[key]}"
         prompt = record.pop("prompt")
-        prompts.append(Prompt(key=key, messages_or_text=prompt, prompt_ids=tuple(ids), columns=record))
+        prompts.append(
+            Prompt(key=key, messages_or_text=prompt, prompt_ids=tuple(ids), columns=record, template_options=options)
+        )
     return prompts
 
 
@@ -163,7 +166,8 @@ def reference_texts(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> 
     Of texts that the tokenizer cannot tell apart the first stands for all.
 
     Prompt and reference are tokenised as one string, as teacher forcing sees them; where that moves the boundary
-    between the two, the reference is tokenised by itself. Of chat data, the answer is rendered by the chat template.
+    between the two, the reference is tokenised by itself. Of chat data, the answer is rendered by the chat template as
+    the prompt was, with the same options: as a message of its own, or the rest of the one that the prompt begins.
     """
     start = list(prompt.prompt_ids)
     found: dict[tuple[int, ...], str] = {}
@@ -171,9 +175,8 @@ def reference_texts(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> 
         if isinstance(prompt.messages_or_text, str):
             whole = tokenizer(text=prompt.messages_or_text + reference)["input_ids"]
         else:
-            answer = {"role": "assistant", "content": reference}
-            whole = tokenizer.apply_chat_template([*prompt.messages_or_text, answer], tokenize=True, return_dict=True)
-            whole = whole["input_ids"]
+            messages = answered(prompt.messages_or_text, reference, prompt.template_options)
+            whole = _rendered([messages], tokenizer, prompt.template_options, whole=True)[0]
         if list(whole[: len(start)]) == start:
             ids = list(whole[len(start) :])
         else:
@@ -284,24 +287,63 @@ def _template(source: str | None, flag: str, columns: Iterable[str]) -> Any:
     return render
 
 
-def _tokenize(prompts: list[Any], tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[list[int]]:
+def continues(messages: Any, template_options: Mapping[str, Any]) -> bool:
+    """Whether a completion goes on with the prompt's last message, which is the assistant's, rather than begin one."""
+    if isinstance(messages, str) or messages[-1]["role"] != "assistant":
+        return False
+    return template_options.get("continue_final_message", not template_options.get("add_generation_prompt", False))
+
+
+def answered(messages: Sequence[Any], answer: str, template_options: Mapping[str, Any]) -> list[Any]:
+    """The messages with an answer as the assistant's: the rest of the last one where the prompt begins it."""
+    if not continues(messages, template_options):
+        return [*messages, {"role": "assistant", "content": answer}]
+    begun = messages[-1]["content"]
+    more = [{"type": "text", "text": answer}] if isinstance(begun, list) else answer
+    return [*messages[:-1], {**messages[-1], "content": begun + more if begun else more}]
+
+
+def tokenize_prompts(prompts: list[Any], tokenizer: Any, template_options: Mapping[str, Any]) -> list[list[int]]:
+    """The ids of prompts, all text or all chat: what a completion follows.
+
+    Raises:
+        DataError: there is no chat template, or it refuses a conversation.
+    """
     if isinstance(prompts[0], str):
         return tokenizer(text=prompts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("the prompts are chat messages, but the tokenizer has no chat template")
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **chat_template_kwargs}
     try:
-        return tokenizer.apply_chat_template(prompts, **options)["input_ids"]
+        return _rendered(prompts, tokenizer, template_options)
     except Exception as error:  # a template refuses conversations by any error
         raise DataError(
-            f"the tokenizer's chat template refuses {_refused(prompts, tokenizer, options)}: {error}"
+            f"the tokenizer's chat template refuses {_refused(prompts, tokenizer, template_options)}: {error}"
         ) from error
+
+
+def _rendered(
+    conversations: list[Any], tokenizer: Any, template_options: Mapping[str, Any], *, whole: bool = False
+) -> list[list[int]]:
+    """The ids of conversations: as prompts, or `whole`, with their answers."""
+    found: dict[int, list[int]] = {}
+    for going_on in (False, True):
+        places = [i for i, messages in enumerate(conversations) if continues(messages, template_options) == going_on]
+        options = {"add_generation_prompt": not going_on, "continue_final_message": going_on} | dict(template_options)
+        if whole or not going_on:
+            options["continue_final_message"] = False
+        if whole:
+            options["add_generation_prompt"] = False
+        if places:
+            chosen = [conversations[i] for i in places]
+            ids = tokenizer.apply_chat_template(chosen, tokenize=True, return_dict=True, **options)["input_ids"]
+            found |= dict(zip(places, ids, strict=True))
+    return [found[i] for i in range(len(conversations))]
 
 
 def _refused(prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]) -> str:
     for prompt in prompts:
         try:
-            tokenizer.apply_chat_template([prompt], **options)
+            _rendered([prompt], tokenizer, options)
         except Exception:
             return f"the prompt {_shown(prompt)}"
     return "the prompts"

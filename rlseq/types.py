@@ -41,12 +41,14 @@ class Prompt:
         prompt_ids: its token ids, special tokens included.
         columns: every other column of the row; rewards ask for them by name. `references` (a list of
             texts) holds the right answers where there are any.
+        template_options: what the chat template was told besides the messages; its references are rendered alike.
     """
 
     key: str
     messages_or_text: str | Messages
     prompt_ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:

@@ -108,9 +108,12 @@ def _contrast(
         settings.parsed(), suite, {*columns_of_rows(rows), "references"}, prompt_columns(prompt_options)
     )
     check_windows(settings, models)
-    check_models(models, rows, prompt_options, settings, suite, choice_rows)
+    warnings = check_models(models, rows, prompt_options, settings, suite, choice_rows)
     documents = load_documents(settings)
     state = PartialState()
+    if state.is_main_process and not quiet:
+        for warning in warnings:
+            print(f"rlseq: warning: {warning}", flush=True)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         _make(folder)

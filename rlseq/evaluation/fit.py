@@ -8,7 +8,7 @@ from typing import Any
 
 from rlseq.data import build_prompts
 from rlseq.decoding import ExactMAP
-from rlseq.doctor.finding import FAILED
+from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.loading import load_tokenizer
@@ -31,8 +31,11 @@ def check_models(
     settings: ContrastSettings,
     suite: RewardSuite,
     choice_rows: Sequence[Mapping[str, Any]] = (),
-) -> None:
+) -> list[str]:
     """Refuse rows that cannot be evaluated, and a checkpoint that cannot: it lacks tokens or room, or never ends.
+
+    Returns:
+        Warnings about the references, as checkpoints' tokenizers make them.
 
     Raises:
         RewardError: a reward fails on a row that has something, or nothing, in a column.
@@ -40,6 +43,7 @@ def check_models(
         ConfigError: the primary comparison is of answers that the rows do not have.
         ModelError: says which checkpoint, what was found and what to do.
     """
+    warnings: list[str] = []
     searched = any(isinstance(strategy, ExactMAP) for strategy in settings.parsed())
     for number, (name, path) in enumerate(models.items()):
         tokenizer = load_tokenizer(name, str(path))
@@ -60,8 +64,11 @@ def check_models(
         if failed:
             said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]
             raise ModelError("\n  ".join([*said, *(f.sentence for f in failed)]))
+        found = [f.sentence for f in findings if f.check == "references" and f.status in (WARNING, FAILED)]
+        warnings += [f"model {name!r}: {sentence}" for sentence in found]
         if searched:
             refuse_states(model_config)
+    return warnings
 
 
 def check_answers(settings: ContrastSettings, prompts: Sequence[Prompt]) -> None:

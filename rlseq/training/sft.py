@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from rlseq.errors import ConfigError
+from rlseq.prompts import continues
 from rlseq.training.checkpoints import FinishedRunMixin
 from rlseq.training.guard import GuardMixin
 from rlseq.training.model_card import ModelCardMixin
@@ -119,6 +120,11 @@ def check_examples(
     Raises:
         ConfigError: nothing would be left to train on.
     """
+    if any(continues(prompt, {}) for prompt in examples["prompt"]):
+        raise ConfigError(
+            f"a prompt of the {name} examples ends in a message of the assistant, which teacher forcing would close; "
+            "let the references begin with it (--reference_template), and the prompt end before it"
+        )
     lengths, limit = example_lengths(examples, tokenizer), config.max_length
     lost, said = 0, ""
     long = [i for i, length in enumerate(lengths) if limit and length > limit]
