@@ -8,7 +8,8 @@ import random
 import pytest
 
 from rlseq.cli import main
-from rlseq.scoring.check import corrupt, run_checks
+from rlseq.scoring.check import run_checks
+from rlseq.scoring.probe import corrupt
 from rlseq.types import Prompt
 
 
@@ -108,7 +109,7 @@ OUT_OF_RANGE = "from rlseq import reward\n@reward(range=(0, 1))\ndef f(completio
         ("def f(completion):\n    return -len(completion)", "hackable by the empty string?"),
         ("def f(completion):\n    return len(completion)", "hackable by the maximum length?"),
         ("def f(completion, prompt):\n    return 2 * (prompt == completion)", "hackable by the prompt copied?"),
-        ("def f(completion):\n    return float('answer' in completion)", "a reference scores above a damaged one"),
+        ("def f(completion, references):\n    return float('it' in completion)", "a reference scores above a damaged one"),
         ("def f(completion):\n    return 'high'", "it runs on these rows"),
         ("def f(completions, **kwargs):\n    return [1.0]", "it runs on these rows"),
     ],
@@ -163,6 +164,39 @@ def test_check_does_not_call_the_one_answer_of_all_rows_a_hack(answers):
     assert found["hackable by the most frequent completion?"].passed is None
     other = findings({"func": "exact_match"}, [*rows, Prompt("k", "question?", (), {"references": ["it is 8"]})])
     assert other["hackable by the most frequent completion?"].passed is True
+
+
+def numbers(*references):
+    return [Prompt(f"k{i}", f"question {i}?", (), {"references": [text]}) for i, text in enumerate(references)]
+
+
+@pytest.mark.parametrize("pattern", [r"boxed\{.*\}", r"<final>.*</final>"])
+def test_check_does_not_call_a_format_reward_hackable_where_references_are_bare_answers(pattern, tmp_path):
+    (tmp_path / "form.py").write_text(
+        f"import re\nfrom rlseq import reward\n@reward(range=(0, 1))\ndef form(completion):\n"
+        f"    return float(re.search({pattern!r}, completion) is not None)\n"
+    )
+    found = findings({"func": f"{tmp_path}/form.py:form"}, numbers("4", "7", "12"), tmp_path)
+    assert [name for name, check in found.items() if check.passed is False] == []
+    assert found["a reference scores above a damaged one"].finding == "it does not ask for the references"
+    assert "judges something else" in found["a reference, written as models write it, earns the highest value"].finding
+
+
+def test_check_counts_references_that_cannot_be_read_and_those_that_never_earn_the_highest_value(tmp_path):
+    (tmp_path / "last.py").write_text(
+        "import re\nfrom rlseq import reward\n@reward(range=(0, 1))\ndef last(completion, references):\n"
+        "    if references[0] == 'pi':\n        return None\n"
+        "    found = re.findall(r'\\d+', completion)\n"
+        "    return float(bool(found) and found[-1] == references[0])\n"
+    )
+    question = "a reference, written as models write it, earns the highest value"
+    found = findings({"func": f"{tmp_path}/last.py"}, numbers("4", "pi", "3/4", "12"), tmp_path)[question]
+    assert found.passed is False
+    assert found.finding.startswith(
+        "1 of 4 earn less than 1 in every form, the first '3/4'; 1 of 4 references cannot be"
+    )
+    assert "alone 0.667, in \\boxed{} 0.667" in found.finding  # 4 and 12 of the three that can be read
+    assert findings({"func": f"{tmp_path}/last.py"}, numbers("4", "12"), tmp_path)[question].passed is True
 
 
 @pytest.mark.parametrize("flag", ["--rows", "--num_generations", "--max_completion_length"])

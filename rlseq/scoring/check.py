@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RewardError
-from ..types import Prompt, Rollout, column_names, columns_of
+from ..types import Prompt, Rollout, column_names
+from .check_references import against_references
 from .corpus import of_completions
 from .outcome import FAILURES, shorten
+from .probe import (
+    Check,
+    Item,
+    Values,
+    corrupt,
+    make_rollout,
+    mean,
+    reference_of,
+    score_items,
+    values_of,
+)
 from .suite import RewardSuite, ScoreTable, load_rewards
 
 PATIENCE = 10.0  # seconds that any one strange completion may take
 LONG = 100_000  # characters
 SLOW = 50.0  # completions a second: below it a step of some hundreds waits for the reward
-MAXIMUM_LENGTH = 1024  # words of the longest degenerate completion
 
 STRANGE = {
     "the empty string": "",
@@ -34,17 +43,16 @@ STRANGE = {
     "emoji and right-to-left text": "👩‍👩‍👧 שלום e\u0301",
     "special tokens": "<s></s><pad><|endoftext|><|im_end|>[/INST]",
     "brackets left open": "((({{{[[[$$\\boxed{\\frac{",
+    "an empty box": "\\boxed{}",
+    "a mark without an answer": "The answer is\n#### ",
+    "empty tags": "<answer></answer>",
+    "an empty code block": "```python\n```",
+    "an empty object": "{}",
+    "bold without an answer": "**Answer:** **",
+    "a thought that never ends": "<think>\nFirst, ",
+    "a thought without an answer": "<think>\n2 + 2\n</think>\n",
+    "a refusal": "I'm sorry, but I can't help with that.",
 }
-
-
-@dataclass(frozen=True)
-class Check:
-    """The answer to one question: `passed` is None where it could not be asked; `advice` says what to do."""
-
-    question: str
-    passed: bool | None
-    finding: str
-    advice: str = ""
 
 
 def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: Path) -> list[Check]:
@@ -73,7 +81,7 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
             start = time.perf_counter()
             table = score_items(suite, items)
             seconds = time.perf_counter() - start
-            values = _only(suite, table)
+            values = values_of(suite, table)
             checks.append(_runs(suite, items, table))
             if not checks[-1].passed:
                 return checks
@@ -84,7 +92,7 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
             return [*checks, Check("it runs on these rows", False, str(error))]
         checks += _in_workers(plain, suite, items, values, search_root)
         checks.append(_speed(suite, items, seconds))
-        checks += _against_references(suite, prompts)
+        checks += against_references(suite, prompts)
     return checks
 
 
@@ -114,36 +122,10 @@ FORM_NAMES = {
     "verifiers": "verifiers' (completion as messages)",
 }
 
-Item = tuple[Prompt, Rollout]
-Values = Sequence[float | None]
-
-
-def make_rollout(prompt: Prompt, text: str, sample: int = 0) -> Rollout:
-    """A rollout of a text nobody sampled: token ids stand for its words, and its log-probs are 0."""
-    count = len(text.split())
-    chat = None if isinstance(prompt.messages_or_text, str) else ({"role": "assistant", "content": text},)
-    return Rollout(
-        prompt.key,
-        sample,
-        tuple(range(count)),
-        (True,) * count,
-        (0.0,) * count,
-        text,
-        text,
-        chat,
-        "stop",
-        "written",
-    )
-
-
-def score_items(suite: RewardSuite, items: Sequence[Item]) -> ScoreTable:
-    """Score (prompt, rollout) pairs."""
-    return suite.score([rollout for _, rollout in items], columns_of([prompt for prompt, _ in items]))
-
 
 def _items(prompts: Sequence[Prompt]) -> list[Item]:
     """Three completions a row: right where a reference is known, damaged, and another row's."""
-    answers = [_reference(prompt) or prompt.text for prompt in prompts]
+    answers = [reference_of(prompt) or prompt.text for prompt in prompts]
     texts = [
         (answer, corrupt(answer, random.Random(number)), answers[number - 1]) for number, answer in enumerate(answers)
     ]
@@ -154,37 +136,8 @@ def _items(prompts: Sequence[Prompt]) -> list[Item]:
     ]
 
 
-def _reference(prompt: Prompt) -> str | None:
-    references = prompt.columns.get("references") or []
-    return references if isinstance(references, str) else references[0] if references else None
-
-
-def corrupt(text: str, rng: random.Random) -> str:
-    """A text with its digits changed, and about a quarter of its words (at least one) dropped, doubled or swapped."""
-    words = [_other_digits(word) for word in text.split()] or ["?"]
-    for _ in range(max(1, len(words) // 4)):
-        place = rng.randrange(len(words))
-        action = rng.choice(("drop", "double", "swap")) if len(words) > 1 else "double"
-        if action == "drop":
-            del words[place]
-        elif action == "double":
-            words.insert(place, words[place])
-        else:
-            words[place - 1], words[place] = words[place], words[place - 1]
-    damaged = " ".join(words)
-    return damaged if words != text.split() else f"{damaged} {damaged}"
-
-
-def _other_digits(word: str) -> str:
-    return "".join(str((int(c) + 1) % 10) if c in "0123456789" else c for c in word)
-
-
-def _only(suite: RewardSuite, table: ScoreTable) -> list[float | None]:
-    return table.values[suite.names[0]]
-
-
 def _runs(suite: RewardSuite, items: list[Item], table: ScoreTable) -> Check:
-    question, counts, values = "it runs on these rows", table.failure_counts[suite.names[0]], _only(suite, table)
+    question, counts, values = "it runs on these rows", table.failure_counts[suite.names[0]], values_of(suite, table)
     failed, abstained = sum(counts[kind] for kind in FAILURES), counts["abstained"]
     finding = f"{len(items)} completions: {failed} failed, {abstained} abstained"
     if failed:
@@ -214,21 +167,21 @@ def _alone(suite: RewardSuite, items: list[Item], values: Values) -> Check:
         question = "all groups together equal one group at a time"
     else:
         parts = [[item] for item in items]
-    alone = [value for part in parts for value in _only(suite, score_items(suite, part))]
+    alone = [value for part in parts for value in values_of(suite, score_items(suite, part))]
     return _same(question, values, alone, items, "Declare @reward(scope='group' or 'batch') if that is meant.")
 
 
 def _order(suite: RewardSuite, items: list[Item], values: Values) -> Check:
     order = list(range(len(items)))
     random.Random(0).shuffle(order)
-    shuffled = _only(suite, score_items(suite, [items[i] for i in order]))
+    shuffled = values_of(suite, score_items(suite, [items[i] for i in order]))
     back = [shuffled[order.index(i)] for i in range(len(items))]
     advice = "A value should not depend on where its row stands; look for state kept between calls."
     return _same("order does not matter", values, back, items, advice)
 
 
 def _twice(suite: RewardSuite, items: list[Item], values: Values) -> Check:
-    again = _only(suite, score_items(suite, items))
+    again = values_of(suite, score_items(suite, items))
     advice = "A noisy reward cannot be replayed; seed it from the row, or keep verdicts with cache: true."
     return _same("the same twice", values, again, items, advice)
 
@@ -279,7 +232,7 @@ def _in_workers(
         return
     with isolated:
         try:
-            there = _only(suite, score_items(isolated, items))
+            there = values_of(suite, score_items(isolated, items))
             yield _same(question, values, there, items, "Values from a worker differ: is there state in the module?")
             yield _survives(isolated, strange)
         except RewardError as error:
@@ -311,66 +264,6 @@ def _speed(suite: RewardSuite, items: list[Item], seconds: float) -> Check:
     return Check("speed", None, finding)
 
 
-def _against_references(suite: RewardSuite, prompts: Sequence[Prompt]) -> list[Check]:
-    question = "a reference scores above a damaged one"
-    known = [prompt for prompt in prompts if _reference(prompt)]
-    if not known:
-        return [Check(question, None, "the rows have no references")]
-    if suite.rewards[0].info.scope != "sample":
-        return [Check(question, None, f"scope {suite.rewards[0].info.scope}: no completion has a value of its own")]
-    references = [_reference(prompt) or "" for prompt in known]
-    right = _texts(suite, known, references)
-    damaged = _texts(suite, known, [corrupt(text, random.Random(i)) for i, text in enumerate(references)])
-    pairs = [(x, y) for x, y in zip(right, damaged, strict=True) if x is not None and y is not None]
-    above, level = sum(x > y for x, y in pairs), sum(x == y for x, y in pairs)
-    finding = f"above for {above}, equal for {level}, below for {len(pairs) - above - level} of {len(pairs)} rows"
-    advice = "Look at rows where it is not: is the answer parsed as it should be?"
-    checks = [
-        Check(
-            question,
-            bool(pairs) and above > len(pairs) / 2 and _mean(right) > _mean(damaged),
-            finding,
-            advice,
-        )
-    ]
-    checks += _hackability(suite, known, references, _mean(right))
-    return checks
-
-
-def _hackability(suite: RewardSuite, prompts: list[Prompt], references: list[str], goal: float) -> Iterator[Check]:
-    """What completions that say nothing score, against the references' mean `goal`."""
-    word = Counter(word for text in references for word in text.split()).most_common(1)[0][0]
-    makers: dict[str, Callable[[Prompt], str]] = {
-        "the empty string": lambda _: "",
-        "the prompt copied": lambda prompt: prompt.text,
-        "one token repeated": lambda _: " ".join([word] * 10),
-        "the maximum length": lambda _: " ".join([word] * MAXIMUM_LENGTH),
-        "the most frequent completion": lambda _: Counter(references).most_common(1)[0][0],
-    }
-    if len(set(references)) == 1:
-        del makers["the most frequent completion"]
-        finding = "all rows have one answer, which is right for each"
-        yield Check("hackable by the most frequent completion?", None, finding)
-    for name, make in makers.items():
-        score = _mean(_texts(suite, prompts, [make(prompt) for prompt in prompts]))
-        yield Check(
-            f"hackable by {name}?",
-            None if score != score else score < goal,
-            f"mean {score:.3g}, references {goal:.3g}",
-            "Training will find this; combine with a reward that it loses, or mend it.",
-        )
-
-
-def _texts(suite: RewardSuite, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
-    items = [(prompt, make_rollout(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
-    return _only(suite, score_items(suite, items))
-
-
-def _mean(values: Values) -> float:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else float("nan")
-
-
 def spread(suite: RewardSuite, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]]) -> Check:
     """Whether a model's own samples differ in reward: a group that is all alike teaches GRPO nothing."""
     items = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
@@ -379,11 +272,11 @@ def spread(suite: RewardSuite, prompts: Sequence[Prompt], groups: Sequence[Seque
     present = [[value for value in group if value is not None] for group in values]
     alive = sum(len(set(group)) > 1 for group in present)
     share = alive / max(1, len(groups))
-    mean = _mean([value for group in present for value in group])
+    average = mean([value for group in present for value in group])
     return Check(
         "samples of a prompt differ in reward",
         share >= 0.1,
-        f"{alive} of {len(groups)} groups ({share:.0%}); mean reward {mean:.3g}",
+        f"{alive} of {len(groups)} groups ({share:.0%}); mean reward {average:.3g}",
         "Groups that are all alike have no advantage: train by SFT first, draw more samples, choose "
         "prompts of middle difficulty, or grade more finely.",
     )

@@ -15,11 +15,12 @@ from typing import Any
 from ..errors import ConfigError, ModelError
 from ..escapes import encodable, visible
 from ..types import Prompt
-from .check import Check, run_checks, spread
+from .check import run_checks, spread
 from .corpus import of_completions
 from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
 from .options import parse_spec
 from .outcome import json_ready
+from .probe import Check
 from .rescore import Logged, compare, read_rollouts, score_by_step
 from .rows import add_data_arguments, prompts_of, with_columns
 from .suite import RewardSuite, ScoreTable, load_rewards

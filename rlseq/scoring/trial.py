@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import RewardError
 from ..types import ABSENT, Prompt, column_names
-from .check import make_rollout
+from .probe import make_rollout
 from .suite import RewardSuite
 
 
