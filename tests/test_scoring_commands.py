@@ -109,7 +109,7 @@ OUT_OF_RANGE = "from rlseq import reward\n@reward(range=(0, 1))\ndef f(completio
         ("def f(completion):\n    return -len(completion)", "hackable by the empty string?"),
         ("def f(completion):\n    return len(completion)", "hackable by the maximum length?"),
         ("def f(completion, prompt):\n    return 2 * (prompt == completion)", "hackable by the prompt copied?"),
-        ("def f(completion, references):\n    return float('it' in completion)", "a reference scores above a damaged one"),
+        ("def f(completion, references): return float('it' in completion)", "a reference scores above a damaged one"),
         ("def f(completion):\n    return 'high'", "it runs on these rows"),
         ("def f(completions, **kwargs):\n    return [1.0]", "it runs on these rows"),
     ],
