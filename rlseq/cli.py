@@ -106,7 +106,13 @@ def _run(name: str, argv: Sequence[str]) -> int:
         module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(prog=f"rlseq {name}", description=COMMANDS[name].help)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(argv)) or 0
+    arguments = parser.parse_args(argv)
+    if "RANK" not in os.environ:  # one process: no torch to be loaded for the others
+        return module.run(arguments) or 0
+    from rlseq.ranks import raise_on_all_ranks
+
+    with raise_on_all_ranks(exchange=False):
+        return module.run(arguments) or 0
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def recipe(name: str, arguments: Sequence[object]) -> Callable[[], None]:
     return act
 
 
-def run_ranks(number: int, act: Callable[[], object], log: Path) -> None:
-    """Do something as so many processes of one run (gloo, on the CPU)."""
+def end_of_ranks(number: int, act: Callable[[], object], log: Path, seconds: float = 120) -> list[int]:
+    """Do something as so many processes of one run (gloo, on the CPU); returns their exit codes."""
 
     def rank_acts() -> None:
         PartialState(cpu=True)
@@ -74,5 +74,9 @@ def run_ranks(number: int, act: Callable[[], object], log: Path) -> None:
     common = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "MASTER_PORT": port}
     common |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
     pids = [fork(rank_acts, log, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(number)]
-    codes = [end_of(pid) for pid in pids]
-    assert codes == [0] * number, log.read_text()[-3000:]
+    return [end_of(pid, seconds) for pid in pids]
+
+
+def run_ranks(number: int, act: Callable[[], object], log: Path) -> None:
+    """Do something that succeeds as so many processes of one run."""
+    assert end_of_ranks(number, act, log) == [0] * number, log.read_text()[-3000:]

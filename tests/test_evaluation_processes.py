@@ -8,11 +8,7 @@ from test_evaluation_resume import evaluate_on_two
 from tiny import tiny_model
 
 from rlseq.cli import main
-from rlseq.errors import ModelError
-from rlseq.evaluation import studies
-from rlseq.evaluation.studies import STUDIES, run_together
-from rlseq.evaluation.study import Context
-from rlseq.evaluation.unfinished import Parts
+from rlseq.evaluation.studies import STUDIES
 
 REWARD = """def letters(completion, references):
     return float(sum(word in completion for word in references[0].split()))
@@ -68,24 +64,3 @@ def test_every_study_and_choice_gives_in_two_processes_what_it_gives_in_one(task
             assert two[place] == pytest.approx(value, rel=1e-4, abs=1e-5), place
         else:
             assert two[place] == value, place
-
-
-def test_what_the_first_process_raises_all_raise(monkeypatch):
-    class State:
-        is_main_process = False
-
-    sent = [([], ModelError("no hidden states"))]
-    monkeypatch.setattr(studies, "PartialState", State)
-    monkeypatch.setattr(studies, "broadcast_object_list", lambda objects: sent)  # what the first process sends
-    model = tiny_model("llama")
-    given = {"tokenizer": None, "suite": None, "completions": {}, "values": {}, "stop_ids": [], "references": []}
-
-    class Settings:
-        studies = ("ranking", "lookahead")
-        study_rows = 5
-
-    context = Context(model=model, prompts=[], settings=Settings(), baseline=lambda: model, **given)
-    with pytest.raises(ModelError, match="no hidden states"):
-        run_together(context, Parts())
-    sent[0] = ([{"too_few": 1.0}], None)
-    assert run_together(context, Parts()) == {"lookahead": [{"too_few": 1.0}]}

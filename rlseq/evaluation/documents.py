@@ -26,6 +26,7 @@ from rlseq.errors import ConfigError, DataError, ModelError, did_you_mean
 from rlseq.evaluation.study import RowStatistics
 from rlseq.likelihood import score
 from rlseq.pretrained import load_config, load_tokenizer
+from rlseq.ranks import raise_on_all_ranks
 
 UNLIMITED_CONTEXT = 2048  # the context of a model that states no limit
 
@@ -249,6 +250,20 @@ def measure_documents(
     quiet: bool = True,
 ) -> DocumentStatistics:
     """Code the documents with a model; every process takes every n-th of them, and all get all statistics."""
+    with raise_on_all_ranks():
+        coding, mine, rows = _measure_mine(model, tokenizer, documents, settings, name=name, quiet=quiet)
+    whole: list[RowStatistics] = [{}] * len(documents)
+    for places, part in gather_object([(mine, rows)]):
+        for place, row in zip(places, part, strict=True):
+            whole[place] = row
+    start = None if coding.start is None else tokenizer.convert_ids_to_tokens(coding.start)
+    return DocumentStatistics(coding, start, whole)
+
+
+def _measure_mine(
+    model: torch.nn.Module, tokenizer: Any, documents: Sequence[str], settings: Any, *, name: str, quiet: bool
+) -> tuple[Coding, list[int], list[RowStatistics]]:
+    """Code this process's documents: how, which, and the statistics of each."""
     state = PartialState()
     coding = coding_of(model.config, tokenizer, settings, name)
     mine = list(range(state.process_index, len(documents), state.num_processes))
@@ -277,9 +292,4 @@ def measure_documents(
                 "round_trips": float(tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text),
             }
         )
-    whole: list[RowStatistics] = [{}] * len(documents)
-    for places, part in gather_object([(mine, rows)]):
-        for place, row in zip(places, part, strict=True):
-            whole[place] = row
-    start = None if coding.start is None else tokenizer.convert_ids_to_tokens(coding.start)
-    return DocumentStatistics(coding, start, whole)
+    return coding, mine, rows

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from rlseq.data import build_prompts, reference_ids, reference_texts
 from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy
-from rlseq.errors import RlseqError
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
 from rlseq.evaluation.documents import Coding, DocumentStatistics, measure_documents
 from rlseq.evaluation.fit import check_answers
@@ -41,6 +40,7 @@ from rlseq.evaluation.studies import needs_all_rows, run_studies, run_together, 
 from rlseq.evaluation.study import Context
 from rlseq.evaluation.unfinished import DOCUMENTS, LIKELIHOOD, Parts, parts_of, rollouts_as_json, rollouts_from_json
 from rlseq.likelihood import TeacherForced
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.sampler import stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.corpus import statistics_of
@@ -172,28 +172,21 @@ def measure(
         chosen: by family of strategies, all of those in the settings, the one that stands for it.
 
     Raises:
-        RlseqError: a reward failed; what one process raises, all raise.
+        Exception: a reward failed, or anything else; what one process raises, all raise.
     """
     mine = _mine(prompts)
     baseline, progress, parts = baseline or (lambda: model), progress or (lambda rows: None), parts or Parts()
-    found: _Measured | None = None
-    error: RlseqError | None = None
-    try:
+    with raise_on_all_ranks():
         exact_rows = sum(i < (settings.exact_map_rows or len(prompts)) for i in mine)
         rows = [prompts[i] for i in mine]
         options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts}
         options["chosen"] = chosen or {}
         found = _measure_rows(model, rows, mine, tokenizer, suite, settings, exact_rows=exact_rows, **options)
-    except RlseqError as raised:
-        error = raised
-    gathered = gather_object([(mine, found, error)])
-    errors = [other for _, _, other in gathered if other is not None]
-    if errors:
-        raise error if error is not None else errors[0]
+    gathered = gather_object([(mine, found)])
     strategies = [strategy.signature for strategy in settings.parsed()]
     whole = ModelStatistics(path, [{}] * len(prompts), {s: [{}] * len(prompts) for s in strategies})
     whole.studies = {name: [{}] * len(prompts) for name in settings.studies}
-    for places, part, _ in gathered:
+    for places, part in gathered:
         for local_row, i in enumerate(places):
             whole.likelihood[i] = part.likelihood[local_row]
             for by_name, found_by_name in ((whole.strategies, part.strategies), (whole.studies, part.studies)):

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from rlseq.errors import ConfigError, RlseqError, did_you_mean
+from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.coverage import Coverage
 from rlseq.evaluation.distance import Distance
 from rlseq.evaluation.lookahead import Lookahead
@@ -20,6 +20,7 @@ from rlseq.evaluation.sharpening import Sharpening
 from rlseq.evaluation.study import Context, RowStatistics, Section, Study
 from rlseq.evaluation.unfinished import STUDY, Parts
 from rlseq.packing import evaluating
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.scoring import RewardSuite
 
 STUDIES: dict[str, Study] = {
@@ -88,20 +89,15 @@ def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics
     Called by all processes with all rows. The first process measures, and every one gets what it found.
 
     Raises:
-        RlseqError: what the first process raised, in all.
+        Exception: what the first process raised, in all.
     """
 
     def measured(name: str, part: Context) -> list[RowStatistics]:
         found: list[RowStatistics] = []
-        error: RlseqError | None = None
-        if PartialState().is_main_process:
-            try:
+        with raise_on_all_ranks():
+            if PartialState().is_main_process:
                 found = STUDIES[name].measure(part)
-            except RlseqError as raised:
-                error = raised
-        ((found, error),) = broadcast_object_list([(found, error)])
-        if error is not None:
-            raise error
+        (found,) = broadcast_object_list([found])
         return found
 
     results: dict[str, list[RowStatistics]] = {}

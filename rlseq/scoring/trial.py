@@ -20,20 +20,11 @@ def try_rewards(suite: RewardSuite, prompts: Sequence[Prompt]) -> None:
         RewardError: a reward asks for a column that is not there, or fails; the message names the row and what it has
             nothing in.
     """
-    from accelerate.utils import gather_object
+    from ..ranks import raise_on_all_ranks
 
-    error = None
-    try:
+    with raise_on_all_ranks():
         for number in _unlike(prompts):
             _try(suite, prompts, number)
-    except RewardError as caught:
-        error = caught
-    failures = gather_object([None if error is None else str(error)])  # one of each process
-    if error is not None:
-        raise error
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise RewardError(f"on rank {rank}: {failure}")
 
 
 def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import Trainer
 
 from rlseq.errors import TrainingError
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.training.checkpoints import through_to_disk
 from rlseq.training.faults import memory_for, saving
 from rlseq.training.records import append_jsonl
@@ -43,6 +44,10 @@ class GuardMixin(Trainer):
     step_was_refused = False
     _refused_in_a_row = 0
     _micro_batches: tuple[tuple[Mapping[str, Any], torch.Tensor], ...] = ()
+
+    def train(self, *args, **kwargs):
+        with raise_on_all_ranks(exchange=False):
+            return super().train(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with memory_for("the update", self._memory_advice):

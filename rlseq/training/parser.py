@@ -24,6 +24,7 @@ from trl import TrlParser
 from rlseq.errors import ConfigError, TrainingError, did_you_mean
 from rlseq.flags import HelpFormatter
 from rlseq.passwords import ADVICE, holds_password
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.training.batch_sizes import working_batch_sizes
 from rlseq.training.config_file import (
     beside_config,
@@ -189,7 +190,8 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     try:
         check_world()
-        code = main() or 0
+        with raise_on_all_ranks(exchange=False):
+            code = main() or 0
         leave_world()
     except KeyboardInterrupt:
         code = 130

@@ -21,7 +21,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from rlseq.decoding import Sample
-from rlseq.errors import DataError, RlseqError
+from rlseq.errors import DataError
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.sampler import sample, stop_ids_of
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.rescore import read_rollouts
@@ -142,41 +143,35 @@ def draw_candidates(
         P · num_samples records in the order of the prompts, as GRPO logs them, of step 0 and without advantages.
 
     Raises:
-        RewardError: a reward failed; what one process raises, all raise.
+        Exception: a reward failed, or anything else; what one process raises, all raise.
     """
     state = PartialState()
     mine = list(range(state.process_index, len(prompts), state.num_processes))
     stops = stop_ids_of(model, tokenizer)
     size = prompts_together(num_samples)
     drawn: list[tuple[int, Record]] = []  # (place of the prompt, record)
-    error: RlseqError | None = None
-    try:
-        with tqdm(
+    with (
+        raise_on_all_ranks(),
+        tqdm(
             total=len(mine) * num_samples, desc="drawing", unit="sample", disable=not state.is_main_process, leave=False
-        ) as bar:
-            for places in (mine[start : start + size] for start in range(0, len(mine), size)):
-                chunk = [prompts[place] for place in places]
-                groups = sample(
-                    model,
-                    chunk,
-                    num_samples=num_samples,
-                    max_new_tokens=max_new_tokens,
-                    strategy=Sample(temperature=temperature),
-                    seed=seed,
-                    stop_ids=stops,
-                    tokenizer=tokenizer,
-                )
-                places_of = [place for place in places for _ in range(num_samples)]
-                drawn += zip(places_of, _scored(chunk, groups, suite), strict=True)
-                bar.update(len(places_of))
-    except RlseqError as raised:
-        error = raised
-    gathered = gather_object([(drawn, error)])
-    errors = [other for _, other in gathered if other is not None]
-    if errors:
-        raise error if error is not None else errors[0]
-    everything = [pair for pairs, _ in gathered for pair in pairs]
-    return [record for _, record in sorted(everything, key=lambda pair: pair[0])]
+        ) as bar,
+    ):
+        for places in (mine[start : start + size] for start in range(0, len(mine), size)):
+            chunk = [prompts[place] for place in places]
+            groups = sample(
+                model,
+                chunk,
+                num_samples=num_samples,
+                max_new_tokens=max_new_tokens,
+                strategy=Sample(temperature=temperature),
+                seed=seed,
+                stop_ids=stops,
+                tokenizer=tokenizer,
+            )
+            places_of = [place for place in places for _ in range(num_samples)]
+            drawn += zip(places_of, _scored(chunk, groups, suite), strict=True)
+            bar.update(len(places_of))
+    return [record for _, record in sorted(gather_object(drawn), key=lambda pair: pair[0])]
 
 
 def _scored(prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]], suite: RewardSuite) -> list[Record]:

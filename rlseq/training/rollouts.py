@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import trl
@@ -16,7 +16,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from rlseq.data import reference_ids
 from rlseq.decoding import Greedy, Sample
-from rlseq.errors import RewardError, RlseqError
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.suite import Begun
@@ -25,7 +25,6 @@ from rlseq.training.forward import Ids
 from rlseq.training.sharding import whole_weights
 from rlseq.types import ABSENT, Prompt, Rollout, ScoredRollout, column_names
 
-T = TypeVar("T")
 NAN = float("nan")
 
 
@@ -108,7 +107,7 @@ class RolloutMixin(trl.GRPOTrainer):
         for i, row in enumerate(self._rows):
             places.setdefault((row["index"], starts[i]), []).append(i)
         common = {"stop_ids": self.eos_token_ids, "tokenizer": self.processing_class, "seed": self.args.seed}
-        with self._model_to_generate() as model:
+        with self._model_to_generate() as model, raise_on_all_ranks():
             groups = sample(
                 model,
                 [self.prompts[index] for index, _ in places],
@@ -190,7 +189,7 @@ class RolloutMixin(trl.GRPOTrainer):
         self._reference_rewards = {}
         begun, self._begun = self._begun, None
 
-        def score():
+        with raise_on_all_ranks():
             table = self.suite.score(
                 rollouts,
                 columns | environment_rewards(self.environments, rollouts, getattr(self, "async_loop", None)),
@@ -201,9 +200,6 @@ class RolloutMixin(trl.GRPOTrainer):
             greedy = self._score_alone(list(self._greedy.items()))
             if self.args.scores_references:
                 self._score_references(indices)
-            return table, greedy
-
-        table, greedy = self._agree(score)
         self._scored = table.scored
         device = self.accelerator.device
         values = torch.tensor(
@@ -260,19 +256,6 @@ class RolloutMixin(trl.GRPOTrainer):
         for (index, _), total in zip(rollouts, self._score_alone(rollouts), strict=True):
             found[index].append(total)
         self._reference_rewards |= found
-
-    def _agree(self, act: Callable[[], T]) -> T:
-        """Do something that may fail on one rank; if it did on any, every rank raises that error."""
-        result, error = None, None
-        try:
-            result = act()
-        except Exception as raised:  # raised again below, once every rank knows of it
-            error = raised
-        own = None if error is None else str(error) if isinstance(error, RlseqError) else repr(error)
-        messages = [message for message in gather_object([own]) if message is not None]
-        if messages:
-            raise error if error is not None else RewardError(messages[0])
-        return result
 
     def _as_rollouts(self, inputs, completions, completion_ids_list) -> list[Rollout]:
         """Give what TRL's own paths generated (vLLM, continuous batching, tools) the shape of rollouts."""
