@@ -15,7 +15,7 @@ from rlseq.double import double_device, to_double
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
 
-LEAVES = {"double", "errors", "escapes", "interrupts", "passwords", "types"}
+LEAVES = {"double", "errors", "escapes", "interrupts", "passwords", "ranks", "types"}
 TOOLS = {
     "arguments",
     "flags",
@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "errors": set(),
     "escapes": set(),
     "passwords": set(),
+    "ranks": {"errors"},
     "interrupts": set(),
     "types": set(),
     **{room: LEAVES for room in TOOLS},
