@@ -6,6 +6,7 @@ per-row statistics gathered here, so that a bootstrap only resamples rows (a row
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from rlseq.evaluation.compression import document_results, lossy_notes
 from rlseq.evaluation.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.documents import check_documents, check_windows, load_documents
 from rlseq.evaluation.fit import check_models
+from rlseq.evaluation.folder import claimed
 from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.metrics import KNOWN
@@ -79,9 +81,11 @@ def contrast(
             and columns are checked before any model is loaded.
     """
     settings, prompt_options = settings or ContrastSettings(), prompt_options or {}
-    results = _contrast(models, rows, suite, settings, prompt_options, output_dir, quiet, data_name, choice_rows)
-    if results and output_dir is not None:
-        forget_unfinished(Path(output_dir))
+    options = {"quiet": quiet, "data_name": data_name, "choice_rows": choice_rows}
+    with contextlib.ExitStack() as held:
+        results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **options)
+        if results and output_dir is not None:
+            forget_unfinished(Path(output_dir))
     return results
 
 
@@ -92,11 +96,12 @@ def _contrast(
     settings: ContrastSettings,
     prompt_options: Mapping[str, Any],
     output_dir: str | Path | None,
+    held: contextlib.ExitStack,
     quiet: bool = False,
     data_name: str = "",
     choice_rows: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """`contrast`, after which what it finished is still kept."""
+    """`contrast`, after which what it finished is still kept, and the folder claimed until `held` is closed."""
     if not models:
         raise ConfigError("no models were named; give at least one as NAME=PATH")
     if not rows:
@@ -116,7 +121,7 @@ def _contrast(
             print(f"rlseq: warning: {warning}", flush=True)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
-        _make(folder)
+        held.enter_context(claimed(folder))
         if state.is_main_process and not quiet:
             say_replaced(folder)
     chosen, chosen_on = {}, []
@@ -154,14 +159,6 @@ def _contrast(
     if folder is not None:
         write_results(results, found, folder, rows_of=data)
     return results
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        said = error.strerror or error
-        raise ConfigError(f"cannot make {str(folder)!r}: {said}. Give another --output_dir.") from error
 
 
 def assemble(
@@ -270,18 +267,19 @@ def contrast_and_report(
     `metrics_file` is a training run's metrics.jsonl, whose curves the report shows. The title is by default the names
     of the methods and of the data.
     """
-    try:
-        given = {"data_name": data_name, "choice_rows": choice_rows}
-        results = _contrast(models, rows, suite, settings, prompt_options, output_dir, **given)
+    with contextlib.ExitStack() as held:
+        try:
+            given = {"data_name": data_name, "choice_rows": choice_rows}
+            results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **given)
+            if results:
+                curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
+                report_on(results, output_dir, title=title, metrics=curves)
+        except KeyboardInterrupt:
+            if PartialState().is_main_process:
+                print(how_to_go_on(output_dir), file=sys.stderr, flush=True)
+            raise
         if results:
-            curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
-            report_on(results, output_dir, title=title, metrics=curves)
-    except KeyboardInterrupt:
-        if PartialState().is_main_process:
-            print(how_to_go_on(output_dir), file=sys.stderr, flush=True)
-        raise
-    if results:
-        forget_unfinished(output_dir)
+            forget_unfinished(output_dir)
     return results
 
 

@@ -13,6 +13,7 @@ from rlseq.errors import ConfigError, DataError, RewardError
 from rlseq.evaluation.choice import joined_choices
 from rlseq.evaluation.contrast import assemble, report_on
 from rlseq.evaluation.documents import load_documents
+from rlseq.evaluation.folder import claimed
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.results import Evaluation, read_evaluation, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, numbered
@@ -82,8 +83,9 @@ def join(
         _check_numbers(evaluation, old, results["models"][name])
     _check_documents(first, results)
     results["notes"] += notes + more
-    say_replaced(Path(output_dir))
-    write_results(results, found, Path(output_dir), rows_of=first.prompts)
+    with claimed(Path(output_dir)):
+        say_replaced(Path(output_dir))
+        write_results(results, found, Path(output_dir), rows_of=first.prompts)
     return results
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from rlseq.disk import FULL, write_message
 from rlseq.errors import ConfigError, RlseqError, TrainingError
 from rlseq.training.checkpoints import earlier_of
 
-# Errors of a write, wherever they come from; others may be of a read.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _CPU_MEMORY = ("DefaultCPUAllocator", "not enough memory", "can't allocate memory")
 # torch.save and safetensors report a failed write without an errno.
 _TORCH_WRITE = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")
@@ -39,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_failed_write(error: BaseException) -> bool:
     """Whether an error, come from where it may, says that a file could not be written: full, too long, read-only."""
     if isinstance(error, OSError):
-        return error.errno in _FULL
+        return error.errno in FULL
     if isinstance(error, SafetensorError):
         return any(text in str(error) for text in _SAFETENSORS_WRITE)
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_WRITE)
@@ -73,19 +72,7 @@ def writing(path: str | os.PathLike, then: str = "") -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, OSError) or is_failed_write(error)):
             raise
-        raise TrainingError(_write_message(Path(path), error, then)) from error
-
-
-def _write_message(path: Path, error: BaseException, then: str = "") -> str:
-    reason = getattr(error, "strerror", None) or _first_line(error)
-    return f"cannot write {path}: {reason} ({free_space(path)}). {then or 'Make room, or change --output_dir.'}"
-
-
-def free_space(path: Path) -> str:
-    """Return how much the file system of a path, which need not exist, has left: `"1.2 of 64.0 GB free"`."""
-    nearest = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path.cwd())
-    usage = shutil.disk_usage(nearest)
-    return f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
+        raise TrainingError(write_message(Path(path), error, then)) from error
 
 
 @contextlib.contextmanager
@@ -131,7 +118,7 @@ def explained(error: Exception) -> RlseqError | None:
     if is_out_of_memory(error):
         return TrainingError(_memory_message("evaluation, or while a model loaded", error, ELSEWHERE))
     if is_failed_write(error):
-        return TrainingError(_write_message(Path(getattr(error, "filename", None) or "."), error))
+        return TrainingError(write_message(Path(getattr(error, "filename", None) or "."), error))
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
         return TrainingError(
             "another process of this run has ended, so this one cannot go on. The launcher names its rank and its exit "

@@ -261,7 +261,7 @@ def open_run(
         if changed:
             say(f"rlseq: warning: {changed}")
     state.wait_for_everyone()  # the first process may rename checkpoints: while it does, the others do not look
-    with state.main_process_first():
+    with state.main_process_first(), writing(config.output_dir):
         directory = prepare(config.output_dir, **asked, main_process=state.is_main_process)
         if state.is_main_process:
             if directory.resume_from is not None:

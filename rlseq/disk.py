@@ -1,0 +1,23 @@
+"""Disks that are full or cannot be written, in words."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+# Errors of a write, wherever they come from; others may be of a read.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def write_message(path: Path, error: BaseException, then: str = "") -> str:
+    """What to say of a failed write: the path, the reason, how much is free there, and what to do."""
+    reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return f"cannot write {path}: {reason} ({free_space(path)}). {then or 'Make room, or change --output_dir.'}"
+
+
+def free_space(path: Path) -> str:
+    """Return how much the file system of a path, which need not exist, has left: `"1.2 of 64.0 GB free"`."""
+    nearest = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path.cwd())
+    usage = shutil.disk_usage(nearest)
+    return f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
