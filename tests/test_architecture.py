@@ -15,7 +15,7 @@ from rlseq.double import double_device, to_double
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
 
-LEAVES = {"double", "errors", "escapes", "interrupts", "passwords", "ranks", "types"}
+LEAVES = {"disk", "double", "errors", "escapes", "interrupts", "passwords", "ranks", "types"}
 TOOLS = {
     "arguments",
     "flags",
@@ -41,6 +41,7 @@ DRAWING = {"sampler", "search"}
 LOWER = LEAVES | TOOLS | DRAWING | {"beginnings"}
 # By room, the longest name that fits a module: what its modules may import beside the room itself.
 MAY_IMPORT = {
+    "disk": set(),
     "double": set(),
     "errors": set(),
     "escapes": set(),
