@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 import trl
+from test_recipes import run_in_process
 from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM
@@ -90,3 +92,19 @@ def test_the_adapter_trains_and_the_rounded_weights_stay(kind, base, tmp_path):
     weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
     whole = {name.replace(".base_layer", ""): p for name, p in parameters.items() if name not in adapter}
     assert len(whole) > 10 and all(torch.equal(p, weights[name]) for name, p in whole.items())
+
+
+def test_a_run_on_quantised_weights_says_that_its_final_numbers_are_of_other_weights(base, tmp_path, monkeypatch):
+    rows = "\n".join(json.dumps(row) for row in ROWS)
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    flags = ["--model_name_or_path", base, "--dataset_name", str(tmp_path), "--reward_funcs", "exact_match"]
+    flags += ["--use_peft", "true", "--max_steps", 1, "--per_device_train_batch_size", 4, "--num_generations", 2]
+    flags += ["--max_completion_length", 4, "--resamples", 50, "--studies", "none", "--strategies", "greedy"]
+    flags += ["--num_cpu_threads", 1, "--eval_rows", 2]
+    notes = {}
+    for bits, more in ((4, ["--load_in_4bit", "true"]), (None, [])):
+        run_in_process(monkeypatch, "grpo", *flags, *more, "--output_dir", tmp_path / f"run{bits}")
+        notes[bits] = json.loads((tmp_path / f"run{bits}/evaluation/results.json").read_text())["notes"]
+    assert notes[4][0].startswith("Training sampled from, and measured, the base in 4 bits with the adapter on it.")
+    assert "float32" in notes[4][0] and not any("bits" in note for note in notes[None])

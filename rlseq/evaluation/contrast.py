@@ -100,8 +100,12 @@ def _contrast(
     quiet: bool = False,
     data_name: str = "",
     choice_rows: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`contrast`, after which what it finished is still kept, and the folder claimed until `held` is closed."""
+    """`contrast`, after which what it finished is still kept, and the folder claimed until `held` is closed.
+
+    `notes` stand before its own.
+    """
     if not models:
         raise ConfigError("no models were named; give at least one as NAME=PATH")
     if not rows:
@@ -156,6 +160,7 @@ def _contrast(
         documents=documents,
         data_name=data_name,
     )
+    results["notes"][:0] = notes
     if folder is not None:
         write_results(results, found, folder, rows_of=data)
     return results
@@ -261,15 +266,16 @@ def contrast_and_report(
     metrics_file: Path | None = None,
     data_name: str = "",
     choice_rows: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`contrast`, then report.html, report.md and plots/ beside its results, and a short table on the terminal.
 
     `metrics_file` is a training run's metrics.jsonl, whose curves the report shows. The title is by default the names
-    of the methods and of the data.
+    of the methods and of the data. `notes` are sentences that the results and the report are to hold.
     """
     with contextlib.ExitStack() as held:
         try:
-            given = {"data_name": data_name, "choice_rows": choice_rows}
+            given = {"data_name": data_name, "choice_rows": choice_rows, "notes": notes}
             results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **given)
             if results:
                 curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None

@@ -18,12 +18,13 @@ from rlseq.evaluation.plots import write_curves
 from rlseq.evaluation.report import write_plane
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.trial import try_rewards
+from rlseq.training.adapters import other_weights_note
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
 from rlseq.training.model_card import publish
 from rlseq.training.models import named_alone
-from rlseq.training.recipe import Task, choose_best_by, finish, load_task, prompt_options
+from rlseq.training.recipe import Task, choose_best_by, finish, load_task, prompt_options, say
 from rlseq.training.run_directory import RunDirectory
 from rlseq.training.tracking import log_contrast
 
@@ -130,6 +131,9 @@ def contrast_with_base(
     Returns:
         The contents of results.json on the first process, an empty dict on others.
     """
+    note = other_weights_note(model_args)
+    if note:
+        say(f"rlseq: {note}")
     return contrast_and_report(
         {"base": named_alone(model_args), "rl": config.output_dir},
         prepared.task.eval_rows,
@@ -140,6 +144,7 @@ def contrast_with_base(
         title=f"{method} on {data.dataset_name} ({data.eval_split})",
         metrics_file=directory.metrics,
         data_name=f"{data.dataset_name} ({data.eval_split})",
+        notes=[note] if note else [],
     )
 
 

@@ -47,6 +47,18 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
                 raise ConfigError(f"--{name} is about an adapter, and the run trains none: give --use_peft true")
 
 
+def other_weights_note(model_args: trl.ModelConfig) -> str | None:
+    """Say that a run trains on quantised weights, and that the final evaluation is of others; None where it is not."""
+    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
+    if bits is None:
+        return None
+    return (
+        f"Training sampled from, and measured, the base in {bits} bits with the adapter on it. This evaluation is of "
+        "the same adapter on the base as it was saved, in float32: other weights, so its numbers are not those that were "
+        "logged during training."
+    )
+
+
 def ignored_adapter_settings(model_args: trl.ModelConfig) -> str | None:
     """A sentence about flags of a new adapter, where the run makes none; None where nothing is ignored."""
     if model_args.use_peft:
