@@ -96,9 +96,10 @@ def test_the_adapter_trains_and_the_rounded_weights_stay(kind, base, tmp_path):
 
 def test_a_run_on_quantised_weights_says_that_its_final_numbers_are_of_other_weights(base, tmp_path, monkeypatch):
     rows = "\n".join(json.dumps(row) for row in ROWS)
+    (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text(rows)
-    flags = ["--model_name_or_path", base, "--dataset_name", str(tmp_path), "--reward_funcs", "exact_match"]
+        (tmp_path / "data" / f"{split}.jsonl").write_text(rows)
+    flags = ["--model_name_or_path", base, "--dataset_name", tmp_path / "data", "--reward_funcs", "exact_match"]
     flags += ["--use_peft", "true", "--max_steps", 1, "--per_device_train_batch_size", 4, "--num_generations", 2]
     flags += ["--max_completion_length", 4, "--resamples", 50, "--studies", "none", "--strategies", "greedy"]
     flags += ["--num_cpu_threads", 1, "--eval_rows", 2]

@@ -54,8 +54,8 @@ def other_weights_note(model_args: trl.ModelConfig) -> str | None:
         return None
     return (
         f"Training sampled from, and measured, the base in {bits} bits with the adapter on it. This evaluation is of "
-        "the same adapter on the base as it was saved, in float32: other weights, so its numbers are not those that were "
-        "logged during training."
+        "the same adapter on the base as it was saved, in float32: other weights, so its numbers are not those "
+        "that were logged during training."
     )
 
 
