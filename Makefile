@@ -11,8 +11,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CANARY := .venv-canary/bin/python
 FLOOR := .venv-floor/bin/python
-# What `make floor` runs: the trainers, the sampler, the losses, the scores and the data, without launching recipes.
-CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams grpo ppo packing sampler losses likelihood scoring data contrast))
+# What `make floor` runs: the trainers, adapters, the sampler, the losses, the scores and the data, without launching recipes.
+CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams adapters grpo ppo packing sampler losses likelihood scoring data contrast))
 
 .PHONY: install demo test soak canary floor lint clean model
 

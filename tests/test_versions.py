@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tomllib
 from dataclasses import dataclass, fields
@@ -53,9 +54,14 @@ def test_checkpointing_is_the_same_under_each_name_that_transformers_has(kind, g
         assert {other: getattr(config, other) for other in names} == dict.fromkeys(names, given)
 
 
-def test_each_dependency_has_a_lowest_version():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert [one for one in declared if not re.fullmatch(r"[a-z0-9_-]+>=[0-9.]+(,<[0-9.]+)?", one)] == []
+DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+
+
+@pytest.mark.parametrize("dependency", DECLARED)
+def test_each_dependency_has_a_lowest_version_and_imports_beside_the_others(dependency):
+    name = re.fullmatch(r"([a-z0-9_-]+)>=[0-9.]+(,<[0-9.]+)?", dependency)[1]
+    module = {"pyyaml": "yaml"}.get(name, name)
+    assert importlib.import_module(module).__name__ == module
 
 
 def test_the_core_of_the_suite_is_files_that_are_there():
