@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import trl
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -32,10 +33,6 @@ from rlseq.training.models import freeze_other_senses
 OF_HIDDEN, OF_HEADS, OF_MLP = 6, 5, 4
 HEAD_VOCABULARY = 32_768  # of the vocabulary TRL's head projects so much at once
 HEAD_COPIES = 8  # tensors of a tile that its backward in plain torch holds
-# Resident memory beside the kept numbers, of which the allocator's holes are part: measured on one shape (SmolLM2-135M,
-# LoRA on all linear layers, 2 packed rows of 1,033 tokens: 4.8 GB where 3.1 GB are counted).
-CPU_ALLOCATOR = 1.55
-PROCESS = 700_000_000  # Python, torch, transformers and TRL, loaded, on a CPU
 ADAM_STATE = 2  # numbers a trained parameter: its two moments
 
 
@@ -211,13 +208,14 @@ def memory(
     kept = size.layers * size.hidden * compute_bytes + layer if checkpointing else size.layers * layer
     if size.critic > size.hidden + 1:  # a backbone of its own passes the same tokens
         kept *= 2
-    activations = int(update_tokens * kept * (CPU_ALLOCATOR if cpu else 1))
+    activations = update_tokens * kept
     if logits:
         head, tile = update_tokens * 8 * size.vocabulary, f"{update_tokens:,} tokens × {size.vocabulary:,} × 8 bytes"
     else:
         rows, columns = min(update_tokens, HEAD_TOKENS if cpu else 4096), min(size.vocabulary, HEAD_VOCABULARY)
         each = 4 * HEAD_COPIES if cpu else compute_bytes
         head, tile = rows * columns * each, f"a tile of {rows:,} tokens × {columns:,} × {each} bytes"
+    itself = psutil.Process().memory_info().rss if cpu else 0
     held = {
         "weights": (weights, f"{size.parameters + size.critic:,} parameters"),
         "gradients": (trained, f"{size.trained + size.critic:,} trained parameters"),
@@ -233,9 +231,9 @@ def memory(
             activations,
             f"{update_tokens:,} tokens × {size.layers} layers × "
             f"{f'{size.hidden:,} (+ {size.kept:,} in one layer)' if checkpointing else f'{size.kept:,}'} numbers × "
-            f"{compute_bytes} bytes" + (f" × {CPU_ALLOCATOR} for the allocator" if cpu else ""),
+            f"{compute_bytes} bytes",
         ),
-        "the process itself": (PROCESS if cpu else 0, "Python, torch, transformers and TRL"),
+        "the process itself": (itself, "libraries and data, as this process holds them"),
     }
     together = sum(number for number, _ in held.values()) - min(held["KV cache"][0], head + activations)
     shown = {name: entry for name, entry in held.items() if entry[0]}
