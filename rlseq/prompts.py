@@ -268,7 +268,7 @@ def _template(source: str | None, flag: str, columns: Iterable[str]) -> Any:
     known = set(columns)
 
     class Lacking(StrictUndefined):
-        def __bool__(self) -> bool:
+        def __bool__(self) -> bool:  # type: ignore[override]  # jinja2 says that it never returns
             if self._undefined_obj is missing and self._undefined_name in known:
                 return False
             return super().__bool__()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_data import word_tokenizer
 from tiny import tiny_model
+from transformers import AutoModelForCausalLM
 
 from rlseq.cli import main
 from rlseq.errors import ConfigError, DataError, RewardError
-from rlseq.evaluation import loading
 from rlseq.evaluation.command import evaluate, parse_models
 from rlseq.evaluation.contrast import ContrastSettings, contrast
 from rlseq.evaluation.join import join
@@ -299,7 +299,7 @@ def test_a_study_against_the_first_checkpoint_is_left_out_where_that_was_another
     ],
 )
 def test_compare_and_models_exclude_each_other(arguments, message, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     assert main(["evaluate", "--output_dir", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
 

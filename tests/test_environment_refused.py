@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import save_file
 from test_environment import CHAT, Accumulator, says_done
 from tiny_chat import chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer
@@ -197,7 +198,7 @@ def test_a_recipe_refuses_before_a_model_loads(name, eval_rewards, evaluates, na
     tokenizer = chat_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     chat_model(tokenizer).config.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").touch()  # no weights: loading it would fail
+    save_file({}, tmp_path / "model" / "model.safetensors")  # no weights: loading it would fail
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHAT))
     data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), eval_split="train")
     rewards = RewardArguments(reward_funcs=["environment_reward"], eval_reward_funcs=eval_rewards)

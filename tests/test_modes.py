@@ -15,7 +15,6 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from rlseq.errors import ConfigError
-from rlseq.evaluation import loading as module
 from rlseq.evaluation import plots
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.modes import add_mode_statistics, mode_results
@@ -275,7 +274,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_evaluated_is_refused_before_a_model_loads(case, checkpoints, monkeypatch):
-    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model loaded"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model loaded"))
     changes, message = BAD[case]
     with pytest.raises(ConfigError) as error:
         run(checkpoints, **changes)

@@ -305,8 +305,8 @@ def kl_by_prefix(model, start, *, forward):
 def test_a_kl_in_the_loss_is_that_of_the_next_token_with_prefixes_held_fixed(tmp_path, objective, kind, forward):
     start = toy_model(seed=1)
     loss = {"loss_type": "dapo"} if objective == "policy_gradient" else {}
-    trainer = toy_trainer(tmp_path, objective=objective, kl_estimator=kind, **loss)
-    trainer.beta = 0.7  # afterwards: the start is made by hand below
+    trainer = toy_trainer(tmp_path, objective=objective, **loss)
+    trainer.beta, trainer.args.kl_estimator = 0.7, kind  # afterwards: the start is made by hand below
     trainer.num_generations = 1  # one completion at a time: no risk to compare, only the KL
     logprobs = exact_logprobs(trainer.model, PROMPT)
     found = sum(logprobs[y].exp().item() * kl_gradient(trainer, start, y) for y in COMPLETIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isnan
 
 from ..types import Prompt
@@ -59,7 +59,7 @@ def _reads_references(suite: RewardSuite) -> bool:
     return reward.parameters.takes_any or bool(asked)
 
 
-def _in_usual_forms(suite: RewardSuite, references: Sequence[str], by_form: dict[str, Values]) -> Check:
+def _in_usual_forms(suite: RewardSuite, references: Sequence[str], by_form: Mapping[str, Values]) -> Check:
     """Whether each reference earns the highest value in some form, and how many cannot be read at all."""
     question = "a reference, written as models write it, earns the highest value"
     rows = list(zip(*by_form.values(), strict=True))

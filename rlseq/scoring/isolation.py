@@ -10,16 +10,17 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def kept_settings(random_states: bool = True) -> Iterator[None]:
+def kept_settings(random_states: bool = True, *, advance: bool = True) -> Iterator[None]:
     """Run reward code, then restore what it changed: torch's grad mode, default dtype and device, threads, determinism
     and matmul precision, and (`random_states`) the random states of Python, numpy and torch.
 
     The code draws from a seed that is taken from Python's random state: other noise at each call, the same noise in a
-    run that is resumed, and no trace in training's own states. Modules that nobody imported are left alone.
+    run that is resumed, and no trace in training's own states. Without `advance` (of code that is loaded and not
+    called) Python's state is left where it was, too. Modules that nobody imported are left alone.
     """
     torch: Any = sys.modules.get("torch")
     before = _settings(torch) if hasattr(torch, "get_float32_matmul_precision") else {}
-    states = _random_states(torch if before else None) if random_states else []
+    states = _random_states(torch if before else None, advance) if random_states else []
     try:
         yield
     finally:
@@ -63,10 +64,12 @@ def _set_cudnn(torch: Any, value: tuple[bool, bool]) -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = value
 
 
-def _random_states(torch: Any) -> list[tuple[Callable[[Any], None], Any]]:
+def _random_states(torch: Any, advance: bool) -> list[tuple[Callable[[Any], None], Any]]:
     """The states with how to set them back; the code that follows draws from a new seed."""
+    unmoved = random.getstate()
     seed = random.getrandbits(32)
-    states: list[tuple[Callable[[Any], None], Any]] = [(random.setstate, random.getstate())]
+    python = random.getstate() if advance else unmoved
+    states: list[tuple[Callable[[Any], None], Any]] = [(random.setstate, python)]
     random.seed(seed)
     numpy: Any = sys.modules.get("numpy")
     if hasattr(numpy, "random"):

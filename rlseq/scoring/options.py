@@ -46,7 +46,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
         RewardError: an unknown option or value, or a reward that is not found or fits no form.
     """
     options = _checked_options(spec)
-    with kept_settings():
+    with kept_settings(advance=False):
         found = find(options["func"], search_root)
     name = options.get("name") or found.name
     if isinstance(found.function, type):
