@@ -235,6 +235,7 @@ def test_tensorboard_gets_every_number_the_completions_and_the_contrast(tmp_path
 def test_a_resumed_run_goes_on_at_its_steps(tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: rlseq[tracking]")
     quiet = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 1, "log_completions": False}
+    quiet["num_completions_to_print"] = None  # it would have no effect, and is refused
     trainer_for(tmp_path, "none", max_steps=2, **quiet).train()
     trainer = trainer_for(tmp_path, "tensorboard", max_steps=4, **quiet)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
