@@ -130,10 +130,11 @@ def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does(make, pla
 
 
 def test_a_reward_out_of_all_proportion_overflows_the_gradient_and_is_refused(tmp_path):
-    def huge(completion):
-        return 1e37 * len(completion)
+    def large(completion):
+        return 1e14 * len(completion)  # far larger values are invalid by themselves; the weight makes it 1e37
 
-    trainer = tiny_trainer(tmp_path, rewards=(huge,), scale_rewards="none", max_steps=5, report_to="none")
+    settings = {"scale_rewards": "none", "max_steps": 5, "report_to": "none", "reward_weights": [1e23]}
+    trainer = tiny_trainer(tmp_path, rewards=(large,), **settings)
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(TrainingError, match=r"3 in a row.*--learning_rate"):
         trainer.train()
