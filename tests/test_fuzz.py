@@ -342,9 +342,9 @@ def test_a_setting_that_was_read_or_ended_in_a_traceback_is_refused(text, messag
 
 
 def test_anchors_of_plain_use_are_read(tmp_path):
-    (tmp_path / "case.yaml").write_text("seed: &s 3\ndata_seed: *s\n")
+    (tmp_path / "case.yaml").write_text("seed: &s 3\nmax_steps: *s\n")
     (config,) = RecipeParser([settings.GRPOConfig]).parse(["--config", str(tmp_path / "case.yaml")])
-    assert config.seed == config.data_seed == 3
+    assert config.seed == config.max_steps == 3
 
 
 def test_the_message_of_a_long_value_is_cut_in_the_middle():
