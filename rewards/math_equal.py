@@ -33,6 +33,7 @@ _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?|\.\d+)[eE]([+-]?\d+)(?!\w)")
 _ANSWER = re.compile(r"\banswer(?:\s+is\b|\s*[:=])(?=[\s:*]*[^\s:*])", re.IGNORECASE)
 _DISPLAYED = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]|\\begin\{(\w+\*?)\}.+?\\end\{\1\}", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.;](?=\s)")
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _MATH = re.compile(r"(?<!\\)\$[^$]+\$|\\\(|\\\[")
 _WRAPPED = (
     re.compile(r"\$\$([^$]+)\$\$"),
@@ -51,9 +52,10 @@ def math_equal(completion: str, references: list[str] | str) -> tuple[float | No
 
     The final answer is the first line after the last `####` if that mark is there, else the last `\boxed{...}`,
     else what follows the last "answer is" or "answer:", else the whole of a text that is a formula, else what
-    math-verify finds. Dollars around it, markdown and units behind a number do not count. References are read in
-    the same way, as LaTeX with dollars or without. A reference that cannot be read makes the reward abstain. A
-    number of more than 60,000 digits equals only what is written like it. Reading and comparing take 2 seconds
+    math-verify finds; where there are `<answer>` tags, in the last of them. Dollars around it, markdown, a code block
+    and units behind a number do not count. References are read in the same way, as LaTeX with dollars or without. A
+    reference that cannot be read makes the reward abstain. A number of more than 60,000 digits equals only what is
+    written like it. Reading and comparing take 2 seconds
     each at most, and the answer is wrong then; in a thread other than the main one there is no such limit: set
     `timeout`. Details: the answer as read.
     """
@@ -79,6 +81,9 @@ def _read(text: str) -> list:
 
 def _final(text: str) -> str | None:
     """The part of a text that is its final answer, or None where nothing says which it is."""
+    text = [text, *_TAGGED.findall(text)][-1].strip()
+    if text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].partition("\n")[2].strip()
     _, mark, rest = text.rpartition("####")
     if mark:
         rest = _first_line(rest)

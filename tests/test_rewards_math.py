@@ -17,6 +17,8 @@ FORMS = (
     "**Answer:** {}",
     "So we have\n$$\\boxed{{{}}}$$\nas wanted.",
     r"\[{}\]",
+    "```\n{}\n```",
+    "<think>\n3 + 4 = 7\n</think>\n<answer>{}</answer>",
 )
 # reference, a wrong neighbour, other ways to write the right answer
 ANSWERS = [
@@ -74,6 +76,10 @@ def test_an_answer_earns_1_in_every_form_and_its_wrong_neighbour_0_in_every_form
         (r"\boxed{5} is wrong; \boxed{6}", "6", 1.0),
         ("7", r"We add 3 and 4. So \boxed{7}", 1.0),
         (r"x = \frac{1}{2}", r"\frac{1}{2}", 1.0),
+        ("<answer>4</answer> <answer>\nThe answer is 5\n</answer> (6 was wrong)", "5", 1.0),
+        ("<answer>4</answer> <answer>", "4", 1.0),
+        ("```python\n5\n```", "5", 1.0),
+        ("```", "5", 0.0),
         ("5", "", None),
     ],
 )

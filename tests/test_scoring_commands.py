@@ -199,6 +199,21 @@ def test_check_counts_references_that_cannot_be_read_and_those_that_never_earn_t
     assert findings({"func": f"{tmp_path}/last.py"}, numbers("4", "12"), tmp_path)[question].passed is True
 
 
+def test_check_names_a_form_that_is_read_for_only_some_references(tmp_path):
+    (tmp_path / "cut.py").write_text(
+        "from rlseq import reward\n@reward(range=(0, 1))\ndef cut(completion, references):\n"
+        "    text = completion.removeprefix('```\\n').removesuffix('\\n```')\n"
+        "    boxed = completion.startswith('\\\\boxed{') and completion[7:-1].isdigit()\n"
+        "    return float((completion[7:-1] if boxed else text) == references[0])\n"
+    )
+    question = "a reference, written as models write it, earns the highest value"
+    found = findings({"func": f"{tmp_path}/cut.py"}, numbers("4", "3/4", "x", "12", "-1", "0.5"), tmp_path)[question]
+    assert found.passed is False
+    assert found.finding.startswith("in \\boxed{} only 2 of 6 earn 1, not '3/4', 'x', '-1'; means: alone 1, ")
+    assert "between dollars 0, " in found.finding  # a form that it reads for none is no fault
+    assert findings({"func": f"{tmp_path}/cut.py"}, numbers("4", "12"), tmp_path)[question].passed is True
+
+
 @pytest.mark.parametrize("flag", ["--rows", "--num_generations", "--max_completion_length"])
 def test_check_refuses_numbers_that_nothing_can_be_done_with(flag, data, capsys):
     for number in ("0", "-3"):

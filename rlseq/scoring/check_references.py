@@ -60,7 +60,10 @@ def _reads_references(suite: RewardSuite) -> bool:
 
 
 def _in_usual_forms(suite: RewardSuite, references: Sequence[str], by_form: Mapping[str, Values]) -> Check:
-    """Whether each reference earns the highest value in some form, and how many cannot be read at all."""
+    """Whether each reference earns the highest value in some form, and in each form in which others earn it.
+
+    A form in which no reference earns it is one that the reward does not read, which is not wrong.
+    """
     question = "a reference, written as models write it, earns the highest value"
     rows = list(zip(*by_form.values(), strict=True))
     present = [value for row in rows for value in row if value is not None]
@@ -75,14 +78,34 @@ def _in_usual_forms(suite: RewardSuite, references: Sequence[str], by_form: Mapp
     ]
     if not _reads_references(suite) or len(short) == len(rows):
         return Check(question, None, f"it judges something else; means: {means}")
-    found = f"means: {means}"
+    set_aside = {*unread, *short}
+    partly = [
+        said
+        for form, values in by_form.items()
+        if (
+            said := _read_in_part(form, top, [v for v in zip(references, values, strict=True) if v[0] not in set_aside])
+        )
+    ]
+    found = "; ".join([*partly, f"means: {means}"])
     if unread:
         found = f"{len(unread)} of {len(rows)} references cannot be read, the first {shorten(unread[0], 60)}; {found}"
     if short:
         lowest = f"{len(short)} of {len(rows)} earn less than {top:g} in every form"
         found = f"{lowest}, the first {shorten(short[0], 60)}; {found}"
-    advice = "Right answers are taken for wrong ones: give such references in a form that it reads, or leave them out."
-    return Check(question, not unread and not short, found, advice)
+    advice = (
+        "Right answers are taken for wrong ones: make it read such references in that form, give them in a form that "
+        "it reads, or leave them out."
+    )
+    return Check(question, not (unread or short or partly), found, advice)
+
+
+def _read_in_part(form: str, top: float, values: Sequence[tuple[str, float | None]]) -> str:
+    """How many references earn the highest value in a form, with the first that do not; empty if none or all do."""
+    missed = [text for text, value in values if value is None or value < top - 1e-6]
+    if not missed or len(missed) == len(values):
+        return ""
+    examples = ", ".join(shorten(text, 60) for text in missed[:3])
+    return f"{form} only {len(values) - len(missed)} of {len(values)} earn {top:g}, not {examples}"
 
 
 def _above_damaged(
