@@ -8,8 +8,8 @@ A data set is named in one of three ways:
 * anything else is taken for a Hugging Face hub id and loaded by `datasets.load_dataset`.
 
 A data set with the split `train` alone (a single file, say) is divided by the hash of each row's prompt, as
-`--prompt_column` or `--prompt_template` makes it: 90% train, 5% validation, 5% test, so that equal prompts are never on
-both sides.
+`--prompt_column` or `--prompt_template` makes it: 90% train, 5% validation, 5% test, so that equal prompts, and those
+that differ only in whitespace, are never on both sides.
 `rlseq.prompts` makes prompts of the rows.
 """
 
@@ -29,10 +29,10 @@ from rlseq.prompts import (
     build_prompts,
     columns_of_rows,
     describe_shared,
-    digest,
     fingerprint,
     keeping_all,
     made_prompts,
+    prompt_digest,
     reference_ids,
     reference_texts,
 )
@@ -246,7 +246,7 @@ def _split_of_file(file: Path) -> str:
 
 
 def _hash_split(prompt_column: str, prompt_template: str | None, rows: Sequence[Mapping]) -> list[str]:
-    """Name the split of each row by what becomes its prompt: equal prompts stay together."""
+    """Name the split of each row by what becomes its prompt: prompts that differ only in whitespace stay together."""
     names = {0: "test", 1: "validation"}
     prompts = made_prompts(rows, prompt_column, prompt_template)
-    return [names.get(int.from_bytes(digest(prompt), "big") % 20, "train") for prompt in prompts]
+    return [names.get(int.from_bytes(prompt_digest(prompt), "big") % 20, "train") for prompt in prompts]

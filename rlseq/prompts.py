@@ -37,6 +37,19 @@ def digest(value: Any) -> bytes:
     return hashlib.blake2b(_CANONICAL.encode(value).encode(), digest_size=8).digest()
 
 
+def prompt_digest(prompt: Any) -> bytes:
+    """Return the hash by which splits tell prompts apart: prompts that differ only in whitespace have the same."""
+    return digest(_without_spacing(prompt))
+
+
+def _without_spacing(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, Mapping):
+        return {name: _without_spacing(inner) for name, inner in value.items()}
+    return [_without_spacing(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
 def made_prompts(
     rows: Sequence[Mapping[str, Any]], prompt_column: str = "prompt", prompt_template: str | None = None
 ) -> list[Any]:
@@ -65,14 +78,14 @@ def columns_of_rows(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def describe_shared(prompts: Iterable[Any], split: str, others: Iterable[Any], other: str) -> str:
-    """Say how many of the distinct prompts of a split are also in another, in words.
+    """Say how many of the distinct prompts of a split are also in another, in words; whitespace distinguishes none.
 
     Args:
         prompts, others: text or messages, as `made_prompts` gives them.
         split, other: the names of the two splits.
     """
-    own = {digest(prompt) for prompt in prompts}
-    shared = len(own & {digest(prompt) for prompt in others})
+    own = {prompt_digest(prompt) for prompt in prompts}
+    shared = len(own & {prompt_digest(prompt) for prompt in others})
     return f"{shared:,} of {len(own):,} {split} prompts also in {other}"
 
 

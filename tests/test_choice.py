@@ -208,6 +208,8 @@ def test_a_choice_that_is_none_is_refused_before_a_model_loads(models, tmp_path,
         measured({"base": models["hot"]}, choice_rows=[])
     with pytest.raises(DataError, match="1 of the 17 prompts to choose on are evaluated too, for example 'a e = '"):
         measured({"base": models["hot"]}, choice_rows=[*CHOICE, ROWS[0]])
+    with pytest.raises(DataError, match="1 of the 17 prompts to choose on are evaluated too, for example ' a  e = '"):
+        measured({"base": models["hot"]}, choice_rows=[*CHOICE, {**ROWS[0], "prompt": " a  e = "}])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with pytest.raises(ConfigError, match="on the split 'validation', which is the one evaluated"):
         evaluate(

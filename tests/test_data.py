@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import datasets
 import pyarrow
@@ -162,6 +163,36 @@ def test_chat_messages_decide_the_side_whatever_the_order_of_their_keys(tmp_path
     assert sum(map(len, sides)) == 50
 
 
+SPACINGS = ("{} + 2", " {} + 2", "{} + 2\n", "{} +  2", "{}\n+\t2 \n", "{}\u00a0+ 2")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_prompts_that_differ_only_in_whitespace_are_on_one_side(tmp_path, suffix):
+    rows = [{"prompt": form.format(i)} for form in SPACINGS for i in range(100)]
+    path = write(tmp_path / f"rows.{suffix}", rows)
+    parts = {split: load_rows(str(path), split) for split in SPLITS}
+    assert sum(map(len, parts.values())) == 600  # each row stays, with its own spacing
+    assert sorted(row["prompt"] for part in parts.values() for row in part) == sorted(row["prompt"] for row in rows)
+    numbers = [{re.match(r"\s*(\d+)", row["prompt"])[1] for row in part} for part in parts.values()]
+    assert sum(map(len, numbers)) == 100 and min(map(len, numbers)) > 0
+    for split, part in parts.items():
+        assert all(split_by_hand(row["prompt"]) == split for row in part if re.fullmatch(r"\d+ \+ 2", row["prompt"]))
+
+
+def test_chat_messages_that_differ_only_in_whitespace_are_on_one_side(tmp_path):
+    chats = [[{"role": "user", "content": form.format(i)}] for form in SPACINGS for i in range(50)]
+    parts = [{"role": "user", "content": [{"type": "text", "text": " 1 + 2"}]}]
+    assert describe_shared(chats[:50], "validation", chats[50:100], "train") == (
+        "50 of 50 validation prompts also in train"
+    )
+    assert describe_shared(
+        [parts], "test", [[{**parts[0], "content": [{"type": "text", "text": "1 + 2\n"}]}]], "train"
+    ) == ("1 of 1 test prompts also in train")
+    path = write(tmp_path / "rows.jsonl", [{"prompt": chat} for chat in chats])
+    sides = [{" ".join(row["prompt"][0]["content"].split()) for row in load_rows(str(path), split)} for split in SPLITS]
+    assert sum(map(len, sides)) == 50
+
+
 def test_what_is_to_be_divided_by_a_column_that_it_lacks_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", MADE)
     with pytest.raises(DataError, match=r"no column 'prompt' .--prompt_column.; its columns are id, question, unit"):
@@ -180,6 +211,8 @@ def test_prompts_in_two_splits_are_counted_once_each():
         "2 of 3 validation prompts also in train"
     )
     assert describe_shared(["a"], "test", ["b"], "train") == "0 of 1 test prompts also in train"
+    spaced = ["a b", " a b", "a  b\n", "ab"]  # two prompts
+    assert describe_shared(spaced, "validation", ["a\tb"], "train") == "1 of 2 validation prompts also in train"
 
 
 def test_a_file_named_test_is_never_training_data(tmp_path):

@@ -124,6 +124,20 @@ def test_the_sizes_are_those_of_the_run(case, task, tmp_path, monkeypatch, capsy
     assert planned["checkpoints on disk"] == pytest.approx(written, rel=0.1)
 
 
+@pytest.mark.parametrize("recipe", ["grpo", "ppo", "sft"])
+def test_prompts_that_are_trained_on_and_evaluated_are_counted(recipe, task, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data" / "train.jsonl", ROWS[:5])
+    spaced = [{**row, "prompt": f" {row['prompt']}\n"} for row in ROWS[3:8]]  # the first 2 are trained on
+    write(tmp_path / "data" / "validation.jsonl", spaced)
+    arguments = ["--config", task / f"{recipe}.yaml", "--dataset_name", tmp_path / "data", "--dry_run", "true"]
+    evaluates = [] if recipe == "sft" else ["--eval_strategy", "steps"]
+    assert run(monkeypatch, recipe, *arguments, "--output_dir", tmp_path / "run", *evaluates) == 0
+    line = next(
+        line for line in capsys.readouterr().out.splitlines() if line.strip().startswith(("prompts ", "examples "))
+    )
+    assert line.endswith(f"  2 of 5 validation prompts also in {'training' if recipe == 'sft' else 'train'}")
+
+
 def test_parameters_are_those_of_the_loaded_model(task):
     path = str(task / "model")
     loaded = AutoModelForCausalLM.from_pretrained(path)

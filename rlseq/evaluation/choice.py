@@ -23,6 +23,7 @@ from rlseq.evaluation.loading import load_tokenizer
 from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.seeds import methods
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.prompts import prompt_digest
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
@@ -235,12 +236,15 @@ def _refuse_shared_prompts(
     tokenizer: Any,
     prompt_options: Mapping[str, Any],
 ) -> None:
-    """Raise DataError if a prompt is both chosen on and evaluated."""
+    """Raise DataError if a prompt is both chosen on and evaluated; prompts that differ only in whitespace are one."""
     evaluated, chosen_on = (
-        {repr(prompt.messages_or_text) for prompt in build_prompts(part, tokenizer, **prompt_options)}
+        {
+            prompt_digest(prompt.messages_or_text): repr(prompt.messages_or_text)
+            for prompt in build_prompts(part, tokenizer, **prompt_options)
+        }
         for part in (rows, choice_rows)
     )
-    shared = sorted(evaluated & chosen_on)
+    shared = sorted(text for key, text in chosen_on.items() if key in evaluated)
     if shared:
         raise DataError(
             f"{len(shared):,} of the {len(chosen_on):,} prompts to choose on are evaluated too, for example "

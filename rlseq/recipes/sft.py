@@ -154,6 +154,8 @@ def main() -> None:
     if config.eval_strategy != "no":
         measure(validation, data.eval_split)
     lengths = [] if rejection.rejection_samples else measure(train, "training", batch)
+    trained = [c["prompt"] for c in candidates] if rejection.from_rollouts else [p.messages_or_text for p in prompts]
+    shared = describe_shared((p.messages_or_text for p in held_out), data.eval_split, trained, "training")
     if run.dry_run:
         drawn, cached = len(prompts) * (rejection.rejection_samples or 0), 0
         if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
@@ -163,15 +165,13 @@ def main() -> None:
             cached = longest * rejection.rejection_samples * min(own, prompts_together(rejection.rejection_samples))
         with torch.device("meta"):
             model = build_model(new.new_model, tokenizer) if new.new_model else weightless_model(model_args)
-        say(describe_examples(config, run, model_args, model, lengths, rollouts=drawn, cached_tokens=cached))
+        sizes = {"rollouts": drawn, "cached_tokens": cached}
+        say(describe_examples(config, run, model_args, model, lengths, shared=shared, **sizes))
         return
     rewards = {"reward": suite} if rejection.rejection_samples else {}
     rows = [(p.messages_or_text, p.columns) for p in prompts] if rejection.rejection_samples else train
     began = began_with(rewards, {"training rows": rows, "evaluation rows": validation})
     directory = open_run(config, run, data, new, rejection, model_args, began=began)
-    own = [p.messages_or_text for p in held_out]
-    trained = [c["prompt"] for c in candidates] if rejection.from_rollouts else [p.messages_or_text for p in prompts]
-    shared = describe_shared(own, data.eval_split, trained, "training")
     announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples ({shared})")
 
     set_seed(config.seed)

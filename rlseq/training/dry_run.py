@@ -140,8 +140,13 @@ def count_checkpoints(config: Any, plan: Plan) -> int:
     return min(written, limit + spared)
 
 
-def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments, prompts: Sequence[Prompt]) -> str:
+def describe_rollouts(
+    config: Any, run: RunArguments, model_args: ModelArguments, prompts: Sequence[Prompt], *, shared: str = ""
+) -> str:
     """Check the run directory and the model's configuration, and return the sizes of a run on rollouts as a table.
+
+    Args:
+        shared: how many prompts are both evaluated and trained on, in words.
 
     Raises:
         RlseqError: the run could not start; it says why.
@@ -151,7 +156,8 @@ def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments
     if hasattr(config, "critic"):
         critic = critic_parameters(model, config.critic, config.critic_name_or_path)
     plan = plan_rollouts(config, prompts, PartialState().num_processes)
-    return _describe(config, run, model_args, size_of(model, critic), plan, plan.generations_a_process * plan.longest)
+    cached_tokens = plan.generations_a_process * plan.longest
+    return _describe(config, run, model_args, size_of(model, critic), plan, cached_tokens, shared)
 
 
 def describe_examples(
@@ -161,6 +167,7 @@ def describe_examples(
     model: Any,
     lengths: Sequence[int],
     *,
+    shared: str = "",
     rollouts: int = 0,
     cached_tokens: int = 0,
 ) -> str:
@@ -168,17 +175,24 @@ def describe_examples(
 
     Args:
         lengths, rollouts: as `plan_examples` takes them.
+        shared: as `describe_rollouts` takes it.
         cached_tokens: of the samples that a process draws together, before training.
 
     Raises:
         RlseqError: the run could not start; it says why.
     """
     plan = plan_examples(config, lengths, PartialState().num_processes, rollouts=rollouts)
-    return _describe(config, run, model_args, size_of(model), plan, cached_tokens)
+    return _describe(config, run, model_args, size_of(model), plan, cached_tokens, shared)
 
 
 def _describe(
-    config: Any, run: RunArguments, model_args: ModelArguments, size: ModelSize, plan: Plan, cached_tokens: int
+    config: Any,
+    run: RunArguments,
+    model_args: ModelArguments,
+    size: ModelSize,
+    plan: Plan,
+    cached_tokens: int,
+    shared: str,
 ) -> str:
     asked = {"resume": config.resume_from_checkpoint, "overwrite": run.overwrite_output_dir}
     checkpoint = check_available(config.output_dir, **asked)
@@ -201,7 +215,7 @@ def _describe(
         cpu=config.device.type == "cpu",
     )
     each = checkpoint_bytes(size, optim=optim, average=ema, save_only_model=config.save_only_model)
-    return _table(plan, held, each, count_checkpoints(config, plan))
+    return _table(plan, held, each, count_checkpoints(config, plan), shared)
 
 
 def update_tokens(config: Any, plan: Plan) -> int:
@@ -217,10 +231,10 @@ def update_tokens(config: Any, plan: Plan) -> int:
     return prompts * (plan.longest - config.max_completion_length) + rows * config.max_completion_length
 
 
-def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkpoints: int) -> str:
+def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkpoints: int, shared: str) -> str:
     what = "prompts" if plan.generations_a_process or plan.rollouts_a_step else "examples"
     lines: list[tuple[str, str, str]] = [
-        (what, f"{plan.examples:,}", ""),
+        (what, f"{plan.examples:,}", shared),
         (f"{what} a step", f"{plan.examples_a_step:,.6g}", f"{plan.processes} process{'es' * (plan.processes > 1)}"),
     ]
     if plan.generations_a_process:
