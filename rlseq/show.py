@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlseq.errors import ConfigError, RunDirectoryError
-
-_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # these make text run the other way
+from rlseq.escapes import visible
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,9 +113,9 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
     for group in shown:
         first = group[0]
         console.print()
-        console.print(Text(_visible(_text(first["prompt"])), style="bold cyan"))
+        console.print(Text(visible(_text(first["prompt"])), style="bold cyan"))
         for reference in first.get("references") or ():
-            console.print(Text(f"reference  {_visible(str(reference))}", style="dim"))
+            console.print(Text(f"reference  {visible(str(reference))}", style="dim"))
         names = list(dict.fromkeys(name for rollout in group for name in rollout.get("values") or ()))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("#", justify="right")
@@ -127,7 +125,7 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
         for rollout in group:
             values, status = rollout.get("values") or {}, rollout.get("status") or {}
             completion = Text(
-                _visible(rollout["completion"] or "") or "(empty)", style="" if rollout["completion"] else "dim"
+                visible(rollout["completion"] or "") or "(empty)", style="" if rollout["completion"] else "dim"
             )
             if rollout.get("finish_reason") == "length":
                 completion.append(" (cut)", style="yellow")
@@ -171,16 +169,6 @@ def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
-
-
-def _visible(text: str) -> str:
-    """The text with what would act on a terminal, or cannot be encoded, written as an escape: ESC as \\x1b."""
-    return "".join(
-        character.encode("unicode_escape").decode()
-        if character not in "\n\t" and (unicodedata.category(character) in ("Cc", "Cs") or character in _TURNING)
-        else character
-        for character in text
-    )
 
 
 def _ranges(steps: set[int]) -> str:

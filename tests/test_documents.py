@@ -267,6 +267,23 @@ def test_the_command_measures_whole_documents_and_reports_them(checkpoints, tmp_
         assert "does not give back" not in text
 
 
+def test_no_file_of_an_evaluation_holds_raw_characters_that_hide_text(checkpoints, tmp_path):
+    name, text = "o\u202ene", "a\x1b[31m \u2067b\rc"
+    prompts = tmp_path / "task.py"
+    prompts.write_text(f"def load(split):\n    return {[{'prompt': text, 'references': [text]}]!r}\n")
+    arguments = ["evaluate", "--models", f"{name}={checkpoints['one']}", "--strategies", "greedy", "--studies", "none"]
+    arguments += ["--dataset_name", str(prompts), "--reward_funcs", "constant", "--output_dir", str(tmp_path / "out")]
+    arguments += ["--max_new_tokens", "2", "--resamples", "100"]
+    assert command_line([*arguments, "--likelihood_dataset", write_jsonl(tmp_path / "text.jsonl", [text])]) == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "out" / "documents.jsonl").read_bytes().splitlines())
+    assert row["model"] == name
+    files = [p for p in (tmp_path / "out").rglob("*") if p.suffix in (".jsonl", ".json", ".md", ".html", ".svg")]
+    assert len(files) >= 5
+    for path in files:
+        raw = {c for c in path.read_bytes().decode() if c in "\x1b\r\u202e\u2067"}
+        assert not raw, (path.name, raw)
+
+
 def test_a_tokenizer_that_loses_text_is_said_to(checkpoints, tmp_path):
     data = write_jsonl(tmp_path / "text.jsonl", ["a b", "a  b", "unheard of"])  # two spaces, then unknown words
     chosen = {name: checkpoints[name] for name in ("one", "lossy")}

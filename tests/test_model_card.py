@@ -109,6 +109,14 @@ def test_local_names_are_in_the_text_and_not_in_the_metadata(tmp_path):
     assert data["library_name"] == "peft" and f"`peft` loads them on top of their base, `{tmp_path}/base`." in text
 
 
+def test_characters_that_hide_text_or_cannot_be_encoded_are_escapes_in_the_card():
+    given = GIVEN | {"dataset_name": "w\u202eords", "rewards": [("re\u200fward", 1.0)], "where": "a\udcffb"}
+    text = str(model_card(**given | {"model_name": "m\x1b[31m", "command": ["run", "a\rb"]}))
+    for escaped in ("w\\u202eords", "re\\u200fward", "a\\udcffb", "# m\\u001b[31m", "run 'a\\u000db'"):
+        assert escaped in text
+    assert text.encode() and text.replace("\n", "").isprintable()
+
+
 def test_of_an_adapter_the_metadata_name_what_it_is_loaded_on():
     # Trained on from an adapter: what it began from is one thing, what it needs to be loaded another.
     data, text = parsed(str(model_card(**GIVEN | {"base_model": "me/adapter", "adapter_of": "you/base"})))

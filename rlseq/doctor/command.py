@@ -13,6 +13,7 @@ from typing import Any
 
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding
 from rlseq.errors import ConfigError, RlseqError
+from rlseq.escapes import visible
 
 PROMPT_OPTIONS = ("prompt_column", "reference_column", "prompt_template", "reference_template", "merge_references")
 MARKS = {OK: ("✓", "green"), WARNING: ("!", "yellow"), FAILED: ("✗", "bold red"), SKIPPED: ("–", "dim")}
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     failed = any(finding.status == FAILED for finding in findings)
     if args.json:
         report = {"model": args.model_name_or_path, "ok": not failed, "checks": [asdict(f) for f in findings]}
-        print(json.dumps(report, indent=1, ensure_ascii=False))
+        print(visible(json.dumps(report, indent=1, ensure_ascii=False)))
     else:
         show.end(findings)
     return int(failed)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlseq.evaluation import tables
@@ -75,12 +73,11 @@ def lossy_notes(block: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write_documents(found: Mapping[str, DocumentStatistics], path: Path) -> None:
-    """Write documents.jsonl: a line a model and document, by its place in the data."""
-    with path.open("w", encoding="utf-8") as file:
-        for name, statistics in found.items():
-            for number, row in enumerate(statistics.rows):
-                file.write(json.dumps({"model": name, "document": number, **row}, ensure_ascii=False) + "\n")
+def document_records(found: Mapping[str, DocumentStatistics]) -> Iterator[dict[str, Any]]:
+    """The lines of documents.jsonl: one per model and document, numbered by its place in the data."""
+    for name, statistics in found.items():
+        for number, row in enumerate(statistics.rows):
+            yield {"model": name, "document": number, **row}
 
 
 def sections(results: Mapping[str, Any]) -> list[Section]:

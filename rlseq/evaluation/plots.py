@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlseq.escapes import visible
 from rlseq.evaluation.seeds import methods
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def write_svgs(svgs: Mapping[str, str], folder: Path) -> None:
         if path.stem not in svgs and f"<dc:title>{CREATOR}</dc:title>" in path.read_text("utf-8", errors="replace"):
             path.unlink()
     for name, svg in svgs.items():
-        (folder / f"{name}.svg").write_text(svg, encoding="utf-8")
+        (folder / f"{name}.svg").write_text(visible(svg), encoding="utf-8")
 
 
 def inline_svg(svg: str, name: str, label: str) -> str:

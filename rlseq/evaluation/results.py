@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.errors import DataError
-from rlseq.escapes import encodable
-from rlseq.evaluation.compression import write_documents
+from rlseq.escapes import visible
+from rlseq.evaluation.compression import document_records
 from rlseq.evaluation.documents import Coding, DocumentStatistics
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.types import Prompt
@@ -111,7 +111,7 @@ def write_results(
         _write_jsonl(output_dir / "studies.jsonl", studies)
     coded = {name: statistics.documents for name, statistics in found.items() if statistics.documents is not None}
     if coded:
-        write_documents(coded, output_dir / "documents.jsonl")
+        _write_jsonl(output_dir / "documents.jsonl", document_records(coded))
     (output_dir / "results.json").write_text(_json(results, indent=1), encoding="utf-8")
 
 
@@ -218,4 +218,4 @@ def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _json(value: Any, **options: Any) -> str:
-    return encodable(json.dumps(finite_or_null(value), ensure_ascii=False, allow_nan=False, **options))
+    return visible(json.dumps(finite_or_null(value), ensure_ascii=False, allow_nan=False, **options))

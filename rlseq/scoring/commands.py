@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ModelError
-from ..escapes import encodable, visible
+from ..escapes import visible
 from ..types import Prompt
 from .check import run_checks, spread
 from .corpus import of_completions
@@ -225,7 +225,7 @@ def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:
         for record, scored in zip(logged.records, table.scored, strict=True):
             said = {field: getattr(scored, field) for field in ("values", "status", "details", "total")}
             line = json.dumps(json_ready({**record, **said}), ensure_ascii=False, allow_nan=False)
-            lines.write(encodable(line) + "\n")
+            lines.write(visible(line) + "\n")
 
 
 def _width() -> int:

@@ -33,6 +33,7 @@ from transformers.trainer_utils import HubStrategy
 from trl.trainer.utils import get_config_model_id
 
 from rlseq import __version__
+from rlseq.escapes import visible
 from rlseq.training.critic import FOLDER as CRITIC
 
 HUB_FOLDER = "hub"
@@ -196,7 +197,7 @@ def model_card(
         adapter_of=adapter_of,
         versions={"rlseq": __version__} | {n: importlib.metadata.version(n) for n in _VERSIONS},
     )
-    return ModelCard(text + "\n")
+    return ModelCard(visible(text) + "\n")
 
 
 def report_sections(report: str) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlseq.escapes import encodable
+from rlseq.escapes import visible
 from rlseq.training.faults import writing
 
 
@@ -65,7 +65,7 @@ def json_ready(value: Any) -> Any:
 
 def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
     """Write JSON so that a reader, or a crash, sees the old file or the new one whole."""
-    text = encodable(json.dumps(json_ready(value), ensure_ascii=False, indent=2, allow_nan=False))
+    text = visible(json.dumps(json_ready(value), ensure_ascii=False, indent=2, allow_nan=False))
     _replace_text(Path(path), text + "\n")
 
 
@@ -73,7 +73,7 @@ def append_jsonl(path: str | os.PathLike, records: Mapping[str, Any] | Iterable[
     """Append one record, or several, one a line, in one write; missing folders are made."""
     if isinstance(records, Mapping):
         records = [records]
-    lines = [encodable(json.dumps(json_ready(one), ensure_ascii=False, allow_nan=False)) + "\n" for one in records]
+    lines = [visible(json.dumps(json_ready(one), ensure_ascii=False, allow_nan=False)) + "\n" for one in records]
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.escapes import encodable
+from rlseq.escapes import visible
 from rlseq.scoring.outcome import json_ready
 from rlseq.training.faults import writing
 from rlseq.types import Prompt, Rollout, ScoredRollout
@@ -101,6 +101,6 @@ def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]], p
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         partial.write_text(
-            "".join(encodable(json.dumps(r, ensure_ascii=False)) + "\n" for r in records), encoding="utf-8"
+            "".join(visible(json.dumps(r, ensure_ascii=False)) + "\n" for r in records), encoding="utf-8"
         )
         partial.replace(path)
