@@ -66,8 +66,9 @@ def test_what_differs_is_named(tmp_path):
     before = described(file, [("a", 1), ("b", 2)])
     assert changes(before, described(file, [("a", 1), ("b", 2)])) == []
     assert changes(before, described(file, [("a", 1)])) == ["training rows: 2, now 1"]
-    assert changes(before, described(file, [("a", 1), ("b", 3)])) == ["training rows: content"]
-    assert changes(before, described(file, [("b", 2), ("a", 1)])) == ["training rows: content"]
+    assert changes(before, described(file, [("a", 1), ("b", 3)])) == ["training rows: row 2 of 2 differs"]
+    swapped = described(file, [("b", 2), ("a", 1)])
+    assert changes(before, swapped) == ["training rows: 2 of 2 differ, the first is row 1"]
     rows = [("a", 1), ("b", 2)]
     assert changes(before, described(file, rows, {"scale": 2})) == ["reward 'drift': kwargs {}, now {'scale': 2}"]
     assert changes(before, described(file, rows, weight=2.0)) == ["reward 'drift': weight 1.0, now 2.0"]
@@ -83,3 +84,102 @@ def test_going_on_with_something_else_needs_the_flag(file, tmp_path):
     with pytest.raises(RunDirectoryError, match=r"training rows: 2, now 1.*--resume_with_changes true"):
         check_unchanged(tmp_path, other, accepted=False)
     assert "training rows: 2, now 1" in check_unchanged(tmp_path, other, accepted=True)
+
+
+HELPED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(__file__).parent))
+import package_of_helpers.inner
+from scale_of_helpers import scale
+sys.path.pop(0)
+def drift(completion):
+    return scale()
+"""
+HELPERS = {
+    "scale_of_helpers.py": "from deeper_helper import VALUE\ndef scale():\n    return VALUE\n",
+    "deeper_helper.py": "import json, torch\nVALUE = 1.0\n",
+    "package_of_helpers/inner.py": "def late():\n    from . import later_helper\n",
+    "package_of_helpers/later_helper.py": "VALUE = 1.0\n",
+    "not_imported.py": "VALUE = 1.0\n",
+}
+
+
+@pytest.fixture
+def helped(tmp_path):
+    for name, source in HELPERS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    path = tmp_path / "drift.py"
+    path.write_text(HELPED)
+    yield path
+    forget()
+
+
+def forget():
+    """Let the rewards be imported again, as another process would."""
+    begin = ("scale_of_helpers", "deeper_helper", "package_of_helpers", "_rlseq_reward_drift")
+    for name in [name for name in sys.modules if name.startswith(begin)]:
+        del sys.modules[name]
+
+
+def test_local_modules_that_a_reward_imports_count_and_are_named(helped, tmp_path):
+    before = described(helped, ["a"])
+    for name in HELPERS:
+        (tmp_path / name).write_text(HELPERS[name] + "# edited\n")
+        expected = [] if name == "not_imported.py" else [f"reward 'drift': module {name}"]
+        assert changes(before, described(helped, ["a"])) == expected
+        (tmp_path / name).write_text(HELPERS[name])
+    files = before["reward 'drift'"]["files"]
+    assert set(files) == {f"module {name}" for name in HELPERS if name != "not_imported.py"}  # no json, no torch
+
+
+def test_a_module_that_is_loaded_by_its_path_counts_too(tmp_path):
+    (tmp_path / "by_path.py").write_text("def scale(): return 1.0\n")
+    (tmp_path / "drift.py").write_text(
+        "import importlib.util, pathlib\n"
+        "spec = importlib.util.spec_from_file_location('by_path', pathlib.Path(__file__).with_name('by_path.py'))\n"
+        "by_path = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(by_path)\n"
+        "def drift(completion): return by_path.scale()\n"
+    )
+    before = described(tmp_path / "drift.py", ["a"])
+    (tmp_path / "by_path.py").write_text("def scale(): return 2.0\n")
+    assert changes(before, described(tmp_path / "drift.py", ["a"])) == ["reward 'drift': module by_path.py"]
+
+
+def test_kept_values_are_not_taken_where_a_helper_was_edited(helped, tmp_path):
+    spec = {"func": f"{helped}:drift", "cache": str(tmp_path / "kept.sqlite")}
+    assert values(load_rewards([spec]), "a") == [1.0]
+    (tmp_path / "deeper_helper.py").write_text("VALUE = 2.0\n")
+    forget()
+    assert values(load_rewards([spec]), "a") == [2.0]
+
+
+def test_the_weights_of_a_local_reward_model_count(tmp_path):
+    model = tmp_path / "judge"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    large = model / "model.safetensors"
+    with large.open("wb") as file:
+        file.truncate(2**26 + 2**20)  # over what is read whole
+    spec = {"func": str(model)}
+
+    def now():
+        return began_with({"reward": load_rewards([spec])}, {})
+
+    before = now()
+    large.touch()
+    assert changes(before, now()) == []  # another time of change is no other content
+    for place in (0, 2**26 // 2, 2**26 + 2**20 - 8):
+        with large.open("r+b") as file:
+            file.seek(place)
+            was = file.read(2**19)
+            file.seek(place)
+            file.write(b"\1" * len(was))
+        assert changes(before, now()) == ["reward 'judge': weights of model"]
+        with large.open("r+b") as file:
+            file.seek(place)
+            file.write(was)
+        assert changes(before, now()) == []
+    (model / "config.json").write_text('{"num_labels": 2}')
+    assert changes(before, now()) == ["reward 'judge': weights of model"]

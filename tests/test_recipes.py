@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,33 @@ def test_a_second_run_into_a_directory_names_the_flags_that_continue_or_replace_
     run_in_process(monkeypatch, "grpo", *arguments, 1, "--overwrite_output_dir")
     (kept,) = tmp_path.glob("run.previous-*")
     assert (kept / "rollouts/000002.jsonl").exists() and not (out / "rollouts/000002.jsonl").exists()
+
+
+def test_a_run_goes_on_with_an_edited_reward_only_where_that_is_meant(task, tmp_path, monkeypatch, capsys):
+    from rlseq.errors import RunDirectoryError
+
+    out, reward, data = tmp_path / "run", tmp_path / "own.py", tmp_path / "rows"
+    reward.write_text(REWARD)
+    shutil.copytree(task / "data", data)
+    arguments = ["--config", task / "grpo.yaml", "--output_dir", out, "--evaluate", "false", "--dataset_name", data]
+    arguments += ["--reward_funcs", f"{reward}:letters", "--max_steps"]
+    run_in_process(monkeypatch, "grpo", *arguments, 1)
+    began = (out / "began_with.json").read_text()
+    reward.write_text(REWARD.replace("/ len(wanted)", "/ -len(wanted)"))
+    lines = (data / "train.jsonl").read_text().splitlines()
+    lines[4] = lines[4].replace("I", "A")  # one reference
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    again = [*arguments, 2, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(RunDirectoryError, match=r"reward 'letters': code; training rows: row 5 of 8 differs\. Bring"):
+        run_in_process(monkeypatch, "grpo", *again)
+    assert (out / "began_with.json").read_text() == began
+    assert read_lines(out / "metrics.jsonl")[-1]["step"] == 1
+    capsys.readouterr()
+    run_in_process(monkeypatch, "grpo", *again, "--resume_with_changes", "true")
+    assert "goes on with something else than it began with: reward 'letters': code" in capsys.readouterr().out
+    assert read_lines(out / "metrics.jsonl")[-1]["step"] == 2
+    assert all(line["total"] <= 0 for line in read_lines(out / "rollouts/000002.jsonl"))
+    run_in_process(monkeypatch, "grpo", *arguments, 3, "--resume_from_checkpoint", "latest")  # now it is the run's own
 
 
 def test_a_run_stopped_by_a_signal_saves_exits_0_and_goes_on_where_it_was(task, tmp_path, monkeypatch):

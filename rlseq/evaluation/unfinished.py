@@ -25,9 +25,9 @@ from transformers.utils import cached_file
 from rlseq.decoding import Strategy
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.cache import key_of
+from rlseq.scoring.fingerprint import file_hash
 from rlseq.types import Prompt, Rollout
 
-_HEAD_BYTES = 2**20  # of a file that are hashed: all of a configuration, the tensors' names and places of the weights
 _FOLDER = ".unfinished"
 # Names of parts; a strategy's is its signature.
 LIKELIHOOD, DOCUMENTS, STUDY = "likelihood", "documents", "study {}"
@@ -196,7 +196,7 @@ def versions() -> dict[str, str]:
 
 
 def checkpoint_fingerprint(path: str) -> str | None:
-    """A hash of a checkpoint's files: names, sizes, times of change and what each begins with; an adapter's base too.
+    """A hash of a checkpoint's files: names, times of change and content (`file_hash`); an adapter's base too.
 
     Args:
         path: a folder, or a hub id whose files are in the local cache.
@@ -210,9 +210,7 @@ def checkpoint_fingerprint(path: str) -> str | None:
             folder = Path(cached_file(path, "config.json", local_files_only=True)).parent
         digest = hashlib.blake2b(digest_size=16)
         for file in sorted(file for file in folder.iterdir() if file.is_file()):
-            status = file.stat()
-            with file.open("rb") as opened:
-                digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns} ".encode() + opened.read(_HEAD_BYTES))
+            digest.update(f"{file.name} {file.stat().st_mtime_ns} {file_hash(file)} ".encode())
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
             base = checkpoint_fingerprint(json.loads(adapter.read_bytes())["base_model_name_or_path"])

@@ -14,7 +14,7 @@ from .cache import Cache, default_path
 from .conventions import reads_messages
 from .execute import Concurrent, InProcess, Retry, is_async
 from .find import Found, find
-from .fingerprint import code_hash
+from .fingerprint import code_hash, needed_files
 from .forms import FORMS_HELP, ONE_AT_A_TIME, Parameters, parameters_of, tell_form
 from .isolation import kept_settings
 from .reward import SCOPES, RewardInfo, info_of
@@ -68,6 +68,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     on_error = _choice(name, "on_error", options.get("on_error", "raise"), ON_ERROR)
     cache = _cache(name, options.get("cache", False), search_root)
     executor = _executor(name, found, options)
+    kwargs = _kwargs(name, found, options.get("kwargs"), parameters)
     return Reward(
         name=name,
         function=found.function,
@@ -76,8 +77,9 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
         info=info,
         executor=executor,
         code=code_hash(found.function),
+        files=needed_files(found.function, kwargs),
         split=cache is not None or not isinstance(executor, InProcess),
-        kwargs=_kwargs(name, found, options.get("kwargs"), parameters),
+        kwargs=kwargs,
         columns=_mapping(name, "columns", options.get("columns")),
         on_error=on_error,
         floor=_floor(name, on_error, options.get("floor"), info),

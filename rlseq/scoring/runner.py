@@ -51,6 +51,7 @@ class Reward:
         function, form, parameters, info: the function, which form it has, its parameters, and what
         `@reward` says. executor: how its calls are made: in this process, on an event loop, or in worker
         processes. split: whether a batch form of scope "sample" is called with one completion at a time.
+        code: a hash of the function and its file; `files` are those of what else decides its values, by name.
         kwargs: arguments from the spec.
         columns: {parameter: column} where the two are called differently.
         on_error: "raise", "abstain" or "floor"; `floor` is the value for the last.
@@ -64,6 +65,7 @@ class Reward:
     info: RewardInfo
     executor: Executor
     code: str
+    files: Mapping[str, str] = field(default_factory=dict)
     split: bool = False
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -142,7 +144,8 @@ class Reward:
         if self.cache is None:
             return [self._read(raw, size) for raw, size in zip(self._make(calls), sizes, strict=True)]
         contents = [{k: v for k, v in arguments.items() if k not in CONTEXT} for _, arguments in calls]
-        keys = [key_of(self.code, content) for content in contents]
+        code = " ".join([self.code, *(f"{name} {digest}" for name, digest in self.files.items())])
+        keys = [key_of(code, content) for content in contents]
         known = self.cache.get(keys)
         # the same text may be other tokens, which kept values a token do not fit
         hits = [known.get(key) for key in keys]

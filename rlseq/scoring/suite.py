@@ -106,7 +106,7 @@ class RewardSuite:
             reward.check_columns(available)
 
     def signature(self) -> dict[str, Any]:
-        """By name, all that decides a reward's values, a hash of its code included: equal ones score equally."""
+        """By name, all that decides a reward's values, hashes of code and files included: equal ones score equally."""
         return {
             reward.name: {
                 "weight": weight,
@@ -115,6 +115,7 @@ class RewardSuite:
                 "scope": reward.info.scope,
                 "on_error": reward.on_error,
                 "code": reward.code,
+                **({"files": dict(reward.files)} if reward.files else {}),
             }
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         }

@@ -15,7 +15,7 @@ from typing import Any
 from rlseq.errors import RunDirectoryError
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.find import find
-from rlseq.scoring.fingerprint import code_hash
+from rlseq.scoring.fingerprint import code_hash, needed_files
 from rlseq.training.records import write_json_atomic
 
 FILE = "began_with.json"
@@ -36,29 +36,52 @@ def began_with(
         for name, about in (suite.signature() if suite is not None else {}).items():
             found[f"{kind} {name!r}"] = about
     for spec in functions:
-        found[f"function {spec!r}"] = {"code": code_hash(find(spec, Path.cwd()).function)}
+        function = find(spec, Path.cwd()).function
+        found[f"function {spec!r}"] = {"code": code_hash(function), "files": needed_files(function, {})}
     for name, rows in data.items():
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(repr(row).encode(errors="surrogatepass") + b"\0")
-        found[name] = {"count": len(rows), "content": digest.hexdigest()[:16]}
+        hashes = [hashlib.sha256(repr(row).encode(errors="surrogatepass")).digest() for row in rows]
+        content = hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
+        rows_text = "".join(digest[:4].hex() for digest in hashes)  # 8 digits a row, that the first other one is found
+        found[name] = {"count": len(rows), "content": content, "rows": rows_text}
     return json.loads(json.dumps(found, default=repr))
 
 
 def changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What differs, one text each: "reward 'r': code"; "training rows: 84, now 60"."""
+    """What differs, one text each: "reward 'r': code, module helpers.py"; "training rows: 84, now 60"."""
     texts = []
     for name in dict.fromkeys([*before, *now]):
         had, has = before.get(name), now.get(name)
         if had is None or has is None:
             texts.append(f"{name}: {'new' if had is None else 'gone'}")
-        elif had.get("count") != has.get("count"):
-            texts.append(f"{name}: {had['count']}, now {has['count']}")
-        elif differing := [key for key in dict.fromkeys([*had, *has]) if had.get(key) != has.get(key)]:
-            hashes = ("code", "content")
-            said = [key if key in hashes else f"{key} {had.get(key)}, now {has.get(key)}" for key in differing]
+        elif "count" in has:
+            if (had["count"], had["content"]) != (has["count"], has["content"]):
+                texts.append(f"{name}: {_rows_change(had, has)}")
+        elif said := _reward_changes(had, has):
             texts.append(f"{name}: {'; '.join(said)}")
     return texts
+
+
+def _rows_change(had: Mapping[str, Any], has: Mapping[str, Any]) -> str:
+    if had["count"] != has["count"]:
+        return f"{had['count']}, now {has['count']}"
+    one, two = had["rows"], has["rows"]
+    other = [start // 8 + 1 for start in range(0, len(two), 8) if one[start : start + 8] != two[start : start + 8]]
+    if not other:
+        return "content"
+    differ = f"row {other[0]} of {has['count']} differs"
+    return differ if len(other) == 1 else f"{len(other)} of {has['count']} differ, the first is row {other[0]}"
+
+
+def _reward_changes(had: Mapping[str, Any], has: Mapping[str, Any]) -> list[str]:
+    said = []
+    for key in dict.fromkeys([*had, *has]):
+        one, two = had.get(key), has.get(key)
+        if key == "files":
+            one, two = one or {}, two or {}
+            said += [name for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)]
+        elif one != two:
+            said.append(key if key == "code" else f"{key} {one}, now {two}")
+    return said
 
 
 def check_unchanged(run: Path, now: Mapping[str, Any], *, accepted: bool) -> str | None:
