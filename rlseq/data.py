@@ -3,7 +3,8 @@
 A data set is named in one of three ways:
 
 * a task module, `path/to/task.py`, that defines `load(split) -> list of rows` (a row is a dict);
-* local files: a json, jsonl, csv or parquet file, a folder of such files, or several files joined by commas.
+* local files: a json, jsonl, csv or parquet file, a folder of such files, or several files joined by commas;
+  json, jsonl and csv may be compressed by gzip (`.jsonl.gz`).
   In a folder, files named after a split (`train.csv`, `validation-00.jsonl`) are that split;
 * anything else is taken for a Hugging Face hub id and loaded by `datasets.load_dataset`.
 
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.data_files import parquet_fault, read_rows, rows_of, rows_of_dataset
+from rlseq.data_files import FORMATS, format_of, parquet_fault, read_rows, rows_of, rows_of_dataset, seems_data
 from rlseq.errors import DataError, RlseqError, did_you_mean
 from rlseq.prompts import (
     build_prompts,
@@ -39,7 +40,6 @@ from rlseq.prompts import (
 from rlseq.types import Prompt
 
 __all__ = [
-    "FILE_FORMATS",
     "build_prompts",
     "columns_of_rows",
     "describe_shared",
@@ -52,7 +52,6 @@ __all__ = [
     "reference_texts",
 ]
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
 
 
@@ -141,7 +140,7 @@ def _data_files(dataset_name: str) -> list[Path] | None:
     names = [Path(part.strip()) for part in dataset_name.split(",")]
     if not any(name.exists() for name in names):
         in_folder = any(n.parent != Path(".") and n.parent.is_dir() for n in names)
-        looks_local = any(n.suffix in FILE_FORMATS or n.is_absolute() or str(n).startswith(".") for n in names)
+        looks_local = any(seems_data(n) or n.is_absolute() or str(n).startswith(".") for n in names)
         if looks_local or in_folder or dataset_name.count("/") > 1:
             raise DataError(f"there is no data file or folder {str(names[0])!r}.{_nearest_file(names[0])}")
         return None
@@ -149,14 +148,21 @@ def _data_files(dataset_name: str) -> list[Path] | None:
     for name in names:
         if not name.exists():
             raise DataError(f"there is no data file {str(name)!r}, named in {dataset_name!r}.{_nearest_file(name)}")
-        files += sorted(p for p in name.rglob("*") if p.suffix in FILE_FORMATS) if name.is_dir() else [name]
-    unknown = [f for f in files if f.suffix not in FILE_FORMATS]
+        files += sorted(p for p in name.rglob("*") if seems_data(p)) if name.is_dir() else [name]
+    unknown = [f for f in files if format_of(f) is None]
     if unknown:
-        raise DataError(f"{str(unknown[0])!r} is of an unknown format; known are {', '.join(FILE_FORMATS)}")
+        raise DataError(
+            f"{str(unknown[0])!r} is of an unknown format; known are {', '.join(FORMATS)}, and of the first three "
+            "those that gzip compresses (.jsonl.gz)"
+        )
     if not files:
-        raise DataError(f"the folder {dataset_name!r} holds no file ending in {', '.join(FILE_FORMATS)}")
-    if len({FILE_FORMATS[f.suffix] for f in files}) > 1:
-        raise DataError(f"{dataset_name!r} mixes formats ({', '.join(sorted({f.suffix for f in files}))}); name one")
+        raise DataError(f"the folder {dataset_name!r} holds no file ending in {', '.join(FORMATS)}")
+    formats = sorted({str(format_of(f)) for f in files})
+    if len({suffix.replace("jsonl", "json") for suffix in formats}) > 1:
+        raise DataError(f"{dataset_name!r} mixes formats ({', '.join(formats)}); name one")
+    found = set(files)
+    if twice := next((f for f in files if f.suffix == ".gz" and f.with_suffix("") in found), None):
+        raise DataError(f"{str(twice)!r} stands beside {twice.stem!r}, and both would be read; leave one of them out")
     return files
 
 
@@ -168,7 +174,7 @@ def _load_with_datasets(
     for file in files or ():
         by_split.setdefault(_split_of_file(file), []).append(file)
     try:
-        ours = files is not None and files[0].suffix != ".parquet"
+        ours = files is not None and format_of(files[0]) != ".parquet"
         splits = {} if ours else _read(dataset_name, config_name, by_split)
         return _rows_of_split(dataset_name, splits, split, by_split, split_of)
     except RlseqError:
@@ -176,7 +182,7 @@ def _load_with_datasets(
     except Exception as error:  # datasets raises its own, pyarrow's, pandas' and the hub's errors
         cause = error.__cause__ or error
         fault = next(
-            filter(None, map(parquet_fault, [f for f in files or () if f.suffix == ".parquet"])), None
+            filter(None, map(parquet_fault, [f for f in files or () if format_of(f) == ".parquet"])), None
         )  # slow: it reads the files again
         reason = fault or (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise DataError(f"cannot load the data set {dataset_name!r}: {reason}") from error

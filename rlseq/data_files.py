@@ -1,5 +1,7 @@
 """Data files as they lie on disk: their rows as they stand there, where a row is, and what makes a file unreadable.
 
+A json, jsonl or csv file may be compressed by gzip (`train.jsonl.gz`).
+
 json and csv are read here and not by `datasets`, which keeps rows as Arrow columns of one type each: there 5 beside 0.5
 is 5.0, a date is no text, and a key that a row lacks is None.
 """
@@ -7,14 +9,43 @@ is 5.0, a date is no text, and a key that a row lacks is None.
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlseq.errors import DataError
+
+FORMATS = (".json", ".jsonl", ".csv", ".parquet")
+OTHER_COMPRESSIONS = (".bz2", ".lz4", ".xz", ".zip", ".zst")
+
+
+def format_of(file: Path) -> str | None:
+    """Return the suffix in FORMATS that a file's name ends in, before `.gz` of what gzip compresses; None for others.
+
+    Parquet compresses its own columns: with `.gz` it is none of the formats.
+    """
+    suffix = Path(file.stem).suffix if file.suffix == ".gz" else file.suffix
+    return suffix if suffix in FORMATS and not (suffix == ".parquet" and file.suffix == ".gz") else None
+
+
+def seems_data(file: Path) -> bool:
+    """Whether a file in a folder is taken for data: of a format that is read, or compressed in a way that is not."""
+    packed = file.suffix in (*OTHER_COMPRESSIONS, ".gz")
+    return format_of(file) is not None or (packed and Path(file.stem).suffix in FORMATS)
+
+
+def _open(file: Path, mode: str = "rt", **options: Any) -> IO[Any]:
+    return gzip.open(file, mode, **options) if file.suffix == ".gz" else file.open(mode, **options)
+
+
+def _text_of(file: Path) -> str:
+    with _open(file, encoding="utf-8-sig") as lines:
+        return lines.read()
 
 
 class Row(dict):
@@ -50,13 +81,13 @@ def place_of(row: Any, number: int) -> str:
 def _places(file: Path) -> list[str] | None:
     """Where each row of a file stands, in words; None where that cannot be told."""
     try:
-        if file.suffix == ".parquet":
+        if format_of(file) == ".parquet":
             import pyarrow.parquet
 
             return [f"row {n + 1}" for n in range(pyarrow.parquet.read_metadata(file).num_rows)]
-        if file.suffix == ".csv":
+        if format_of(file) == ".csv":
             return [f"line {line}" for line, _ in _csv_records(file, strict=False)][1:]
-        text = file.read_text(encoding="utf-8-sig")
+        text = _text_of(file)
         if text.lstrip().startswith("["):
             return [f"row {n + 1}" for n in range(len(json.loads(text)))]
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -76,10 +107,12 @@ def read_rows(files: Sequence[Path]) -> list[Row]:
     rows: list[dict[str, Any]] = []
     for file in files:
         try:
-            rows += _csv_rows(file) if file.suffix == ".csv" else [row for _, row in _json_rows(file)]
+            rows += _csv_rows(file) if format_of(file) == ".csv" else [row for _, row in _json_rows(file)]
         except UnicodeDecodeError:
             raise DataError(_encoding_fault(file) or f"{file}: not UTF-8") from None
-    return rows_of(numbers_as_written(rows) if files[0].suffix == ".csv" else rows, files)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(f"{str(file)!r} is not a whole gzip file ({error}); it may have been cut short") from None
+    return rows_of(numbers_as_written(rows) if format_of(files[0]) == ".csv" else rows, files)
 
 
 def rows_of_dataset(rows: Any) -> list[dict[str, Any]]:
@@ -127,7 +160,7 @@ def _truth(field: str) -> bool | None:
 
 
 def _encoding_fault(file: Path) -> str | None:
-    with file.open("rb") as lines:
+    with _open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 line.decode()
@@ -139,12 +172,12 @@ def _encoding_fault(file: Path) -> str | None:
 
 def _json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a list, or of mappings one after the other, each with its place in words."""
-    text = file.read_text(encoding="utf-8-sig")
+    text = _text_of(file)
     begins = text.lstrip()[:1]
     if not begins:
         raise DataError(f"{str(file)!r} is empty; expected rows")
     found: list[tuple[str, Any]] = []
-    if begins == "[" or (file.suffix == ".json" and begins != "{"):
+    if begins == "[" or (format_of(file) == ".json" and begins != "{"):
         try:
             whole = _parse(text)
         except json.JSONDecodeError as error:
@@ -161,7 +194,7 @@ def _json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
             try:
                 found.append((f"line {number}", _parse(line)))
             except json.JSONDecodeError as error:
-                if file.suffix == ".json" and not found and (row := _one_mapping(text)) is not None:
+                if format_of(file) == ".json" and not found and (row := _one_mapping(text)) is not None:
                     return [("row 1", row)]
                 raise DataError(
                     f"{file}, line {number}: {_not_json(error)}; expected one mapping of column to value a line"
@@ -220,7 +253,7 @@ def _shown(value: Any) -> str:
 def _csv_records(file: Path, *, strict: bool) -> Iterator[tuple[int, list[str]]]:
     """The line on which each record of a csv file begins (from 1) and its fields; blank lines are left out."""
     csv.field_size_limit(sys.maxsize)
-    with file.open(encoding="utf-8-sig", newline="") as text:
+    with _open(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, strict=strict)
         begins = 1
         for fields in reader:

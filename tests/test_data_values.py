@@ -1,5 +1,6 @@
 """What stands in a data file is what arrives, in every format, in prompts and rewards: numbers, dates, absent keys."""
 
+import gzip
 import json
 
 import datasets
@@ -50,6 +51,87 @@ def test_json_arrives_with_its_types_and_its_keys(tmp_path, suffix):
     rows = load_rows(str(tmp_path), None)
     assert exactly(rows) == exactly(ROWS + ROWS[::-1])
     assert exactly(load_rows(f"{tmp_path}/train-1.{suffix}", None)) == exactly(ROWS[::-1])
+
+
+def compressed(path):
+    """The file compressed by gzip beside it, and the file gone."""
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return packed
+
+
+AS_CSV = 'prompt,n,zip,on,size\r\n"a\r\n""b""",18446744073709551616,007,True,0.5\r\nü,3,12,False,\r\n'
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_what_gzip_compresses_arrives_as_the_plain_file_does(tmp_path, suffix, encoding):
+    path = tmp_path / f"train-0.{suffix}"
+    as_json(path, ROWS)
+    text = AS_CSV if suffix == "csv" else path.read_text(encoding="utf-8").replace("\n", "\r\n")
+    path.write_bytes(text.encode(encoding))
+    plain = load_rows(str(path), None)
+    packed = compressed(path)
+    (tmp_path / f"validation.{suffix}").write_bytes(text.encode(encoding))
+    compressed(tmp_path / f"validation.{suffix}")
+    by_hand = [
+        {"prompt": 'a\r\n"b"', "n": 2**64, "zip": "007", "on": True, "size": 0.5},
+        {"prompt": "ü", "n": 3, "zip": "12", "on": False, "size": None},
+    ]
+    for rows in (
+        plain,
+        *(load_rows(*of) for of in ((str(packed), None), (str(tmp_path), "train"), (str(tmp_path), "validation"))),
+    ):
+        assert exactly(rows) == exactly(by_hand if suffix == "csv" else ROWS)
+
+
+def test_a_folder_may_hold_plain_and_compressed_parts_but_not_one_part_twice(tmp_path):
+    as_json(tmp_path / "train-0.jsonl", ROWS[:1])
+    as_json(tmp_path / "train-1.jsonl", ROWS[1:])
+    packed = compressed(tmp_path / "train-1.jsonl")
+    assert exactly(load_rows(str(tmp_path), None)) == exactly(ROWS)
+    (tmp_path / "train-1.jsonl").write_bytes(gzip.decompress(packed.read_bytes()))
+    with pytest.raises(DataError, match=r"train-1.jsonl.gz' stands beside 'train-1.jsonl', and both would be read"):
+        load_rows(str(tmp_path), None)
+
+
+UNREADABLE = [
+    ("r.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"prompt": }\n'), r"r.jsonl.gz, line 2: not valid JSON"),
+    ("r.csv.gz", gzip.compress(b"prompt,n\na,1\nb\n"), r"r.csv.gz, line 3: 1 field; expected 2"),
+    ("r.csv.gz", gzip.compress(b"prompt,n\na,\xff\n"), r"r.csv.gz, line 2: byte 0xff is not UTF-8"),
+    ("r.jsonl.gz", gzip.compress(b""), r"r.jsonl.gz' is empty; expected rows"),
+    ("r.jsonl.gz", b"", r"r.jsonl.gz' is empty; expected rows"),
+    (
+        "r.jsonl.gz",
+        gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9],
+        r"r.jsonl.gz' is not a whole gzip file .*cut short",
+    ),
+    ("r.csv.gz", gzip.compress(b"prompt\na\n" * 99)[:-9], r"r.csv.gz' is not a whole gzip file .*cut short"),
+    ("r.json.gz", b'[{"prompt": "a"}]', r"r.json.gz' is not a whole gzip file .Not a gzipped file"),
+    ("r.json.gz", gzip.compress(b"[]")[:10] + b"\xff" * 20, r"r.json.gz' is not a whole gzip file"),
+    ("r.parquet.gz", gzip.compress(b"x"), r"r.parquet.gz' is of an unknown format; known are .json, .jsonl, .csv"),
+    ("r.jsonl.zst", b"x", r"r.jsonl.zst' is of an unknown format"),
+    ("r.csv.xz", b"x", r"r.csv.xz' is of an unknown format"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"), UNREADABLE, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(UNREADABLE)]
+)
+def test_a_compressed_file_that_cannot_be_read_is_named_and_never_left_out(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    for given in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError, match=message) as error:
+            load_rows(str(given), None)
+        assert "\n" not in str(error.value)
+
+
+def test_an_error_in_a_compressed_file_names_its_line(tmp_path):
+    rows = "".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "b", None))
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    with pytest.raises(DataError, match=r"r.jsonl.gz, line 3: the prompt is None"):
+        load_prompts(str(tmp_path / "r.jsonl.gz"), TOKENIZER, split=None)
 
 
 def test_a_json_file_that_is_one_mapping_on_several_lines_is_one_row(tmp_path):

@@ -20,7 +20,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from rlseq.data import FILE_FORMATS, load_rows
+from rlseq.data import load_rows
+from rlseq.data_files import seems_data
 from rlseq.double import to_double
 from rlseq.errors import ConfigError, DataError, ModelError, did_you_mean
 from rlseq.evaluation.study import RowStatistics
@@ -136,7 +137,7 @@ def _text_files(dataset_name: str) -> list[dict[str, Any]] | None:
     """A row a .txt file, or None where the name stands for something else."""
     files: list[Path] = []
     for path in (Path(part.strip()) for part in dataset_name.split(",")):
-        if path.is_dir() and not any(file.suffix in FILE_FORMATS for file in path.rglob("*")):
+        if path.is_dir() and not any(map(seems_data, path.rglob("*"))):
             files += sorted(path.rglob("*.txt"))
         elif path.suffix == ".txt":
             files.append(path)
