@@ -83,6 +83,21 @@ def test_names_of_a_suite_are_all_different_whatever_its_rewards_are_called():
     assert len({statistic("corpus", *part) for part in parts}) == len(parts)
 
 
+def test_the_share_that_a_reward_failed_on_is_no_other_rewards_number():
+    specs = [named("length"), named("length/failed", 0.5)]
+    with pytest.raises(
+        RewardError, match=r"'length/failed' has the name of a number of the reward 'length': .*failed on"
+    ):
+        load_rewards(specs)
+    with pytest.raises(RewardError, match="the reward 'length/failed' has the name"):  # one is only measured
+        make_probe([specs[1]], [specs[0]])
+    corpus = {"wer": Ratio("a", "b"), "wer/present": Ratio("a", "b")}
+    with pytest.raises(RewardError, match=r"the corpus metric 'wer/present' has the name of a number .*'wer'"):
+        load_rewards([named("x", corpus=corpus)])
+    with load_rewards([named("x/failed"), named("y", corpus={"x": Ratio("a", "b")})]) as suite:  # no reward x
+        assert Names.of(suite).rewards["x/failed"] == "reward/x/failed"
+
+
 def test_rewards_named_like_parts_of_the_sharpening_study_are_reported_as_rewards(checkpoints, tmp_path):
     names = ("plain", "entropy", "unique", "top")
     results = quick(checkpoints, [named(n, 100.0) for n in names], strategies=("sample",), studies=("sharpening",))

@@ -177,6 +177,51 @@ def test_a_measure_without_a_direction_needs_one():
         choose_best_by(config, KNOWN, "greedy/right")
 
 
+TWO_OF_A_NAME = {
+    f"{strategy}/{name}": True
+    for strategy in ("greedy", "sample")
+    for name in ("reward", "reward/acc", "corpus/acc", "reward/length", "length", "reward/own/a")
+} | {"nll_per_token": False}
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("greedy/reward/acc", "greedy/reward/acc"),
+        ("eval_sample/corpus/acc", "sample/corpus/acc"),
+        ("greedy/own/a", "greedy/reward/own/a"),
+        ("greedy/length", "greedy/length"),  # as it stands there
+        ("greedy/reward", "greedy/reward"),
+        ("nll_per_token", "nll_per_token"),
+    ],
+)
+def test_the_best_checkpoint_goes_by_a_short_name_that_one_measure_has(given, meant):
+    config = SimpleNamespace(metric_for_best_model=given, load_best_model_at_end=False)
+    choose_best_by(config, TWO_OF_A_NAME, "greedy/reward")
+    assert config.metric_for_best_model == f"eval_{meant}"
+
+
+@pytest.mark.parametrize(
+    ("given", "keys"),
+    [
+        ("eval_greedy/acc", ["greedy/reward/acc", "greedy/corpus/acc"]),
+        ("acc", ["greedy/reward/acc", "greedy/corpus/acc", "sample/reward/acc", "sample/corpus/acc"]),
+        ("own/a", ["greedy/reward/own/a", "sample/reward/own/a"]),
+        ("reward/length", ["greedy/reward/length", "sample/reward/length"]),
+        ("length", ["greedy/reward/length", "greedy/length", "sample/reward/length", "sample/length"]),
+        ("reward", ["greedy/reward", "sample/reward"]),
+    ],
+)
+def test_a_name_that_several_measures_have_is_refused_by_their_whole_names(given, keys):
+    config = SimpleNamespace(metric_for_best_model=given, load_best_model_at_end=False)
+    with pytest.raises(ConfigError) as error:
+        choose_best_by(config, TWO_OF_A_NAME, "greedy/reward")
+    name = given.removeprefix("eval_")
+    assert str(error.value) == (
+        f"metric_for_best_model is {name!r}, which may be {' or '.join(keys)}; write one of these"
+    )
+
+
 def test_the_direction_that_was_asked_for_is_told_from_the_one_transformers_fills_in(tmp_path):
     assert settings(tmp_path, metric_for_best_model="x").asked_direction is None
     assert settings(tmp_path, metric_for_best_model="x", greater_is_better=False).asked_direction is False

@@ -87,6 +87,8 @@ class RewardSuite:
                 said = definition.description
                 description = said(**reward.kwargs) if callable(said) else said
                 self.corpus[key] = dataclasses.replace(definition, reward=reward.name, description=description)
+        _refuse_names_of_shares("reward", self.names, "failed")
+        _refuse_names_of_shares("corpus metric", self.corpus, "present")
 
     def __enter__(self) -> RewardSuite:
         return self
@@ -358,6 +360,17 @@ def _number(weight: Any, spec: Any) -> float:
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise RewardError(f"the weight of {spec!r} is {weight!r}; expected a finite number.")
     return float(weight)
+
+
+def _refuse_names_of_shares(what: str, names: Collection[str], share: str) -> None:
+    """Refuse a name that the evaluation gives to a share of the completions of another of these names."""
+    for name in names:
+        if f"{name}/{share}" in names:
+            raise RewardError(
+                f"the {what} {name + '/' + share!r} has the name of a number of the {what} {name!r}: the share of "
+                f"completions {'it failed on' if share == 'failed' else 'whose details it is of'}. Give one of them "
+                "another name."
+            )
 
 
 def _unique(name: str, taken: list[str]) -> str:
