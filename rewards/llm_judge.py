@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import logging
 import os
 import re
 from typing import Any
+from urllib.parse import parse_qsl
 from weakref import WeakKeyDictionary
 
 import httpx
 
+from rlseq.passwords import ADVICE, holds_password
 from rlseq.scoring import reward
 
 _PROMPT = """\
@@ -56,8 +59,9 @@ async def llm_judge(
 
     It is asked by POST to `base_url`/chat/completions. In `template`, {rubric}, {prompt}, {completion},
     {references}, {low} and {high} are filled in; other braces stay. `api_key_variable` names the environment
-    variable with the key; none is read without it. A user and password in `base_url` are sent, the password as the
-    environment variable that it names: `http://me:${JUDGE_PASSWORD}@host/v1`. A score within a thought
+    variable with the key; none is read without it. A user and password in `base_url` are sent, and so is its query. A
+    password or key there is the environment variable that it names: `http://me:${JUDGE_PASSWORD}@host/v1`,
+    `http://${JUDGE_TOKEN}@host/v1`, `http://host/v1?api_key=${JUDGE_KEY}`. A score within a thought
     (<think>...</think>) does not count. An answer without a score in range, one that was cut off at `max_tokens` or is
     larger than 1 MiB, one that is not complete after `seconds`, and an HTTP error, are errors: `retries` (2) tries
     again, `concurrency` (16) asks at once, `cache: true` keeps the verdicts.
@@ -99,13 +103,19 @@ def _filled(template: str, **values: str) -> str:
 
 async def _ask(base_url: str, request: dict, headers: dict, seconds: float) -> bytes:
     """The body of the judge's answer."""
-    url = httpx.URL(f"{base_url.rstrip('/')}/chat/completions")
-    # apart from the URL, which is in the messages of errors
-    auth = httpx.BasicAuth(os.path.expandvars(url.username), _password(url.password)) if url.userinfo else None
+    if holds_password(base_url):
+        raise ValueError(f"base_url holds a password or key; {ADVICE}")
+    address, _, query = base_url.partition("?")
+    url = httpx.URL(f"{address.rstrip('/')}/chat/completions")
+    # user, password and query stay apart from the URL, which is in the messages of errors
+    user, password = os.path.expandvars(url.username), os.path.expandvars(url.password)
+    auth = httpx.BasicAuth(user, password) if url.userinfo else None
+    params = [(name, os.path.expandvars(value)) for name, value in parse_qsl(query, keep_blank_values=True)]
     url = url.copy_with(username=None, password=None)
     headers = {"Accept-Encoding": "identity", **headers}  # a compressed body would have no known size
-    options = {"json": request, "headers": headers, "timeout": seconds}
+    options = {"json": request, "headers": headers, "timeout": seconds, "params": params or None}
     async with _client().stream("POST", url, auth=auth, **options) as response:
+        response.request.url = url
         response.raise_for_status()
         body = bytearray()
         async for part in response.aiter_raw():
@@ -144,13 +154,6 @@ def _variable(name: str) -> str:
     return os.environ[name]
 
 
-def _password(written: str) -> str:
-    password = os.path.expandvars(written)
-    if password == written and written:
-        raise ValueError("base_url holds a password; name an environment variable: http://USER:${VARIABLE}@HOST/v1")
-    return password
-
-
 def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
@@ -170,3 +173,13 @@ def _client() -> httpx.AsyncClient:
     if loop not in _clients:
         _clients[loop] = httpx.AsyncClient()
     return _clients[loop]
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Leave the query, which may hold a key, out of what httpx logs of a request."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(arg.copy_with(query=None) if isinstance(arg, httpx.URL) else arg for arg in record.args)
+    return True
+
+
+logging.getLogger("httpx").addFilter(_without_query)

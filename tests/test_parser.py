@@ -391,8 +391,9 @@ def test_numbers_that_would_be_taken_for_something_else_are_refused(settings, va
         settings(**values)
 
 
-def test_a_password_in_a_url_is_refused_before_any_file_is_written(tmp_path):
-    spec = '{"func": "llm_judge", "kwargs": {"base_url": "http://me:hunter2@host/v1", "model": "m"}}'
-    with pytest.raises(ConfigError, match="--reward_funcs holds a password") as refused:
+@pytest.mark.parametrize("url", ["http://me:hunter2@host/v1", "https://hunter2@host/v1", "https://host/v1?key=hunter2"])
+def test_a_password_in_a_url_is_refused_before_any_file_is_written(url):
+    spec = f'{{"func": "llm_judge", "kwargs": {{"base_url": "{url}", "model": "m"}}}}'
+    with pytest.raises(ConfigError, match="--reward_funcs holds a password or key") as refused:
         RecipeParser([RewardArguments]).parse(["--reward_funcs", spec])
     assert "hunter2" not in str(refused.value)

@@ -14,6 +14,7 @@ import pytest
 from rlseq.errors import RewardError
 from rlseq.scoring import load_rewards
 from rlseq.scoring.find import find
+from rlseq.scoring.options import parse_spec
 from rlseq.types import Rollout
 
 
@@ -374,7 +375,8 @@ class Fixed(BaseHTTPRequestHandler):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.server.headers_seen.append(dict(self.headers))
-        self.send_response(200)
+        self.server.paths_seen.append(self.path)
+        self.send_response(self.server.status)
         self.send_header("Content-Length", str(sum(map(len, self.server.parts))))
         self.end_headers()
         try:
@@ -393,7 +395,7 @@ class Fixed(BaseHTTPRequestHandler):
 def fixed():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Fixed)
     server.daemon_threads = True
-    server.pause, server.headers_seen = 0.0, []
+    server.pause, server.status, server.headers_seen, server.paths_seen = 0.0, 200, [], []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -472,7 +474,7 @@ def test_a_template_keeps_its_braces_and_needs_the_completion(judge):
 
 def test_a_password_in_a_url_is_refused_and_one_from_the_environment_is_sent(fixed, monkeypatch):
     address = f"127.0.0.1:{fixed.server_port}/v1"
-    with pytest.raises(RewardError, match="hold a password") as refused:
+    with pytest.raises(RewardError, match="hold a password or key") as refused:
         load_rewards([judge_spec(fixed, kwargs={"base_url": f"http://me:hunter2@{address}"})])
     assert "hunter2" not in str(refused.value)
     monkeypatch.setenv("JUDGE_PASSWORD", "hunter2")
@@ -483,3 +485,34 @@ def test_a_password_in_a_url_is_refused_and_one_from_the_environment_is_sent(fix
     fixed.server_close()
     value, message, _ = judged(fixed, base_url=f"http://me:${{JUDGE_PASSWORD}}@{address}")
     assert value is None and message and "hunter2" not in message
+
+
+@pytest.mark.parametrize("url", ["http://hunter2@{}/v1", "http://hunter2:@{}/v1", "http://{}/v1?a=b&api_key=hunter2"])
+def test_a_token_in_a_url_is_refused_wherever_it_stands(fixed, url):
+    url = url.format(f"127.0.0.1:{fixed.server_port}")
+    for spec in (
+        judge_spec(fixed, kwargs={"base_url": url}),
+        {**judge_spec(fixed), "kwarg": {"base_url": url}},  # a misspelled option
+        f'{{"func": "llm_judge", "kwargs": {{"base_url": "{url}"}}',  # a brace is missing
+    ):
+        with pytest.raises(RewardError, match="hold a password or key") as refused:
+            load_rewards([parse_spec(spec)])
+        assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["http://${JUDGE_TOKEN}@HOST/v1", "http://HOST/v1/?a=b&api_key=${JUDGE_TOKEN}"])
+def test_a_token_of_the_environment_is_sent_and_is_in_no_log_and_no_message(fixed, monkeypatch, caplog, url):
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("JUDGE_TOKEN", "hunter2&x=y")
+    url = url.replace("HOST", f"127.0.0.1:{fixed.server_port}")
+    fixed.parts = fixed_answer("Score: 5")
+    assert judged(fixed, base_url=url)[0] == 0.5
+    path, sent = fixed.paths_seen[0], fixed.headers_seen[0].get("Authorization")
+    if "?" in url:
+        assert (path, sent) == ("/v1/chat/completions?a=b&api_key=hunter2%26x%3Dy", None)
+    else:
+        assert (path, sent) == ("/v1/chat/completions", "Basic aHVudGVyMiZ4PXk6")  # base64 of hunter2&x=y:
+    fixed.status = 401
+    value, message, _ = judged(fixed, base_url=url)
+    assert value is None and "401" in message and "hunter2" not in message
+    assert "chat/completions" in caplog.text and "hunter2" not in caplog.text

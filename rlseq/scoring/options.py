@@ -98,6 +98,7 @@ def parse_spec(spec: Any) -> Any:
     try:
         return dict(json.loads(spec))
     except ValueError as error:
+        _refuse_passwords(spec)
         raise RewardError(f"the reward spec {spec!r} is no JSON mapping: {error}.") from error
 
 
@@ -116,12 +117,12 @@ def _checked_options(spec: Any) -> dict[str, Any]:
     return options
 
 
-def _refuse_passwords(options: Mapping[str, Any]) -> None:
-    """Refuse a URL with a password in the arguments: a run writes them to config.yaml, logs and model card."""
-    if holds_password(options.get("kwargs")):
+def _refuse_passwords(spec: Any) -> None:
+    """Refuse a URL with a password or key in it: a run writes the spec to config.yaml, logs and model card."""
+    if holds_password(spec):
+        func = f" {spec['func']!r}" if isinstance(spec, Mapping) and not holds_password(spec.get("func")) else ""
         raise RewardError(
-            f"the kwargs of reward {options.get('func')!r} hold a password in a URL, which the run's files would show; "
-            f"{ADVICE}"
+            f"the options of the reward{func} hold a password or key in a URL, which its files would show; {ADVICE}"
         )
 
 

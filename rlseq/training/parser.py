@@ -96,7 +96,9 @@ class RecipeParser(TrlParser):
         given = {**(self._read_yaml(find_config(config)) if config else {}), **flags}
         for name, value in given.items():
             if holds_password(value):
-                raise ConfigError(f"--{name} holds a password in a URL, which the run's files would show; {ADVICE}")
+                raise ConfigError(
+                    f"--{name} holds a password or key in a URL, which the run's files would show; {ADVICE}"
+                )
         missing = [f"--{name}" for name in self._required if name not in given]
         if missing:
             raise ConfigError(f"{', '.join(missing)} must be given, as a flag or in the --config file.")
