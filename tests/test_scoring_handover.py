@@ -77,6 +77,112 @@ def test_a_reward_in_verifiers_convention_reads_messages(theirs):
     assert next(iter(text.values.values())) == [1.0]
 
 
+def last_reply(turns):
+    return last_of(turns, "assistant")["content"]
+
+
+def last_of(turns, role):
+    return [turn for turn in turns if getattr(turn, "get", lambda _: None)("role") == role][-1]
+
+
+def content_of(message):
+    return message["content"] if hasattr(message, "keys") else ""
+
+
+def text_of_either(turns):
+    return turns if isinstance(turns, str) else turns[-1]["content"]
+
+
+class Reader:
+    def text(self, turns):
+        return "".join(turn.get("content") for turn in turns) if not hasattr(turns, "lower") else ""
+
+    def by_method(self, completion):
+        return float("42" in self.text(completion))
+
+    async def __call__(self, completion):
+        return float("42" in self.text(turns=completion))
+
+
+READER = Reader()
+
+
+def by_helper(completion):
+    return float("42" in last_reply(completion))
+
+
+def by_helper_of_one_message(completion):
+    return float(any("42" in content_of(message=turn) for turn in completion))
+
+
+def by_method_of_an_object(completion):
+    return float("42" in READER.text(completion[-1:]))
+
+
+def by_helper_in_a_closure():
+    def inner(turns):
+        return turns[-1]["content"]
+
+    def closed(completion):
+        return float("42" in inner(completion))
+
+    return closed
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        by_helper,
+        by_helper_of_one_message,
+        by_method_of_an_object,
+        by_helper_in_a_closure(),
+        READER.by_method,
+        {"func": READER, "name": "reader"},
+    ],
+)
+def test_a_reward_whose_helper_reads_messages_gets_messages(theirs):
+    assert chat_values(theirs) == [1.0]
+    text = score(theirs, [rollout("<answer>42</answer>")])
+    assert next(iter(text.values.values())) == [1.0]
+
+
+def test_a_reward_whose_helper_takes_text_too_or_reads_something_else_keeps_its_completion_as_text():
+    def either(completion):
+        return float(type(completion) is str and "42" in text_of_either(completion))
+
+    def other(completion, prompt):
+        return float(type(completion) is str and "6" in content_of(prompt[-1]) and recursive(completion) == completion)
+
+    def recursive(text):
+        return text if len(text) else recursive(text)
+
+    assert chat_values(either) == chat_values(other) == [1.0]
+
+
+def test_columns_can_say_that_a_completion_is_handed_over_as_messages():
+    def hidden(completion):
+        return float("42" in globals()["last_" + "reply"](completion))  # which no source tells
+
+    spec = {"func": hidden, "columns": {"completion": "messages"}}
+    assert chat_values(spec) == [1.0]
+    text = score(spec, [rollout("<answer>42</answer>")])
+    assert next(iter(text.values.values())) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "columns"),
+    [
+        (by_last, {"completion": "answer"}),
+        (by_last, {"raw_completion": "messages"}),
+        (lambda completions, **columns: [1.0] * len(completions), {"completions": "messages"}),
+    ],
+)
+def test_columns_of_what_was_sampled_are_refused_in_one_line(function, columns):
+    with pytest.raises(RewardError, match="which is what the model sampled and no column; only") as refused:
+        load_rewards([{"func": function, "columns": columns}])
+    assert "\n" not in str(refused.value)
+
+
 def test_a_reward_that_reads_the_prompts_messages_keeps_its_completion_as_text():
     def ours(completion, prompt):
         return float(type(completion) is str and "6" in prompt[-1]["content"] and all(c != "#" for c in completion))

@@ -6,7 +6,9 @@ import ast
 import functools
 import inspect
 import textwrap
+import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 THROUGH = ("reversed", "list", "tuple", "enumerate", "filter", "sorted")
 
@@ -15,21 +17,31 @@ def reads_messages(function: Callable, argument: str = "completion") -> bool:
     """Whether a reward reads `completion` as a list of messages, as verifiers' rewards do, and not as text.
 
     That is certain from its source where it takes the items of `completion` by name (`completion[-1]["content"]`, `for
-    message in completion: message.get("role")`) or asks whether `completion` is a list: text has no such items.
+    message in completion: message.get("role")`) or asks whether `completion` is a list: text has no such items. The
+    functions and methods to which it passes `completion`, or a message of it, are followed. One of these that asks
+    whether it was given text takes both.
     """
+    return _reads(function, {argument}, set(), set())
+
+
+def _reads(function: Callable, names: set[str], turns: set[str], seen: set[int]) -> bool:
+    """Whether a function reads the messages that `names` hold (lists) and `turns` hold (one of them)."""
+    function = _routine(function)
     tree = _source_tree(function)
     if tree is None:
         return False
-    names = {argument}
     for node in ast.walk(tree):  # what is made of it by slices and filters, too: replies = completion[1:]
         if isinstance(node, ast.Assign) and _is_turns(node.value, names):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    turns = {name for iterated, target in _loops(tree) if _is_turns(iterated, names) for name in _names(target)}
+    loops = list(_loops(tree))
+    turns |= {name for iterated, target in loops if _is_turns(iterated, names) for name in _names(target)}
+    if seen and any(_asked_kinds(node, names | turns) & {"str"} for node in ast.walk(tree)):
+        return False
+    seen.add(id(function))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and _called(node) == "isinstance" and len(node.args) == 2:
-            kinds = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
-            if _is_name(node.args[0], names) and "list" in kinds and "str" not in kinds:
-                return True
+        kinds = _asked_kinds(node, names)
+        if "list" in kinds and "str" not in kinds:
+            return True
         if isinstance(node, ast.Subscript) and _is_turn(node.value, names, turns) and _is_text(node.slice):
             return True
         if isinstance(node, ast.Call) and node.args and _is_text(node.args[0]):
@@ -40,15 +52,84 @@ def reads_messages(function: Callable, argument: str = "completion") -> bool:
                 looked_up = looked_up.args[0]
             if looked_up is not node.func and _is_turn(looked_up, names, turns):
                 return True
+        if isinstance(node, ast.Call) and _passed_on(function, node, names, turns, seen):
+            return True
     return False
 
 
-def _source_tree(function: Callable) -> ast.AST | None:
+def _asked_kinds(node: ast.AST, names: set[str]) -> set[str]:
+    """The types that an isinstance() of one of these names asks for."""
+    if not (isinstance(node, ast.Call) and _called(node) == "isinstance" and len(node.args) == 2):
+        return set()
+    return {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} if _is_name(node.args[0], names) else set()
+
+
+def _passed_on(function: Callable, call: ast.Call, names: set[str], turns: set[str], seen: set[int]) -> bool:
+    """Whether a call passes the messages, or one of them, to a function that reads them."""
+    given: list[tuple[int | str, ast.expr]] = [*enumerate(call.args), *((k.arg or "", k.value) for k in call.keywords)]
+    lists = [place for place, node in given if _is_turns(node, names)]
+    single = [place for place, node in given if _is_turn(node, names, turns)]
+    helper = _resolve(function, call.func) if lists or single else None
+    if helper is None or id(_routine(helper)) in seen:
+        return False
+    try:
+        parameters = list(inspect.signature(helper).parameters)
+    except (TypeError, ValueError):
+        return False
+    named = [
+        {str(parameters[place]) if isinstance(place, int) else place for place in places if _has(parameters, place)}
+        for places in (lists, single)
+    ]
+    return any(named) and _reads(helper, *named, seen)
+
+
+def _has(parameters: list[str], place: int | str) -> bool:
+    return place < len(parameters) if isinstance(place, int) else place in parameters
+
+
+def _resolve(function: Callable, node: ast.expr) -> Callable | None:
+    """What a name, or a chain of attributes, in a function's source means; no code runs for it."""
+    if isinstance(node, ast.Name):
+        code = getattr(function, "__code__", None)
+        cells = zip(code.co_freevars, function.__closure__ or (), strict=False) if code else ()
+        known = {**getattr(function, "__globals__", {}), **{name: cell for name, cell in cells}}
+        found = known.get(node.id)
+        if isinstance(found, types.CellType):
+            found = _content(found)
+        if node.id == "self" and inspect.ismethod(function):
+            found = function.__self__
+        return found
+    if isinstance(node, ast.Attribute):
+        owner = _resolve(function, node.value)
+        if owner is None:
+            return None
+        found = inspect.getattr_static(owner, node.attr, None)
+        if isinstance(found, (staticmethod, classmethod)) or (
+            inspect.isfunction(found)
+            and not inspect.ismodule(owner)
+            and node.attr not in getattr(owner, "__dict__", {})
+        ):
+            found = found.__get__(owner, type(owner))
+        return found
+    return None
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing has been put there yet
+        return None
+
+
+def _routine(function: Callable) -> Callable:
+    """The function or method that a call of it runs."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
-    if not inspect.isroutine(function):
-        function = type(function).__call__
+    return function if inspect.isroutine(function) else function.__call__
+
+
+def _source_tree(function: Callable) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):  # no source, or a lambda in the middle of a line

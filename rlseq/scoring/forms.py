@@ -43,6 +43,11 @@ FIELDS: dict[str, Callable[[Rollout], Any]] = {
     "sample": lambda rollout: rollout.sample,
 }
 RESERVED = ("prompt", "completion", "completion_ids", "raw_completion", "finish_reason")
+# What no column can stand for, and the one pair of `columns` that says how it is handed over.
+SAMPLED = frozenset(
+    ("completion", "completions", "completion_ids", "raw_completion", "finish_reason", "solution_str", "queries")
+)
+AS_MESSAGES = ("completion", "messages")
 ONE_AT_A_TIME = ("single", "verl", "verifiers")
 CONTEXT = ("trainer_state", "log_extra", "log_metric")
 

@@ -15,7 +15,7 @@ from .conventions import reads_messages
 from .execute import Concurrent, InProcess, Retry, is_async
 from .find import Found, find
 from .fingerprint import code_hash, needed_files
-from .forms import FORMS_HELP, ONE_AT_A_TIME, Parameters, parameters_of, tell_form
+from .forms import AS_MESSAGES, FORMS_HELP, ONE_AT_A_TIME, SAMPLED, Parameters, parameters_of, tell_form
 from .isolation import kept_settings
 from .reward import SCOPES, RewardInfo, info_of
 from .runner import Executor, Reward
@@ -57,9 +57,8 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     info = info_of(found.function)
     info = dataclasses.replace(info, scope=_choice(name, "scope", options.get("scope", info.scope), SCOPES))
     parameters = parameters_of(found.function)
-    form = tell_form(parameters, name)
-    if form == "single" and not info.marked and "completion" in parameters.named and reads_messages(found.function):
-        form = "verifiers"
+    columns = _mapping(name, "columns", options.get("columns"))
+    form = _form(name, found.function, info, parameters, columns)
     if info.scope == "group" and form in ONE_AT_A_TIME:
         raise RewardError(
             f"reward {name!r} has scope 'group', but takes one completion at a time. A group reward takes lists: "
@@ -80,7 +79,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
         files=needed_files(found.function, kwargs),
         split=cache is not None or not isinstance(executor, InProcess),
         kwargs=kwargs,
-        columns=_mapping(name, "columns", options.get("columns")),
+        columns=columns,
         on_error=on_error,
         floor=_floor(name, on_error, options.get("floor"), info),
         cache=cache,
@@ -115,6 +114,21 @@ def _checked_options(spec: Any) -> dict[str, Any]:
     if not (callable(func) or (isinstance(func, str) and func)):
         raise RewardError(f"reward spec {spec!r} has no 'func'; expected a name, path.py:function, or a model id.")
     return options
+
+
+def _form(name: str, function: Any, info: RewardInfo, parameters: Parameters, columns: Mapping[str, Any]) -> str:
+    """The form of a reward. `columns: {completion: messages}` makes one that takes a completion take its messages."""
+    form = tell_form(parameters, name)
+    takes_one = form == "single" and "completion" in parameters.named
+    for sampled in SAMPLED.intersection(columns):
+        if (sampled, columns[sampled]) != AS_MESSAGES or not takes_one:
+            raise RewardError(
+                f"reward {name!r}: columns maps {sampled!r}, which is what the model sampled and no column; only "
+                "completion: messages is possible, for a reward that takes one completion and reads its messages."
+            )
+    if takes_one and (AS_MESSAGES in columns.items() or (not info.marked and reads_messages(function))):
+        return "verifiers"
+    return form
 
 
 def _refuse_passwords(spec: Any) -> None:

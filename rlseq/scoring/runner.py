@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ..errors import RewardError, did_you_mean
 from .cache import Cache, key_of
-from .forms import CONTEXT, FIELDS, Call, Parameters, Rows, make_calls, missing_columns
+from .forms import AS_MESSAGES, CONTEXT, FIELDS, Call, Parameters, Rows, make_calls, missing_columns
 from .outcome import (
     FAILURES,
     NO_DETAILS,
@@ -85,7 +85,7 @@ class Reward:
         """Raise RewardError if the reward asks for what is neither a field nor one of these columns."""
         available = list(available)
         for parameter, column in self.columns.items():
-            if column not in available:
+            if column not in available and (parameter, column) != AS_MESSAGES:
                 raise RewardError(
                     f"reward {self.name!r}: columns maps {parameter!r} to {column!r}, which is no column."
                     f"{did_you_mean(column, available)} The columns are {', '.join(available)}."
@@ -125,7 +125,8 @@ class Reward:
         if not rows.rollouts:
             return []
         if self.columns:
-            mapped = {parameter: rows.columns[column] for parameter, column in self.columns.items()}
+            pairs = [pair for pair in self.columns.items() if pair != AS_MESSAGES]
+            mapped = {parameter: rows.columns[column] for parameter, column in pairs}
             rows = dataclasses.replace(rows, columns={**rows.columns, **mapped})
         extras = NO_CONTEXT if context is None else {name: getattr(context, name, None) for name in CONTEXT}
         calls = make_calls(
