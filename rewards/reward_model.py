@@ -61,15 +61,15 @@ def _token_ids(tokenizer: Any, prompt: Any, completion: str, added: Any) -> list
 @lru_cache(maxsize=2)
 def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="right", trust_remote_code=False)
-    network, found = AutoModelForSequenceClassification.from_pretrained(
-        model, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    from rlseq.pretrained import load_tokenizer, load_weights
+
+    tokenizer = load_tokenizer(model, "the tokenizer of a reward model", padding_side="right")
+    todo = "Give a trained sequence-classification model"
+    network = load_weights(
+        model, what="a reward model", kind=AutoModelForSequenceClassification, dtype=dtype, todo=todo
     )
-    if found["missing_keys"]:  # transformers fills them with random numbers, other ones in each process
-        missing = ", ".join(sorted(found["missing_keys"])[:3])
-        raise ValueError(f"{model} is no trained sequence-classification model: it has no weights for {missing}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if network.config.pad_token_id is None:

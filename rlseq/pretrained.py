@@ -12,9 +12,12 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from rlseq.errors import ModelError
 from rlseq.model_class import causal_class
@@ -23,7 +26,11 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 # What torch.compile, FSDP and activation checkpointing put into a parameter's name; data parallelism begins it so.
 _WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DATA_PARALLEL = re.compile(r"^(?:module\.)+")
-_ALLOWED = "or give --allow_missing_weights true where random numbers are wanted there"
+_ANOTHER = "Resume from another checkpoint"
+_SAVE_AGAIN = (
+    "Save it again by the class that trained it, or give --allow_missing_weights true where random numbers are wanted "
+    "there"
+)
 
 
 def load_tokenizer(name_or_path: str | Path, what: str | None = None, **options: Any) -> Any:
@@ -56,18 +63,19 @@ def adapter_base(path: str | Path) -> str:
     return json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def load_weights(path: str | Path, *, allow_missing: bool = False, **options: Any) -> Any:
+def load_weights(path: str | Path, *, allow_missing: bool = False, todo: str = _SAVE_AGAIN, **options: Any) -> Any:
     """A model that is no adapter, as `load_told` loads it.
 
     Args:
         allow_missing: leave weights that the checkpoint lacks as transformers made them: random.
+        todo: what a message about missing weights advises.
 
     Raises:
         ModelError: it cannot be loaded, lacks weights, or has layers that the configuration leaves out.
     """
     model, missing, unexpected = load_told(path, **options)
     if not allow_missing:
-        _refuse_missing(path, missing)
+        _refuse_missing(path, missing, todo)
         _refuse_left_out(path, unexpected, (name for name, _ in model.named_parameters()))
     return model
 
@@ -91,15 +99,16 @@ def load_told(
     Raises:
         ModelError: it cannot be loaded.
     """
+    revision = {name: options[name] for name in ("revision",) if name in options}
     try:
-        if kind is None:
-            revision = {name: options[name] for name in ("revision",) if name in options}
-            kind = causal_class(load_config(path, **revision))
+        kind = kind or causal_class(load_config(path, **revision))
         options["output_loading_info"] = True
+        if mapping := _unwrapping(_saved_names(path, **revision)):
+            options["key_mapping"] = mapping
         model, told = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
-        if renamed := _unwrapped(told["unexpected_keys"]):
-            options["key_mapping"] = {f"^{re.escape(name)}$": own for name, own in renamed.items()}
-            model, told = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
+        if mapping:  # by the others it is saved: under the model's own names
+            kept = [c for c in model._weight_conversions if mapping.keys().isdisjoint(c.source_patterns)]
+            model._weight_conversions = kept
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load {what} from {str(path)!r}: {reason(error)}") from error
     return model, told["missing_keys"], told["unexpected_keys"]
@@ -129,6 +138,41 @@ def load_adapter(base: Any, path: str | Path, *, trainable: bool = False, allow_
     return model
 
 
+def load_into(model: Any, path: str | Path) -> None:
+    """Give a model, or the adapters of a `PeftModel`, the weights that a checkpoint of it holds.
+
+    A whole model is loaded by its own class: what is saved has other names than the parameters where transformers fuses
+    experts. Modules that the class does not have (a critic) stay as they are.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, or lacks weights.
+    """
+    if isinstance(model, PeftModel):
+        for name in model.peft_config:
+            _load_into_adapter(model, name, Path(path) if name == "default" else Path(path) / name)
+        return
+    wide = max({p.dtype for p in model.parameters()}, key=lambda dtype: torch.finfo(dtype).bits)
+    saved, missing, unexpected = load_told(path, what="a checkpoint", kind=type(model), dtype=wide)
+    _refuse_missing(path, missing, _ANOTHER)
+    _refuse_left_out(path, unexpected, (name for name, _ in saved.named_parameters()))
+    try:
+        model.load_state_dict(saved.state_dict(), strict=False)
+    except RuntimeError as error:  # of other sizes
+        raise ModelError(f"{str(path)!r} holds another model: {' '.join(str(error).split())}") from error
+
+
+def _load_into_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    if name != "default" and not folder.is_dir():  # a reference that does not move need not be saved
+        return
+    try:
+        weights = {unwrapped(key): weight for key, weight in load_file(folder / ADAPTER_WEIGHTS).items()}
+        own = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+        _refuse_missing(folder, own - set(weights), _ANOTHER)
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load an adapter from {str(folder)!r}: {reason(error)}") from error
+
+
 def load_causal(path: str | Path, *, what: str = "a model", allow_missing: bool = False, **options: Any) -> Any:
     """The causal language model of a path or hub id; an adapter's folder gives its base with the adapter inside.
 
@@ -154,15 +198,38 @@ def reason(error: Exception) -> str:
     return next(iter(text.splitlines()), type(error).__name__)
 
 
+def _saved_names(path: str | Path, **revision: Any) -> list[str]:
+    """The names of a checkpoint's weights; none where it has no safetensors."""
+    options = {"_raise_exceptions_for_missing_entries": False, **revision}
+    if (whole := cached_file(str(path), SAFE_WEIGHTS_NAME, **options)) is not None:
+        with safe_open(whole, framework="pt") as weights:
+            return list(weights.keys())
+    if (index := cached_file(str(path), SAFE_WEIGHTS_INDEX_NAME, **options)) is not None:
+        return list(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    return []
+
+
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:
     return {name: own for name in names if (own := unwrapped(name)) != name}
 
 
-def _refuse_missing(path: str | Path, missing: Collection[str]) -> None:
+def _unwrapping(names: Iterable[str]) -> dict[str, str]:
+    """Patterns of what names begin with, up to their last wrapper, and that without wrappers; the longest first.
+
+    What follows is left alone: transformers may have renamed it (fused experts).
+    """
+    begin = set()
+    for name, own in _unwrapped(names).items():
+        end = next(i for i in range(len(name)) if own.endswith(name[i:]))
+        begin.add((name[:end], own[: len(own) - len(name) + end]))
+    return {f"^{re.escape(name)}": own for name, own in sorted(begin, key=lambda pair: -len(pair[0]))}
+
+
+def _refuse_missing(path: str | Path, missing: Collection[str], todo: str = _SAVE_AGAIN) -> None:
     if missing:
         raise ModelError(
             f"{str(path)!r} lacks {len(missing):,} of the model's weights ({_some(missing)}), which would be random. "
-            f"Save it again by the class that trained it, {_ALLOWED}"
+            f"{todo}"
         )
 
 

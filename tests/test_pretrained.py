@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-from tiny_task import tiny_tokenizer
+from tiny_task import tiny_tokenizer, tiny_trainer
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from rlseq.errors import ModelError
 from rlseq.evaluation.loading import load_checkpoint
@@ -58,6 +59,12 @@ def test_names_that_wrappers_gave_to_weights_are_read_as_the_models_own(load, tm
     found, expected = load(saved(tmp_path, rename)).state_dict(), tiny_model().state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("rename", WRAPPED.values(), ids=WRAPPED)
+def test_what_was_read_under_wrapped_names_is_saved_under_the_models_own(rename, tmp_path):
+    for_training(saved(tmp_path, rename)).save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == tiny_model().state_dict().keys()
 
 
 @pytest.mark.parametrize("lost", ["layers.1.", "embed_tokens", "norm.weight", "lm_head"])
@@ -113,6 +120,73 @@ def test_an_adapter_saved_from_a_compiled_model_is_read_as_it_was(load, adapter)
 def test_an_adapter_that_lacks_weights_is_refused(load, adapter):
     with pytest.raises(ModelError, match="lacks 2 of the model's weights"):
         load(renamed(adapter, lambda name: None if "layers.0" in name and "q_proj" in name else name))
+
+
+def checkpoint_of(make, folder, **settings):
+    """A run of one step, and its checkpoint."""
+    trainer = make(folder, max_steps=1, save_strategy="steps", save_steps=1, **settings)
+    trainer.train()
+    return trainer, folder / "checkpoint-1"
+
+
+def resumed(make, folder, checkpoint):
+    """A trainer that has taken up the checkpoint at the last step, so that it trains none."""
+    trainer = make(folder, max_steps=1)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return trainer
+
+
+def whole_run(folder, **settings):
+    return tiny_trainer(folder, model=tiny_model(initializer_range=0.1, tie_word_embeddings=True), **settings)
+
+
+def adapter_run(folder, **settings):
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    return tiny_trainer(folder, peft_config=lora, **settings)
+
+
+def experts_run(folder, **settings):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 23}
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, pad_token_id=0, eos_token_id=2))
+    return tiny_trainer(folder, model=model, **settings)
+
+
+RUNS = {"whole": (whole_run, "model"), "adapter": (adapter_run, "adapter_model"), "experts": (experts_run, "model")}
+
+
+@pytest.mark.parametrize("rename", [lambda name: name, lambda name: f"_orig_mod.{name}"], ids=["own names", "wrapped"])
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_resumes_with_all_of_the_weights_of_its_checkpoint(run, rename, tmp_path):
+    make, file = RUNS[run]
+    trained, checkpoint = checkpoint_of(make, tmp_path / "run")
+    saved(checkpoint, rename, f"{file}.safetensors") if file == "model" else renamed(checkpoint, rename)
+    start, found = make(tmp_path / "again").model.state_dict(), resumed(make, tmp_path / "again", checkpoint)
+    expected = trained.model.state_dict()
+    assert sum(not torch.equal(start[name], expected[name]) for name in expected) > 1  # training moved them
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("run", "lost"), [("whole", "layers.1."), ("adapter", "layers.1."), ("adapter", "lm_head")])
+def test_a_run_does_not_resume_without_weights_of_its_checkpoint(run, lost, tmp_path):
+    make, _ = RUNS[run]
+    _, checkpoint = checkpoint_of(make, tmp_path / "run")
+    drop = saved if run == "whole" else renamed
+    drop(checkpoint, lambda name: None if lost in name else name)
+    with pytest.raises(ModelError, match=r"checkpoint-1' lacks \d+ of the model's weights .*another checkpoint"):
+        resumed(make, tmp_path / "again", checkpoint)
+
+
+def test_the_best_checkpoint_of_a_model_with_experts_is_taken_whole(tmp_path):
+    trained, checkpoint = checkpoint_of(experts_run, tmp_path / "run")
+    best = experts_run(tmp_path / "again")
+    best.state.best_model_checkpoint = str(checkpoint)
+    best._load_best_model()
+    expected = trained.model.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in best.model.state_dict().items())
 
 
 def test_a_file_that_was_cut_short_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -248,8 +249,19 @@ def test_a_model_without_a_trained_head_is_an_error_and_no_random_number(tmp_pat
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path / "causal")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "causal")
-    with pytest.raises(RewardError, match=r"no trained sequence-classification model: it has no weights for score"):
+    with pytest.raises(RewardError, match=r"lacks 1 of the model's weights \(score.weight\), which .* Give a trained"):
         load_rewards([str(tmp_path / "causal")]).score([rollout("a")], {"prompt": ["b "]})
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_a_reward_model_saved_under_wrapped_names_scores_as_its_own(prefix, tmp_path, model_folder):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model_folder, tmp_path / "wrapped")
+    file = tmp_path / "wrapped" / "model.safetensors"
+    save_file({prefix + name: weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    score = load_rewards([str(tmp_path / "wrapped")]).score([rollout("a")], {"prompt": ["b "]})
+    assert score.values["wrapped"] == pytest.approx([logit(model_folder, "b a")], abs=1e-5)
 
 
 # llm_judge

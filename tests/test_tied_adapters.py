@@ -1,11 +1,10 @@
-"""Adapters of one of a tied pair of embeddings, and the reference of a run that goes on from what they saved."""
+"""Adapters of one of a tied pair of embeddings."""
 
 from __future__ import annotations
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_task import tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM
@@ -78,12 +77,3 @@ def test_the_kl_to_an_adapter_of_tied_embeddings_begins_at_0(run, tmp_path):
 def test_the_doctor_copies_all_of_an_adapter(run):
     model = load_model(ModelArguments(model_name_or_path=str(run[0])))
     assert check_adapter(model).status == "ok"
-
-
-def test_the_reference_of_a_compiled_models_checkpoint_is_the_policy_at_its_start(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
-    tiny_tokenizer().save_pretrained(tmp_path / "base")
-    file = tmp_path / "base" / "model.safetensors"
-    save_file({f"_orig_mod.{n}": w for n, w in load_file(file).items()}, file, metadata={"format": "pt"})
-    model = load_model(ModelArguments(model_name_or_path=str(tmp_path / "base")))
-    assert first_kl(model, tmp_path / "run") == pytest.approx(0, abs=1e-6)

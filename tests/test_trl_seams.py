@@ -72,6 +72,10 @@ def test_the_loss_reads_what_is_put_into_the_batch(key):
     assert f'"{key}"' in called_in("_compute_loss")
 
 
+def test_the_reference_is_made_by_one_function_of_the_module():
+    assert "self.ref_model = create_model_from_path(" in called_in("__init__")
+
+
 def test_environments_are_reset_by_row_and_looked_up_by_class():
     made, used = called_in("__init__"), called_in("_generate_and_score_completions")
     assert "environment_factory" in parameters(trl.GRPOTrainer.__init__)

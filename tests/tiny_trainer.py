@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rlseq.training.checkpoints import FinishedRunMixin
+from rlseq.training.resume import ResumeMixin
 
 
 class Line(torch.nn.Module):
@@ -27,7 +27,7 @@ class Line(torch.nn.Module):
         return {"loss": ((prediction - labels) ** 2).mean(), "logits": prediction}
 
 
-class TinyTrainer(FinishedRunMixin, Trainer):
+class TinyTrainer(ResumeMixin, Trainer):
     """A Trainer as the recipes' trainers are."""
 
 

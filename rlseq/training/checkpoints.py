@@ -21,19 +21,6 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.earlier")
 
 
-class FinishedRunMixin:
-    """For a Trainer: going on from the last step ends at once; transformers would train one step more.
-
-    Likewise where a callback says at the beginning that training is to stop.
-    """
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
-
-
 def earlier_of(checkpoint: Path) -> Path:
     """Return where a checkpoint waits while the same step is saved a second time."""
     return checkpoint.with_name(f".{checkpoint.name}.earlier")

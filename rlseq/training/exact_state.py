@@ -20,7 +20,8 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlseq.errors import ConfigError
-from rlseq.training.checkpoints import FinishedRunMixin, newest_whole_checkpoint
+from rlseq.training.checkpoints import newest_whole_checkpoint
+from rlseq.training.resume import ResumeMixin
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class EpochSampler(RepeatSampler):
             self.generator.manual_seed((self.seed or 0) + 1_000_003 * epoch)  # the first is TRL's
 
 
-class ExactStateMixin(FinishedRunMixin, trl.GRPOTrainer):
+class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
     """Saves and restores what TRL's trainer forgets; a subclass extends `exact_state` and `restore_exact_state`."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -45,7 +45,7 @@ from rlseq.training.objectives import (
     reference_exact_loss,
     reference_loss,
 )
-from rlseq.training.reference import begin_reference_at_start
+from rlseq.training.reference import begin_adapter_reference, reference_of
 from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
 from rlseq.training.tools import check_tools, load_tools
@@ -127,18 +127,19 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
         if args.disable_dropout:
             disable_dropout(model)  # TRL's own, afterwards, turns off that of adapters
-        super().__init__(
-            model,
-            reward_funcs=[_name_only(name) for name in suite.names],
-            args=args,
-            train_dataset=training_rows(prompts),
-            eval_dataset=training_rows(prompts[:1])
-            if probe is not None
-            else None,  # a stand-in: the probe has its rows
-            processing_class=tokenizer,
-            **kwargs,
-        )
-        begin_reference_at_start(self)
+        with reference_of(model):
+            super().__init__(
+                model,
+                reward_funcs=[_name_only(name) for name in suite.names],
+                args=args,
+                train_dataset=training_rows(prompts),
+                eval_dataset=training_rows(prompts[:1])
+                if probe is not None
+                else None,  # a stand-in: the probe has its rows
+                processing_class=tokenizer,
+                **kwargs,
+            )
+        begin_adapter_reference(self.model)
         self.reward_weights = torch.tensor(suite.weights)
         self._leave_rewards_to_suite()
         self._check_rendering()

@@ -292,10 +292,6 @@ class PPOTrainer(GRPOTrainer):
             raise ModelError(f"{checkpoint} holds no critic ({FOLDER}/); PPO goes on from checkpoints of PPO")
         self.critic.load(folder)
 
-    def _issue_warnings_after_load(self, load_result):
-        kept = [name for name in load_result.missing_keys if not is_critic(name)]  # it is loaded from its own folder
-        super()._issue_warnings_after_load(type(load_result)(kept, load_result.unexpected_keys))
-
 
 def _token_part(one: ScoredRollout) -> ScoredRollout:
     """A scored rollout in which only the rewards that gave one value a token count."""

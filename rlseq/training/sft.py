@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlseq.errors import ConfigError
 from rlseq.prompts import continues
-from rlseq.training.checkpoints import FinishedRunMixin
 from rlseq.training.guard import GuardMixin
 from rlseq.training.model_card import ModelCardMixin
+from rlseq.training.resume import ResumeMixin
 
 MEASURED = {"loss": False, "mean_token_accuracy": True, "entropy": False}  # at an evaluation: whether higher is better
 
@@ -58,7 +58,7 @@ class LengthGroupedBatches(Sampler[int]):
         return iter(torch.cat(shuffled + last).tolist())
 
 
-class SFTTrainer(GuardMixin, FinishedRunMixin, ModelCardMixin, trl.SFTTrainer):
+class SFTTrainer(GuardMixin, ResumeMixin, ModelCardMixin, trl.SFTTrainer):
     """TRL's SFTTrainer with `LengthGroupedBatches` as `train_sampling_strategy: group_by_length`.
 
     Its `eval_loss` is the mean over all tokens of the completions. transformers takes the mean of batches, each by its

@@ -1,0 +1,40 @@
+"""For any Trainer: what it resumes from it loads whole, and a run that is finished it does not train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer
+
+from rlseq.pretrained import load_into
+
+
+class ResumeMixin(Trainer):
+    """Loads checkpoints whole or refuses them, to resume and as the best of a run.
+
+    transformers leaves what a checkpoint lacks as it was, and with it all that was saved under other names than the
+    parameters' (fused experts). Resumed at the last step, it would train one step more.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel | PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_into(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        model, best = self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or not isinstance(model, PreTrainedModel | PeftModel) or not best.is_dir():
+            super()._load_best_model()
+        else:
+            load_into(model, best)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # Likewise where a callback says at the beginning that training is to stop.
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
