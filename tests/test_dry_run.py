@@ -198,6 +198,19 @@ def test_a_packed_update_counts_each_prompt_once():
     assert update_tokens(config, plan) == 8 * (prompt + 16)
 
 
+def test_the_usual_peak_is_of_prompts_and_references_as_long_as_they_are_in_the_mean(task):
+    tokenizer = AutoTokenizer.from_pretrained(task / "model")
+    rows = [{"prompt": "a b", "references": "c d e"}, {"prompt": "a b c d", "references": "e"}]
+    prompts = build_prompts(rows, tokenizer)
+    lengths = [len(prompt.prompt_ids) for prompt in prompts]
+    config = GRPOConfig(output_dir="x", per_device_train_batch_size=8, num_generations=4, max_completion_length=16)
+    mean = sum(lengths) / 2
+    assert plan_rollouts(config, prompts, 1, tokenizer).usual == (mean, (4 + 2) / 2, "as references are")  # with EOS
+    assert plan_rollouts(config, prompts, 1).usual == (mean, 8, "half of the longest")
+    config.max_completion_length = 2  # completions are cut where references are not
+    assert plan_rollouts(config, prompts, 1, tokenizer).usual == (mean, 2, "as references are")
+
+
 def test_several_processes_share_the_batch(task):
     tokenizer = AutoTokenizer.from_pretrained(task / "model")
     prompts = build_prompts(ROWS, tokenizer)

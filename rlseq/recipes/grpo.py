@@ -49,7 +49,7 @@ def main() -> None:
     prepared = prepare(data, rewards, evaluation, config, model_args)
     task = prepared.task
     if run.dry_run:
-        say(describe_rollouts(config, run, model_args, task.prompts, shared=task.shared))
+        say(describe_rollouts(config, run, model_args, task))
         prepared.close()
         return
     began = task_began_with(task, config)

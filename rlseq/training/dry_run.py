@@ -13,8 +13,10 @@ from typing import Any
 
 from accelerate import PartialState
 
+from rlseq.prompts import reference_ids
 from rlseq.training.config import ModelArguments, RunArguments
 from rlseq.training.memory import (
+    PEAK,
     ModelSize,
     checkpoint_bytes,
     critic_parameters,
@@ -22,9 +24,11 @@ from rlseq.training.memory import (
     size_of,
     weightless_model,
 )
-from rlseq.training.recipe import check_checkpoint
+from rlseq.training.recipe import Task, check_checkpoint
 from rlseq.training.run_directory import check_available
 from rlseq.types import Prompt
+
+REFERENCES_READ = 1_000  # prompts whose references tell the usual length
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Plan:
         rollouts_a_step: completions whose loss makes a step; 0 where nothing is drawn.
         generations_a_process: completions that a process draws together, in a generation round.
         longest: tokens of the longest prompt and completion together, at most.
+        usual: tokens of a prompt and of a completion in the mean, and where the latter is from; None where they are
+            known to be the longest.
         tokens_a_step: at most, padding included.
         steps: of the optimizer, in all.
         steps_an_epoch: of the optimizer.
@@ -51,6 +57,7 @@ class Plan:
     rollouts_a_step: int
     generations_a_process: int
     longest: int
+    usual: tuple[float, float, str] | None
     tokens_a_step: int
     steps: int
     steps_an_epoch: int
@@ -58,8 +65,11 @@ class Plan:
     rollouts: int
 
 
-def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int) -> Plan:
+def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int, tokenizer: Any = None) -> Plan:
     """The sizes of a run of recipes/grpo.py or ppo.py.
+
+    Completions are expected to be as long as the references, of which a tokenizer tells the length, or where there are
+    none half as long as they may be.
 
     A generation round draws generation_batch_size completions, and gives every process num_iterations ×
     steps_per_generation micro-batches; an epoch has as many rounds as the prompts fill, the rest is left out.
@@ -80,12 +90,25 @@ def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int) -> Pla
         rollouts_a_step=rows if draws else 0,
         generations_a_process=config.generation_batch_size // processes if draws else 0,
         longest=longest,
+        usual=(sum(len(p.prompt_ids) for p in prompts) / len(prompts), *_usual_completion(config, prompts, tokenizer)),
         tokens_a_step=rows * longest,
         steps=steps,
         steps_an_epoch=an_epoch,
         epochs=steps / an_epoch,
         rollouts=math.ceil(used / micro_batches_a_round) * config.generation_batch_size if draws else 0,
     )
+
+
+def _usual_completion(config: Any, prompts: Sequence[Prompt], tokenizer: Any) -> tuple[float, str]:
+    """The mean length of the completions to be expected, in tokens, and what it is taken from."""
+    longest = config.max_completion_length
+    lengths = []
+    if tokenizer is not None:
+        for prompt in prompts[:REFERENCES_READ]:
+            lengths += [len(ids) for ids in reference_ids(prompt, tokenizer, [tokenizer.eos_token_id])]
+    if not lengths:
+        return longest / 2, "half of the longest"
+    return min(longest, sum(lengths) / len(lengths)), "as references are"
 
 
 def plan_examples(config: Any, lengths: Sequence[int], processes: int, *, rollouts: int = 0) -> Plan:
@@ -110,6 +133,7 @@ def plan_examples(config: Any, lengths: Sequence[int], processes: int, *, rollou
         rollouts_a_step=0,
         generations_a_process=0,
         longest=longest,
+        usual=None,
         tokens_a_step=rows_a_step * longest,
         steps=steps,
         steps_an_epoch=an_epoch,
@@ -140,13 +164,8 @@ def count_checkpoints(config: Any, plan: Plan) -> int:
     return min(written, limit + spared)
 
 
-def describe_rollouts(
-    config: Any, run: RunArguments, model_args: ModelArguments, prompts: Sequence[Prompt], *, shared: str = ""
-) -> str:
+def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments, task: Task) -> str:
     """Check the run directory and the model's configuration, and return the sizes of a run on rollouts as a table.
-
-    Args:
-        shared: how many prompts are both evaluated and trained on, in words.
 
     Raises:
         RlseqError: the run could not start; it says why.
@@ -155,9 +174,9 @@ def describe_rollouts(
     critic = 0
     if hasattr(config, "critic"):
         critic = critic_parameters(model, config.critic, config.critic_name_or_path)
-    plan = plan_rollouts(config, prompts, PartialState().num_processes)
-    cached_tokens = plan.generations_a_process * plan.longest
-    return _describe(config, run, model_args, size_of(model, critic), plan, cached_tokens, shared)
+    plan = plan_rollouts(config, task.prompts, PartialState().num_processes, task.tokenizer)
+    cached = plan.generations_a_process * plan.longest
+    return _describe(config, run, model_args, size_of(model, critic), plan, cached, task.shared)
 
 
 def describe_examples(
@@ -175,7 +194,7 @@ def describe_examples(
 
     Args:
         lengths, rollouts: as `plan_examples` takes them.
-        shared: as `describe_rollouts` takes it.
+        shared: how many prompts are both evaluated and trained on, in words.
         cached_tokens: of the samples that a process draws together, before training.
 
     Raises:
@@ -201,19 +220,23 @@ def _describe(
     optim = str(getattr(config.optim, "value", config.optim))
     ema = bool(getattr(config, "ema_decay", 0))
     half = config.bf16 or config.fp16 or size.weight_bytes <= 2 * size.parameters
-    held = memory(
-        size,
-        optim=optim,
-        reference=bool(getattr(config, "beta", 0)) and not size.adapter,
-        averages=ema + bool(ema and config.start_weight),
-        quantized_bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
-        compute_bytes=2 if half else 4,
-        update_tokens=update_tokens(config, plan),
-        cached_tokens=cached_tokens,
-        checkpointing=bool(config.gradient_checkpointing),
-        logits=not hasattr(config, "max_completion_length"),
-        cpu=config.device.type == "cpu",
-    )
+    settings = {
+        "optim": optim,
+        "reference": bool(getattr(config, "beta", 0)) and not size.adapter,
+        "averages": ema + bool(ema and config.start_weight),
+        "quantized_bits": 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
+        "compute_bytes": 2 if half else 4,
+        "checkpointing": bool(config.gradient_checkpointing),
+        "logits": not hasattr(config, "max_completion_length"),
+        "cpu": config.device.type == "cpu",
+    }
+    held = memory(size, update_tokens=update_tokens(config, plan), cached_tokens=cached_tokens, **settings)
+    if plan.usual is not None:
+        prompt, completion, source = plan.usual
+        tokens = round(_update_tokens(config, prompt, completion))
+        cached = round(plan.generations_a_process * (prompt + completion))
+        usual = memory(size, update_tokens=tokens, cached_tokens=cached, **settings)[PEAK][0]
+        held[f"{PEAK}, usual"] = (usual, f"completions of {completion:.0f} tokens, {source}; prompts of {prompt:.0f}")
     each = checkpoint_bytes(size, optim=optim, average=ema, save_only_model=config.save_only_model)
     return _table(plan, held, each, count_checkpoints(config, plan), shared)
 
@@ -223,12 +246,15 @@ def update_tokens(config: Any, plan: Plan) -> int:
 
     What completions begin with in common is computed once too, which is not known beforehand.
     """
+    completion = getattr(config, "max_completion_length", 0)
+    return _update_tokens(config, plan.longest - completion, completion)
+
+
+def _update_tokens(config: Any, prompt: float, completion: float) -> Any:
     rows = config.per_device_train_batch_size
     if not getattr(config, "pack_updates", False):
-        return rows * plan.longest
-    samples = getattr(config, "num_generations", 1)
-    prompts = -(-rows // samples)
-    return prompts * (plan.longest - config.max_completion_length) + rows * config.max_completion_length
+        return rows * (prompt + completion)
+    return -(-rows // config.num_generations) * prompt + rows * completion
 
 
 def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkpoints: int, shared: str) -> str:

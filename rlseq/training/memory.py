@@ -33,6 +33,7 @@ from rlseq.training.models import freeze_other_senses
 OF_HIDDEN, OF_HEADS, OF_MLP = 6, 5, 4
 HEAD_VOCABULARY = 32_768  # of the vocabulary TRL's head projects so much at once
 HEAD_COPIES = 8  # tensors of a tile that its backward in plain torch holds
+PEAK = "peak of a process"
 ADAM_STATE = 2  # numbers a trained parameter: its two moments
 
 
@@ -237,7 +238,7 @@ def memory(
     }
     together = sum(number for number, _ in held.values()) - min(held["KV cache"][0], head + activations)
     shown = {name: entry for name, entry in held.items() if entry[0]}
-    return {**shown, "peak of a process": (together, "the sum, of cache and update the larger")}
+    return {**shown, PEAK: (together, "the sum, of cache and update the larger")}
 
 
 def checkpoint_bytes(size: ModelSize, *, optim: str, average: bool, save_only_model: bool) -> int:
