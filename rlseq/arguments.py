@@ -31,6 +31,21 @@ def _check_error_rate(rate: float) -> None:
         raise ConfigError(f"--max_error_rate is {rate}; expected a share, 0 to 1")
 
 
+def template_options(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What --chat_template_kwargs stands for: a mapping, or the JSON of one.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    try:
+        found = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ConfigError(f"--chat_template_kwargs {given!r} is not JSON: {error}") from None
+    if found is not None and not isinstance(found, Mapping):
+        raise ConfigError(f'--chat_template_kwargs is {found!r}; expected a mapping, as {{"enable_thinking":false}}')
+    return dict(found or {})
+
+
 def _defaults(*values: Any, help: str) -> Any:
     return field(default_factory=lambda: list(values), metadata={"help": help})
 
@@ -70,16 +85,8 @@ class EvaluateArguments:
         Raises:
             ConfigError: chat_template_kwargs is no mapping.
         """
-        given = self.chat_template_kwargs
-        try:
-            given = json.loads(given) if isinstance(given, str) else given
-        except ValueError as error:
-            raise ConfigError(f"--chat_template_kwargs {given!r} is not JSON: {error}") from None
-        if given is not None and not isinstance(given, Mapping):
-            raise ConfigError(
-                f'--chat_template_kwargs is {given!r}; expected a mapping, as {{"enable_thinking":false}}'
-            )
-        return {"chat_template_kwargs": dict(given)} if given else {}
+        given = template_options(self.chat_template_kwargs)
+        return {"chat_template_kwargs": given} if given else {}
 
 
 @dataclass

@@ -52,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference_template", metavar="JINJA", help="Template over a row's columns that makes the reference.")
     add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
     add(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="""What the chat template is told besides, as in training: '{"enable_thinking": false}'.""",
+    )
+    add(
         "--max_completion_length",
         type=int,
         metavar="T",
@@ -90,6 +95,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     Raises:
         RlseqError: the model or data cannot be loaded.
     """
+    from rlseq.arguments import template_options
     from rlseq.data import load_prompts
     from rlseq.doctor.preflight import load_configs, preflight
     from rlseq.pretrained import load_tokenizer
@@ -101,9 +107,10 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
         check_model_path(args.model_name_or_path)
     config, generation_config = load_configs(args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path)  # as it was saved
-    prompts = []
+    prompts, told = [], template_options(args.chat_template_kwargs)
     if args.dataset_name:
         options = {name: getattr(args, name) for name in PROMPT_OPTIONS} | {"config_name": args.dataset_config}
+        options["chat_template_kwargs"] = told
         prompts = load_prompts(args.dataset_name, tokenizer, split=args.eval_split, limit=args.rows, **options)
     yield from preflight(
         config,

@@ -134,7 +134,7 @@ def check_references(
     if opened:
         found = f"the chat template puts {_short(opened[0])} before {len(opened):,} of {len(pairs):,} references"
         todo = (
-            "it is learnt and scored as a part of the completion; grpo and ppo have it in the prompt by "
+            "it is learnt and scored as a part of the completion; training and evaluation have it in the prompt by "
             """--chat_template_kwargs '{"enable_thinking": false}'"""
         )
         problems.append((WARNING, found, todo))

@@ -19,6 +19,7 @@ A prompt keeps its `--rejection_keep` best distinct completions; those that were
 on the references of `--eval_split`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -65,6 +66,7 @@ from rlseq.training.recipe import (
     default_config,
     finish,
     open_run,
+    prompt_options,
     say,
 )
 from rlseq.training.rejection import (
@@ -76,7 +78,7 @@ from rlseq.training.rejection import (
     require_survivors,
 )
 from rlseq.training.rollout_log import write_rollouts
-from rlseq.training.sft import MEASURED, SFTTrainer, check_examples
+from rlseq.training.sft import MEASURED, SFTTrainer, check_examples, check_prefill
 from rlseq.types import Prompt
 
 DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "sft.yaml"
@@ -108,7 +110,7 @@ def main() -> None:
 
     def prompts_of(split: str, limit: int | None) -> list[Prompt]:
         rows = load_rows(data.dataset_name, split, **data.row_options())[:limit]
-        return build_prompts(rows, tokenizer, **data.prompt_options())
+        return build_prompts(rows, tokenizer, **prompt_options(data, config))
 
     # One example a (prompt, reference): all of a prompt's references are right answers.
     def references_of(prompts: list[Prompt], split: str) -> datasets.Dataset:
@@ -120,7 +122,7 @@ def main() -> None:
         if without := sum(not p.columns["references"] for p in prompts):
             count = f"{without:,} of {len(prompts):,} {split} rows"
             say(f"rlseq: warning: {count} are left out: they have no reference, which teacher forcing needs")
-        return examples(pairs)
+        return examples(pairs, config.chat_template_kwargs)
 
     # TRL cuts what is longer than max_length without a word.
     def measure(examples: datasets.Dataset, name: str, batch: int = 1) -> list[int]:
@@ -137,11 +139,13 @@ def main() -> None:
     validation = references_of(held_out, data.eval_split)
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
     drawn = rejection.rejection_max_new_tokens if rejection.rejection_samples else None
+    if rejection.rejection_samples:  # else the examples are checked, which are there already
+        check_prefill((prompt.messages_or_text for prompt in prompts), "training")
     made = new_config(new.new_model, tokenizer) if new.new_model else None
     check_fit(config, model_args, tokenizer, prompts, drawn=drawn, new=made)
     if rejection.from_rollouts:
         candidates = read_candidates(rejection.from_rollouts)
-        train, what = select(candidates, rejection)
+        train, what = select(candidates, rejection, config.chat_template_kwargs)
     elif rejection.rejection_samples:
         suite = load_rewards(
             rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
@@ -194,7 +198,7 @@ def main() -> None:
             if PartialState().is_main_process:
                 write_rollouts(directory.rollouts, 0, candidates)
         suite.close()
-        train, what = select(candidates, rejection)
+        train, what = select(candidates, rejection, config.chat_template_kwargs)
         measure(train, "training", batch)
         say(f"rlseq: trains on {what}")
     callbacks = [MetricsWriter(directory.metrics)]
@@ -221,13 +225,18 @@ def main() -> None:
     directory.release()
 
 
-def examples(pairs: list[tuple[Any, str]]) -> datasets.Dataset:
-    """(prompt, completion text) pairs as TRL takes them: text, or for chat prompts an assistant's message."""
+def examples(pairs: list[tuple[Any, str]], template_options: Mapping[str, Any] | None = None) -> datasets.Dataset:
+    """(prompt, completion text) pairs as TRL takes them: text, or for chat prompts an assistant's message.
+
+    TRL reads what the chat template is told besides from a column of the examples.
+    """
     chat = not isinstance(pairs[0][0], str)
     columns = {
         "prompt": [prompt for prompt, _ in pairs],
         "completion": [[{"role": "assistant", "content": text}] if chat else text for _, text in pairs],
     }
+    if chat and template_options:
+        columns["chat_template_kwargs"] = [dict(template_options)] * len(pairs)
     made = datasets.Dataset.from_dict(columns)
     if not chat or made[:]["prompt"] == columns["prompt"]:
         return made
@@ -237,13 +246,15 @@ def examples(pairs: list[tuple[Any, str]]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=kinds)
 
 
-def select(candidates: list[Record], rejection: RejectionArguments) -> tuple[datasets.Dataset, str]:
+def select(
+    candidates: list[Record], rejection: RejectionArguments, template_options: Mapping[str, Any] | None
+) -> tuple[datasets.Dataset, str]:
     """The best of the samples as training examples, and a line that says how many there are."""
     kept = best_completions(candidates, keep=rejection.rejection_keep, min_total=rejection.min_reward)
     require_survivors(kept, candidates, rejection.min_reward)
     mean = sum(record["total"] for record in kept) / len(kept)
     what = f"the best {len(kept):,} of {len(candidates):,} samples (mean total {mean:.4g})"
-    return examples([(record["prompt"], record["completion"]) for record in kept]), what
+    return examples([(record["prompt"], record["completion"]) for record in kept], template_options), what
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rlseq.arguments import (
     RewardArguments,
     RunArguments,
     TrainingEvaluationArguments,
+    template_options,
 )
 from rlseq.errors import ConfigError
 from rlseq.training.adapters import check_adapter_settings
@@ -115,6 +116,8 @@ class DefaultsMixin:
         check_numbers(self)
         if self.trust_remote_code:
             raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
+        if getattr(self, "chat_template_kwargs", None) is not None:
+            self.chat_template_kwargs = template_options(self.chat_template_kwargs)
         self.asked_direction = self.greater_is_better  # transformers fills it in by the name of the measure
         if self.max_refused_steps < 1:
             raise ConfigError(f"max_refused_steps is {self.max_refused_steps}; expected 1 (end at the first) or more")
@@ -141,6 +144,9 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     _argument_group_name = "training (rlseq)"
 
     completion_only_loss: bool | None = _default(True, "Loss on the completion only.")
+    chat_template_kwargs: dict | str | None = _default(
+        None, "What the chat template is told besides, in prompts and in examples."
+    )
     early_stopping_patience: int | None = _default(
         None,
         "Stop when validation NLL (or metric_for_best_model) has not got better for so many evaluations; the best "
@@ -152,6 +158,11 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
             check_early_stopping(self)
             self.load_best_model_at_end = True
         super().__post_init__()
+        for name in sorted({"add_generation_prompt", "continue_final_message"} & set(self.chat_template_kwargs or {})):
+            raise ConfigError(
+                f"chat_template_kwargs sets {name}, which teacher forcing sets itself: off where the answer is there, "
+                "and on where its prompt ends. Leave it out"
+            )
 
 
 @dataclass

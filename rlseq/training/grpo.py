@@ -29,7 +29,7 @@ from rlseq.data import reference_ids
 from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
 from rlseq.packing import attention_of, supports_packing
-from rlseq.prompts import continues, tokenize_prompts
+from rlseq.prompts import tokenize_prompts
 from rlseq.scoring import RewardSuite
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import GRPOConfig
@@ -166,11 +166,6 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
     def _check_rendering(self) -> None:
         """Refuse prompts with other tokens than the update would score: those of a template otherwise filled, say."""
         if self.tools or self.environment_factories is not None:
-            if any(continues(prompt.messages_or_text, {}) for prompt in self.prompts):
-                raise ConfigError(
-                    "a prompt ends in a message of the assistant, which runs with tools would close before they "
-                    "answer; let it end in another role's"
-                )
             return  # TRL draws, from what it renders itself
         (ids,), _, _ = self._tokenize_prompts([self.prompts[0].messages_or_text])
         if tuple(ids) != tuple(self.prompts[0].prompt_ids):

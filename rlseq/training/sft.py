@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -93,13 +93,29 @@ class SFTTrainer(GuardMixin, ResumeMixin, ModelCardMixin, trl.SFTTrainer):
         )
 
 
-def example_lengths(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def example_lengths(
+    examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, template_options: Mapping[str, Any]
+) -> list[int]:
     """Tokens of each (prompt, completion) as teacher forcing sees it, with the EOS that ends it."""
     pairs = list(zip(examples["prompt"], examples["completion"], strict=True))
     if isinstance(pairs[0][0], str):
         return [len(ids) + 1 for ids in tokenizer(text=[prompt + text for prompt, text in pairs])["input_ids"]]
     turns = [[*prompt, *answer] for prompt, answer in pairs]
-    return [len(ids) for ids in tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]]
+    options = {"tokenize": True, "return_dict": True, **template_options}
+    return [len(ids) for ids in tokenizer.apply_chat_template(turns, **options)["input_ids"]]
+
+
+def check_prefill(prompts: Iterable[Any], name: str) -> None:
+    """Refuse prompts, texts or messages, that begin the answer: teacher forcing would close it before the reference.
+
+    Raises:
+        ConfigError: a prompt's last message is the assistant's.
+    """
+    if any(continues(prompt, {}) for prompt in prompts):
+        raise ConfigError(
+            f"a prompt of the {name} examples ends in a message of the assistant, which teacher forcing would close; "
+            "let the references begin with it (--reference_template), and the prompt end before it"
+        )
 
 
 def check_examples(
@@ -120,19 +136,16 @@ def check_examples(
     Raises:
         ConfigError: nothing would be left to train on.
     """
-    if any(continues(prompt, {}) for prompt in examples["prompt"]):
-        raise ConfigError(
-            f"a prompt of the {name} examples ends in a message of the assistant, which teacher forcing would close; "
-            "let the references begin with it (--reference_template), and the prompt end before it"
-        )
-    lengths, limit = example_lengths(examples, tokenizer), config.max_length
+    check_prefill(examples["prompt"], name)
+    told = config.chat_template_kwargs or {}
+    lengths, limit = example_lengths(examples, tokenizer, told), config.max_length
     lost, said = 0, ""
     long = [i for i, length in enumerate(lengths) if limit and length > limit]
     if long and not config.packing:
         if config.truncation_mode == "keep_start":
             chat = not isinstance(examples[long[0]]["prompt"], str)
             prompts = [examples[i]["prompt"] for i in long]
-            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, **told}
             asked = tokenizer.apply_chat_template(prompts, **options) if chat else tokenizer(text=prompts)
             lost = sum(len(ids) >= limit for ids in asked["input_ids"])
         end = "start" if config.truncation_mode == "keep_end" else "end"

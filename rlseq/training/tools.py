@@ -10,6 +10,7 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from rlseq.errors import ConfigError, RewardError
+from rlseq.prompts import continues
 from rlseq.scoring.find import find
 from rlseq.types import Prompt
 
@@ -87,4 +88,9 @@ def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
         raise ConfigError(
             "tools and an environment's methods are called in a chat, but a prompt is a text: give --prompt_column a "
             "column of messages"
+        )
+    if any(continues(prompt.messages_or_text, {}) for prompt in prompts):
+        raise ConfigError(
+            "a prompt ends in a message of the assistant, which runs with tools would close before they answer; let it "
+            "end in another role's"
         )
