@@ -77,6 +77,11 @@ def load_weights(path: str | Path, *, allow_missing: bool = False, todo: str = _
     if not allow_missing:
         _refuse_missing(path, missing, todo)
         _refuse_left_out(path, unexpected, (name for name, _ in model.named_parameters()))
+    for module in model.modules():
+        # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradient. They compute in bfloat16
+        # and give no gradient after it: a run would draw, and then train nothing.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 
@@ -122,6 +127,7 @@ def load_adapter(base: Any, path: str | Path, *, trainable: bool = False, allow_
     """
     with safe_open(Path(path) / ADAPTER_WEIGHTS, framework="pt") as file:
         names = list(file.keys())
+        trained_in = file.get_tensor(names[0]).dtype if names else None
     mapping = {}  # peft takes the prefix `base_model.model.` off before it maps names
     for name, own in _unwrapped(names).items():
         inner = re.compile(r"^base_model\.model\.")
@@ -135,6 +141,10 @@ def load_adapter(base: Any, path: str | Path, *, trainable: bool = False, allow_
     if not allow_missing:
         held = {unwrapped(name) for name in names}
         _refuse_missing(path, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - held)
+    if getattr(base, "is_quantized", False):  # TRL trains, and computes, its adapter in bfloat16; peft makes it float32
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                parameter.data = parameter.data.to(trained_in)
     return model
 
 

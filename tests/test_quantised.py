@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM
 from rlseq.data import build_prompts
 from rlseq.decoding import Sample
 from rlseq.evaluation.loading import load_checkpoint
+from rlseq.evaluation.settings import ContrastSettings
+from rlseq.likelihood import score
 from rlseq.sampler import sample
+from rlseq.training.adapters import quantization_note, quantization_of
 from rlseq.training.config import ModelArguments
 from rlseq.training.models import load_model
 
@@ -94,18 +97,41 @@ def test_the_adapter_trains_and_the_rounded_weights_stay(kind, base, tmp_path):
     assert len(whole) > 10 and all(torch.equal(p, weights[name]) for name, p in whole.items())
 
 
-def test_a_run_on_quantised_weights_says_that_its_final_numbers_are_of_other_weights(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_final_evaluation_of_a_run_is_of_the_weights_that_training_measured(kind, base, tmp_path, monkeypatch):
     rows = "\n".join(json.dumps(row) for row in ROWS)
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         (tmp_path / "data" / f"{split}.jsonl").write_text(rows)
-    flags = ["--model_name_or_path", base, "--dataset_name", tmp_path / "data", "--reward_funcs", "exact_match"]
-    flags += ["--use_peft", "true", "--max_steps", 1, "--per_device_train_batch_size", 4, "--num_generations", 2]
-    flags += ["--max_completion_length", 4, "--resamples", 50, "--studies", "none", "--strategies", "greedy"]
-    flags += ["--num_cpu_threads", 1, "--eval_rows", 2]
-    notes = {}
-    for bits, more in ((4, ["--load_in_4bit", "true"]), (None, [])):
-        run_in_process(monkeypatch, "grpo", *flags, *more, "--output_dir", tmp_path / f"run{bits}")
-        notes[bits] = json.loads((tmp_path / f"run{bits}/evaluation/results.json").read_text())["notes"]
-    assert notes[4][0].startswith("Training sampled from, and measured, the base in 4 bits with the adapter on it.")
-    assert "float32" in notes[4][0] and not any("bits" in note for note in notes[None])
+    run = tmp_path / "run"
+    flags = ["--model_name_or_path", base, "--dataset_name", tmp_path / "data", "--reward_funcs", "token_f1"]
+    flags += ["--use_peft", "true", f"--{kind}", "true", "--max_steps", 2, "--learning_rate", "5e-2"]
+    flags += ["--per_device_train_batch_size", 4, "--num_generations", 2, "--max_completion_length", 4]
+    flags += ["--eval_strategy", "steps", "--eval_steps", 2, "--resamples", 50, "--studies", "none"]
+    flags += ["--strategies", "greedy", "--num_cpu_threads", 1, "--output_dir", run]
+    run_in_process(monkeypatch, "grpo", *flags)
+
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    during = [line for line in lines if "eval_nll_per_token" in line][-1]
+    results = json.loads((run / "evaluation" / "results.json").read_text())
+    final = results["models"]["rl"]
+    assert during["eval_nll_per_token"] == pytest.approx(final["likelihood"]["nll_per_token"]["value"], abs=1e-4)
+    greedy = final["strategies"]["greedy"]["logprob"]["value"]
+    assert during["eval_greedy/logprob"] == pytest.approx(greedy, abs=1e-3)
+
+    asked = "it", str(run)
+    prompts, tokenizer = build_prompts(ROWS, tiny_tokenizer()), tiny_tokenizer()
+    answers = [[*tokenizer(row["references"][0])["input_ids"], tokenizer.eos_token_id] for row in ROWS]
+    of_saved = score(load_checkpoint(*asked), [p.prompt_ids for p in prompts], answers)
+    nll = -sum(x.sum().item() for x in of_saved) / sum(map(len, answers))
+    assert abs(nll - during["eval_nll_per_token"]) > 1e-3  # rounding shows
+
+    bits = 4 if kind == "load_in_4bit" else 8
+    assert results["notes"][0].startswith(f"This evaluation takes the base in {bits} bits, as training did")
+    assert results["signature"]["settings"]["quantization"][kind] is True
+
+
+def test_a_run_on_weights_as_they_were_saved_has_no_word_of_quantisation(base):
+    plain = ModelArguments(model_name_or_path=str(base))
+    assert quantization_of(plain) is None and quantization_note(plain) is None
+    assert "quantization" not in ContrastSettings().decisive()

@@ -1,11 +1,13 @@
-"""Loading the checkpoints that are evaluated: in float32, by the functions that training loads by."""
+"""Loading the checkpoints that are evaluated: in float32 unless quantised, by the functions that training loads by."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import BitsAndBytesConfig
 
 from rlseq import pretrained
 
@@ -19,11 +21,18 @@ def load_tokenizer(name: str, path: str) -> Any:
     return pretrained.load_tokenizer(path, f"model {name!r}", padding_side="left")
 
 
-def load_checkpoint(name: str, path: str, allow_missing: bool = False) -> torch.nn.Module:
+def load_checkpoint(
+    name: str, path: str, allow_missing: bool = False, quantization: Mapping[str, Any] | None = None
+) -> torch.nn.Module:
     """A causal model in float32 and eval mode on this process's device; an adapter is inside its base.
+
+    Args:
+        quantization: fields of a `BitsAndBytesConfig` for the model, or an adapter's base; None: not quantised.
 
     Raises:
         ModelError: it cannot be loaded, or lacks weights and `allow_missing` does not let them be random.
     """
     options = {"what": f"model {name!r}", "dtype": torch.float32, "allow_missing": allow_missing}
+    if quantization is not None:
+        options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(quantization))
     return pretrained.load_causal(path, **options).to(PartialState().device).eval()

@@ -105,11 +105,11 @@ def measure_checkpoint(
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(column_names(prompts))
     check_answers(settings, prompts)
-    allowed = settings.allow_missing_weights
-    model = load_checkpoint(name, path, allowed)
+    load_options = settings.allow_missing_weights, settings.quantization
+    model = load_checkpoint(name, path, *load_options)
 
     def first() -> torch.nn.Module:
-        return model if baseline in (None, path) else load_checkpoint("the first model", baseline, allowed)
+        return model if baseline in (None, path) else load_checkpoint("the first model", baseline, *load_options)
 
     parts = Parts()
     if output_dir is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ class ContrastSettings:
         likelihood_stride: tokens by which windows over it slide; None: half the context.
         likelihood_context: longest window, in tokens; None: the model's.
         allow_missing_weights: whether weights that a checkpoint lacks may be random.
+        quantization: fields of the `BitsAndBytesConfig` by which models (adapters' bases) are loaded, in JSON's types;
+            None: as they were saved.
     """
 
     strategies: tuple[str, ...] = ("greedy", "sample", "beam")
@@ -64,6 +67,7 @@ class ContrastSettings:
     likelihood_stride: int | None = None
     likelihood_context: int | None = None
     allow_missing_weights: bool = False
+    quantization: Mapping[str, Any] | None = None
 
     def parsed(self) -> list[Strategy]:
         """The strategies as objects."""
@@ -75,6 +79,5 @@ class ContrastSettings:
         without = ["batch_rows", "max_kv_gb"]
         if not any(isinstance(strategy, Family) for strategy in self.parsed()):
             without += ["choose_split", "choose_rows"]
-        if not self.allow_missing_weights:
-            without.append("allow_missing_weights")
+        without += [name for name in ("allow_missing_weights", "quantization") if not getattr(self, name)]
         return {name: value for name, value in shown.items() if name not in without}

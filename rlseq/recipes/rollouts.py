@@ -18,7 +18,7 @@ from rlseq.evaluation.plots import write_curves
 from rlseq.evaluation.report import write_plane
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.trial import try_rewards
-from rlseq.training.adapters import other_weights_note
+from rlseq.training.adapters import quantization_note, quantization_of
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
@@ -67,7 +67,11 @@ def prepare(
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
     measured, _ = measured_together(task.suite, task.eval_suite)
     values = evaluation.contrast_values(config.max_completion_length)
-    settings = ContrastSettings(**values, allow_missing_weights=model_args.allow_missing_weights)
+    settings = ContrastSettings(
+        **values,
+        allow_missing_weights=model_args.allow_missing_weights,
+        quantization=quantization_of(model_args),
+    )
     if evaluation.evaluate:
         check_settings(settings, measured, task.eval_rows, prompt_options(data, config))
         base = {"base": named_alone(model_args)}
@@ -131,7 +135,7 @@ def contrast_with_base(
     Returns:
         The contents of results.json on the first process, an empty dict on others.
     """
-    note = other_weights_note(model_args)
+    note = quantization_note(model_args)
     if note:
         say(f"rlseq: {note}")
     return contrast_and_report(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import trl
 
@@ -47,15 +48,20 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
                 raise ConfigError(f"--{name} is about an adapter, and the run trains none: give --use_peft true")
 
 
-def other_weights_note(model_args: trl.ModelConfig) -> str | None:
-    """Say that a run trains on quantised weights, and that the final evaluation is of others; None where it is not."""
+def quantization_of(model_args: trl.ModelConfig) -> dict[str, Any] | None:
+    """The quantisation of a run, as `ContrastSettings.quantization` takes it; None where there is none."""
+    config = trl.get_quantization_config(model_args)
+    return None if config is None else config.to_dict()
+
+
+def quantization_note(model_args: trl.ModelConfig) -> str | None:
+    """Say that a run's final evaluation is of quantised weights; None where they are not."""
     bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
     if bits is None:
         return None
     return (
-        f"Training sampled from, and measured, the base in {bits} bits with the adapter on it. This evaluation is of "
-        "the same adapter on the base as it was saved, in float32: other weights, so its numbers are not those "
-        "that were logged during training."
+        f"This evaluation takes the base in {bits} bits, as training did, with and without the adapter. On the base as "
+        "it was saved, which `rlseq evaluate` and --merge_adapter take, the numbers are others."
     )
 
 

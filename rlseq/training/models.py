@@ -125,11 +125,6 @@ def _load_whole(path: str, model_args: trl.ModelConfig, revision: str, quantizat
         allow_missing=model_args.allow_missing_weights,
     )
     freeze_other_senses(model)
-    for module in model.modules():
-        # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradient, and they give none after
-        # it: a run would draw, and then train nothing.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     return model
 
 
