@@ -201,7 +201,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=["train", "evaluate", "table"], help="What to do; each goes on where it was.")
+    parser.add_argument("step", choices=["train", "evaluate", "table"], help="What to do; each resumes.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the runs go.")
     parser.add_argument("--bases", nargs="+", type=int, default=[0, 1, 2], help="Which (default: 0 1 2).")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="Which (default: all).")

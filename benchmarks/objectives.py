@@ -66,7 +66,7 @@ METHODS = {
         "PPO, shared trunk",
     ),
     "rft": ("sft", "", "rejection-sampling fine-tuning"),
-    "ce": ("sft", "", "teacher forcing goes on"),
+    "ce": ("sft", "", "continued teacher forcing"),
 }
 # What five minutes of two cores buy: the demonstration, and finalists of the above with its averaging of the weights,
 # at a rate of their own. (recipe, configuration, flags, what it is)

@@ -35,4 +35,4 @@ def _validator(schema: str):
 
 
 def _refuse(constant: str):
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")

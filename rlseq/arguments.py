@@ -2,7 +2,7 @@
 
 The recipes read them beside TRL's (`rlseq.training.config`), by `rlseq.training.parser`; a command makes its flags of
 them by `rlseq.flags`. Neither torch, trl nor transformers is imported here, so that `--help` is quick. A field's
-metadata is what argparse is told of its flag.
+metadata is what argparse gets for its flag.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class EvaluateArguments:
     choose_split: str = _default(
         "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are chosen."
     )
-    choose_rows: int = _default(500, "Only its first so many rows.")
+    choose_rows: int = _default(500, "Only its first N rows.")
     chat_template_kwargs: str | dict[str, Any] | None = _default(
-        None, "What chat templates are told besides, as in training.", metavar='{"enable_thinking":false}'
+        None, "Further variables of chat templates, as in training.", metavar='{"enable_thinking":false}'
     )
 
     def template_options(self) -> dict[str, Any]:
@@ -109,8 +109,8 @@ class DataArguments:
     )
     reference_template: str | None = _default(None, "Jinja template over a row's columns that makes the reference.")
     merge_references: bool = _default(False, "Make rows with equal prompts one row with all their references.")
-    train_rows: int | None = _default(None, "Use only the first so many rows of the training split.")
-    eval_rows: int | None = _default(None, "Use only the first so many rows of the evaluation split.")
+    train_rows: int | None = _default(None, "Use only the first N rows of the training split.")
+    eval_rows: int | None = _default(None, "Use only the first N rows of the evaluation split.")
 
     def __post_init__(self) -> None:
         _check_counts(self, "train_rows", "eval_rows")
@@ -203,7 +203,7 @@ class EvaluationArguments:
         None, "Its split; default: validation, or all of it where there is the split train alone."
     )
     likelihood_column: str = _default("text", "Its column.")
-    likelihood_rows: int | None = _default(None, "Only the first so many of its documents.")
+    likelihood_rows: int | None = _default(None, "Only its first N documents.")
     likelihood_stride: int | None = _default(None, "Tokens that windows over it slide by; default: half the context.")
     likelihood_context: int | None = _default(None, "Longest window over it, in tokens; default: the model's.")
     primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
@@ -262,10 +262,10 @@ class RunArguments:
     _argument_group_name = "run (rlseq)"
 
     overwrite_output_dir: bool = _default(
-        False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start anew."
+        False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start again."
     )
     resume_with_changes: bool = _default(
-        False, "Go on from a checkpoint though reward code, reward arguments or data rows are others than before."
+        False, "Resume from a checkpoint although reward code, reward arguments or data rows have changed."
     )
     dry_run: bool = _default(
         False, "Check everything that needs no model, print what the run would do and need, and stop."
@@ -304,7 +304,7 @@ class RejectionArguments:
         None, "Take the samples from these runs (their rollouts/*.jsonl) or jsonl files, as scored there."
     )
     rejection_samples: int | None = _default(
-        None, "Draw so many samples a prompt from --model_name_or_path and score them by --reward_funcs."
+        None, "Sample N completions per prompt from --model_name_or_path and score them by --reward_funcs."
     )
     reward_funcs: list[str | dict] | None = _default(
         None,
@@ -315,9 +315,9 @@ class RejectionArguments:
     max_error_rate: float = _default(
         0.05, "Stop when a reward fails on more than this share of the samples scored together."
     )
-    temperature: float = _default(1.0, "Temperature of the samples that are drawn.")
+    temperature: float = _default(1.0, "Sampling temperature.")
     rejection_max_new_tokens: int = _default(256, "Longest sample, in tokens; those cut there are not kept.")
-    rejection_keep: int = _default(1, "Keep so many distinct completions a prompt, those of the highest total.")
+    rejection_keep: int = _default(1, "Keep N distinct completions per prompt, those of the highest total.")
     min_reward: float | None = _default(None, "Keep only completions whose total reward is at least this.")
 
     @property

@@ -1,4 +1,4 @@
-"""Data files as they lie on disk: their rows as they stand there, where a row is, and what makes a file unreadable.
+"""Data files: their rows as written, where a row is, and what makes a file unreadable.
 
 A json, jsonl or csv file may be compressed by gzip (`train.jsonl.gz`).
 
@@ -93,11 +93,11 @@ def _places(file: Path) -> list[str] | None:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         return [f"line {number}" for number, line in lines if isinstance(json.loads(line), dict)]
     except (OSError, ValueError, RecursionError, csv.Error):
-        return None  # of a form that is read, but not a line a row
+        return None  # of a format that is read, but not one row per line
 
 
 def read_rows(files: Sequence[Path]) -> list[Row]:
-    """Return the rows of json, jsonl or csv files with the values and the keys that stand there.
+    """Return the rows of json, jsonl or csv files with the values and keys as written.
 
     A row has the keys that its line has, in their order: null is None, and a key left out is left out.
 
@@ -197,7 +197,7 @@ def _json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
                 if format_of(file) == ".json" and not found and (row := _one_mapping(text)) is not None:
                     return [("row 1", row)]
                 raise DataError(
-                    f"{file}, line {number}: {_not_json(error)}; expected one mapping of column to value a line"
+                    f"{file}, line {number}: {_not_json(error)}; expected one mapping of column to value per line"
                 ) from None
     for place, row in found:
         if not isinstance(row, dict):

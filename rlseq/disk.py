@@ -1,4 +1,4 @@
-"""Disks that are full or cannot be written, in words."""
+"""Error messages for disks that are full or cannot be written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 def write_message(path: Path, error: BaseException, then: str = "") -> str:
-    """What to say of a failed write: the path, the reason, how much is free there, and what to do."""
+    """The message for a failed write: the path, the reason, how much is free there, and what to do."""
     reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return f"cannot write {path}: {reason} ({free_space(path)}). {then or 'Make room, or change --output_dir.'}"
 

@@ -47,10 +47,10 @@ class RunDirectoryError(RlseqError):
 
 
 class TrainingError(RlseqError):
-    """A run that began well and cannot go on: memory, disk, numbers that are not finite, a process that is lost.
+    """A run that started well and cannot continue: memory, disk, numbers that are not finite, a process that is lost.
 
     Attributes:
-        on_every_rank: whether all processes raise it alike, so that one of them is enough to say it.
+        on_every_rank: whether all processes raise the same error, so that one of them reports it.
     """
 
     exit_code = 1

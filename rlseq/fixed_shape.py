@@ -3,7 +3,7 @@
 A step of a small model is over before the next kernel is launched: the host, not the GPU, sets the pace. A graph
 replays all kernels of a step by one launch, but on the very tensors that it was captured with. So the cache is a buffer
 with room for rows and tokens to come, attention runs over all of it, and a mask hides what is not held. When rows
-or tokens outgrow the buffer, or much of it lies idle, they move to another, and the step is captured anew.
+or tokens outgrow the buffer, or much of it lies idle, they move to another, and the step is captured again.
 
 Without CUDA the same steps run one kernel at a time, which is how the tests run them.
 """
@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from rlseq.errors import ModelError
 from rlseq.kv_cache import LEAST_ROOM, ROOM
 
-TOKENS = 64  # a buffer holds a multiple of so many: kernels want aligned masks
+TOKENS = 64  # a buffer holds a multiple of it: kernels want aligned masks
 ROWS = 4  # sizes between a number of rows and its double: rows that idle are computed too
 WARM = 2  # steps in a shape before it is captured: most shapes of a short completion do not live that long
 
@@ -193,7 +193,7 @@ def may_capture(model: nn.Module) -> bool:
 
 
 def _sized(rows: int) -> int:
-    """The least size that holds so many rows: ROWS sizes between a power of two and the next."""
+    """The least size that holds N rows: ROWS sizes between a power of two and the next."""
     step = max(1, (1 << (rows - 1).bit_length()) // (2 * ROWS))
     return -(-rows // step) * step
 

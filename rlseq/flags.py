@@ -2,7 +2,7 @@
 
 They read what `rlseq.training.parser` reads, which TRL's parser makes of the same dataclasses. A field's type hint says
 how its flag is read: a text, number or truth value, or a list of them, each perhaps None. Its metadata (help, metavar)
-is what argparse is told.
+is what argparse gets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _reading(hint: Any) -> dict[str, Any]:
-    """What argparse is told of a field's type."""
+    """What argparse gets for a field's type."""
     members = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
     kinds = [member for member in members if member is not types.NoneType]
     if get_origin(kinds[0]) is list:

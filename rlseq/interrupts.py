@@ -15,7 +15,7 @@ INTERRUPTED = 130
 def ending_quietly() -> Iterator[None]:
     """Around imports: exit with 130 at Ctrl-C, without a `KeyboardInterrupt`, which torch's C++ code aborts on.
 
-    Nothing has been begun that would have to be put right. A handler that somebody else has set stays in place.
+    Nothing has started that would need cleaning up. A handler that somebody else has set stays in place.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

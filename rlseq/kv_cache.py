@@ -47,7 +47,7 @@ class RoomyLayer(DynamicLayer):
         self._hold(self.keys, self.values, indices, len(indices))
 
     def copy_rows(self, sources: Tensor, targets: Tensor, rows: int) -> None:
-        """Copy rows onto others, and hold so many rows from then on; targets beyond those held are new."""
+        """Copy rows onto others, and hold N rows from then on; targets beyond those held are new."""
         if rows > len(self._buffers[0]):
             self._hold(self.keys, self.values, None, rows)
         held = self.keys.shape[-2]

@@ -210,7 +210,7 @@ def _score(
     models = [uncompiled(m) for m in (model, *others)]
     model = models[0]
     attentions = {attention_of(m) for m in models}
-    # Models with unlike attention may take unlike masks.
+    # Models with different attention may take different masks.
     packs = shared and len(attentions) == 1 and all(supports_packing(m, longest)[0] for m in models)
     whole = [not _head_is_separate(m) for m in models]
     if any(whole):
@@ -395,7 +395,7 @@ def _batches(units: list[_Unit], batch_tokens: int) -> Iterator[list[_Unit]]:
 def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Measure, whole: Sequence[bool]) -> Tensor:
     """What is measured of the batch's N completion tokens, (N,) or (N, K)."""
     width = batch.input_ids.shape[1]
-    # Completions that begin alike share places: each is projected once.
+    # Completions with a common prefix share places: each is projected once.
     places, place_of = torch.unique(batch.token_rows * width + batch.token_columns, return_inverse=True)
     labels = batch.input_ids.flatten()[places]
     step = max(1, _CHUNK_LOGITS // _vocabulary(models[0]))

@@ -41,7 +41,7 @@ from rlseq.attention import mark_causal
 from rlseq.layout import Group, Layout, arrange, fill_rows, ramps, split
 
 FLEX = "flex_attention"  # transformers' name of it
-FLEX_BLOCK = 128  # rows are a multiple of so many tokens: its kernels are compiled for few lengths, and none is ragged
+FLEX_BLOCK = 128  # rows are a multiple of it in tokens: its kernels are compiled for few lengths, and none is ragged
 IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
 
 # Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
@@ -61,7 +61,7 @@ class PackedBatch:
         labels: (R, S) long, the token itself at completion tokens and IGNORED elsewhere (not yet shifted).
         lengths: tokens of each of the B completions, in the order given.
         token_rows, token_columns: (N,) long, row and column of each token of each completion in turn; completions
-            that begin alike name the same places.
+            with a common prefix name the same places.
     """
 
     input_ids: Tensor
@@ -165,7 +165,7 @@ def attention_of(model: Any) -> str | None:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """What `torch.compile` was given: batches of ever new shapes would be compiled anew, and its forward names no
+    """What `torch.compile` was given: batches of ever new shapes would be recompiled, and its forward names no
     arguments."""
     return getattr(model, "_orig_mod", model)
 
@@ -353,7 +353,7 @@ def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
         )
         for prompt, lengths in ((7, (5, 3, 6)), (1, (4,)), (4, (2, 7)))
     ]
-    groups[0][1].append([*groups[0][1][2][:3], 0, 1])  # two that begin alike
+    groups[0][1].append([*groups[0][1][2][:3], 0, 1])  # two with a common prefix
     parameter = next(model.parameters())
     batch = pack(
         groups,

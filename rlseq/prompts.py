@@ -225,7 +225,7 @@ def _as_prompt(prompt: Any) -> Any:
 
 
 def _refuse_images(row: Mapping[str, Any], prompt: Any) -> None:
-    """Refuse a row with an image, which would be left out without a word."""
+    """Refuse a row with an image, which would silently be left out."""
     where = next((f"column {name!r}" for name in IMAGE_COLUMNS if row.get(name)), None)
     for message in () if isinstance(prompt, str) else prompt:
         parts = message["content"] if isinstance(message["content"], list) else []
@@ -301,7 +301,7 @@ def _template(source: str | None, flag: str, columns: Iterable[str]) -> Any:
 
 
 def continues(messages: Any, template_options: Mapping[str, Any]) -> bool:
-    """Whether a completion goes on with the prompt's last message, which is the assistant's, rather than begin one."""
+    """Whether a completion continues the prompt's last message, the assistant's, rather than start a new one."""
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         return False
     return template_options.get("continue_final_message", not template_options.get("add_generation_prompt", False))

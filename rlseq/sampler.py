@@ -2,7 +2,7 @@
 
 One prefill per unique prompt is shared by its samples, and so is every later step as long as they draw the same
 tokens: the batch holds distinct beginnings, not samples. One token a step with the KV cache; a beginning that is drawn
-on in several ways is copied, and one that nobody goes on with makes room. The noise of a token is a function of
+on in several ways is copied, and one that no row continues is dropped. The noise of a token is a function of
 (seed, draw, prompt key, sample, position) alone, and one uniform a token picks it by inverse CDF, so a completion does
 not depend on the batch it was drawn in: batch size, order and number of processes change nothing but the rounding of
 the logits (a draw that falls within rounding of a boundary of the CDF may then flip).
@@ -26,7 +26,7 @@ from rlseq.layout import ranks
 from rlseq.likelihood import evaluating
 from rlseq.types import Prompt, Rollout
 
-COMPACT_BELOW = 0.75  # what is finished leaves the batch when less than this share of it goes on
+COMPACT_BELOW = 0.75  # finished rows leave the batch when less than this share of it is unfinished
 
 
 def stream_keys(seed: int, draw: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
@@ -107,7 +107,7 @@ def sample(
         model: any causal transformers model (`rlseq.beginnings`); its `generation_config` is not read.
         prompts: P prompts; equal `prompt_ids` share one prefill.
         num_samples: G; strategies that do not draw give 1 only.
-        max_new_tokens: completions are cut after so many sampled tokens (finish_reason "length").
+        max_new_tokens: completions are cut after this many sampled tokens (finish_reason "length").
         strategy: `Greedy` or `Sample` (beam search: `rlseq.search.beam`).
         seed, draw: name the noise. `draw` is the generation round in training, the strategy's index in evaluation.
         stop_ids: ids that end a completion; the one met is part of it.
@@ -191,7 +191,7 @@ def _texts(tokenizer: Any | None, ids: Sequence[Sequence[int]]) -> list[tuple[st
 
 
 def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1) -> int:
-    """How many rows of so many tokens a budget for the KV cache holds, at the model's width and precision.
+    """How many rows of N tokens a budget for the KV cache holds, at the model's width and precision.
 
         bytes a token = layers · 2 · key-value heads · head dimension · bytes a number
 
@@ -204,7 +204,7 @@ def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1)
         together: rows that must be held at once, as a beam's.
 
     Raises:
-        ConfigError: the budget does not hold so many; the message says the least that does.
+        ConfigError: the budget does not hold that many; the message says the least that does.
     """
     row_bytes = tokens * cached_numbers(model.config) * next(model.parameters()).element_size()
     rows = int(max_kv_gb * 1e9) // max(1, row_bytes)
@@ -237,7 +237,7 @@ def _batches(
 ) -> Iterator[list[tuple[int, list[int]]]]:
     """Yield lists of (prompt index, samples of it): by length, so that little is padding, of at most `batch_rows` rows.
 
-    A prompt with more samples than that goes on in the next batch.
+    A prompt with more samples than that continues in the next batch.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids))
     batch: list[tuple[int, list[int]]] = []
@@ -307,12 +307,12 @@ def _decode(
 def _branch(slot: np.ndarray, drawn: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     """Give each distinct beginning a slot, after rows at `slot` (B,) drew a token each.
 
-    The first of those that follow a slot stays there, the others take slots that nobody goes on with, or new ones; so
-    little is copied. Where less than COMPACT_BELOW of the slots is needed, they are dealt anew.
+    The first of those that follow a slot stays there, the others take slots that no row continues, or new ones; so
+    little is copied. Where less than COMPACT_BELOW of the slots is needed, they are assigned again.
 
     Returns:
         Of each slot the one whose cache it continues, None where each continues itself; the token of each slot, 0
-        where nobody goes on; and the slot of each row, (B,).
+        where none continues; and the slot of each row, (B,).
     """
     base = int(drawn.max()) + 1
     pairs, pair = np.unique(slot * base + drawn, return_inverse=True)  # sorted by slot

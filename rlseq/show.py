@@ -92,7 +92,7 @@ def _read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 if number == len(lines):  # no line break after it: a run is writing it, or was killed doing so
                     continue
                 raise RunDirectoryError(
-                    f"{path.name}, line {number}, is not JSON ({error.msg}); expected one rollout a line"
+                    f"{path.name}, line {number}, is not JSON ({error.msg}); expected one rollout per line"
                 ) from error
 
 

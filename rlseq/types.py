@@ -41,7 +41,7 @@ class Prompt:
         prompt_ids: its token ids, special tokens included.
         columns: every other column of the row; rewards ask for them by name. `references` (a list of
             texts) holds the right answers where there are any.
-        template_options: what the chat template was told besides the messages; its references are rendered alike.
+        template_options: what the chat template was given besides the messages; its references are rendered with the same.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The prompt as text; of chat data, the contents of its messages, one a line."""
+        """The prompt as text; for chat data, the contents of its messages, one per line."""
         if isinstance(self.messages_or_text, str):
             return self.messages_or_text
         return "\n".join(str(message.get("content", "")) for message in self.messages_or_text)

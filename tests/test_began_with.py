@@ -1,4 +1,4 @@
-"""The rewards and rows of a run are those it began with: in replaced workers, and when it goes on."""
+"""The rewards and rows of a run are those it started with: in replaced workers, and when it resumes."""
 
 import sys
 

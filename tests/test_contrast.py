@@ -352,7 +352,7 @@ def test_a_reward_that_abstains_everywhere_is_null_on_file_and_the_report_says_s
             results = contrast_and_report(checkpoints, ROWS, suite, output_dir=out, **options)
 
         def refuse(constant):
-            pytest.fail(f"{constant} is no JSON")
+            pytest.fail(f"{constant} is not valid JSON")
 
         assert json.loads((out / "results.json").read_text(), parse_constant=refuse) == results
         for file in ("per_example.jsonl", "samples.jsonl"):

@@ -74,7 +74,7 @@ def clone(tmp_path, monkeypatch):
 
 
 class SettingsWereRead(Exception):
-    """Raised where a recipe would go on to load a model of the hub."""
+    """Raised where a recipe would load a model of the hub."""
 
 
 def run_recipe(words: list[str], monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""An evaluation that was killed goes on: what it gives is, byte for byte, what an undisturbed one gives."""
+"""An evaluation that was killed resumes: its files are, byte for byte, those of an uninterrupted one."""
 
 import dataclasses
 import json
@@ -114,7 +114,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_pa
     assert f"evaluating one: 2 of 5 parts found in {tmp_path}/killed/.unfinished\n" in out
     assert "evaluating two" not in out
     assert err.splitlines()[-1] == (
-        f"interrupted: the same command goes on from the parts that are finished ({tmp_path}/killed/.unfinished)"
+        f"interrupted: the same command resumes from the parts that are finished ({tmp_path}/killed/.unfinished)"
     )
 
     (task / "calls").write_text("")
@@ -178,7 +178,7 @@ def run(models, output_dir, *, rows=ROWS, settings=SETTINGS, rewards=(letters,),
 
 @pytest.fixture
 def interrupted(task, tmp_path, monkeypatch):
-    """What is there after an interruption before the search, and a function that goes on from a copy of it."""
+    """What is there after an interruption before the search, and a function that resumes from a copy of it."""
     models = {"one": str(task / "one")}
     assert run(models, tmp_path / "out", stop="exact_map", monkeypatch=monkeypatch) == ["greedy", "sample"]
 
@@ -232,11 +232,11 @@ def one_more(completion, references):
     ],
     ids=["none", "memory", "seed", "order", "reference", "column", "reward", "weight"],
 )
-def test_only_a_change_that_decides_numbers_makes_it_start_anew(interrupted, changes, decoded):
+def test_only_a_change_that_decides_numbers_makes_it_start_again(interrupted, changes, decoded):
     assert interrupted(**changes) == (decoded or ["greedy", "exact_map", "sample"])
 
 
-def test_other_weights_names_and_versions_start_anew(interrupted, task, tmp_path, monkeypatch):
+def test_other_weights_names_and_versions_start_again(interrupted, task, tmp_path, monkeypatch):
     same = shutil.copytree(task / "one", tmp_path / "same")  # copytree keeps the times of change
     assert checkpoint_fingerprint(str(same)) == checkpoint_fingerprint(str(task / "one"))
     weights = same / "model.safetensors"
@@ -261,10 +261,10 @@ def test_an_adapter_is_known_by_its_base_too(task, tmp_path):
 
 
 @pytest.mark.parametrize("tear", [lambda text: text[:-20], lambda text: text.replace(b"1", b"2", 1), lambda _: b"\xff"])
-def test_a_torn_part_is_measured_anew_with_a_warning(interrupted, tear):
+def test_a_truncated_part_is_measured_again_with_a_warning(interrupted, tear):
     for path in interrupted.folder.glob("*.json"):
         path.write_bytes(tear(path.read_bytes()))
-    with pytest.warns(UserWarning, match="is torn; greedy is measured anew"):
+    with pytest.warns(UserWarning, match="is truncated; greedy is measured again"):
         assert interrupted() == list(STRATEGIES)
 
 

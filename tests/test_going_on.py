@@ -1,4 +1,4 @@
-"""What a run says of its learning rate when it goes on with another schedule, and what it refuses to draw by."""
+"""What a run says of its learning rate when it resumes with another schedule, and what it refuses to draw by."""
 
 import json
 from types import SimpleNamespace

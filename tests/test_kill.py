@@ -181,7 +181,7 @@ class Killed:
         self.kills = self.in_training = self.torn = 0
 
     def start(self, *launcher):
-        """Start it, to go on from the last whole checkpoint if there is one."""
+        """Start it, to resume from the last complete checkpoint if there is one."""
         again = ["--resume_from_checkpoint", "latest"] if self.reached() else ["--overwrite_output_dir", "true"]
         with self.log.open("a") as log:
             return subprocess.Popen(

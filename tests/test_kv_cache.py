@@ -17,7 +17,7 @@ def states(generator, rows, tokens):
     return [torch.randn(rows, 2, tokens, 4, generator=generator) for _ in range(2)]
 
 
-def test_it_holds_what_a_cache_that_is_joined_anew_holds():
+def test_it_holds_what_a_cache_that_is_joined_again_holds():
     generator = torch.Generator().manual_seed(0)
     theirs = DynamicCache()
     theirs.update(*states(generator, 3, 5), 0)

@@ -97,7 +97,7 @@ def test_ppo_leaves_the_run_directory_of_the_design_and_its_config_repeats_the_r
     head = "critic/value_head.safetensors"
     assert (out / head).read_bytes() == (again / head).read_bytes()
 
-    # A further run goes on from the critic of this one.
+    # A further run starts from the critic of this one.
     later = tmp_path / "later"
     run_in_process(
         monkeypatch,

@@ -115,7 +115,7 @@ def test_candidates_come_from_runs_and_files_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{not json", "line 2 is no JSON"),
+        ("{not json", "line 2 is not valid JSON"),
         ({"prompt": "p"}, "line 2 has prompt; expected prompt and completion"),
         ({"prompt": "p", "completion": "c"}, "record 2: total is 'nothing'"),
         ({"prompt": "p", "completion": "c", "total": "1"}, "record 2: total is '1'"),

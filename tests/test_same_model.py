@@ -1,4 +1,4 @@
-"""A checkpoint to go on from is refused where the run names another model, before anything is touched."""
+"""A checkpoint to resume from is refused where the run names another model, before anything is touched."""
 
 from __future__ import annotations
 

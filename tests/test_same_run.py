@@ -122,7 +122,7 @@ def test_one_two_and_four_processes_train_as_one_with_the_same_global_batch(task
         assert f"{processes} processes on cpu" in log.read_text()
         check_close(tmp_path / str(processes), one)
 
-    # At the end of a round another number of processes can go on: what it draws is what the one process drew.
+    # At the end of a round another number of processes can resume: what it draws is what the one process drew.
     shutil.copytree(one, tmp_path / "resumed")
     run(2, tmp_path / "resumed", "--resume_from_checkpoint", "checkpoint-4")
     assert flips(drawn(tmp_path / "resumed"), drawn(one)) == 0

@@ -56,7 +56,7 @@ def test_on_the_command_line_a_mapping_is_json():
     assert suite.rewards[0].kwargs == {"value": 3}
     with pytest.raises(RewardError, match="both in the reward specs and in reward_weights"):
         load_rewards(['{"func": "constant", "weight": 0.5}'], weights=[1])
-    with pytest.raises(RewardError, match="is no JSON mapping: Expecting"):
+    with pytest.raises(RewardError, match="is not a JSON mapping: Expecting"):
         load_rewards(['{"func": "constant"'])
 
 

@@ -172,7 +172,7 @@ def test_bad_logs_are_named(tmp_path):
     with pytest.raises(RunDirectoryError, match="has no rollouts"):
         read_rollouts(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\nnot json\n')
-    with pytest.raises(RewardError, match="line 2 is no JSON"):
+    with pytest.raises(RewardError, match="line 2 is not valid JSON"):
         read_rollouts(tmp_path / "bad.jsonl")
     with pytest.raises(RewardError, match="line 1 has prompt; expected prompt and completion"):
         read_rollouts(jsonl(tmp_path / "short.jsonl", [{"prompt": "a"}]))

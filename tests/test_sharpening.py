@@ -190,7 +190,7 @@ def test_a_model_of_higher_entropy_has_no_gain_from_sharpening():
     assert gap["by_temperature"]["1.0"]["value"] == pytest.approx(0.9 - 0.4)
 
 
-def test_intervals_are_those_of_both_curves_drawn_anew_of_the_same_rows():
+def test_intervals_are_those_of_both_curves_recomputed_from_the_same_rows():
     rng = np.random.default_rng(0)
     rows = 25
     level = rng.normal(0, 0.4, (rows, 1))  # of the row: shared by models and temperatures

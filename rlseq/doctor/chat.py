@@ -58,7 +58,7 @@ def _later_turns(tokenizer: Any) -> list[Problem]:
     turns = list(TURNS)
     if "</think>" in str(tokenizer.chat_template):
         turns[1] = {"role": "assistant", "content": f"<think>\nAdd.\n</think>\n\n{ANSWER}"}
-    todo = "carry the sampled ids on from turn to turn; never render them anew"
+    todo = "carry the sampled ids on from turn to turn; never render them again"
     for k in (2, 3):
         before = _ids(tokenizer, turns[:k], k % 2 == 1)
         after = _ids(tokenizer, turns[: k + 1], k % 2 == 0)

@@ -19,7 +19,7 @@ PROMPT_OPTIONS = ("prompt_column", "reference_column", "prompt_template", "refer
 MARKS = {OK: ("✓", "green"), WARNING: ("!", "yellow"), FAILED: ("✗", "bold red"), SKIPPED: ("–", "dim")}
 WEIGHT_PATTERNS = ("*.bin", "*.pt", "*.pth")
 
-DESCRIPTION = """Check a model and its tokenizer for reinforcement learning, a line a check, and say what to do.
+DESCRIPTION = """Check a model and its tokenizer for reinforcement learning, one line per check, and say what to do.
 
 Tokenizer and configuration: padding, stop tokens, BOS, chat template, dropout, generation config, context,
 references, vocabulary, dtype. The model itself, in float32 on random tokens: left padding, packing, KV cache,
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset_name", metavar="D", help="Task module, local json/jsonl/csv/parquet file or folder, or hub id.")
     add("--dataset_config", metavar="NAME", help="Configuration name of a hub data set.")
     add("--eval_split", default="validation", metavar="S", help="Split that is looked at (default: validation).")
-    add("--rows", type=int, metavar="N", help="Only the first so many rows.")
+    add("--rows", type=int, metavar="N", help="Use only the first N rows.")
     add("--prompt_column", default="prompt", metavar="NAME", help="Column of the prompt (default: prompt).")
     add(
         "--reference_column",

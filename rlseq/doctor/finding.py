@@ -19,7 +19,7 @@ class Finding:
         check: its name.
         status: "ok", "warning" (works in rlseq, or costs something), "failed" or "skipped".
         found: what was found, or why the check was skipped.
-        todo: what to do about it, a line a problem; empty where there is nothing to do.
+        todo: what to do about it, one line per problem; empty where there is nothing to do.
     """
 
     check: str

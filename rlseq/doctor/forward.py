@@ -56,7 +56,7 @@ def check_left_padding(model: nn.Module) -> Finding:
         return Finding("left padding", FAILED, f"the forward takes no position_ids: {error}", todo)
     untold = difference()
     if not told <= TOLERANCE:
-        todo = "do not train it on batches of prompts of unlike lengths: what is sampled depends on the batch"
+        todo = "do not train it on batches of prompts of different lengths: what is sampled depends on the batch"
         return Finding("left padding", FAILED, f"log-probs move by {told:.2g} nats, position_ids or not", todo)
     if not untold <= TOLERANCE:
         todo = (

@@ -1,6 +1,6 @@
 """The checks that need no forward pass: a tokenizer, a configuration and prompts are read, nothing runs.
 
-Prompts are all looked at. References are tokenised anew, so the first one of 500 rows, evenly spaced, stands for all.
+Prompts are all looked at. References are tokenised again, so the first one of 500 rows, evenly spaced, stands for all.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def check_dropout(config: Any, *, disabled: bool = True) -> Finding:
 
 
 def check_generation_config(generation_config: Any, *, ignored: bool = False) -> Finding:
-    """No field of generation_config.json changes the distribution that rollouts are drawn from."""
+    """No field of generation_config.json changes the distribution that rollouts are sampled from."""
     values = generation_config.to_dict()
     leaks = [
         f"{name} {values[name]}"

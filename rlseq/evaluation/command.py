@@ -15,7 +15,7 @@ from rlseq.evaluation.seeds import methods, numbered
 from rlseq.flags import HelpFormatter, add_flags, from_flags
 from rlseq.interrupts import ending_quietly
 
-# What an evaluation is told, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
+# The arguments of an evaluation, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
 ARGUMENTS = (EvaluateArguments, DataArguments, RewardArguments, EvaluationArguments)
 TRAIN = "train"  # the split that what is evaluated should not be in
 

@@ -112,13 +112,13 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
             f"{block['dataset']}: Σ −log2 p of their tokens over their UTF-8 bytes. An arithmetic coder driven by the "
             "model's probabilities compresses a document to that size, within 2 bits. Lower is better; a rise against "
             "the model that training started from is what it forgot. Windows slide by the stride: every token is "
-            "scored once, given at least context − stride tokens where there are so many. The end of a document is not "
+            "scored once, given at least context − stride tokens where available. The end of a document is not "
             "coded. lzma (LZMA2, preset 9 extreme, without file headers) is on the same bytes. With 95% bootstrap "
             "intervals over documents; differences are paired over documents.",
             "the bits leave out the coder itself: a model's weights are far larger than lzma. Text that a model was "
-            "trained on says nothing of text that it was not. A model starts every document anew, as lzma does with "
-            "each document alone. Perplexities compare under one tokenizer only. Bits per byte are a code length only "
-            "where the tokenizer gives every document back as it was (100%).",
+            "trained on says nothing of text that it was not. A model starts every document without context, as lzma "
+            "does with each document alone. Perplexities compare under one tokenizer only. Bits per byte are a code "
+            "length only where the tokenizer gives every document back as it was (100%).",
             [
                 Table(header, rows, note=" ".join(lossy_notes(block))),
                 Table(["Model", "Tokens", "Context", "Stride", "First token"], how, "How the documents are coded"),

@@ -29,7 +29,7 @@ from rlseq.scoring import RewardSuite
 DRAW = 1001  # names the noise: not that of any strategy, and the same for every model
 LARGEST = 256  # samples a row, and the largest k of the exact curve
 _CURVES = {"pass": "pass_at_k", "exact": "exact_pass_at_k", "majority_right": "majority.exact_match"}
-_HELD_TOKENS = 2**22  # completions of at most so many tokens are held at once, one row at least
+_HELD_TOKENS = 2**22  # completions of at most this many tokens are held at once, one row at least
 
 
 class Coverage:

@@ -52,7 +52,7 @@ def decode(
         seed, draw: name the noise of sampling, as in `rlseq.sampler.sample`.
         batch_rows: prompts decoded together.
         max_kv_gb: a budget for the KV cache (`rlseq.sampler.rows_within`); fewer are decoded together where it says so.
-        exact_rows: exact search runs on the first so many prompts; the others get no completion. None: on all.
+        exact_rows: exact search runs on the first N prompts; the others get no completion. None: on all.
         progress: called with the number of prompts finished.
 
     Returns:
@@ -171,7 +171,7 @@ def seeks_the_mode(strategy: Strategy) -> bool:
 def check_choosers(strategies: Iterable[Strategy], suite: RewardSuite) -> None:
     """Raise ConfigError if a strategy chooses by what is no reward of the evaluation; the message names the nearest."""
     for strategy in strategies:
-        one = strategy.members[0]  # those of a family choose alike
+        one = strategy.members[0]  # those of a family choose in the same way
         name = _chooser(one)
         if name is not None and name not in suite.names:
             setting = "utility" if isinstance(one, MBR) else "by"

@@ -38,7 +38,7 @@ def claimed(folder: Path) -> Iterator[None]:
             write_message(
                 Path(error.filename or folder),
                 error,
-                "Make room, or change --output_dir; in the same one the same command goes on from what is finished.",
+                "Make room, or change --output_dir; in the same one the same command resumes from what is finished.",
             )
         ) from error
     finally:

@@ -42,8 +42,8 @@ def join(
         The results, equal to those of evaluating all checkpoints together on the machine that wrote the files.
 
     Raises:
-        DataError: a file that is missing, torn, or of another version or evaluation than the one beside it; another
-            checkpoint under a name and path.
+        DataError: a file that is missing or truncated, or is of another version or evaluation than the one beside it;
+            another checkpoint under a name and path.
         ConfigError: evaluations that differ in what decides a number, names that collide.
         RewardError: the rewards are not found, or not what they were.
     """

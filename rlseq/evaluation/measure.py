@@ -90,7 +90,7 @@ def measure_checkpoint(
         documents: text without prompts.
         output_dir: where the parts that are finished are kept, and taken up again (rlseq.evaluation.unfinished).
         chosen: by family of strategies the one that stands for it.
-        doing: what a user is told is done.
+        doing: the progress bar's label.
 
     Returns:
         The statistics and the rows as prompts, on every process.

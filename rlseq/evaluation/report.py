@@ -68,7 +68,7 @@ def write_report(
 
 
 def print_summary(results: Results) -> None:
-    """Print a short table of the results to the terminal: a line a model and strategy."""
+    """Print a short table of the results to the terminal: one line per model and strategy."""
     from rich.console import Console
     from rich.table import Table
 

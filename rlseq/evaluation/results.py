@@ -119,7 +119,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
     """Read a finished evaluation from its results.json, or the folder of that, and the files beside it.
 
     Raises:
-        DataError: a file is missing, torn or of another evaluation or version.
+        DataError: a file is missing, truncated or of another evaluation or version.
     """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
@@ -131,7 +131,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{str(path)!r} is no JSON ({error}); evaluate again") from error
+        raise DataError(f"{str(path)!r} is not valid JSON ({error}); evaluate again") from error
     missing = [key for key in ("signature", "models", "reward_funcs", "oracles", "data_name") if key not in results]
     if results.get("schema") != SCHEMA or missing:
         raise DataError(
@@ -182,7 +182,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise DataError(f"{path}, line {number} is torn: {error}. Evaluate again.") from error
+                raise DataError(f"{path}, line {number} is truncated: {error}. Evaluate again.") from error
 
 
 def _each_row(
@@ -207,7 +207,7 @@ def _check_samples(path: Path, found: Mapping[str, ModelStatistics]) -> None:
             if on_file[strategy] != counted:
                 raise DataError(
                     f"{path} has {on_file[strategy]} completions of {name} under {strategy}; expected {counted}. It is "
-                    "torn, or of another evaluation: evaluate again."
+                    "truncated, or of another evaluation: evaluate again."
                 )
 
 

@@ -17,22 +17,22 @@ class ContrastSettings:
     Attributes:
         strategies: decoding strategies as `rlseq.decoding.parse_strategy` reads them.
         samples_per_row: completions drawn a row under strategies that sample.
-        max_new_tokens: completions are cut after so many tokens.
+        max_new_tokens: completions are cut after this many tokens.
         seed: of the sampling and of the bootstrap.
         resamples: bootstrap resamples, and sign flips of the permutation test.
         batch_rows: rows decoded together; changes memory and time only.
         max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
-        exact_map_rows: exact search runs on the first so many rows; None: on all.
+        exact_map_rows: exact search runs on the first N rows; None: on all.
         studies: what else is measured, by the names of `rlseq.evaluation.studies.STUDIES`.
-        study_rows: studies that decode or score anew run on the first so many rows; None: on all.
+        study_rows: studies that decode or score again run on the first N rows; None: on all.
         coverage_samples: completions a row that the study of coverage draws.
         temperatures: those of the study of sharpening.
         prefix_lengths: tokens of the prefixes that the study of prefixes continues.
         choose_split: the split on whose rows settings with alternatives are chosen (rlseq.evaluation.choice), by name;
             None: nothing can be chosen.
-        choose_rows: only its first so many rows; None: all.
+        choose_rows: only its first N rows; None: all.
         likelihood_dataset: text without prompts whose bits per byte are measured (rlseq.evaluation.documents); its
             configuration, split, column and number of rows (None: all).
         likelihood_stride: tokens by which windows over it slide; None: half the context.

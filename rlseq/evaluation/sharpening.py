@@ -177,7 +177,7 @@ def _quality(temperature: str, name: str) -> StudyMetric:
 def _gaps(
     found: Mapping[str, Sequence[RowStatistics]], qualities: Sequence[str], temperatures: Sequence[str], settings: Any
 ) -> list[dict[str, Any]]:
-    """Every model against the first, then every method: all curves are drawn anew of each resample's rows."""
+    """Every model against the first, then every method: all curves are recomputed from each resample's rows."""
     (first, seeds_a), *others = methods(found).items()
     sides = [(first, seeds_a, name, [name]) for _, seeds in others for name in seeds if len(seeds_a) == 1]
     sides += [(first, seeds_a, b, seeds) for b, seeds in others if max(len(seeds_a), len(seeds)) > 1]

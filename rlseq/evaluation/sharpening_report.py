@@ -34,7 +34,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         "−mean log q(y) over samples y of q, the model's distribution at T: in nats a completion. The line through the "
         f"points of {models[0]} is what its temperature alone can reach; the gap at equal entropy is how far another "
         f"model lies above it. With 95% bootstrap intervals over the first {block['rows']:,} rows; both curves are "
-        f"drawn anew of each resample's rows. {block['samples_per_row']} samples a row and temperature.",
+        f"recomputed from each resample's rows. {block['samples_per_row']} samples a row and temperature.",
         "a completion that is cut at the length limit counts with the log-probability of the prefix, so where many are "
         "cut the entropies are too low. Between two temperatures the curve is a straight line: where the true one "
         "bends downwards it lies above the line, and gaps are somewhat too large; more --temperatures make that small. "

@@ -50,7 +50,7 @@ def check_studies(settings: Any, suite: RewardSuite) -> None:
 
 
 def studied_rows(name: str, places: Sequence[int], settings: Any) -> int:
-    """How many of the rows with these places in the data, in rising order, a study runs on: so many first ones."""
+    """How many of the rows with these places in the data, in rising order, a study runs on: the first `study_rows`."""
     if not STUDIES[name].costly or settings.study_rows is None:
         return len(places)
     return sum(place < settings.study_rows for place in places)

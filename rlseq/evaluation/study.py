@@ -86,7 +86,7 @@ class Study(Protocol):
     # A study that measures against the first model of a contrast also has `against_first = True`: evaluations that had
     # different first models are joined without it. One that needs all rows at once has `together = True`: of several
     # processes the first measures all rows, and gets no completions of the strategies.
-    costly: bool  # decodes or scores anew, and so runs on the first `study_rows` rows only
+    costly: bool  # decodes or scores again, and so runs on the first `study_rows` rows only
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Raise ConfigError for settings that cannot work, before a model is loaded."""

@@ -1,8 +1,8 @@
-"""What an evaluation has finished, kept on disk part by part, so that one that was killed can go on.
+"""What an evaluation has finished, kept on disk part by part, so that one that was killed can resume.
 
 A part is the likelihood of the references, one strategy, or one study, of one model and of this process's rows. It is
 kept with a hash of all that decides it, and is taken up only under an equal one; what does not fit or cannot be read
-is measured anew.
+is measured again.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Parts:
         """A part as it was found, or measured and kept.
 
         What is kept comes back as JSON gives it (tuples as lists), whether it was found or measured, so that an
-        evaluation that went on has what an undisturbed one has.
+        resumed evaluation has what an uninterrupted one has.
         """
         if part in self.found:
             return self.found[part]
@@ -86,7 +86,7 @@ class Parts:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         except OSError as error:  # a full disk must not end what can still be measured
-            warnings.warn(f"{part} is not kept for an evaluation that goes on from here: {error}", stacklevel=2)
+            warnings.warn(f"{part} is not kept for an evaluation that resumes from here: {error}", stacklevel=2)
         return json.loads(text)
 
     def _read(self, part: str) -> Any:
@@ -98,7 +98,7 @@ class Parts:
         except (OSError, UnicodeDecodeError):
             checksum, text = "", ""
         if checksum != _hash(text):
-            warnings.warn(f"{path} is torn; {part} is measured anew", stacklevel=2)
+            warnings.warn(f"{path} is truncated; {part} is measured again", stacklevel=2)
             return None
         return json.loads(text)
 
@@ -117,7 +117,7 @@ def how_to_go_on(output_dir: Path) -> str:
     folder = output_dir / _FOLDER
     if not any(folder.glob("*.json")):
         return "interrupted before any part was finished"
-    return f"interrupted: the same command goes on from the parts that are finished ({folder})"
+    return f"interrupted: the same command resumes from the parts that are finished ({folder})"
 
 
 def rollouts_as_json(groups: Sequence[Sequence[Rollout]]) -> list[list[dict[str, Any]]]:
@@ -155,7 +155,7 @@ def parts_of(
         documents: text without prompts.
         settings: of the contrast (`rlseq.evaluation.measure.ContrastSettings`).
         chosen: by family of strategies the one that stands for it.
-        doing: what is done of the model, as a user is told.
+        doing: what is measured, as the progress line says it.
     """
     state = PartialState()
     fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]

@@ -30,7 +30,7 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
 
 
 def check_tokens(mask_BT: Tensor, **tensors: Tensor) -> None:
-    """All (B, T) and alike, the mask boolean."""
+    """All (B, T), the mask boolean."""
     if mask_BT.ndim != 2:
         raise ValueError(f"mask_BT is {describe(mask_BT)}; expected shape (B, T)")
     check_mask(mask_BT, mask_BT.shape)

@@ -9,7 +9,7 @@ and ModelConfig is a flag under its TRL name.
 
 Rejection-sampling fine-tuning trains on the model's own samples that scored best instead of the references: the
 baseline that tells whether sampling from the model *as it changes* (recipes/grpo.py) matters. The samples are those
-a run has logged, or are drawn afresh, and then logged in rollouts/000000.jsonl (`rlseq show RUN`):
+a run has logged, or are sampled then, and logged in rollouts/000000.jsonl (`rlseq show RUN`):
 
     accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D --from_rollouts runs/g2p-grpo
     accelerate launch recipes/sft.py --model_name_or_path M --dataset_name D \
@@ -124,7 +124,7 @@ def main() -> None:
             say(f"rlseq: warning: {count} are left out: they have no reference, which teacher forcing needs")
         return examples(pairs, config.chat_template_kwargs)
 
-    # TRL cuts what is longer than max_length without a word.
+    # TRL silently cuts what is longer than max_length.
     def measure(examples: datasets.Dataset, name: str, batch: int = 1) -> list[int]:
         lengths, cut = check_examples(config, examples, tokenizer, name=name, batch=batch)
         if cut:

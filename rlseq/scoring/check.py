@@ -265,7 +265,7 @@ def _speed(suite: RewardSuite, items: list[Item], seconds: float) -> Check:
 
 
 def spread(suite: RewardSuite, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]]) -> Check:
-    """Whether a model's own samples differ in reward: a group that is all alike teaches GRPO nothing."""
+    """Whether a model's own samples differ in reward: a group of equal rewards teaches GRPO nothing."""
     items = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
     totals = iter(score_items(suite, items).totals)
     values = [[next(totals) for _ in group] for group in groups]
@@ -277,6 +277,6 @@ def spread(suite: RewardSuite, prompts: Sequence[Prompt], groups: Sequence[Seque
         "samples of a prompt differ in reward",
         share >= 0.1,
         f"{alive} of {len(groups)} groups ({share:.0%}); mean reward {average:.3g}",
-        "Groups that are all alike have no advantage: train by SFT first, draw more samples, choose "
+        "Groups of equal rewards have no advantage: train by SFT first, draw more samples, choose "
         "prompts of middle difficulty, or grade more finely.",
     )

@@ -162,7 +162,7 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 
 
 def _run_always(loop: asyncio.AbstractEventLoop) -> None:
-    """Run an event loop that goes on where a reward stops it, or ends one of its own tasks by an interrupt."""
+    """Run an event loop that continues where a reward stops it, or ends one of its own tasks by an interrupt."""
     while not loop.is_closed():
         with contextlib.suppress(BaseException):
             loop.run_forever()

@@ -1,4 +1,4 @@
-"""The forms of a reward, told apart by parameter names, and the arguments each is called with.
+"""The forms of a reward, distinguished by parameter names, and the arguments each is called with.
 
     one at a time   f(completion, **fields and columns) -> number | None | one number a token | (these, dict)
     TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of those
@@ -154,7 +154,7 @@ class Rows:
         return name in self.columns or (name in FIELDS and name not in self.absent)
 
     def prompt_texts(self) -> list[str]:
-        """The prompts as text; of chat data, the contents of the messages, one a line."""
+        """The prompts as text; for chat data, the contents of the messages, one per line."""
         return [
             p if isinstance(p, str) else "\n".join(str(message.get("content", "")) for message in p)
             for p in self.columns["prompt"]

@@ -1,4 +1,4 @@
-"""Something done on a thread of its own while the caller goes on."""
+"""Something done on a thread of its own while the caller continues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 class Later:
     """Starts to do something, and gives its result when asked.
 
-    The thread is a daemon: unlike those of `concurrent.futures` it does not keep a process that was interrupted alive.
+    The thread is a daemon: in contrast to those of `concurrent.futures` it does not keep a process that was interrupted alive.
     """
 
     def __init__(self, act: Callable[[], Any]):

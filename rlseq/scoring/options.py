@@ -98,7 +98,7 @@ def parse_spec(spec: Any) -> Any:
         return dict(json.loads(spec))
     except ValueError as error:
         _refuse_passwords(spec)
-        raise RewardError(f"the reward spec {spec!r} is no JSON mapping: {error}.") from error
+        raise RewardError(f"the reward spec {spec!r} is not a JSON mapping: {error}.") from error
 
 
 def _checked_options(spec: Any) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _records(file: Path) -> Iterable[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise RewardError(f"{file}, line {number} is no JSON: {error}.") from error
+                raise RewardError(f"{file}, line {number} is not valid JSON: {error}.") from error
             if not isinstance(record, dict) or not {"prompt", "completion"} <= record.keys():
                 given = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise RewardError(f"{file}, line {number} has {given}; expected prompt and completion among its keys.")

@@ -123,7 +123,7 @@ class RewardSuite:
         }
 
     def begin(self, rollouts: Sequence[Rollout], columns: Mapping[str, Sequence[Any]], context: Any = None) -> Begun:
-        """Let the rewards that run apart (in worker processes, on an event loop) score N rollouts while this goes on.
+        """Let the rewards that run apart (in worker processes, on an event loop) score N rollouts in the meantime.
 
         Arguments are those of `score`, which takes the result; whatever is wrong is raised there.
         """

@@ -1,6 +1,6 @@
-"""What a run began with beside its settings: its rewards by code and arguments, its data by content.
+"""What a run started with beside its settings: its rewards by code and arguments, its data by content.
 
-It is kept in `began_with.json`. A run that goes on with others would write their numbers behind those of the first as
+It is kept in `began_with.json`. A run that resumes with others would write their numbers behind those of the first as
 if they were of one kind, so it stops, unless --resume_with_changes says that this is meant.
 """
 
@@ -85,11 +85,11 @@ def _reward_changes(had: Mapping[str, Any], has: Mapping[str, Any]) -> list[str]
 
 
 def check_unchanged(run: Path, now: Mapping[str, Any], *, accepted: bool) -> str | None:
-    """Refuse to go on with other rewards or rows than the run began with.
+    """Refuse to resume with other rewards or rows than the run started with.
 
     Args:
-        run: the directory of the run that is gone on with.
-        now: as `began_with` describes what is there today.
+        run: the directory of the run that resumes.
+        now: as `describe_run` describes what is there today.
         accepted: whether other ones are meant.
 
     Returns:
@@ -100,17 +100,17 @@ def check_unchanged(run: Path, now: Mapping[str, Any], *, accepted: bool) -> str
     """
     try:
         before = json.loads((run / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # of a run before this was kept, or damaged: nothing to compare with
+    except (OSError, ValueError):  # of a run before this was recorded, or damaged: nothing to compare with
         return None
     differing = "; ".join(changes(before, now))
     if differing and not accepted:
         raise RunDirectoryError(
-            f"the run in {run} began with something else: {differing}. Bring that back, start anew in another "
-            "--output_dir, or go on with what is there by --resume_with_changes true."
+            f"the run in {run} started with something else: {differing}. Restore it, start again in another "
+            "--output_dir, or accept the change by --resume_with_changes true."
         )
-    return f"the run goes on with something else than it began with: {differing}" if differing else None
+    return f"the run resumes with something else than it started with: {differing}" if differing else None
 
 
 def write(run: Path, now: Mapping[str, Any]) -> None:
-    """Keep what a run begins, or goes on, with."""
+    """Record what a run starts, or resumes, with."""
     write_json_atomic(run / FILE, now)

@@ -77,7 +77,7 @@ class Warnings(TrainerCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' EarlyStoppingCallback, whose count goes on where the checkpoint has it; there it begins anew."""
+    """transformers' EarlyStoppingCallback, whose count resumes from the checkpoint; theirs restarts."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any

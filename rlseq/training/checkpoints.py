@@ -31,7 +31,7 @@ def through_to_disk(state: Any, checkpoint: Path) -> Iterator[None]:
     """Let the mark of a whole checkpoint, which the body writes, hold after a loss of power too.
 
     The kernel writes files to the disk in an order of its own. So all of the checkpoint's files and folders are
-    flushed (fsync) before trainer_state.json is begun, and that itself before the body goes on to delete older ones.
+    flushed (fsync) before trainer_state.json is written, and that itself before older ones are deleted.
 
     Args:
         state: the trainer's; the body calls its `save_to_json` once every rank's files are written.
@@ -89,14 +89,14 @@ def newest_whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     if run.is_dir():
         matches = (_NAME.fullmatch(path.name) for path in run.iterdir() if path.is_dir())
         steps = {int(match[1] or match[2]) for match in matches if match}
-    torn = []
+    incomplete = []
     for step in sorted(steps, reverse=True):
         checkpoint = _held(run / f"checkpoint-{step}")
         defect = find_defect(checkpoint)
         if defect is None:
-            return checkpoint, torn
-        torn.append(f"{checkpoint.name}: {defect}")
-    return None, torn
+            return checkpoint, incomplete
+        incomplete.append(f"{checkpoint.name}: {defect}")
+    return None, incomplete
 
 
 def _held(checkpoint: Path) -> Path:
@@ -106,7 +106,7 @@ def _held(checkpoint: Path) -> Path:
 
 
 def require_whole(checkpoint: Path) -> Path:
-    """Return the checkpoint if training can go on from it.
+    """Return the checkpoint if training can resume from it.
 
     Raises:
         RunDirectoryError: it does not exist (the nearest that does is named), or is not whole.
@@ -118,7 +118,7 @@ def require_whole(checkpoint: Path) -> Path:
         raise RunDirectoryError(f"There is no checkpoint {checkpoint}.{near} 'latest' takes the newest of the run.")
     defect = find_defect(checkpoint)
     if defect is not None:
-        raise RunDirectoryError(f"Training cannot go on from {checkpoint}: {defect}.")
+        raise RunDirectoryError(f"Training cannot resume from {checkpoint}: {defect}.")
     return checkpoint
 
 
@@ -128,7 +128,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def find_defect(checkpoint: Path) -> str | None:
-    """Return why training cannot go on from a checkpoint, or None if it can.
+    """Return why training cannot resume from a checkpoint, or None if it can.
 
     It needs safetensors weights (of the model or of an adapter), the optimizer's and the schedule's state, and the
     trainer's state, which is written last. All of these, and whatever else is read when a run is resumed (random

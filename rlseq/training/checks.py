@@ -91,7 +91,7 @@ def check_early_stopping(config: Any) -> None:
     if evaluates == "no" or saves not in (evaluates, "best"):
         raise ConfigError(
             "early_stopping_patience counts evaluations and ends with the best checkpoint, but eval_strategy is "
-            f"{evaluates} and save_strategy {saves}. Give both alike: epoch, or steps (with --eval_steps and "
+            f"{evaluates} and save_strategy {saves}. Give both the same: epoch, or steps (with --eval_steps and "
             "--save_steps)."
         )
 
@@ -173,7 +173,7 @@ def check_objective(config: Any) -> None:
         )
     by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
     if by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
-        raise ConfigError("reference_prefix and the greedy baseline are drawn by rlseq's sampler; leave it on.")
+        raise ConfigError("reference_prefix and the greedy baseline are sampled by rlseq's sampler; leave it on.")
     if not by_trl and not config.ds3_gather_for_generation:
         raise ConfigError(
             "ds3_gather_for_generation false leaves the weights of ZeRO-3 sharded while rlseq's sampler draws: "
@@ -251,7 +251,7 @@ def check_router(config: Any, model_config: Any) -> None:
 
 
 def check_group_rewards(config: Any, suite: RewardSuite) -> None:
-    """Refuse a reward of whole groups where groups are torn, or where a completion is scored by itself.
+    """Refuse a reward of whole groups where groups are split, or where a completion is scored by itself.
 
     Raises:
         ConfigError: says which reward, and what to do.
@@ -263,7 +263,7 @@ def check_group_rewards(config: Any, suite: RewardSuite) -> None:
     if local_rows % config.num_generations:
         raise ConfigError(
             f"{', '.join(group_scope)} scores whole groups (scope: group), but a process draws {local_rows} "
-            f"completions, no multiple of num_generations ({config.num_generations}): groups would be torn. Make "
+            f"completions, no multiple of num_generations ({config.num_generations}): groups would be split. Make "
             f"per_device_train_batch_size a multiple of {config.num_generations}."
         )
     alone = config.advantage_baseline == "greedy" or config.objective == "reference_exact"

@@ -106,10 +106,10 @@ class DefaultsMixin:
     use_cpu: bool | None = _default(None, "Train on the CPU; default: where there is no accelerator.")
     logging_nan_inf_filter: bool = _default(False, "Replace NaN and infinite losses in the log (TRL: on).")
     report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to, or none."})
-    logging_steps: float = _default(1, "Log every so many steps.")
+    logging_steps: float = _default(1, "Log every N steps.")
     output_dir: str | None = _default("runs/run", "The run directory.")
     max_refused_steps: int = _default(
-        3, "End the run after so many optimizer steps in a row whose loss or gradient was not finite: none was made."
+        3, "End the run after N optimizer steps in a row whose loss or gradient was not finite; they are skipped."
     )
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     )
     early_stopping_patience: int | None = _default(
         None,
-        "Stop when validation NLL (or metric_for_best_model) has not got better for so many evaluations; the best "
+        "Stop when validation NLL (or metric_for_best_model) has not got better for N evaluations; the best "
         "checkpoint is the result.",
     )
 
@@ -193,7 +193,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
     )
     reference_prefix: int = _default(
-        0, "Rollouts continue from the first so many reference tokens, which are not trained; 0: from the prompt."
+        0, "Rollouts continue from the first N reference tokens, which are not trained; 0: from the prompt."
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
         None,
@@ -216,7 +216,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     tools: list[str] | None = _default(
         None,
         "Functions that the model may call while it answers: package.module:function or path/to/file.py:function; its "
-        "turns are drawn by TRL, and results are not trained (docs/models.md).",
+        "turns are sampled by TRL, and results are not trained (docs/models.md).",
     )
     environment: str | None = _default(
         None,
@@ -254,7 +254,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     def __post_init__(self) -> None:
         refuse_without_effect(self)
         if self.objective == "expected_accuracy":
-            self.num_generations = 1  # it draws nothing: a batch is of so many prompts
+            self.num_generations = 1  # no rollouts: a batch is of this many prompts
         with single_generation(self):
             super().__post_init__()
         refuse_warped_training(self)
@@ -300,10 +300,10 @@ class PPOConfig(GRPOConfig):
         True, "Put the KL to the start (k1, weighed by beta) into each token's reward; false: into the loss (k2, k3)."
     )
     kl_target: float | None = _default(
-        None, "Adapt beta so that the KL to the start stays near so many nats a completion; default: beta is fixed."
+        None, "Adapt beta so that the KL to the start stays near this many nats per completion; default: beta is fixed."
     )
     target_kl: float | None = _default(
-        None, "Leave out the other updates on a batch of rollouts once the policy is so many nats a token from it."
+        None, "Leave out the other updates on a batch of rollouts once the policy is this many nats per token from it."
     )
     truncated_completions: Literal["reward", "bootstrap", "penalty"] = _default(
         "reward",

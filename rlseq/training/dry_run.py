@@ -39,7 +39,7 @@ class Plan:
         examples: prompts, or for teacher forcing (prompt, reference) pairs, that are trained on.
         processes: that train.
         examples_a_step: of all processes; below 1 where a prompt's samples make several steps.
-        rollouts_a_step: completions whose loss makes a step; 0 where nothing is drawn.
+        rollouts_a_step: completions whose loss makes a step; 0 without rollouts.
         generations_a_process: completions that a process draws together, in a generation round.
         longest: tokens of the longest prompt and completion together, at most.
         usual: tokens of a prompt and of a completion in the mean, and where the latter is from; None where they are
@@ -116,7 +116,7 @@ def plan_examples(config: Any, lengths: Sequence[int], processes: int, *, rollou
 
     Args:
         lengths: tokens of each example, prompt and completion with its EOS; max_length cuts them.
-        rollouts: samples that are drawn before training.
+        rollouts: samples that are made before training.
     """
     limit = config.max_length or max(lengths)
     lengths = [min(length, limit) for length in lengths]

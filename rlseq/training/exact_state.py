@@ -1,4 +1,4 @@
-"""What a checkpoint of a run on rollouts must also hold, so that the resumed run is the undisturbed one, bit for bit.
+"""What a checkpoint of a run on rollouts must also hold, so that the resumed run is the uninterrupted one, bit for bit.
 
 TRL 1.16 saves weights, optimizer, scheduler and random states. It leaves out its count of micro-batches, the rollouts
 that are still to be trained on, the metrics and losses not yet logged, the order of any epoch but the first, and a
@@ -74,7 +74,7 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
         }
 
     def shared_state(self) -> dict[str, Any]:
-        """The part that every rank has alike, which another number of processes takes up too."""
+        """The part that is equal on all ranks, which another number of processes resumes too."""
         return {}
 
     def restore_shared_state(self, state: dict[str, Any]) -> None:
@@ -154,13 +154,13 @@ class _Restore(TrainerCallback):
         trainer.restore_reference(trainer.resumed_from)
         file = trainer.resumed_from / FOLDER / f"rank-{trainer.accelerator.process_index}.pt"
         if not file.is_file():
-            logger.warning("%s is missing: the run goes on, but not bit for bit", file)
+            logger.warning("%s is missing: the run resumes, but not bit for bit", file)
             return
         saved = torch.load(file, map_location="cpu", weights_only=True)
         trainer.restore_shared_state(saved["shared"])
         if saved["world_size"] != trainer.accelerator.num_processes:
             logger.warning(
-                "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are drawn anew",
+                "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are sampled again",
                 saved["world_size"],
                 trainer.accelerator.num_processes,
             )

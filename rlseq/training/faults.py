@@ -97,7 +97,7 @@ def saving(checkpoint: Path, *, main_process: bool, wait: Callable[[], None]) ->
         checkpoint.rename(earlier)
     wait()
     try:
-        with writing(checkpoint, "Make room or change --output_dir, and go on with --resume_from_checkpoint."):
+        with writing(checkpoint, "Make room or change --output_dir, and resume with --resume_from_checkpoint."):
             yield
     except BaseException:
         if main_process:
@@ -121,8 +121,8 @@ def explained(error: Exception) -> RlseqError | None:
         return TrainingError(write_message(Path(getattr(error, "filename", None) or "."), error))
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
         return TrainingError(
-            "another process of this run has ended, so this one cannot go on. The launcher names its rank and its exit "
-            f"code (a negative one is a signal; -9 is often the system, out of memory).\n  ({_first_line(error)})"
+            "another process of this run has ended, so this one cannot continue. The launcher names its rank and its "
+            f"exit code (a negative one is a signal; -9 is often the system, out of memory).\n  ({_first_line(error)})"
         )
     return None
 

@@ -25,12 +25,12 @@ Ids = tuple[int, ...]
 # holds about eight tensors of (tokens, 32,768), of its own 4,096 tokens 4 GB; of these 0.3 GB.
 HEAD_TOKENS = 256
 
-MIN_ROW_TOKENS = 64  # short groups share a row of so many tokens: little is padding, and little attention is masked
+MIN_ROW_TOKENS = 64  # short groups share a row of this many tokens: little is padding, and little attention is masked
 
 
 @dataclass
 class References:
-    """The N references of a micro-batch's U distinct prompts; equal prompts with unlike references are distinct.
+    """The N references of a micro-batch's U distinct prompts; equal prompts with different references are distinct.
 
     Attributes:
         rows: of each prompt, how many of the micro-batch's rows it stands for.

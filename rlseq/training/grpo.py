@@ -193,7 +193,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
     def _generate_and_score_completions(self, inputs):
         prompt_index = torch.tensor([row["index"] for row in inputs], device=self.accelerator.device)
         if self.args.objective == "expected_accuracy":
-            return {"prompt_index": prompt_index}  # exact: nothing is drawn
+            return {"prompt_index": prompt_index}  # exact: no rollouts
         self._rows = inputs
         output = super()._generate_and_score_completions(inputs)
         output["prompt_index"] = prompt_index

@@ -34,7 +34,7 @@ class GuardMixin(Trainer):
     """For TRL's trainers: refuses optimizer steps whose loss or gradient is not finite, and explains other faults.
 
     A refused step moves no weight, no optimizer state and no average of weights; it counts as a step, and the
-    learning rate's schedule goes on. Its batch is kept in RUN/refused/step-N/, a file a rank. After
+    learning rate's schedule continues. Its batch is kept in RUN/refused/step-N/, one file per rank. After
     `args.max_refused_steps` of them in a row the run ends with a `TrainingError`.
 
     Attributes:
@@ -100,7 +100,7 @@ class GuardMixin(Trainer):
             raise TrainingError(
                 f"{what}; so were {limit} in a row (max_refused_steps), so the run ends. The weights are as before "
                 f"them. Look at the batches in {folder.parent} (a reward or a log-prob that is huge?), check that the "
-                "model's own weights are finite (`rlseq doctor`), and go on from the last checkpoint with a lower "
+                "model's own weights are finite (`rlseq doctor`), and resume from the last checkpoint with a lower "
                 "--learning_rate, a --max_grad_norm above 0, or --bf16 false --fp16 false.",
                 on_every_rank=True,
             )
@@ -180,7 +180,7 @@ def keep_batch(
     batches: Sequence[tuple[Mapping[str, Any], torch.Tensor]],
     describe: Any,
 ) -> None:
-    """Write this rank's micro-batches: rank-R.jsonl to read, a line a row, and rank-R.safetensors, every tensor.
+    """Write this rank's micro-batches: rank-R.jsonl to read, one line per row, and rank-R.safetensors, every tensor.
 
     Args:
         batches: (inputs, loss) of each micro-batch of an optimizer step; tensors are named `MICRO_BATCH.INPUT`.

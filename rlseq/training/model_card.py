@@ -1,7 +1,7 @@
 """What a run's result is, for the reader: README.md beside its weights, and the push of both to the hub.
 
 create_model_card      the card, where TRL writes one of its own: at every checkpoint, and before a push
-_push_from_checkpoint  a push while training goes on (`hub_strategy`)
+_push_from_checkpoint  a push during training (`hub_strategy`)
 push_to_hub            the push of the result, by `publish` once it has been evaluated
 
 A model's repository gets the model, its tokenizer and the card, of PPO the critic too. transformers uploads the folder

@@ -1,4 +1,4 @@
-"""Models and tokenizers for training: loaded from a path or hub id, or built anew from a config."""
+"""Models and tokenizers for training: loaded from a path or hub id, or built with random weights from a config."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def merge_result(run: str, model_args: trl.ModelConfig) -> None:
 def write_merged(run: Path, model_args: trl.ModelConfig) -> Path:
     """Merge the adapter that a run saved into its base, and write the whole model, with its tokenizer, to RUN/merged.
 
-    The base is loaded anew, and not quantised: merging into rounded weights would round the adapter too.
+    The base is loaded again, and not quantised: merging into rounded weights would round the adapter too.
 
     Args:
         run: a folder with an adapter and a tokenizer.

@@ -289,7 +289,7 @@ class PPOTrainer(GRPOTrainer):
             return  # it is part of the one sharded state
         folder = critic_folder(str(checkpoint))
         if folder is None:
-            raise ModelError(f"{checkpoint} holds no critic ({FOLDER}/); PPO goes on from checkpoints of PPO")
+            raise ModelError(f"{checkpoint} holds no critic ({FOLDER}/); PPO resumes from checkpoints of PPO")
         self.critic.load(folder)
 
 

@@ -161,7 +161,7 @@ def check_fit(
         config: of a run on rollouts, or of teacher forcing: its completions are the references, its dropout acts as
             the model declares it, and no generation configuration matters.
         drawn: tokens of the longest sample that teacher forcing draws for itself.
-        new: the configuration of a model that is built anew, instead of the one that model_args name.
+        new: the configuration of a model that is built with random weights, instead of the one that model_args name.
 
     Raises:
         ModelError: a check failed; the message says what to do.
@@ -264,7 +264,7 @@ def open_run(
     Raises:
         RunDirectoryError: the directory holds a run and neither continuing nor replacing it was asked for; or it began
             with other rewards or rows.
-        ModelError: the checkpoint to go on from is of another model.
+        ModelError: the checkpoint to resume from is of another model.
     """
     state = PartialState()
     asked = {"resume": config.resume_from_checkpoint, "overwrite": run.overwrite_output_dir}
@@ -291,7 +291,7 @@ OF_THE_START = {"resume_from_checkpoint", "overwrite_output_dir", "output_dir"} 
 
 
 def _warn_of_changes(directory: RunDirectory, *configs: Any) -> None:
-    """Say which settings a run goes on with that it did not have, as config.yaml will hold the new ones alone."""
+    """Warn of settings that a resumed run changes: config.yaml will hold only the new ones."""
     try:
         values = changed_values(directory.config, *configs)
     except ConfigError:  # config.yaml is gone or was edited: nothing to compare with
@@ -299,8 +299,8 @@ def _warn_of_changes(directory: RunDirectory, *configs: Any) -> None:
     changed = [f"{name} {had} -> {has}" for name, (had, has) in values.items() if name not in OF_THE_START]
     if changed:
         say(
-            f"rlseq: warning: the run goes on with other settings than it had: {'; '.join(changed)}. config.yaml holds "
-            "the new ones alone. The optimizer goes on as the checkpoint has it: a new learning_rate or weight_decay "
+            f"rlseq: warning: the run resumes with other settings than it had: {'; '.join(changed)}. config.yaml holds "
+            "the new ones alone. The optimizer keeps the checkpoint's state: a new learning_rate or weight_decay "
             f"has no effect.{_schedule_change(directory.resume_from, configs[0], values)}"
         )
 
@@ -369,16 +369,16 @@ def announce(config: TrainingArguments, run: RunArguments, what: str) -> None:
 
 
 def describe_round(config: Any) -> str:
-    """How much is drawn at a time, in words."""
+    """The size of a rollout batch, in words."""
     prompts = config.generation_batch_size // config.num_generations
     if config.objective == "expected_accuracy":
-        return f"the references of {prompts} prompts a step, nothing drawn"
+        return f"the references of {prompts} prompts a step, no rollouts"
     samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
     return f"{prompts} prompts × {samples} a generation round"
 
 
 def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> bool:
-    """Save the final model, or say how to go on when the run was stopped early.
+    """Save the final model, or say how to resume when the run was stopped early.
 
     Returns:
         True if training ran to its end.
@@ -389,7 +389,7 @@ def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> boo
             "--resume_from_checkpoint latest"
         )
         return False
-    with writing(trainer.args.output_dir, "Make room, and go on from the last checkpoint, if one was saved."):
+    with writing(trainer.args.output_dir, "Make room, and resume from the last checkpoint, if one was saved."):
         trainer.save_model(trainer.args.output_dir, _internal_call=True)  # `publish` pushes it, once evaluated
     trainer.accelerator.wait_for_everyone()  # else another rank may read it for the evaluation while it is written
     args, state = trainer.args, trainer.state

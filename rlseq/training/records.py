@@ -70,7 +70,7 @@ def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
 
 
 def append_jsonl(path: str | os.PathLike, records: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
-    """Append one record, or several, one a line, in one write; missing folders are made."""
+    """Append one record, or several, one per line, in one write; missing folders are made."""
     if isinstance(records, Mapping):
         records = [records]
     lines = [visible(json.dumps(json_ready(one), ensure_ascii=False, allow_nan=False)) + "\n" for one in records]

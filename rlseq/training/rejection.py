@@ -4,7 +4,7 @@ Also called best-of-n distillation, and expert iteration when repeated (Anthony 
 section 3.2.3). Drawn afresh, the samples come from the start alone, once: what on-policy training gains over that is
 what sampling from the model as it changes is worth. (Those that a run has logged come from the model as it changed.)
 Samples are known here by their texts, as a run logs them, and are tokenised
-anew for training.
+again for training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def best_completions(records: Iterable[Record], *, keep: int = 1, min_total: flo
     are never kept; equal texts of a prompt count once, with the highest of their totals.
 
     Args:
-        records: rollouts in any order; prompts are told apart by `prompt_key` (or `key`), else by themselves.
+        records: rollouts in any order; prompts are distinguished by `prompt_key` (or `key`), else by themselves.
         keep: completions kept a prompt, at most. Of equal totals the one that came first is kept.
         min_total: the lowest total that is kept, itself included; None keeps any.
 

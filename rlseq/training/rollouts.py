@@ -41,7 +41,7 @@ class RolloutMixin(trl.GRPOTrainer):
     _rollouts: list[Rollout] | None  # drawn by rlseq's sampler; None where TRL generated
     _tool_mask: list[list[int]] | None  # of TRL's turns: 0 where a token is a tool's, None without tools
     _asked: list[Any]  # the prompts of the local generation batch, as an environment left them
-    _begun: Begun | None  # the rewards that score while TRL goes on to the reference
+    _begun: Begun | None  # the rewards that score while TRL runs the reference model
     _scored: list[ScoredRollout]
     _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
     _greedy_totals: torch.Tensor | None  # (B,) over all ranks, NaN where every reward abstained
@@ -166,7 +166,7 @@ class RolloutMixin(trl.GRPOTrainer):
         return found
 
     def _begin_rewards(self, rollouts: list[Rollout]) -> None:
-        """Let the rewards that run apart score what was drawn, while TRL goes on to score it by the reference model."""
+        """Let the rewards that run apart score the rollouts while TRL computes the reference model's log-probs."""
         indices = [row["index"] for row in self._rows]
         columns = self._columns(indices) | {"prompt": [row["prompt"] for row in self._rows]}
         self._begun = self.suite.begin(rollouts, columns, context=_RewardContext(self))

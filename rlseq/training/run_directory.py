@@ -36,7 +36,7 @@ class RunDirectory:
 
     Attributes:
         path: the directory.
-        resume_from: the checkpoint to go on from, or None for a new run.
+        resume_from: the checkpoint to resume from, or None for a new run.
         moved_to: where an earlier run was moved, or None.
     """
 
@@ -74,7 +74,7 @@ class RunDirectory:
 def prepare(
     output_dir: str | os.PathLike, *, resume: str | bool | None, overwrite: bool, main_process: bool
 ) -> RunDirectory:
-    """Claim a directory for a run that starts, or goes on from a checkpoint.
+    """Claim a directory for a run that starts, or resumes from a checkpoint.
 
     Args:
         output_dir: the directory; made if missing.
@@ -82,13 +82,13 @@ def prepare(
             directory; else the path of a checkpoint, or its name in the directory. What was logged after that
             checkpoint's step is dropped from metrics.jsonl and rollouts/, and checkpoints of later steps are
             renamed, so that nothing appears twice. Second saves of a step that were killed are undone before.
-        overwrite: move an earlier run to `NAME.previous-DATE-TIME` beside it and start anew.
+        overwrite: move an earlier run to `NAME.previous-DATE-TIME` beside it and start again.
         main_process: only the main process claims, moves and trims; others get the same paths, once it has,
             and touch nothing.
 
     Raises:
         RunDirectoryError: the directory holds a run and neither flag was given, or both were; another run is
-            using it; it cannot be written; or there is no whole checkpoint to go on from.
+            using it; it cannot be written; or there is no complete checkpoint to resume from.
     """
     path = _absolute(output_dir)
     wanted = None if resume in (None, False, "", "false", "False", "none") else resume
@@ -122,7 +122,7 @@ def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None,
     """Refuse what `prepare` would refuse, as far as that shows without claiming, moving or writing anything.
 
     Returns:
-        The checkpoint to go on from, or None for a new run.
+        The checkpoint to resume from, or None for a new run.
 
     Raises:
         RunDirectoryError: as `prepare`.
@@ -205,14 +205,14 @@ def _move_aside(path: Path) -> Path:
 
 def _checkpoint_to_resume(path: Path, wanted: str | bool, *, warn: bool) -> Path:
     if wanted in (True, "latest", "true", "True"):
-        checkpoint, torn = newest_whole_checkpoint(path)
-        for reason in torn if warn else ():
+        checkpoint, incomplete = newest_whole_checkpoint(path)
+        for reason in incomplete if warn else ():
             logger.warning("Skipping a checkpoint that was not written to its end: %s", reason)
         if checkpoint is None:
-            found = f" ({'; '.join(torn)})" if torn else ""
+            found = f" ({'; '.join(incomplete)})" if incomplete else ""
             raise RunDirectoryError(
                 f"There is no whole checkpoint in {path}{found}. Leave out --resume_from_checkpoint to start "
-                "anew, with --overwrite_output_dir true if the directory holds a run."
+                "again, with --overwrite_output_dir true if the directory holds a run."
             )
         return checkpoint
     given = Path(os.path.expanduser(str(wanted)))
@@ -221,10 +221,10 @@ def _checkpoint_to_resume(path: Path, wanted: str | bool, *, warn: bool) -> Path
 
 
 def _check_belongs(path: Path, checkpoint: Path) -> None:
-    """A checkpoint of another run may start a new directory, not go on in one that holds a run."""
+    """A checkpoint of another run may start a new directory, not resume in one that holds a run."""
     if checkpoint.parent.resolve() != path.resolve() and holds_run(path):
         raise RunDirectoryError(
-            f"{checkpoint} is no checkpoint of the run in {path}. Give another --output_dir to go on from it."
+            f"{checkpoint} is no checkpoint of the run in {path}. Give another --output_dir to resume from it."
         )
 
 
@@ -237,4 +237,4 @@ def _drop_after(path: Path, step: int) -> None:
         if _CHECKPOINT.fullmatch(later.name) and int(later.name.split("-")[1]) > step:
             target = later.with_name(f"superseded-{later.name}-{datetime.now():%Y%m%d-%H%M%S}")
             later.rename(target)
-            logger.warning("%s is later than the checkpoint to go on from: renamed to %s", later, target.name)
+            logger.warning("%s is later than the checkpoint to resume from: renamed to %s", later, target.name)

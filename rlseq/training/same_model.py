@@ -1,4 +1,4 @@
-"""Whether a checkpoint to go on from is of the model that the run names: its kind, sizes and vocabulary."""
+"""Whether a checkpoint to resume from is of the model that the run names: its kind, sizes and vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rlseq.errors import ModelError
 from rlseq.pretrained import is_adapter, load_config, load_tokenizer
 
-# What a configuration holds beside the model: how it was begun, and what saving, training or a release changes.
+# What a configuration holds beside the model: how it was initialised, and what saving, training or a release changes.
 _IGNORED = re.compile(
     "_?name_or_path|architectures|attn_implementation|(torch_)?dtype|output_router_logits|quantization_config|"
     "router_aux_loss_coef|transformers_version|use_cache|.*token_id|.*(dropout|pdrop).*|initializer_.*"
@@ -20,13 +20,13 @@ _SHOWN = 6
 
 
 def check_same_model(checkpoint: Path, name_or_path: str, *, revision: str = "main", use_peft: bool = False) -> None:
-    """Refuse to go on from a checkpoint of another model than the one named; no weights are loaded.
+    """Refuse to resume from a checkpoint of another model than the one named; no weights are loaded.
 
     Compared are the configuration, but for token ids and what saving changes, the vocabulary, and whether an adapter
     or the whole model is trained.
 
     Args:
-        checkpoint: the folder to go on from.
+        checkpoint: the folder to resume from.
         name_or_path, revision: the model that the run starts from.
         use_peft: whether the run puts a new adapter on it.
 
@@ -53,11 +53,11 @@ def check_same_model(checkpoint: Path, name_or_path: str, *, revision: str = "ma
         )
 
 
-_TO_DO = "Give --model_name_or_path the model that the checkpoint's run started from, or start {name!r} anew."
+_TO_DO = "Give --model_name_or_path the model that the checkpoint's run started from, or start {name!r} again."
 
 
 def check_same_new_model(checkpoint: Path, new_model: Mapping[str, Any]) -> None:
-    """The same for a model built anew: each value that its config names is compared.
+    """The same for a model built from a config: each value that its config names is compared.
 
     Raises:
         ModelError: it says what differs, the checkpoint's value first.

@@ -22,7 +22,7 @@ MEASURED = {"loss": False, "mean_token_accuracy": True, "entropy": False}  # at 
 
 
 class LengthGroupedBatches(Sampler[int]):
-    """Batches of rows of like length, in random order, anew each epoch.
+    """Batches of rows of like length, in random order, shuffled each epoch.
 
     transformers' own `group_by_length` goes from the longest rows to the shortest over and over; that drift, batch
     after batch, makes a small model trained at a high learning rate diverge. Here rows are shuffled, sorted by

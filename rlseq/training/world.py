@@ -1,6 +1,6 @@
 """Whether the world a process is in is the one that `accelerate launch` was asked for; and leaving it.
 
-accelerate 1.15 starts another without a word where it is asked for several CPU processes (by `distributed_type:
+accelerate 1.15 silently starts another where it is asked for several CPU processes (by `distributed_type:
 MULTI_CPU`, or `--cpu --num_processes 2`: one runs) and for FSDP on CPUs (the processes stay data-parallel).
 """
 
@@ -120,7 +120,7 @@ def compare(asked: Mapping[str, Any], environment: Mapping[str, str], *, acceler
     if asked["kind"] == "FSDP" and not accelerators:
         raise ConfigError(
             "accelerate launch was asked for FSDP, but there is no accelerator: it would leave every process a whole "
-            f"model without a word. {CPU_WORLD}"
+            f"model silently. {CPU_WORLD}"
         )
     if asked["kind"] == "FSDP" and environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false") == "true":
         raise ConfigError(
