@@ -6,14 +6,11 @@ trainer needs nothing of this room. `learning_warnings` reads what was logged an
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlseq.errors import DataError
@@ -22,6 +19,7 @@ from rlseq.evaluation.measure import measure
 from rlseq.evaluation.names import TOTAL, Names, statistic
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
+from rlseq.scoring.isolation import kept_random_states
 from rlseq.types import Prompt, column_names
 
 STRATEGIES = ("greedy", "sample")
@@ -122,7 +120,8 @@ class ValidationProbe:
             RewardError: a reward failed whose `on_error` is "raise", in every process. Under "abstain" and "floor"
                 failures never end it, however many: they are counted in `S/NAME/failed`.
         """
-        with _randomness_kept(model):
+        device = next(model.parameters()).device
+        with kept_random_states([] if device.type == "cpu" else [device], device.type):
             found = measure(model, self.prompts, self.tokenizer, self.suite, self.settings)
         values = {name: m.aggregate(matrix(found.likelihood, m)) for name, m in self._likelihood.items()}
         for strategy, rows in found.strategies.items():
@@ -209,20 +208,6 @@ def _decisive(suite: RewardSuite) -> dict[str, dict[str, Any]]:
         name: {key: value for key, value in signature.items() if key != "weight"}
         for name, signature in suite.signature().items()
     }
-
-
-@contextlib.contextmanager
-def _randomness_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Put the global random generators back as they were: rewards and models may draw from them."""
-    device = next(model.parameters()).device
-    python, legacy = random.getstate(), np.random.get_state()
-    forked = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
-    with torch.random.fork_rng(**forked):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> list[float]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+# modules, and an attribute that each has once it is fully imported
+_NUMPY = ("numpy", "random")
+_TORCH = ("torch", "get_float32_matmul_precision")
 
 
 @contextlib.contextmanager
@@ -18,19 +22,54 @@ def kept_settings(random_states: bool = True, *, advance: bool = True) -> Iterat
     run that is resumed, and no trace in training's own states. Without `advance` (of code that is loaded and not
     called) Python's state is left where it was, too. Modules that nobody imported are left alone.
     """
-    torch: Any = sys.modules.get("torch")
-    before = _settings(torch) if hasattr(torch, "get_float32_matmul_precision") else {}
-    states = _random_states(torch if before else None, advance) if random_states else []
-    try:
-        yield
-    finally:
-        for set_state, state in states:
-            set_state(state)
-        if before:
-            after = _settings(torch)
+    torch = _imported(*_TORCH)
+    before = _settings(torch) if torch else {}
+    with contextlib.ExitStack() as stack:
+        if random_states:
+            unmoved, seed = random.getstate(), random.getrandbits(32)
+            if not advance:
+                random.setstate(unmoved)
+            used = torch and torch.cuda.is_initialized()
+            stack.enter_context(kept_random_states(range(torch.cuda.device_count()) if used else ()))
+            _seed(seed)
+        try:
+            yield
+        finally:
+            after = _settings(torch) if torch else {}
             for setter, value in before.items():
                 if after[setter] != value:
                     _SETTERS[setter](torch, value)
+
+
+@contextlib.contextmanager
+def kept_random_states(devices: Sequence[Any] = (), device_type: str = "cuda") -> Iterator[None]:
+    """Put the random states of Python, numpy and torch (the CPU's and those of `devices`) back as they were.
+
+    Modules that nobody imported are left alone.
+    """
+    numpy, torch = _imported(*_NUMPY), _imported(*_TORCH)
+    python, legacy = random.getstate(), numpy and numpy.random.get_state()
+    with torch.random.fork_rng(devices, device_type=device_type) if torch else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy:
+                numpy.random.set_state(legacy)
+
+
+def _imported(name: str, attribute: str) -> Any:
+    """The module if it is fully imported, which the attribute shows; else None."""
+    module = sys.modules.get(name)
+    return module if hasattr(module, attribute) else None
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    if numpy := _imported(*_NUMPY):
+        numpy.random.seed(seed)
+    if torch := _imported(*_TORCH):
+        torch.manual_seed(seed)
 
 
 _SETTERS: dict[str, Callable[[Any, Any], None]] = {
@@ -62,22 +101,3 @@ def _settings(torch: Any) -> dict[str, Any]:
 
 def _set_cudnn(torch: Any, value: tuple[bool, bool]) -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = value
-
-
-def _random_states(torch: Any, advance: bool) -> list[tuple[Callable[[Any], None], Any]]:
-    """The states with how to set them back; the code that follows draws from a new seed."""
-    unmoved = random.getstate()
-    seed = random.getrandbits(32)
-    python = random.getstate() if advance else unmoved
-    states: list[tuple[Callable[[Any], None], Any]] = [(random.setstate, python)]
-    random.seed(seed)
-    numpy: Any = sys.modules.get("numpy")
-    if hasattr(numpy, "random"):
-        states.append((numpy.random.set_state, numpy.random.get_state()))
-        numpy.random.seed(seed)
-    if torch is not None:
-        states.append((torch.set_rng_state, torch.get_rng_state()))
-        if torch.cuda.is_initialized():
-            states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-        torch.manual_seed(seed)
-    return states
