@@ -41,7 +41,7 @@ class Prompt:
         prompt_ids: its token ids, special tokens included.
         columns: every other column of the row; rewards ask for them by name. `references` (a list of
             texts) holds the right answers where there are any.
-        template_options: what the chat template was given besides the messages; its references are rendered with the same.
+        template_options: further variables of the chat template; references are rendered with the same ones.
     """
 
     key: str

@@ -66,7 +66,7 @@ def task(tmp_path_factory):
     for seed, name in enumerate(("one", "two")):
         tiny_model("llama", seed=seed, initializer_range=0.3).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "reward.py").write_text(REWARD)
     return folder
 
@@ -74,7 +74,7 @@ def task(tmp_path_factory):
 def command(task, output_dir):
     return [
         "evaluate", "--models", f"one={task}/one", f"two={task}/two",
-        "--dataset_name", f"{task}/rows.jsonl", "--eval_split", "train", "--reward_funcs", f"{task}/reward.py:letters",
+        "--dataset_name", f"{task}/validation.jsonl", "--reward_funcs", f"{task}/reward.py:letters",
         "--output_dir", str(output_dir), "--strategies", *STRATEGIES, "--samples_per_row", "2",
         "--max_new_tokens", "3", "--resamples", "50", "--studies", "ranking",
     ]  # fmt: skip

@@ -32,12 +32,12 @@ class Lookahead:
     """Linear heads on the frozen last hidden state at position t that predict token t + k, with reference prefixes.
 
     Multi-token prediction proper (Gloeckle et al. 2024; as a probe of a frozen model, Pal et al. 2023 "Future Lens"):
-    the tokens between are not seen. That differs from an n-token loss of teacher forcing (`rlseq.likelihood.block_nll`),
-    which the chain rule makes a sum of next-token losses. The head of k = 1 is fitted in the same way, for comparison.
+    the tokens between are not seen. An n-token loss of teacher forcing (`rlseq.likelihood.block_nll`) differs:
+    the chain rule makes it a sum of next-token losses. The head of k = 1 is fitted in the same way, for comparison.
 
     Heads are softmax regressions over the tokens that occur in references, fitted on one half of the rows and measured
-    on the other; rows of equal prompts fall on one side. Two controls are fitted in the same way: on the states of the same
-    architecture with random weights, and on the current token alone.
+    on the other; rows of equal prompts fall on one side. Two controls are fitted in the same way: on the states of the
+    same architecture with random weights, and on the current token alone.
     """
 
     name = "lookahead"
@@ -110,8 +110,8 @@ class Lookahead:
             "Linear heads on the frozen model's last hidden state, after the prompt and a reference's tokens up to the "
             "current one, predict the k-th next token without seeing those between: multi-token prediction proper. "
             "(An n-token loss of teacher forcing is something else: by the chain rule it is a sum of next-token "
-            "losses.) Held-out cross-entropy (nats) and top-1 accuracy, beside heads fitted in the same way on the same "
-            "architecture with random weights and on the current token alone. "
+            "losses.) Held-out cross-entropy (nats) and top-1 accuracy, beside heads fitted in the same way on the "
+            "same architecture with random weights and on the current token alone. "
             f"Fitted on {block['rows_fitted']:,} rows, measured on {block['rows_held_out']:,} others, over the tokens "
             "that occur in references. Own head: the model's own next-token loss on the same positions, over its whole "
             "vocabulary.",

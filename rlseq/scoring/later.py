@@ -10,7 +10,7 @@ from typing import Any
 class Later:
     """Starts to do something, and gives its result when asked.
 
-    The thread is a daemon: in contrast to those of `concurrent.futures` it does not keep a process that was interrupted alive.
+    The thread is a daemon: it does not keep an interrupted process alive, as those of `concurrent.futures` do.
     """
 
     def __init__(self, act: Callable[[], Any]):
