@@ -53,7 +53,7 @@ def place(tmp_path_factory):
     for seed, name in enumerate(("one", "two", "three", "four")):
         tiny_model("llama", seed=seed, initializer_range=0.3).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (folder / "loud.py").write_text(REWARD)
     return folder
 
@@ -66,8 +66,8 @@ def reported(place, out, *models):
     """As the command evaluates, report and all."""
     evaluate(
         arguments(place, models),
-        dataset_name=str(place / "data.jsonl"),
-        split="train",
+        dataset_name=str(place / "validation.jsonl"),
+        split="validation",
         limit=None,
         config_name=None,
         prompt_options={},
@@ -82,7 +82,7 @@ def measured(place, out, *models, rows=ROWS, settings=SETTINGS):
     """The same without a report."""
     named = parse_models(arguments(place, models))
     with load_rewards(["phoneme_accuracy", str(place / "loud.py")]) as suite:
-        name = f"{place / 'data.jsonl'} (train)"
+        name = f"{place / 'validation.jsonl'} (validation)"
         return contrast(named, rows, suite, settings=settings, output_dir=out, quiet=True, data_name=name)
 
 
