@@ -1,5 +1,6 @@
 """What a reward changes of its process does not reach training, and what it says can be written."""
 
+import asyncio
 import json
 import random
 import subprocess
@@ -100,6 +101,72 @@ def test_a_noisy_reward_draws_other_noise_at_each_call_and_the_same_from_one_see
         random.seed(5)
         found.append([suite.score([ONE], {"prompt": ["?"]}).totals[0] for _ in range(3)])
     assert found[0] == found[1] and len(set(found[0])) == 3
+
+
+async def noise():
+    return random.random() + np.random.rand() + torch.rand(()).item()
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_an_async_reward_that_seeds_or_draws_does_not_change_what_training_draws(begun):
+    async def seeds(completion):
+        random.seed(1)
+        await asyncio.sleep(0.01)
+        np.random.seed(1)
+        return (await asyncio.gather(noise(), asyncio.create_task(noise())))[0]
+
+    async def ends(completion):
+        torch.manual_seed(1)
+        await asyncio.wait_for(asyncio.sleep(10), 0.01)
+
+    async def quiet(completion):
+        return 0.0
+
+    found = []
+    for reward in (seeds, ends, quiet, quiet):
+        random.seed(5)
+        np.random.seed(5)
+        torch.manual_seed(5)
+        suite = load_rewards([{"func": reward, "retries": 1, "on_error": "abstain"}], max_error_rate=1.0)
+        rollouts, columns = [ONE] * 4, {"prompt": ["?"] * 4}
+        submitted = suite.begin(rollouts, columns) if begun else None
+        drawn = [draws() for _ in range(3)] if begun else []  # training goes on meanwhile
+        table = suite.score(rollouts, columns, begun=submitted)
+        assert (table.totals[0] is None) == (reward is ends)
+        found.append((drawn, draws()))
+    assert found[0][1] == found[1][1] == found[2][1] and found[2] == found[3]
+
+
+def test_a_noisy_async_reward_draws_other_noise_for_each_call_and_the_same_from_one_seed():
+    async def noisy(completion):
+        first = await noise()
+        await asyncio.sleep(0)
+        return first + await asyncio.create_task(noise())
+
+    suite, found = load_rewards([noisy]), []
+    for _ in range(2):
+        random.seed(5)
+        rounds = [suite.score([ONE] * 3, {"prompt": ["?"] * 3}).totals for _ in range(2)]
+        found.append([value for totals in rounds for value in totals])
+    assert found[0] == found[1] and len(set(found[0])) == 6
+
+
+def test_random_states_are_set_back_though_what_was_begun_is_not_scored():
+    async def seeds(completion):
+        random.seed(1)
+        return 0.0
+
+    suite, found = load_rewards([seeds]), []
+    for begins in (1, 2):
+        random.seed(5)
+        for _ in range(begins):
+            begun = suite.begin([ONE], {"prompt": ["?"]})
+            begun.outcomes["seeds"].wait()
+        suite.score([], {"prompt": []})
+        if begins == 1:
+            random.getrandbits(32)  # each takes one seed
+        found.append(random.random())
+    assert found[0] == found[1]
 
 
 HARMFUL = "half \ud83d, esc \x1b[31m, turned \u202egpj.exe, line\u2028"

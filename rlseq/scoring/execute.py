@@ -112,6 +112,7 @@ class InProcess:
     """Calls a reward here, one call after another: the fast path."""
 
     apart = False
+    draws_here = True
 
     def __init__(self, function: Callable):
         self.function = function
@@ -128,13 +129,14 @@ class Concurrent:
     """Calls an async reward on an event loop of its own thread, so that it works inside a running loop, too."""
 
     apart = True
+    draws_here = True
 
     def __init__(self, function: Callable, retry: Retry):
         self.function = function
         self.retry = retry
 
     def run(self, calls: Sequence[Arguments], sizes: Sequence[int]) -> list[Any]:
-        with kept_settings(random_states=False):  # training may draw on another thread meanwhile
+        with kept_settings():
             future = asyncio.run_coroutine_threadsafe(
                 call_concurrently(self.function, calls, self.retry), _background_loop()
             )

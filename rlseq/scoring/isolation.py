@@ -5,18 +5,45 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # modules, and an attribute that each has once it is fully imported
 _NUMPY = ("numpy", "random")
 _TORCH = ("torch", "get_float32_matmul_precision")
+_held = threading.local()
 
 
 @contextlib.contextmanager
-def kept_settings(random_states: bool = True, *, advance: bool = True) -> Iterator[None]:
+def random_states_held(*, advance: bool = True) -> Iterator[None]:
+    """Hold the random states, as `kept_settings` does, while reward code runs here or on threads `without_holding`.
+
+    What this thread draws meanwhile comes from the states that reward code draws from, and leaves no trace either.
+    """
+    torch = _imported(*_TORCH)
+    unmoved, seed = random.getstate(), random.getrandbits(32)
+    if not advance:
+        random.setstate(unmoved)
+    used = torch and torch.cuda.is_initialized()
+    with kept_random_states(range(torch.cuda.device_count()) if used else ()):
+        _seed(seed)
+        yield
+
+
+def without_holding(act: Callable[[], Any]) -> Any:
+    """Do something on a thread whose random states another thread holds."""
+    _held.elsewhere = True
+    try:
+        return act()
+    finally:
+        _held.elsewhere = False
+
+
+@contextlib.contextmanager
+def kept_settings(*, advance: bool = True) -> Iterator[None]:
     """Run reward code, then restore what it changed: torch's grad mode, default dtype and device, threads, determinism
-    and matmul precision, and (`random_states`) the random states of Python, numpy and torch.
+    and matmul precision, and the random states of Python, numpy and torch.
 
     The code draws from a seed that is taken from Python's random state: other noise at each call, the same noise in a
     run that is resumed, and no trace in training's own states. Without `advance` (of code that is loaded and not
@@ -24,14 +51,8 @@ def kept_settings(random_states: bool = True, *, advance: bool = True) -> Iterat
     """
     torch = _imported(*_TORCH)
     before = _settings(torch) if torch else {}
-    with contextlib.ExitStack() as stack:
-        if random_states:
-            unmoved, seed = random.getstate(), random.getrandbits(32)
-            if not advance:
-                random.setstate(unmoved)
-            used = torch and torch.cuda.is_initialized()
-            stack.enter_context(kept_random_states(range(torch.cuda.device_count()) if used else ()))
-            _seed(seed)
+    elsewhere = getattr(_held, "elsewhere", False)
+    with contextlib.nullcontext() if elsewhere else random_states_held(advance=advance):
         try:
             yield
         finally:

@@ -26,9 +26,13 @@ class Later:
         except BaseException as error:  # raised where the result is asked for
             self._error = error
 
+    def wait(self) -> None:
+        """Wait until it is done, or has failed."""
+        self._thread.join()
+
     def result(self) -> Any:
         """Wait for the result; what was raised is raised here."""
-        self._thread.join()
+        self.wait()
         if self._error is not None:
             raise self._error
         return self._result

@@ -33,9 +33,11 @@ class Executor(Protocol):
 
     Attributes:
         apart: whether the calls are made elsewhere than on the caller's thread, which only waits for them.
+        draws_here: whether the calls draw from the random states of this process.
     """
 
     apart: bool
+    draws_here: bool
 
     def run(self, calls: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[Any]: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import RewardError, did_you_mean
 from ..types import Rollout, ScoredRollout
 from .forms import Rows
+from .isolation import random_states_held, without_holding
 from .later import Later
 from .options import parse_spec, reward_from_spec
 from .outcome import FAILURES, TOKEN_REWARDS, Outcome, shorten
@@ -80,6 +82,7 @@ class RewardSuite:
         self.weights = list(weights)
         self.specs: list[Any] = [None] * len(self.rewards)
         self.max_error_rate = max_error_rate
+        self._begun_states = contextlib.ExitStack()  # sets back the random states that `begin` has held
         self.corpus: dict[str, CorpusMetric | Ratio] = {}
         for reward in rewards:
             for metric, definition in reward.info.corpus.items():
@@ -125,14 +128,19 @@ class RewardSuite:
     def begin(self, rollouts: Sequence[Rollout], columns: Mapping[str, Sequence[Any]], context: Any = None) -> Begun:
         """Let the rewards that run apart (in worker processes, on an event loop) score N rollouts in the meantime.
 
-        Arguments are those of `score`, which takes the result; whatever is wrong is raised there.
+        Arguments are those of `score`, which takes the result; whatever is wrong is raised there. Where one of them
+        runs in this process, the random states are held until then.
         """
+        self._begun_states.close()
         rollouts = list(rollouts)
         apart = [reward for reward in self.rewards if reward.executor.apart]
         if not apart or not rollouts or "prompt" not in columns:
             return Begun(rollouts)
         rows = Rows(rollouts, columns)
-        return Begun(rollouts, {reward.name: Later(partial(reward.outcomes, rows, context)) for reward in apart})
+        if any(reward.executor.draws_here for reward in apart):
+            self._begun_states.enter_context(random_states_held())
+        acts = {reward.name: partial(without_holding, partial(reward.outcomes, rows, context)) for reward in apart}
+        return Begun(rollouts, {name: Later(act) for name, act in acts.items()})
 
     def score(
         self,
@@ -162,6 +170,10 @@ class RewardSuite:
                 of values; more than `max_error_rate` of the rows failed; or the columns do not fit.
         """
         rollouts = list(rollouts)
+        with self._begun_states:
+            for reward in self.rewards:
+                if begun is not None and reward.name in begun.outcomes and reward.executor.draws_here:
+                    begun.outcomes[reward.name].wait()
         outcomes: list[list[Outcome]] = []
         trouble: Exception | None = None
         try:

@@ -62,6 +62,7 @@ class WorkerPool:
     """
 
     apart = True
+    draws_here = False
 
     def __init__(
         self,
