@@ -179,21 +179,28 @@ def reference_texts(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> 
     Of texts that the tokenizer cannot tell apart the first stands for all.
 
     Prompt and reference are tokenised as one string, as teacher forcing sees them; where that moves the boundary
-    between the two, the reference is tokenised by itself. Of chat data, the answer is rendered by the chat template as
-    the prompt was, with the same options: as a message of its own, or the rest of the one that the prompt begins.
+    between the two, what follows the prompt is tokenised by itself. For chat data, the answer is rendered by the chat
+    template as the prompt was, with the same options: as a message of its own, or the rest of the one that the prompt
+    begins.
     """
     start = list(prompt.prompt_ids)
+    chat, options = not isinstance(prompt.messages_or_text, str), prompt.template_options
     found: dict[tuple[int, ...], str] = {}
     for reference in prompt.columns.get("references", ()):
-        if isinstance(prompt.messages_or_text, str):
-            whole = tokenizer(text=prompt.messages_or_text + reference)["input_ids"]
+        if chat:
+            messages = answered(prompt.messages_or_text, reference, options)
+            whole = _rendered([messages], tokenizer, options, whole=True)[0]
         else:
-            messages = answered(prompt.messages_or_text, reference, prompt.template_options)
-            whole = _rendered([messages], tokenizer, prompt.template_options, whole=True)[0]
+            whole = tokenizer(text=prompt.messages_or_text + reference)["input_ids"]
         if list(whole[: len(start)]) == start:
             ids = list(whole[len(start) :])
         else:
-            ids = tokenizer(text=reference, add_special_tokens=False)["input_ids"]
+            rest = reference
+            if chat:
+                (asked,) = _rendered([prompt.messages_or_text], tokenizer, options, tokenize=False)
+                (text,) = _rendered([messages], tokenizer, options, whole=True, tokenize=False)
+                rest = text[len(asked) :] if text.startswith(asked) else reference
+            ids = tokenizer(text=rest, add_special_tokens=False)["input_ids"]
         end = next((i for i, token in enumerate(ids) if token in stop_ids), None)
         found.setdefault(tuple(ids[: end + 1]) if end is not None else (*ids, stop_ids[0]), reference)
     return found
@@ -335,10 +342,15 @@ def tokenize_prompts(prompts: list[Any], tokenizer: Any, template_options: Mappi
 
 
 def _rendered(
-    conversations: list[Any], tokenizer: Any, template_options: Mapping[str, Any], *, whole: bool = False
-) -> list[list[int]]:
-    """The ids of conversations: as prompts, or `whole`, with their answers."""
-    found: dict[int, list[int]] = {}
+    conversations: list[Any],
+    tokenizer: Any,
+    template_options: Mapping[str, Any],
+    *,
+    whole: bool = False,
+    tokenize: bool = True,
+) -> list[Any]:
+    """The ids of conversations, or their texts: as prompts, or `whole`, with their answers."""
+    found: dict[int, Any] = {}
     for going_on in (False, True):
         places = [i for i, messages in enumerate(conversations) if continues(messages, template_options) == going_on]
         options = {"add_generation_prompt": not going_on, "continue_final_message": going_on} | dict(template_options)
@@ -348,8 +360,8 @@ def _rendered(
             options["add_generation_prompt"] = False
         if places:
             chosen = [conversations[i] for i in places]
-            ids = tokenizer.apply_chat_template(chosen, tokenize=True, return_dict=True, **options)["input_ids"]
-            found |= dict(zip(places, ids, strict=True))
+            made = tokenizer.apply_chat_template(chosen, tokenize=tokenize, return_dict=tokenize, **options)
+            found |= dict(zip(places, made["input_ids"] if tokenize else made, strict=True))
     return [found[i] for i in range(len(conversations))]
 
 

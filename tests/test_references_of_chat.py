@@ -1,6 +1,7 @@
 """Prompt and reference are rendered by one function, with the same options: what could follow the prompt is scored."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -32,13 +33,13 @@ ASKED = [{"role": "user", "content": "2+2"}]
 BEGUN = [*ASKED, {"role": "assistant", "content": "it is "}]
 
 
-def characters() -> PreTrainedTokenizerFast:
-    """A tokenizer of a token a character, whose `$` ends a message."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def characters(*words: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of a token a character, and for each of the words, whose `$` ends a message."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {character: i for i, character in enumerate("$<>()+0123456789abcdefghijklmnopqrstuvwxyz ?")}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokens = [*"$<>()+0123456789abcdefghijklmnopqrstuvwxyz ?", *words]
+    made = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, words), "."])), "isolated")
     made.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="$", unk_token="?", chat_template=CHATML)
 
@@ -60,6 +61,37 @@ def test_a_reference_is_what_could_follow_the_prompt(messages, options, prompt, 
     (built,) = build_prompts([{"prompt": messages, "references": "4"}], tokenizer, chat_template_kwargs=options)
     (ids,) = reference_ids(built, tokenizer, [tokenizer.eos_token_id])
     assert (tokenizer.decode(built.prompt_ids), tokenizer.decode(ids)) == (prompt, reference)
+
+
+THINKS = CHATML.replace("{{ '<assistant>' }}", "{{ '<assistant>(' }}").replace(
+    "{{ m.content + '$' }}", "{{ (m.role == 'assistant') * '()' + m.content + '$' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "reference"),
+    [
+        ((), [")", "4", "$"]),
+        (("()",), [")", "4", "$"]),  # a token of both that the prompt ends with and the answer begins with
+        (("()", ")4"), [")4", "$"]),
+        (("$<",), [")", "4", "$"]),
+    ],
+)
+def test_what_the_template_puts_before_an_answer_stays_where_tokens_go_over_the_end_of_the_prompt(words, reference):
+    tokenizer = characters(*words)
+    tokenizer.chat_template = THINKS
+    (built,) = build_prompts([{"prompt": ASKED, "references": "4"}], tokenizer)
+    (ids,) = reference_ids(built, tokenizer, [tokenizer.eos_token_id])
+    assert tokenizer.decode(built.prompt_ids) == "<user>2+2$<assistant>("
+    assert tokenizer.convert_ids_to_tokens(ids) == reference
+
+
+def test_an_answer_of_a_template_that_takes_back_what_the_prompt_opens_stands_alone():
+    tokenizer = characters()
+    tokenizer.chat_template = THINKS.replace("(m.role == 'assistant') * '()' + ", "")
+    (built,) = build_prompts([{"prompt": ASKED, "references": "4"}], tokenizer)
+    assert tokenizer.decode(built.prompt_ids).endswith("<assistant>(")
+    assert [tokenizer.decode(ids) for ids in reference_ids(built, tokenizer, [0])] == ["4$"]
 
 
 def test_prompts_that_begin_an_answer_stand_beside_those_that_do_not():
