@@ -11,7 +11,7 @@ import rlseq
 from rlseq.data import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.scoring import load_rewards
-from rlseq.training.recipe import choose_best_by
+from rlseq.training.best import choose_best_by
 
 
 def one(completions, **columns):

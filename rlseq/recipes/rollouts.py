@@ -20,11 +20,12 @@ from rlseq.scoring import RewardSuite
 from rlseq.scoring.trial import try_rewards
 from rlseq.training.adapters import quantization_note, quantization_of
 from rlseq.training.averaging import WeightAverage
+from rlseq.training.best import choose_best_by
 from rlseq.training.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
 from rlseq.training.model_card import publish
 from rlseq.training.models import named_alone
-from rlseq.training.recipe import Task, choose_best_by, finish, load_task, prompt_options, say
+from rlseq.training.recipe import Task, finish, load_task, prompt_options, say
 from rlseq.training.run_directory import RunDirectory
 from rlseq.training.tracking import log_contrast
 

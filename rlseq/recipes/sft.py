@@ -36,6 +36,7 @@ from rlseq.scoring import load_rewards
 from rlseq.scoring.find import bundled_folder
 from rlseq.scoring.trial import try_rewards
 from rlseq.training.began_with import began_with
+from rlseq.training.best import choose_best_by
 from rlseq.training.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
 from rlseq.training.checks import describe_left_out
 from rlseq.training.config import (
@@ -62,7 +63,6 @@ from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.recipe import (
     announce,
     check_fit,
-    choose_best_by,
     default_config,
     finish,
     open_run,
