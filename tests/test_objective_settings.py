@@ -40,7 +40,7 @@ REFUSED = {
     "references' share off policy": ({"objective": "reference_exact", "num_iterations": 2}, "exact only on policy"),
     "a KL of nothing drawn": ({"objective": "expected_accuracy", "beta": 0.1}, "does not use beta"),
     "no sharpness": ({"minimum_risk_sharpness": 0.0}, "minimum_risk_sharpness is 0.0"),
-    "references among no samples": ({"minimum_risk_references": True}, "belongs to --objective minimum_risk"),
+    "references among no samples": ({"minimum_risk_references": True}, "no effect without objective minimum_risk"),
     "a prefix as long as the completion": ({"reference_prefix": 6}, r"expected 0 to .*\(5\)"),
     "a negative prefix": ({"reference_prefix": -1}, "reference_prefix is -1"),
     "a prefix drawn by TRL": ({"reference_prefix": 1, "rlseq_sampler": False}, "rlseq's sampler"),

@@ -206,14 +206,14 @@ REFUSED = {
         {"truncation_penalty": -1.0, "truncated_completions": "penalty"},
         "truncation_penalty is -1.0",
     ),
-    "a penalty that nothing loses": ({"truncation_penalty": 2.0}, "belongs to --truncated_completions penalty"),
+    "a penalty that nothing loses": ({"truncation_penalty": 2.0}, "no effect without truncated_completions penalty"),
     "truncation both left out and judged": (
         {"mask_truncated_completions": True, "truncated_completions": "bootstrap"},
         "give one of them",
     ),
     "a negative clip": ({"value_clip": -0.2}, "value_clip is -0.2; expected at least 0"),
     "a negative learning rate": ({"critic_learning_rate": -1e-3}, "critic_learning_rate is -0.001"),
-    "a trunk that is not shared": ({"critic_trunk_gradient": True}, "critic_trunk_gradient is of --critic shared"),
+    "a trunk that is not shared": ({"critic_trunk_gradient": True}, "no effect without critic shared"),
     "rounds that end within an update": (
         {"target_kl": 0.1, "gradient_accumulation_steps": 4, "steps_per_generation": 2},
         "no multiple of gradient_accumulation_steps",

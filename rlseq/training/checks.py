@@ -164,17 +164,14 @@ def check_objective(config: Any) -> None:
         )
     if not config.minimum_risk_sharpness > 0:
         raise ConfigError(f"minimum_risk_sharpness is {config.minimum_risk_sharpness}; expected above 0")
-    if config.minimum_risk_references and config.objective != "minimum_risk":
-        raise ConfigError("minimum_risk_references belongs to --objective minimum_risk")
     if not 0 <= config.reference_prefix < config.max_completion_length:
         raise ConfigError(
             f"reference_prefix is {config.reference_prefix}; expected 0 to max_completion_length − 1 "
             f"({config.max_completion_length - 1}): the completion holds the prefix."
         )
-    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
-    if by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
+    if config.sampled_by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
         raise ConfigError("reference_prefix and the greedy baseline are sampled by rlseq's sampler; leave it on.")
-    if not by_trl and not config.ds3_gather_for_generation:
+    if not config.sampled_by_trl and not config.ds3_gather_for_generation:
         raise ConfigError(
             "ds3_gather_for_generation false leaves the weights of ZeRO-3 sharded while rlseq's sampler draws: "
             "processes whose completions end at different steps would wait for each other for ever. Leave it out, or "
@@ -312,8 +309,7 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
             "the distribution sampled from. Leave it out (--temperature is supported), or use it in evaluation "
             "(--strategies)."
         )
-    by_trl = config.use_vllm or config.use_transformers_continuous_batching or not config.rlseq_sampler
-    if more and not (by_trl or config.tools or config.environment):
+    if more and not (config.sampled_by_trl or config.tools or config.environment):
         raise ConfigError(
             f"generation_kwargs is {more}, which rlseq's sampler does not read. Leave it out, or let TRL draw "
             "(--rlseq_sampler false)."
@@ -354,9 +350,6 @@ def check_ppo(config: Any) -> None:
             "mask_truncated_completions leaves truncated completions out of the loss, truncated_completions "
             f"{config.truncated_completions} judges them: give one of them"
         )
-    default = type(config).truncation_penalty
-    if config.truncation_penalty != default and config.truncated_completions != "penalty":
-        raise ConfigError("truncation_penalty belongs to --truncated_completions penalty")
     for name in ("value_clip", "critic_learning_rate"):
         value = getattr(config, name)
         if value is not None and not value >= 0:
@@ -380,8 +373,6 @@ def check_ppo(config: Any) -> None:
             "sync_ref_model moves the reference to the policy parameter by parameter, and PPO's policy holds a critic. "
             "Leave it out."
         )
-    if config.critic_trunk_gradient and config.critic != "shared":
-        raise ConfigError("critic_trunk_gradient is of --critic shared; a separate critic has no part of the policy")
     if config.target_kl is not None:
         updates = config.steps_per_generation * config.num_iterations
         if updates % config.gradient_accumulation_steps:

@@ -228,6 +228,11 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     )
 
     @property
+    def sampled_by_trl(self) -> bool:
+        """Whether TRL samples the completions, not rlseq's sampler."""
+        return self.use_vllm or self.use_transformers_continuous_batching or not self.rlseq_sampler
+
+    @property
     def uses_references(self) -> bool:
         """Whether the loss needs the references' log-probs."""
         mixed = self.reference_loss_coef != 0 or self.minimum_risk_references

@@ -178,9 +178,7 @@ def check_fit(
         options = {
             "max_completion_length": config.max_completion_length,
             "disable_dropout": config.disable_dropout,
-            "own_sampler": config.rlseq_sampler
-            and not config.use_vllm
-            and not config.use_transformers_continuous_batching,
+            "own_sampler": not config.sampled_by_trl,
             "needs_references": config.uses_references,
         }
     findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config, **options)

@@ -91,8 +91,7 @@ class RolloutMixin(trl.GRPOTrainer):
         return {key: value[index] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        by_trl = self.use_vllm or self.use_transformers_continuous_batching or not self.args.rlseq_sampler
-        if by_trl or self.tools or images is not None:
+        if self.args.sampled_by_trl or self.tools or images is not None:
             self._rollouts = None
             found = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images

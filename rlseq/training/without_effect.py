@@ -45,7 +45,13 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any] | None], ...] = (
         "log_completions",
         lambda c: c.log_completions,
     ),
-    (("minimum_risk_sharpness",), "objective minimum_risk", lambda c: c.objective == "minimum_risk"),
+    (
+        ("minimum_risk_sharpness", "minimum_risk_references"),
+        "objective minimum_risk",
+        lambda c: c.objective == "minimum_risk",
+    ),
+    (("truncation_penalty",), "truncated_completions penalty", lambda c: c.truncated_completions == "penalty"),
+    (("critic_trunk_gradient",), "critic shared", lambda c: c.critic == "shared"),
     (
         (
             "num_generations_eval",
