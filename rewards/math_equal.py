@@ -1,5 +1,6 @@
 """Whether the final answer of a completion equals a reference mathematically, by math-verify."""
 
+import math
 import re
 import threading
 from functools import lru_cache
@@ -10,6 +11,7 @@ from math_verify.errors import TimeoutException
 from math_verify.grader import get_pct_val
 from math_verify.utils import timeout
 from sympy.functions.combinatorial.factorials import CombinatorialFunction
+from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 
 from rlseq.scoring import reward
 from rlseq.scoring.distance import as_list
@@ -18,6 +20,8 @@ SECONDS = 2  # of reading and of comparing, where an alarm can be set
 LONGEST_ANSWER = 1_000  # characters
 LONGEST_TEXT = 10_000  # characters at the end of a completion in which an answer is looked for
 LARGEST = 200_000  # bits of a number that is worked out; a larger one equals only what is written like it
+MOST_TERMS = 300  # of an expression, multiplied out, that is simplified; a longer one is compared by its values
+MOST_SOLVED = 20  # the same of an equation or inequality that is solved
 
 _NAMES = "arccos arcsin arctan sin cos tan cot sec csc sinh cosh tanh log ln exp sqrt pi infty inf oo"
 _FUNCTIONS = frozenset(_NAMES.split())
@@ -26,6 +30,7 @@ _BRACED = re.compile(r"\\(?:begin|end|operatorname|text\w*|math\w+|mbox)\*?\s*\{
 _UNIT_LETTER = re.compile(r"(?<=[\d}%])\s+[gmshlLVWJNCFK]\s*$")
 _UNIT_TEXT = re.compile(r"(?<=[\d})%])[\s~]*\\(?:text\w*|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?\s*$")
 _MOST_OPEN = 20  # boxes tried, from the last: thousands left open would take minutes
+_COMPUTED = re.compile(r"\\?\b(?:det|rank|rref|gcd|lcm)\b|\\xrightarrow")  # worked out while it is read
 _EDGE = " \t\r\n,;:"
 _STYLED = re.compile(r"\\(?:text\w*|math\w+|mbox|bm|boldsymbol)\{([^{}]*\d[^{}]*)\}")
 _BOLD = re.compile(r"(?<![\w)])\*\*(.+?)\*\*(?![\w(])")
@@ -55,9 +60,9 @@ def math_equal(completion: str, references: list[str] | str) -> tuple[float | No
     math-verify finds; where there are `<answer>` tags, in the last of them. Dollars around it, markdown, a code block
     and units behind a number do not count. References are read in the same way, as LaTeX with dollars or without. A
     reference that cannot be read makes the reward abstain. A number of more than 60,000 digits equals only what is
-    written like it. Reading and comparing take 2 seconds
-    each at most, and the answer is wrong then; in a thread other than the main one there is no such limit: set
-    `timeout`. Details: the answer as read.
+    written like it, and so does a sum, product, integral or limit that is long to work out; other long expressions,
+    as (x+1)^10000, are compared by their values at two points. In the main thread reading and comparing take 2 seconds
+    each at most, and the answer is wrong then. Details: the answer as read.
     """
     targets = [target for target in map(_read_reference, as_list(references)) if target]
     if not targets:
@@ -163,6 +168,8 @@ def _read_answer(span: str) -> list:
 
 
 def _parse(text: str) -> list:
+    if _COMPUTED.search(text) and (len(text) > 60 or re.search(r"[\^!]|\d{20}", text)):
+        text = _COMPUTED.sub(" ", text)
     return parse(text, parsing_timeout=_seconds())
 
 
@@ -174,6 +181,9 @@ def _equal(target: list, answer: list) -> bool:
         return verify(target, answer, timeout_seconds=_seconds())
     if max(_bits(gold), _bits(guess)) > LARGEST:
         return gold == guess
+    most = MOST_SOLVED if isinstance(gold, sympy.core.relational.Relational) else MOST_TERMS
+    if max(_terms(gold), _terms(guess)) > most:
+        return _alike(gold, guess)
     if not verify(gold, guess, timeout_seconds=_seconds()):
         return target[1:] == answer[1:] != []
     try:
@@ -190,15 +200,97 @@ def _bits(expression: sympy.Basic | sympy.MatrixBase) -> float:
     if isinstance(expression, sympy.Rational):
         return max(abs(expression.p).bit_length(), expression.q.bit_length())
     if isinstance(expression, sympy.Pow):
-        base, exponent = expression.args
+        base, exponent = expression.base, _power(expression)
         size = _bits(exponent)
         times = abs(int(exponent)) if exponent.is_Integer else 2.0**size if size < 64 else float("inf")
         return max(_bits(base), size, 1) * max(times, 1)
     inside = [_bits(argument) for argument in expression.args if isinstance(argument, sympy.Basic)]
-    if isinstance(expression, CombinatorialFunction):
+    if isinstance(expression, sympy.exp):
+        return 1.5 * 2.0 ** inside[0] if inside[0] < 64 else float("inf")
+    if isinstance(expression, (CombinatorialFunction, HyperbolicFunction, sympy.gamma)):
         size = max(inside, default=1)
         return size * 2.0**size if size < 64 else float("inf")
     return max(1, sum(inside))
+
+
+def _power(expression: sympy.Pow) -> sympy.Expr:
+    """The exponent, worked out if it is a small number: 10^4 is read as a power of its own."""
+    exponent = expression.exp
+    return exponent.doit() if exponent.is_number and _bits(exponent) < 64 else exponent
+
+
+def _terms(expression: sympy.Basic | sympy.MatrixBase) -> float:
+    """About how many terms an expression has when it is multiplied out, without doing so."""
+    if isinstance(expression, sympy.MatrixBase):
+        return sum(map(_terms, expression.flat()))
+    inside = [_terms(argument) for argument in expression.args if isinstance(argument, sympy.Basic)]
+    if isinstance(expression, (sympy.Sum, sympy.Product, sympy.Integral)):
+        return inside[0] * math.prod(_steps(expression, *limits.args) for limits in expression.limits)
+    if isinstance(expression, (sympy.Limit, sympy.Derivative)):
+        return 5 * sum(inside)
+    if isinstance(expression, sympy.Pow):
+        base, exponent = expression.base, _power(expression)
+        if not exponent.is_Rational:
+            return 3 * inside[0] * inside[1]
+        terms, power = inside[0], math.ceil(abs(exponent))
+        if isinstance(base, sympy.MatrixBase):
+            return _ways(terms, power) if base.free_symbols else terms * power
+        radical = 1 if exponent.is_Integer else 2
+        return radical * (_ways(terms, power) if terms > 1 else 1 if base.is_number else max(1, power))
+    if isinstance(expression, sympy.Mul):
+        return math.prod(inside)
+    if isinstance(expression, sympy.Function) and not isinstance(expression, CombinatorialFunction):
+        return 3 * sum(inside)
+    return max(1, sum(inside))
+
+
+def _ways(terms: float, power: int) -> float:
+    """The terms of a sum of some terms to a power."""
+    return math.comb(power + int(terms) - 1, power) if max(terms, power) < 2**20 else float("inf")
+
+
+def _steps(expression: sympy.Basic, variable: sympy.Symbol, *ends: sympy.Basic) -> float:
+    """By how much a sum, product or integral over a variable multiplies the terms of what is in it."""
+    inside = expression.args[0]
+    if isinstance(expression, sympy.Integral):
+        return 10
+    if isinstance(expression, sympy.Sum) and inside.is_polynomial(variable):
+        return 20
+    if len(ends) == 2 and _whole(*ends):
+        return max(1, int(ends[1].doit()) - int(ends[0].doit()) + 1)
+    return float("inf") if inside.atoms(sympy.Function) - inside.atoms(CombinatorialFunction) else 100
+
+
+def _whole(*ends: sympy.Basic) -> bool:
+    return all(_bits(end) < 64 and end.doit().is_Integer for end in ends)
+
+
+def _alike(gold: sympy.Basic | sympy.MatrixBase, guess: sympy.Basic | sympy.MatrixBase) -> bool:
+    """Whether two long expressions are written alike, or have equal values at two points; nothing is worked out."""
+    if gold == guess:
+        return True
+    if isinstance(guess, sympy.core.relational.Relational) and type(gold) is type(guess.reversed) is not type(guess):
+        return _alike(gold, guess.reversed)
+    if type(gold) is type(guess) and not isinstance(gold, sympy.Expr):
+        parts = [side.flat() if isinstance(side, sympy.MatrixBase) else side.args for side in (gold, guess)]
+        return len(parts[0]) == len(parts[1]) and all(map(_alike, *parts)) and bool(parts[0])
+    if not (isinstance(gold, sympy.Expr) and isinstance(guess, sympy.Expr)):
+        return False
+    unworked = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative, sympy.MatrixBase)
+    if gold.free_symbols != guess.free_symbols or gold.has(*unworked) or guess.has(*unworked):
+        return False
+    return all(_agree(gold, guess, step) for step in (4, 3))
+
+
+def _agree(gold: sympy.Expr, guess: sympy.Expr, step: int) -> bool:
+    """Whether two expressions have a value at a point, and the same."""
+    point = {symbol: sympy.Rational(7 + step * n, 5) for n, symbol in enumerate(sorted(gold.free_symbols, key=str))}
+    if step != 4:
+        point = {symbol: value - 1 for symbol, value in point.items()}
+    a, b = (side.evalf(20, subs=point) for side in (gold, guess))
+    if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
+        return False
+    return bool(abs(a - b) <= sympy.Rational(1, 10**12) * max(abs(a), abs(b)))
 
 
 def _apart(gold: sympy.Basic | sympy.MatrixBase, guess: sympy.Basic | sympy.MatrixBase) -> bool:

@@ -1,5 +1,6 @@
 r"""math_equal on answers as MATH's `answer` column, GSM8K and models write them: right by hand arithmetic."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -92,3 +93,66 @@ def test_a_number_too_large_to_work_out_is_not_worked_out(tower):
     start = time.process_time()
     assert [math_equal(form.format(tower), "5") for form in FORMS] == [0.0] * len(FORMS)
     assert time.process_time() - start < 4.5  # one alone took 5 s
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"\sum_{n=1}^{10^9} n^{-3}",
+        r"\sum_{n=1}^{10^6} \sin(n^2)",
+        r"\sum_{i=1}^{99}\sum_{j=1}^{99} \frac{1}{i+j}",
+        r"\sum_{n=1}^{\infty} \frac{1}{n^5+n+1}",
+        r"\prod_{n=1}^{10^6} (n+1/n)",
+        "(x+1)^{10000}",
+        "(x+1)^{10^4}-x",
+        "(a+b+c+d+e+f)^{20}",
+        r"\frac{1}{(x+1)^{500}}+\frac{1}{(x-1)^{500}}",
+        r"\frac{x^{1000}-1}{x-1}",
+        r"((((x^2+1)^2+1)^2+1)^2+1)^{20}",
+        r"(\sqrt{2}+\sqrt{3})^{10000}",
+        r"(\sin x+\cos x)^{100}",
+        r"\cos(1)^{10000}",
+        r"\sin(\cos(\sin(\cos(\sin(\cos(\sin(\cos(x+y))))))))",
+        "e^{e^{e^{e^{e}}}}",
+        r"\lfloor e^{10^6} \rfloor",
+        r"\int_0^\infty e^{-x^2} \sin(x^3) dx",
+        r"\begin{pmatrix}x&y\\z&w\end{pmatrix}^{50}",
+        r"\gcd(10^{10^5}, 7^{10^5})",
+        r"\det\begin{pmatrix}a&b&c&d&e\\f&g&h&i&j\\k&l&m&n&o\\p&q&r&s&t\\u&v&w&x&y\end{pmatrix}",
+        "x^{100}+x^{37}-3x+1=0",
+    ],
+)
+def test_what_would_take_long_is_not_worked_out_in_any_thread(answer):
+    found = []
+
+    def compare():
+        start = time.thread_time()
+        found.append([math_equal(rf"\boxed{{{answer}}}", other) for other in ("x+1", answer)])
+        found.append(time.thread_time() - start)
+
+    thread = threading.Thread(target=compare, daemon=True)  # no alarm can be set in it
+    thread.start()
+    thread.join(60)
+    assert found and found[0] == [0.0, 1.0]
+    assert found[1] < 4  # each of them took more than 10 s, or never ended
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        ("(1+x)^{10000}", "(x+1)^{10^4}", 1.0),
+        ("(x+2)^{10000}", "(x+1)^{10^4}", 0.0),
+        (r"\frac{1-x^{1000}}{1-x}", r"\frac{x^{1000}-1}{x-1}", 1.0),
+        (r"\frac{x^{1000}-2}{x-1}", r"\frac{x^{1000}-1}{x-1}", 0.0),
+        (r"(\sqrt3+\sqrt2)^{1000}", r"(\sqrt2+\sqrt3)^{1000}", 1.0),
+        ("2<x^{400}", "x^{400}>2", 1.0),
+        ("3<x^{400}", "x^{400}>2", 0.0),
+        ("x^{50}+y=4", "x^{50}+y=3", 0.0),
+        (r"\sum_{k=1}^{1000} k", "500500", 1.0),
+        (r"\prod_{k=1}^{5} k", "120", 1.0),
+        (r"\int_0^1 x^2 dx", "1/3", 1.0),
+        (r"\gcd(12,18)", "6", 1.0),
+    ],
+)
+def test_long_expressions_are_compared_by_their_values_and_short_ones_worked_out(answer, reference, expected):
+    assert math_equal(rf"\boxed{{{answer}}}", reference) == expected
