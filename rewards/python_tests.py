@@ -6,11 +6,13 @@ import os
 import re
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+from functools import lru_cache
 from pathlib import Path
 
 from rlseq.scoring import reward
@@ -36,12 +38,14 @@ def python_tests(
     runs in a fresh process, in a temporary folder that is deleted afterwards, without this process's environment
     variables and without input, with limits on: wall-clock and CPU time (`seconds`), memory (`memory`, MiB of
     address space), the size of a file it writes (`file_size`, MiB), and processes (it may start none).
-    On Linux (x86-64, ARM64) the kernel refuses it processes, sockets, signals to others and their memory, and, where
-    user namespaces are allowed or the trainer is root, the trainer's environment. Its whole process group is killed
-    at the end. Leaving early (sys.exit, os._exit) passes no test. Use `workers` to run several at once.
+    Where bubblewrap (`bwrap`) is installed and works, it sees no files but Python's own (read-only), its folder and an
+    empty /tmp, and no process or network. On Linux (x86-64, ARM64) the kernel refuses it processes, sockets, signals
+    to others and their memory, and, where user namespaces are allowed or the trainer is root, the trainer's
+    environment. Its whole process group is killed at the end. Leaving early (sys.exit, os._exit) passes no test. Use
+    `workers` to run several at once.
 
-    **This is no sandbox for hostile code.** It does not hide the file system or the user's files, and tests run
-    beside the code that they test: code that sets out to pass them without solving the task can. A report that
+    **This is no sandbox for hostile code.** Without bubblewrap the user's files can be read and written, and tests
+    run beside the code that they test: code that sets out to pass them without solving the task can. A report that
     cannot be true passes no test. For code from anyone but your own model, run the whole training in a container.
 
     Details: passed, tests, and how the process ended ("finished", "timeout", or what went wrong).
@@ -75,12 +79,37 @@ def _read_report(report: str, nonce: str, tests: int, ended: str) -> tuple[int, 
     return int(found[1]), found[2].strip()
 
 
+def _hidden(folder: str) -> list[str]:
+    """What stands before a command so that it sees no files but Python's, and its folder; [] where nothing can."""
+    bwrap = shutil.which("bwrap")
+    return _bubblewrap(bwrap, folder) if bwrap is not None and _works(bwrap) else []
+
+
+def _bubblewrap(bwrap: str, folder: str) -> list[str]:
+    own = [str(path) for path in (sys.prefix, sys.base_prefix, Path(sys.executable).resolve().parents[1])]
+    files = ["/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime", *own, str(_RUNNER)]
+    shown = [word for path in files for at in {path, os.path.realpath(path)} for word in ("--ro-bind-try", path, at)]
+    # The root is read-only at last: the folder and /tmp alone can be written.
+    apart = ["--unshare-all", "--die-with-parent", "--tmpfs", "/tmp", *shown, "--proc", "/proc", "--dev", "/dev"]
+    return [bwrap, *apart, "--bind", folder, folder, "--remount-ro", "/", "--chdir", folder]
+
+
+@lru_cache(maxsize=4)
+def _works(bwrap: str) -> bool:
+    """Whether bubblewrap starts Python here: containers and kernels may refuse it namespaces."""
+    with tempfile.TemporaryDirectory(prefix="rlseq-tests-") as folder:
+        command = [*_bubblewrap(bwrap, folder), sys.executable, "-I", "-c", ""]
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+    return False
+
+
 def _run(task: bytes, folder: str, seconds: float) -> tuple[str, str]:
     """Run the task; return what it reported, and how its process ended."""
     read_end, write_end = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", str(_RUNNER), str(write_end)],
+            [*_hidden(folder), sys.executable, "-I", str(_RUNNER), str(write_end)],
             cwd=folder,
             env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": folder},
             stdin=subprocess.PIPE,

@@ -1,7 +1,10 @@
 """python_tests: what code that means ill gets. The kernel's refusals are Linux's, on x86-64 and ARM64."""
 
+import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +26,20 @@ while frame.f_code.co_name != "main":
 SHUT_IN = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="the kernel's filter is Linux's"
 )
+
+
+@pytest.fixture(autouse=True, params=["with bubblewrap", "without"])
+def bubblewrap(request, monkeypatch):
+    """Whether `bwrap` is found; where it is, it must work here."""
+    if request.param == "without":
+        monkeypatch.setenv("PATH", "/nowhere")
+        return False
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap (bwrap) is not installed")
+    shown = [word for path in ("/usr", "/bin", "/lib", "/lib64") for word in ("--ro-bind-try", path, path)]
+    if subprocess.run(["bwrap", "--unshare-all", *shown, "/usr/bin/true"], capture_output=True).returncode:
+        pytest.skip("bubblewrap gets no namespaces in this container")
+    return True
 
 
 def python_tests(code, tests=("assert f(2) == 4", "assert f(3) == 9")):
@@ -67,6 +84,39 @@ def test_no_process_is_left_behind_by_a_c_library(tmp_path):
     assert python_tests(code)[0] == 1.0
     time.sleep(1.5)
     assert not mark.exists()
+
+
+@SHUT_IN
+def test_files_are_hidden_and_kept_by_bubblewrap_alone(bubblewrap, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    code = f"""
+import os
+names = os.listdir("{Path(__file__).parents[1]}") if os.path.exists("{Path(__file__).parents[1]}") else []
+def f(x):
+    seen = os.path.exists("{tmp_path}/secret") or "docs" in names
+    return x * x if not seen else None
+"""
+    assert python_tests(code)[0] == float(bubblewrap)
+    with open(tmp_path / "secret") as file:
+        assert file.read() == "mine"
+
+
+def test_bubblewrap_leaves_its_folder_and_tmp_alone_writable(bubblewrap):
+    if not bubblewrap:
+        pytest.skip("nothing is hidden without it")
+    places = [str(Path(json.__file__).with_name("planted.py")), "/planted", "/usr/planted"]
+    code = f"""
+def refused(path):
+    try:
+        open(path, "w").close()
+    except OSError:
+        return True
+    return False
+def f(x):
+    return x * x if all(map(refused, {places})) and not refused("here") and not refused("/tmp/here") else None
+"""
+    assert python_tests(code)[0] == 1.0
+    assert not any(Path(place).exists() for place in places)
 
 
 @SHUT_IN
