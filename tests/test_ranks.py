@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from transformers import TrainerCallback
 
 from rlseq.data import build_prompts
 from rlseq.errors import RewardError, RlseqError, TrainingError
+from rlseq.evaluation import folder
+from rlseq.evaluation import measure as measuring
+from rlseq.evaluation.contrast import contrast
 from rlseq.evaluation.during import ValidationProbe
 from rlseq.evaluation.measure import measure
 from rlseq.evaluation.settings import ContrastSettings
@@ -160,6 +164,25 @@ def test_a_study_that_the_first_process_measures_for_all_ends_all(tmp_path, monk
             act()
 
     assert end_of_ranks(2, caught, tmp_path / "log.txt", SECONDS) == [0, 0], (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("rank", "owner", "name"), [("1", measuring, "load_checkpoint"), ("0", folder, "_refusal")])
+def test_an_evaluation_that_a_script_calls_ends_on_both_with_what_it_was(rank, owner, name, tmp_path, monkeypatch):
+    monkeypatch.setenv(FAILING, rank)
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+
+    def act():
+        _on_one_rank(owner, name, key_error)
+        settings = ContrastSettings(strategies=("greedy",), max_new_tokens=3, resamples=20)
+        suite = load_rewards([shares_letters])
+        with pytest.raises((KeyError, TrainingError), match="lost on purpose"):
+            options = {"settings": settings, "output_dir": tmp_path / "out", "quiet": True}
+            contrast({"it": tmp_path / "model"}, ROWS, suite, **options)
+        if os.environ["RANK"] == "0":
+            time.sleep(3)  # it keeps the store, where the other reads why
+
+    assert end_of_ranks(2, act, tmp_path / "log.txt", SECONDS) == [0, 0], (tmp_path / "log.txt").read_text()
 
 
 def test_what_rlseq_raises_on_purpose_is_raised_on_the_others_as_it_is_and_the_group_goes_on(tmp_path):

@@ -40,6 +40,7 @@ from rlseq.evaluation.seeds import methods, seed_notes
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import check_studies, study_results
 from rlseq.evaluation.unfinished import forget_unfinished, how_to_go_on, versions
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
@@ -89,6 +90,7 @@ def contrast(
     return results
 
 
+@raise_on_all_ranks(exchange=False)  # called as a library too, where no recipe does it
 def _contrast(
     models: Mapping[str, str | Path],
     rows: Sequence[Mapping[str, Any]],
