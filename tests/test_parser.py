@@ -269,11 +269,10 @@ def test_batches_that_do_not_divide_come_with_sizes_that_do():
     assert "--per_device_train_batch_size 6 or 12" in message and "--num_generations 4 or 8" in message
 
 
-def test_an_evaluation_batch_that_does_not_divide_comes_with_sizes_that_do():
-    flags = ["--eval_strategy", "steps", "--per_device_eval_batch_size", "12", *CPU]
-    message = refusal(*flags, types=(trl.GRPOConfig,))
-    # 12 completions, groups of 8.
-    assert "--per_device_eval_batch_size 8 or 16" in message and "--num_generations_eval 6 or 12" in message
+def test_the_evaluation_of_rollouts_has_no_batch_that_must_divide():
+    flags = ["--eval_strategy", "steps", "--num_generations", "6", "--per_device_train_batch_size", "6", *CPU]
+    (config,) = RecipeParser([GRPOConfig]).parse(flags)
+    assert config.per_device_eval_batch_size == 8
 
 
 def divides(batch, generations, processes, steps, total):

@@ -12,6 +12,7 @@ from rlseq.data import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.scoring import load_rewards
 from rlseq.training.best import choose_best_by
+from rlseq.training.config import SFTConfig
 
 
 def one(completions, **columns):
@@ -133,6 +134,12 @@ def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
         ({"max_tool_calling_iterations": 3}, "no effect without tools"),
         ({"model_init_kwargs": {"dtype": "bfloat16"}}, "no effect without beta"),
         ({"num_completions_to_print": 3}, "no effect without log_completions"),
+        ({"per_device_eval_batch_size": 4}, "per_device_eval_batch_size is 4, which has no effect: evaluation is"),
+        ({"eval_steps": 5}, "eval_steps is 5, which has no effect without eval_strategy steps"),
+        ({"eval_steps": 5, "eval_strategy": "epoch"}, "no effect without eval_strategy steps"),
+        ({"eval_delay": 2}, "no effect without eval_strategy steps or epoch"),
+        ({"objective": "expected_accuracy"}, "num_generations is 4, which has no effect without an objective that"),
+        ({"objective": "minimum_risk", "scale_rewards": "none"}, "no effect without objective policy_gradient"),
     ],
 )
 def test_settings_that_nothing_reads_are_refused(tmp_path, given, words):
@@ -140,9 +147,55 @@ def test_settings_that_nothing_reads_are_refused(tmp_path, given, words):
         settings(tmp_path, **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"scale_rewards": "none"}, "scale_rewards is none, which has no effect: PPO's advantages are against its"),
+        ({"scale_rewards": "batch"}, "PPO's advantages are against its critic"),
+        ({"per_device_eval_batch_size": 4}, "evaluation is the probe's"),
+    ],
+)
+def test_settings_that_ppo_does_not_read_are_refused(tmp_path, given, words):
+    with pytest.raises(ConfigError, match=words):
+        settings(tmp_path, rlseq.PPOConfig, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"per_device_eval_batch_size": 4}, "no effect without eval_strategy steps or epoch"),
+        ({"eval_packing": True}, "no effect without eval_strategy steps or epoch"),
+        ({"eval_steps": 5}, "no effect without eval_strategy steps"),
+        ({"packing_strategy": "wrapped"}, "no effect without packing"),
+        ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, "no effect without loss_type nll"),
+        ({"data_seed": 3, "train_sampling_strategy": "group_by_length"}, "without train_sampling_strategy random"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "no effect: the model is loaded by --dtype"),
+        ({"dataset_text_field": "words"}, "no effect: examples are prompts and completions"),
+        ({"include_for_metrics": ["inputs"]}, "no effect: the recipe computes no metrics"),
+    ],
+)
+def test_settings_that_teacher_forcing_does_not_read_are_refused(tmp_path, given, words):
+    with pytest.raises(ConfigError, match=words):
+        SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **given)
+
+
 def test_settings_with_what_they_need_pass_and_defaults_pass(tmp_path):
     config = settings(tmp_path, loss_type="sapo", sapo_temperature_neg=2.0, beta=0.1, kl_estimator="k3")
     assert config.sapo_temperature_neg == 2.0
+    config = settings(tmp_path, eval_strategy="steps", eval_steps=5, eval_delay=2)
+    assert (config.eval_steps, config.eval_delay) == (5, 2)
+    assert settings(tmp_path, rlseq.PPOConfig).num_generations == 4
+    given = {"eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 4, "eval_packing": True}
+    config = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, packing_strategy="wrapped", **given)
+    assert (config.eval_steps, config.per_device_eval_batch_size) == (5, 4)
+
+
+def test_ppo_refuses_the_settings_of_grpo_by_name(tmp_path):
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ConfigError, match=r"args is a rlseq\.GRPOConfig; expected an rlseq\.PPOConfig"):
+        rlseq.PPOTrainer(
+            tiny_model(), settings(tmp_path), build_prompts(ROWS, tokenizer), load_rewards([one]), tokenizer
+        )
 
 
 KNOWN = {"greedy/wer": False, "greedy/right": True, "greedy/length": None}

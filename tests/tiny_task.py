@@ -65,6 +65,8 @@ def tiny_trainer(
         "disable_tqdm": True,
         "loss_type": "dapo",
     }
+    if settings.get("objective") == "expected_accuracy":
+        del defaults["num_generations"]  # it draws nothing
     tokenizer = tokenizer or tiny_tokenizer()
     return GRPOTrainer(
         model if model is not None else tiny_model(family, initializer_range=0.1),

@@ -58,10 +58,11 @@ def toy_trainer(tmp_path, *, model=None, rows=ROWS[:1], rewards=(table,), **sett
         "disable_tqdm": True,
     }
     if settings.get("objective", "policy_gradient") != "policy_gradient":
-        del defaults["loss_type"]
+        del defaults["loss_type"], defaults["scale_rewards"]
+    if settings.get("objective") == "expected_accuracy":
+        defaults["num_generations"] = 1  # it draws nothing
     settings = {**defaults, **settings}
-    alone = settings["num_generations"] == 1 or settings.get("objective") == "expected_accuracy"
-    if len(rows) == 1 and alone:  # TRL takes no batch of one row: a twin that nothing is drawn for fills it
+    if len(rows) == 1 and settings["num_generations"] == 1:  # TRL takes no batch of one row: a twin fills it
         rows = rows * 2
     settings.setdefault("per_device_train_batch_size", settings["num_generations"] * len(rows))
     trainer = GRPOTrainer(

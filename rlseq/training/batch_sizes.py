@@ -60,17 +60,6 @@ def batch_advice(values: Mapping[str, Any], *, processes: int) -> str:
         steps_per_generation=values["steps_per_generation"] or values["gradient_accumulation_steps"],
         generation_batch_size=values["generation_batch_size"],
     )
-    if not sizes:  # then it is the evaluation batch, which has one step
-        renamed = {
-            "per_device_train_batch_size": "per_device_eval_batch_size",
-            "num_generations": "num_generations_eval",
-        }
-        evaluation = working_batch_sizes(
-            per_device_train_batch_size=values["per_device_eval_batch_size"],
-            num_generations=values["num_generations_eval"] or values["num_generations"],
-            processes=processes,
-        )
-        sizes = {renamed[name]: numbers for name, numbers in evaluation.items()}
     if not sizes:
         return ""
     options = [f"--{name} {' or '.join(map(str, numbers))}" for name, numbers in sizes.items()]

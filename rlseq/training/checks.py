@@ -20,9 +20,10 @@ from rlseq.types import Prompt
 def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
     """Let TRL check its settings with num_generations 1, which it refuses though not all that it computes needs more.
 
-    While it looks, the whole generation batch passes for one group, which divides it whatever its size.
+    While it looks, the whole generation batch passes for one group, which divides it whatever its size. So does the
+    batch of an evaluation by TRL, of which there is none here.
     """
-    single = config.num_generations == 1
+    single, of_evaluation = config.num_generations == 1, config.per_device_eval_batch_size
     if single:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         steps = config.steps_per_generation or config.gradient_accumulation_steps
@@ -31,7 +32,9 @@ def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
             raise ConfigError("one prompt with one sample a step gives nothing to compare; enlarge the batch")
         config.num_generations = batch
         config.num_generations_eval = config.num_generations_eval or 1
+    config.per_device_eval_batch_size = max(config.num_generations or 1, 1)
     yield
+    config.per_device_eval_batch_size = of_evaluation
     if single:
         config.num_generations = 1
 

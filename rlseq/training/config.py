@@ -154,6 +154,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        refuse_without_effect(self, "sft")
         if self.early_stopping_patience is not None:
             check_early_stopping(self)
             self.load_best_model_at_end = True
@@ -257,7 +258,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         return self.objective == "minimum_risk" and not self.minimum_risk_references
 
     def __post_init__(self) -> None:
-        refuse_without_effect(self)
+        refuse_without_effect(self, "rollouts")
         if self.objective == "expected_accuracy":
             self.num_generations = 1  # no rollouts: a batch is of this many prompts
         with single_generation(self):
@@ -329,5 +330,6 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         refuse_other_objectives(self)
+        refuse_without_effect(self, "ppo")
         super().__post_init__()
         check_ppo(self)

@@ -40,6 +40,7 @@ from rlseq.training.config import PPOConfig
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
+from rlseq.training.without_effect import check_arguments
 from rlseq.types import Prompt, ScoredRollout
 
 
@@ -50,6 +51,8 @@ class PPOTrainer(GRPOTrainer):
     policy's weights.
     """
 
+    settings = PPOConfig
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -59,6 +62,7 @@ class PPOTrainer(GRPOTrainer):
         tokenizer: PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
+        check_arguments(model, args, prompts, suite, tokenizer, kwargs, self.settings)
         critic = build_critic(model, args.critic, args.critic_name_or_path, trunk_gradient=args.critic_trunk_gradient)
         if args.disable_dropout:
             disable_dropout(critic)

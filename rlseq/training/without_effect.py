@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import trl
 
 from rlseq.errors import ConfigError
 from rlseq.scoring import RewardSuite
@@ -16,9 +15,27 @@ from rlseq.types import Prompt
 
 _MEASURES = "evaluation is the probe's, which measures what it was made with"
 _ORDER = "the order of the prompts follows from seed alone"
+_Row = tuple[tuple[str, ...], str, Callable[[Any], Any] | None]
+
+
+def _strategy(config: Any) -> str:
+    return str(getattr(config.eval_strategy, "value", config.eval_strategy))
+
+
 # (names, or beginnings of names that end in _) -> what they need, and whether the settings have it. None: nothing here
 # reads them, and the text says why.
-_NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any] | None], ...] = (
+_OF_ALL: tuple[_Row, ...] = (
+    (("eval_steps",), "eval_strategy steps", lambda c: _strategy(c) == "steps"),
+    (("eval_delay",), "eval_strategy steps or epoch", lambda c: _strategy(c) != "no"),
+)
+_OF_ROLLOUTS: tuple[_Row, ...] = (
+    *_OF_ALL,
+    (
+        ("num_generations",),
+        "an objective that draws (expected_accuracy does not)",
+        lambda c: c.objective != "expected_accuracy" or c.num_generations == 1,
+    ),
+    (("scale_rewards",), "objective policy_gradient", lambda c: c.objective == "policy_gradient"),
     (("vllm_",), "use_vllm", lambda c: c.use_vllm),
     (("vllm_server_", "vllm_group_port"), "vllm_mode server", lambda c: c.vllm_mode == "server"),
     (
@@ -55,6 +72,7 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any] | None], ...] = (
     (
         (
             "num_generations_eval",
+            "per_device_eval_batch_size",
             "batch_eval_metrics",
             "bf16_full_eval",
             "fp16_full_eval",
@@ -71,10 +89,30 @@ _NEEDS: tuple[tuple[tuple[str, ...], str, Callable[[Any], Any] | None], ...] = (
     (("data_seed", "train_sampling_strategy", "length_column_name"), _ORDER, None),
     (("label_smoothing_factor",), "the loss is no cross-entropy on labels", None),
 )
+_OF_PPO: tuple[_Row, ...] = ((("scale_rewards",), "PPO's advantages are against its critic, not within groups", None),)
+_OF_SFT: tuple[_Row, ...] = (
+    *_OF_ALL,
+    (
+        ("per_device_eval_batch_size", "eval_packing", "eval_accumulation_steps", "bf16_full_eval", "fp16_full_eval"),
+        "eval_strategy steps or epoch",
+        lambda c: _strategy(c) != "no" or c.eval_on_start,
+    ),
+    (("batch_eval_metrics", "include_for_metrics"), "the recipe computes no metrics of its own", None),
+    (("packing_strategy",), "packing", lambda c: c.packing or c.eval_packing),
+    (("label_smoothing_factor",), "loss_type nll", lambda c: c.loss_type == "nll"),
+    (("data_seed",), "train_sampling_strategy random", lambda c: c.train_sampling_strategy != "group_by_length"),
+    (("model_init_kwargs",), "the model is loaded by --dtype, --attn_implementation and --model_revision", None),
+    (("dataset_text_field",), "examples are prompts and completions (--prompt_column, --reference_column)", None),
+)
+_TABLES = {"rollouts": _OF_ROLLOUTS, "ppo": _OF_PPO, "sft": _OF_SFT}
 
 
-def refuse_without_effect(config: trl.GRPOConfig) -> None:
-    """Refuse settings of rollouts that nothing reads under the others; called before TRL fills any of them in.
+def refuse_without_effect(config: Any, kind: Literal["rollouts", "ppo", "sft"]) -> None:
+    """Refuse settings that nothing reads under the others; called before TRL fills any of them in.
+
+    Args:
+        config: of TRL's class or one below it.
+        kind: which settings are looked at; PPO's are those of rollouts too.
 
     Raises:
         ConfigError: names the first, and what it needs.
@@ -84,7 +122,7 @@ def refuse_without_effect(config: trl.GRPOConfig) -> None:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if value == default or value is None:
             continue
-        for names, needed, has in _NEEDS:
+        for names, needed, has in _TABLES[kind]:
             named = any(field.name == name or (name.endswith("_") and field.name.startswith(name)) for name in names)
             if named and has is None:
                 raise ConfigError(f"{field.name} is {value}, which has no effect: {needed}. Leave it out.")
