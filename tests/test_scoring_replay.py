@@ -265,3 +265,84 @@ def test_without_the_runs_data_the_missing_column_and_the_flag_are_named(run_wit
     capsys.readouterr()
     assert main(["reward", "replay", str(run_with_data), *flags, *data]) == 2  # other references, other keys
     assert "6 of 6 rollouts are on prompts that are not in" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained_run(run_with_data, tmp_path):
+    """The same run with the log that training writes, of rollouts scored by level."""
+    config = yaml.safe_load((run_with_data / "config.yaml").read_text())
+    how = {"prompt_template": config["prompt_template"], "reference_column": config["reference_column"]}
+    prompts = load_prompts(config["dataset_name"], Words(), split="train", **how)
+    rollouts = [Rollout(p.key, 0, (5,), (True,), (-0.1,), "A", "A", None, "stop", "s") for p in prompts]
+    with load_rewards([f"{tmp_path}/by_level.py"]) as suite:
+        columns = {name: [p.columns[name] for p in prompts] for name in ("level", "references")}
+        table = suite.score(rollouts, columns | {"prompt": [p.text for p in prompts]})
+    write_rollouts(run_with_data / "rollouts", 1, rollout_records(1, prompts, table.scored, [0.0] * 3))
+    return run_with_data
+
+
+def replayed(run, tmp_path, *flags, reward="by_level"):
+    out = tmp_path / "out.jsonl"
+    code = main(
+        ["reward", "replay", str(run), "--reward_funcs", f"{tmp_path}/{reward}.py", "--output", str(out), *flags]
+    )
+    return code, [json.loads(line)["total"] for line in out.read_text().splitlines()] if code == 0 else None
+
+
+def edit_level(tmp_path):
+    rows = [json.loads(line) for line in (tmp_path / "rows/train.jsonl").read_text().splitlines()]
+    rows[1]["level"] = 30
+    rows[2]["other"] = "added"
+    jsonl(tmp_path / "rows/train.jsonl", rows)
+
+
+def test_a_column_that_was_edited_since_is_refused_by_name_where_a_reward_reads_it(trained_run, tmp_path, capsys):
+    assert replayed(trained_run, tmp_path) == (0, [2.0, 3.0, 4.0])
+    (tmp_path / "by_word.py").write_text("def by_word(completion, word):\n    return float(ord(word))\n")
+    assert replayed(trained_run, tmp_path, reward="by_word") == (0, [97.0, 98.0, 99.0])
+    edit_level(tmp_path)
+    assert replayed(trained_run, tmp_path, reward="by_word") == (0, [97.0, 98.0, 99.0])
+    capsys.readouterr()
+    assert replayed(trained_run, tmp_path)[0] == 2
+    said = capsys.readouterr().err
+    assert "the column 'level' of 1 of 3 rollouts is not what the run scored" in said and "--dataset_name" in said
+    data = ["--dataset_name", str(tmp_path / "rows")]
+    assert replayed(trained_run, tmp_path, *data) == (0, [2.0, 30.0, 4.0])
+    assert "the column 'level' of 1 of 3 rollouts is not what the run scored" in capsys.readouterr().err
+
+
+def test_a_column_with_a_default_is_read_again_or_its_lack_refused(trained_run, tmp_path, capsys):
+    (tmp_path / "maybe.py").write_text("def maybe(completion, level=100):\n    return float(level)\n")
+    (tmp_path / "any_name.py").write_text(
+        "def any_name(completions, **columns):\n    return [float(x) for x in columns.get('level', [0] * 3)]\n"
+    )
+    for reward in ("maybe", "any_name"):
+        assert replayed(trained_run, tmp_path, reward=reward) == (0, [2.0, 3.0, 4.0])
+    (trained_run / "config.yaml").unlink()
+    capsys.readouterr()
+    assert replayed(trained_run, tmp_path, reward="maybe")[0] == 2
+    assert "'maybe' reads 'level', which the run had and the log does not hold" in capsys.readouterr().err
+    assert replayed(trained_run, tmp_path, reward="any_name") == (0, [0.0, 0.0, 0.0])
+    assert "warning: reward 'any_name' takes any column, and the log does not hold" in capsys.readouterr().err
+
+
+def test_what_a_rollout_func_told_is_logged_or_refused_by_name(tmp_path):
+    def told(completion, env_reward, where):
+        return env_reward + len(where)
+
+    def by_shape(completion, shape):
+        return float(shape[0])
+
+    rollouts = [Rollout("p", i, (5,), (True,), (-0.1,), "a", "a", None, "stop", "s") for i in range(2)]
+    prompts = [Prompt("p", "?", (1,), {"references": ["a"], "where": ["of the data set"]})] * 2
+    more = [{"env_reward": 0.1 + i, "where": ["x"] * i, "step": 7, "shape": (i, 2)} for i in range(2)]
+    columns = {name: [row[name] for row in more] for name in more[0]}
+    suite = load_rewards([told])
+    table = suite.score(rollouts, columns | {"prompt": ["?"] * 2})
+    records = rollout_records(3, prompts, table.scored, [0.0] * 2, more)
+    write_rollouts(tmp_path / "rollouts", 3, records)
+    logged = read_rollouts(tmp_path)
+    assert [record["step"] for record in logged.records] == [3, 3] and logged.columns["step"] == [7, 7]
+    assert score_by_step(suite, logged).totals == table.totals == [0.1, 2.1]
+    with pytest.raises(RewardError, match="'by_shape' asks for 'shape', which these rollouts do not hold"):
+        score_by_step(load_rewards([by_shape]), logged)

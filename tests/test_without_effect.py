@@ -11,6 +11,7 @@ import rlseq
 from rlseq.data import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.scoring import load_rewards
+from rlseq.scoring.rescore import read_rollouts, score_by_step
 from rlseq.training.best import choose_best_by
 from rlseq.training.config import SFTConfig
 
@@ -73,9 +74,11 @@ def test_what_a_rollout_func_returns_beside_tokens_reaches_the_rewards(tmp_path)
             "env_reward": [float(i) for i in range(n)],
         }
 
-    trainer = trainer_of(tmp_path, rewards=(told,), more={"rollout_func": draw}, disable_tqdm=True)
+    more = {"rollout_func": draw, "rollouts_dir": tmp_path / "rollouts"}
+    trainer = trainer_of(tmp_path, rewards=(told,), more=more, disable_tqdm=True)
     trainer.train()
     assert trainer.state.log_history[0]["reward"] == pytest.approx(sum(range(8)) / 8)
+    assert score_by_step(trainer.suite, read_rollouts(tmp_path)).totals == [float(i) for i in range(8)]
 
 
 @pytest.mark.parametrize(

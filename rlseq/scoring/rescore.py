@@ -20,6 +20,7 @@ LOGGED = frozenset(
         *("step", "prompt_key", "key", "sample", "model", "strategy", "finish_reason", "length"),
         *("completion", "completion_ids", "raw_completion", "messages", "logprobs", "logprob"),
         *("values", "status", "details", "total", "advantage"),
+        *("rollout_columns", "unlogged_columns", "column_hashes"),
     )
 )
 
@@ -62,6 +63,8 @@ def read_rollouts(path: Path) -> Logged:
         raise RunDirectoryError(f"{path} has no rollouts: {len(files)} files, all empty.")
     names = dict.fromkeys(name for record in records for name in record if name not in LOGGED)
     columns = {name: [record.get(name, ABSENT) for record in records] for name in names}
+    told = dict.fromkeys(name for record in records for name in record.get("rollout_columns", {}))
+    columns |= {name: [record.get("rollout_columns", {}).get(name, ABSENT) for record in records] for name in told}
     absent = frozenset(name for name in OPTIONAL if any(record.get(name) is None for record in records))
     return Logged([_rollout(record) for record in records], columns, records, absent)
 
@@ -104,14 +107,24 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
     )
 
 
+def check_log(suite: RewardSuite, logged: Logged) -> None:
+    """Refuse rewards that ask by name for what the log lacks and no data set has.
+
+    Raises:
+        RewardError: names the reward and what it asks for.
+    """
+    unlogged = {name for record in logged.records for name in record.get("unlogged_columns", ())}
+    for reward in suite.rewards:
+        reward.check_logged({*logged.absent, *unlogged})
+
+
 def score_by_step(suite: RewardSuite, logged: Logged) -> ScoreTable:
     """Score rollouts step by step, as training did: a prompt's group is that of one step.
 
     Raises:
         RewardError: a reward asks by name for what the log lacks.
     """
-    for reward in suite.rewards:
-        reward.check_logged(logged.absent)
+    check_log(suite, logged)
     steps: dict[Hashable, list[int]] = defaultdict(list)
     for row, record in enumerate(logged.records):
         steps[record.get("step"), record.get("model"), record.get("strategy")].append(row)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import RewardError, RlseqError
 from ..types import ABSENT, Prompt
-from .rescore import Logged
+from .fingerprint import content_hash
+from .rescore import Logged, check_log
 from .suite import RewardSuite
 
 DEFAULTS = {
@@ -59,27 +60,30 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
 def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.Namespace) -> Logged:
     """Rollouts with the columns that the rewards ask for: of the log or, where it lacks some, of the data set.
 
-    The data set is the one that the flags name, or else, if a required column is lacking, that of the run whose
-    config.yaml lies in `path`. A log keeps of each row the prompt's key, which finds the row again.
+    The data set is the one that the flags name, or else that of the run whose config.yaml lies in `path`. A log keeps
+    of each row the prompt's key, which finds the row again, and hashes of its columns: those of the run's own data set
+    have to be what the run had; of one that the flags name a line says where they are not.
 
     Raises:
-        RewardError: the columns are found in neither, or a prompt of the log is not in the data set.
+        RewardError: the columns are found in neither, or are not what the run scored; or a prompt of the log is not in
+            the data set.
     """
-    of_run, name = _config_of(path), args.dataset_name
+    check_log(suite, logged)
+    of_run, name, required = _config_of(path), args.dataset_name, True
     if name is None:
-        try:
-            suite.check_columns(logged.columns)
+        lacking, required = _lacking(suite, logged)
+        name = of_run.get("dataset_name")
+        if not lacking:
             return logged
-        except RewardError as lacking:
-            name = of_run.get("dataset_name")
-            if name is None:
-                hint = "Or name the data set of these rollouts with --dataset_name, to read it there."
-                raise RewardError(f"{lacking} {hint}") from lacking
+        if name is None:
+            hint = "name the data set of these rollouts with --dataset_name, to read it there."
+            return _without(logged, required, f"{lacking} Or {hint}")
     options = {key: value for key, value in of_run.items() if key != "dataset_name"} | _given(args)
     try:
         prompts = {prompt.key: prompt for prompt in _load(name, options, None)}
     except RlseqError as error:
-        raise RewardError(f"the data set {name}, for columns that the log lacks, cannot be read: {error}") from error
+        why = f"the data set {name}, for columns that the log lacks, cannot be read: {error}"
+        return _without(logged, required, why, error)
     unknown = [rollout.prompt_key for rollout in logged.rollouts if rollout.prompt_key not in prompts]
     if unknown:
         raise RewardError(
@@ -88,10 +92,61 @@ def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.
             "split, columns and templates that made the rollouts with the flags (rlseq reward replay --help)."
         )
     rows = [prompts[rollout.prompt_key].columns for rollout in logged.rollouts]
+    if edited := _edited(suite, logged, rows):
+        if args.dataset_name is None:
+            raise RewardError(
+                f"{edited} Bring the rows of {name} back, or give --dataset_name to score by what a data set holds now."
+            )
+        print(f"rlseq: warning: {edited}", file=sys.stderr, flush=True)
     more = {
         name: [row.get(name, ABSENT) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
     }
     return dataclasses.replace(logged, columns={**more, **logged.columns})
+
+
+def _without(logged: Logged, required: bool, why: str, cause: Exception | None = None) -> Logged:
+    """The log alone, after a warning; where a reward cannot do without the columns, an error."""
+    if required:
+        raise RewardError(why) from cause
+    print(f"rlseq: warning: {why}", file=sys.stderr, flush=True)
+    return logged
+
+
+def _lacking(suite: RewardSuite, logged: Logged) -> tuple[str, bool]:
+    """What a reward reads that the log does not hold, in a sentence, and whether it asks for that by its name."""
+    try:
+        suite.check_columns(logged.columns)
+    except RewardError as error:
+        return str(error), True
+    hashed = dict.fromkeys(name for record in logged.records for name in record.get("column_hashes", {}))
+    others = [name for name in hashed if name not in logged.columns]
+    for reward in suite.rewards:
+        if asked := [name for name in others if name in reward.asked]:
+            what = ", ".join(map(repr, asked))
+            return f"reward {reward.name!r} reads {what}, which the run had and the log does not hold.", True
+    for reward in suite.rewards:
+        if reward.parameters.takes_any and others:
+            what = ", ".join(map(repr, others))
+            return f"reward {reward.name!r} takes any column, and the log does not hold {what}.", False
+    return "", False
+
+
+def _edited(suite: RewardSuite, logged: Logged, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which columns that the rewards read are not what they were when the log was written; empty where all are."""
+    found: dict[str, list[str]] = {}
+    takes_any = any(reward.parameters.takes_any for reward in suite.rewards)
+    asked = {name for reward in suite.rewards for name in reward.asked}
+    for record, rollout, row in zip(logged.records, logged.rollouts, rows, strict=True):
+        for name, digest in record.get("column_hashes", {}).items():
+            read = (takes_any or name in asked) and name not in logged.columns
+            if read and (name not in row or content_hash(row[name]) != digest):
+                found.setdefault(name, []).append(rollout.prompt_key)
+    said = [
+        f"the column {name!r} of {len(keys)} of {len(rows)} rollouts is not what the run scored (the first is on the "
+        f"prompt with the key {keys[0]!r})"
+        for name, keys in found.items()
+    ]
+    return f"{'; '.join(said)}." if said else ""
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

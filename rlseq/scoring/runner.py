@@ -103,13 +103,19 @@ class Reward:
                 "or give it in kwargs."
             )
 
+    @property
+    def asked(self) -> list[str]:
+        """The fields and columns that the reward asks for by name."""
+        made_of = {"verl": {"ground_truth": "reward_model"}, "openrlhf": {"labels": "label"}}.get(self.form, {})
+        named = [self.columns.get(name, name) for name in self.parameters.named if name not in self.kwargs]
+        return [*named, *(made_of[name] for name in named if name in made_of)]
+
     def check_logged(self, absent: Collection[str]) -> None:
         """Raise RewardError if the reward asks by name for what a log of rollouts lacks: these fields, or a trainer."""
         lacks = {*absent, "trainer_state"}
         if self.form == "openrlhf" and "raw_completion" in absent:
             lacks.add("queries")
-        asked = [name for name in self.parameters.named if name in lacks]
-        asked = [name for name in asked if name not in self.kwargs and name not in self.columns]
+        asked = [name for name in self.asked if name in lacks]
         if asked:
             raise RewardError(
                 f"reward {self.name!r} asks for {', '.join(map(repr, asked))}, which these rollouts do not hold; any "

@@ -117,7 +117,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
-        self._rows, self._scored, self._rollouts, self._begun = [], [], None, None
+        self._rows, self._scored, self._told, self._rollouts, self._begun = [], [], [], None, None
         self._tool_mask, self._asked = None, []
         self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
         self._logged_round = 0, 0  # the optimizer step of the last round that was logged, and which of its rounds
@@ -288,7 +288,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         if self.environments:  # what `reset` told the model belongs to the prompt
             asked = zip(prompts, self._asked, strict=True)
             prompts = [dataclasses.replace(prompt, messages_or_text=messages) for prompt, messages in asked]
-        records = gather_object(rollout_records(step, prompts, self._scored, advantages.tolist()))
+        records = gather_object(rollout_records(step, prompts, self._scored, advantages.tolist(), self._told))
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)
 

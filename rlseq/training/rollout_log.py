@@ -8,26 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.escapes import visible
+from rlseq.scoring.fingerprint import content_hash
 from rlseq.scoring.outcome import json_ready
 from rlseq.training.faults import writing
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
 
 def rollout_records(
-    step: int, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], advantages: Sequence[float]
+    step: int,
+    prompts: Sequence[Prompt],
+    scored: Sequence[ScoredRollout],
+    advantages: Sequence[float],
+    told: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """One record a rollout: what was asked, what came back, and what it earned.
 
     The `completion` is what rewards score. Where tools were called that is the last answer alone. `messages` are there
-    where they are more than one answer with that text. All that a reward can ask for but the other columns of the data
-    set is there, as it was, so that a replay scores the same rollout.
+    where they are more than one answer with that text. All that a reward can ask for is there, as it was, so that a
+    replay scores the same rollout; but of the other columns of the data set only a hash, by which a replay that reads
+    the data set again sees that they are the same.
 
     Args:
         step: the first optimizer step that trains on them.
         prompts: the prompt of each rollout.
         scored: the rollouts with their values.
         advantages: of each rollout; of one with an advantage a token, their mean.
+        told: columns of each rollout that are not of its prompt (from a rollout_func or an environment). Those that
+            JSON cannot hold exactly are named in `unlogged_columns`.
     """
+    told = told if told is not None else [{}] * len(scored)
     return [
         {
             "step": step,
@@ -48,9 +57,34 @@ def rollout_records(
             "logprob": one.rollout.logprob if one.rollout.logprobs else None,
             "length": len(one.rollout.completion_ids),
             "finish_reason": one.rollout.finish_reason,
+            **_columns(prompt, more),
         }
-        for prompt, one, advantage in zip(prompts, scored, advantages, strict=True)
+        for prompt, one, advantage, more in zip(prompts, scored, advantages, told, strict=True)
     ]
+
+
+def _columns(prompt: Prompt, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a rollout's columns: those told of it by value, those of its prompt by hash (references are logged)."""
+    exact = {name: value for name, value in told.items() if _is_json(value)}
+    hashes = {
+        name: content_hash(value)
+        for name, value in prompt.columns.items()
+        if name not in ("references", "prompt") and name not in told
+    }
+    parts = {
+        "rollout_columns": exact,
+        "unlogged_columns": [name for name in told if name not in exact],
+        "column_hashes": hashes,
+    }
+    return {name: part for name, part in parts.items() if part}
+
+
+def _is_json(value: Any) -> bool:
+    """Whether a value comes back from JSON as it was."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RuntimeError):  # an object; NaN, or an array's truth
+        return False
 
 
 def _says_more(rollout: Rollout) -> bool:

@@ -43,6 +43,7 @@ class RolloutMixin(trl.GRPOTrainer):
     _asked: list[Any]  # the prompts of the local generation batch, as an environment left them
     _begun: Begun | None  # the rewards that score while TRL runs the reference model
     _scored: list[ScoredRollout]
+    _told: list[dict[str, Any]]
     _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
     _greedy_totals: torch.Tensor | None  # (B,) over all ranks, NaN where every reward abstained
     _totals: torch.Tensor  # (B,) over all ranks, NaN where every reward abstained
@@ -183,15 +184,16 @@ class RolloutMixin(trl.GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts = self._rollouts or self._as_rollouts(inputs, completions, completion_ids_list)
         indices = [row["index"] for row in inputs]
-        told = [name for name in inputs[0] if name not in ("prompt", "index")]  # by a rollout_func, of each rollout
-        columns = self._columns(indices) | {name: [row[name] for row in inputs] for name in told} | {"prompt": prompts}
+        names = [name for name in inputs[0] if name not in ("prompt", "index")]  # what a rollout_func told of each
+        told = {name: [row[name] for row in inputs] for name in names}
         self._reference_rewards = {}
         begun, self._begun = self._begun, None
 
         with raise_on_all_ranks():
+            told |= environment_rewards(self.environments, rollouts, getattr(self, "async_loop", None))
             table = self.suite.score(
                 rollouts,
-                columns | environment_rewards(self.environments, rollouts, getattr(self, "async_loop", None)),
+                self._columns(indices) | told | {"prompt": prompts},
                 context=_RewardContext(self),
                 gather=lambda mine: gather_object([mine]),
                 begun=begun,
@@ -200,6 +202,7 @@ class RolloutMixin(trl.GRPOTrainer):
             if self.args.scores_references:
                 self._score_references(indices)
         self._scored = table.scored
+        self._told = [{name: values[i] for name, values in told.items()} for i in range(len(inputs))]
         device = self.accelerator.device
         values = torch.tensor(
             [[NAN if v is None else v for v in s.values.values()] for s in table.scored], device=device
