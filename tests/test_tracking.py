@@ -95,6 +95,8 @@ def trainer_for(path, report_to, **settings):
         "num_completions_to_print": 1,
         "report_to": report_to,
     }
+    if settings.get("eval_strategy") == "no":
+        del defaults["eval_steps"]
     tokenizer = tiny_tokenizer()
     return GRPOTrainer(
         tiny_model("llama", initializer_range=0.1),

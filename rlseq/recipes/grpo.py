@@ -17,6 +17,7 @@ takes the same flags and puts a critic in place of the group.
 """
 
 import trl
+from accelerate import PartialState
 
 from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
 from rlseq.scoring.find import bundled_folder
@@ -29,7 +30,7 @@ from rlseq.training.config import (
     RunArguments,
     TrainingEvaluationArguments,
 )
-from rlseq.training.dry_run import describe_rollouts
+from rlseq.training.dry_run import describe_rollouts, plan_rollouts
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.parser import RecipeParser, run_recipe
@@ -53,7 +54,8 @@ def main() -> None:
         prepared.close()
         return
     began = task_began_with(task, config)
-    directory = open_run(config, run, data, rewards, evaluation, model_args, began=began)
+    steps = plan_rollouts(config, task.prompts, PartialState().num_processes).steps
+    directory = open_run(config, run, data, rewards, evaluation, model_args, began=began, steps=steps)
     announce(config, run, f"{task.describe()}, {describe_round(config)}")
 
     trainer = GRPOTrainer(

@@ -15,6 +15,7 @@ docs/objectives.md explains every setting and every logged number.
 """
 
 import trl
+from accelerate import PartialState
 
 from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
 from rlseq.scoring.find import bundled_folder
@@ -28,7 +29,7 @@ from rlseq.training.config import (
     TrainingEvaluationArguments,
 )
 from rlseq.training.critic import check_critic_path
-from rlseq.training.dry_run import describe_rollouts
+from rlseq.training.dry_run import describe_rollouts, plan_rollouts
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.ppo import PPOTrainer
@@ -53,7 +54,8 @@ def main() -> None:
         prepared.close()
         return
     began = task_began_with(task, config)
-    directory = open_run(config, run, data, rewards, evaluation, model_args, began=began)
+    steps = plan_rollouts(config, task.prompts, PartialState().num_processes).steps
+    directory = open_run(config, run, data, rewards, evaluation, model_args, began=began, steps=steps)
     announce(config, run, f"{task.describe()}, {describe_round(config)}")
 
     trainer = PPOTrainer(

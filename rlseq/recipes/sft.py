@@ -47,7 +47,7 @@ from rlseq.training.config import (
     RunArguments,
     SFTConfig,
 )
-from rlseq.training.dry_run import describe_examples
+from rlseq.training.dry_run import describe_examples, plan_examples
 from rlseq.training.memory import weightless_model
 from rlseq.training.model_card import publish
 from rlseq.training.models import (
@@ -175,7 +175,9 @@ def main() -> None:
     rewards = {"reward": suite} if rejection.rejection_samples else {}
     rows = [(p.messages_or_text, p.columns) for p in prompts] if rejection.rejection_samples else train
     began = began_with(rewards, {"training rows": rows, "evaluation rows": validation})
-    directory = open_run(config, run, data, new, rejection, model_args, began=began)
+    known = lengths and not config.packing  # else how many rows there will be is not known yet
+    steps = plan_examples(config, lengths, PartialState().num_processes).steps if known else None
+    directory = open_run(config, run, data, new, rejection, model_args, began=began, steps=steps)
     announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples ({shared})")
 
     set_seed(config.seed)

@@ -124,7 +124,12 @@ def require_whole(checkpoint: Path) -> Path:
 
 def checkpoint_step(checkpoint: Path) -> int:
     """Return the optimizer step at which a whole checkpoint was written."""
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    return read_state(checkpoint)["global_step"]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Return the trainer's state as a whole checkpoint has it: global_step, max_steps (in all) and others."""
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
 
 
 def find_defect(checkpoint: Path) -> str | None:

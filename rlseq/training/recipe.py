@@ -27,7 +27,7 @@ from rlseq.training.adapters import ignored_adapter_settings
 from rlseq.training.began_with import began_with, check_unchanged
 from rlseq.training.began_with import write as write_began_with
 from rlseq.training.callbacks import GracefulStop
-from rlseq.training.checkpoints import checkpoint_step
+from rlseq.training.checkpoints import read_state
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router, describe_left_out
 from rlseq.training.config import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
 from rlseq.training.config_file import changed_values
@@ -199,12 +199,17 @@ def check_fit(
 
 
 def open_run(
-    config: TrainingArguments, run: RunArguments, *others: Any, began: Mapping[str, Any] | None = None
+    config: TrainingArguments,
+    run: RunArguments,
+    *others: Any,
+    began: Mapping[str, Any] | None = None,
+    steps: int | None = None,
 ) -> RunDirectory:
     """Claim the run directory and write config.yaml; every rank returns the same paths, only the first writes.
 
     Args:
         began: what the run begins with beside its settings, as `began_with` describes it.
+        steps: of the optimizer, in all, where that is known; only what is said of the schedule depends on it.
 
     Raises:
         RunDirectoryError: the directory holds a run and neither continuing nor replacing it was asked for; or it began
@@ -224,7 +229,7 @@ def open_run(
         directory = prepare(config.output_dir, **asked, main_process=state.is_main_process)
         if state.is_main_process:
             if directory.resume_from is not None:
-                _warn_of_changes(directory, config, run, *others)
+                _warn_of_changes(directory, steps, config, run, *others)
             write_config(directory.config, config, run, *others)
             if began:
                 write_began_with(directory.path, began)
@@ -235,7 +240,7 @@ OF_THE_SCHEDULE = {"max_steps", "num_train_epochs", "warmup_steps", "lr_schedule
 OF_THE_START = {"resume_from_checkpoint", "overwrite_output_dir", "output_dir"}  # of a start and not of the run
 
 
-def _warn_of_changes(directory: RunDirectory, *configs: Any) -> None:
+def _warn_of_changes(directory: RunDirectory, steps: int | None, *configs: Any) -> None:
     """Warn of settings that a resumed run changes: config.yaml will hold only the new ones."""
     try:
         values = changed_values(directory.config, *configs)
@@ -246,36 +251,38 @@ def _warn_of_changes(directory: RunDirectory, *configs: Any) -> None:
         say(
             f"rlseq: warning: the run resumes with other settings than it had: {'; '.join(changed)}. config.yaml holds "
             "the new ones alone. The optimizer keeps the checkpoint's state: a new learning_rate or weight_decay "
-            f"has no effect.{_schedule_change(directory.resume_from, configs[0], values)}"
+            f"has no effect.{_schedule_change(directory.resume_from, configs[0], values, steps)}"
         )
 
 
-def _schedule_change(checkpoint: Path, config: TrainingArguments, values: Mapping[str, tuple[Any, Any]]) -> str:
+def _schedule_change(
+    checkpoint: Path, config: TrainingArguments, values: Mapping[str, tuple[Any, Any]], steps: int | None
+) -> str:
     """What becomes of the learning rate where its schedule, which no checkpoint holds, is another than before."""
-    if not OF_THE_SCHEDULE & values.keys():
+    state = read_state(checkpoint)
+    step, had_steps = state["global_step"], state["max_steps"]
+    steps = config.max_steps if config.max_steps > 0 else steps
+    if not OF_THE_SCHEDULE & values.keys() and steps in (None, had_steps):
         return ""
     says = " The schedule is that of the new settings, so the learning rate jumps"
-    step, had = checkpoint_step(checkpoint), {name: had for name, (had, _) in values.items()}
-    shares = [_rate_share(config, step, had), _rate_share(config, step, {})]
+    had = {name: had for name, (had, _) in values.items()}
+    shares = [_rate_share(config, step, had_steps, had), _rate_share(config, step, steps, {})]
     if None in shares:
         return f"{says} to where step {step} of that is."
     return f"{says} at step {step} from {shares[0]:.4g} to {shares[1]:.4g} of learning_rate."
 
 
-def _rate_share(config: TrainingArguments, step: int, other: Mapping[str, Any]) -> float | None:
-    """The share of the learning rate at a step, with some settings other ones; None where it is not known yet."""
+def _rate_share(config: TrainingArguments, step: int, steps: int | None, other: Mapping[str, Any]) -> float | None:
+    """The share of the learning rate at a step of so many, with some settings other ones; None where it is unknown."""
     given = {name: other.get(name, getattr(config, name)) for name in OF_THE_SCHEDULE}
-    steps, warmup = given["max_steps"], given["warmup_steps"] or 0
-    if steps < 1:
+    if steps is None:
         return None
+    warmup = given["warmup_steps"] or 0
     warmup = math.ceil(steps * warmup) if warmup < 1 else int(warmup)  # transformers takes a share too
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     options = {"num_warmup_steps": warmup, "num_training_steps": steps}
-    kind, more = (
-        str(getattr(given["lr_scheduler_type"], "value", given["lr_scheduler_type"])),
-        given["lr_scheduler_kwargs"],
-    )
-    schedule = get_scheduler(kind, optimizer, **options, scheduler_specific_kwargs=more)
+    kind = str(getattr(given["lr_scheduler_type"], "value", given["lr_scheduler_type"]))
+    schedule = get_scheduler(kind, optimizer, **options, scheduler_specific_kwargs=given["lr_scheduler_kwargs"])
     return schedule.lr_lambdas[0](step) if hasattr(schedule, "lr_lambdas") else None
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 
 from rlseq.pretrained import load_into
@@ -15,7 +17,8 @@ class ResumeMixin(Trainer):
     """Loads checkpoints whole or refuses them, to resume and as the best of a run.
 
     transformers leaves what a checkpoint lacks as it was, and with it all that was saved under other names than the
-    parameters' (fused experts). Resumed at the last step, it would train one step more.
+    parameters' (fused experts). Resumed at the last step, it would train one step more; and by another schedule, make
+    its first step at the rate of the checkpoint.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -37,4 +40,19 @@ class ResumeMixin(Trainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
+        take_scheduled_rate(self.lr_scheduler)
         super()._run_epoch(**kwargs)
+
+
+def take_scheduled_rate(scheduler: Any) -> None:
+    """Give the optimizer the learning rate of the schedule at its step, where that is a function of the step alone."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's holds one
+    if isinstance(scheduler, LambdaLR):
+        groups = scheduler.optimizer.param_groups
+        for group, base, share in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            rate = base * share(scheduler.last_epoch)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        scheduler._last_lr = [float(group["lr"]) for group in groups]  # what is logged
