@@ -253,13 +253,13 @@ def test_a_run_goes_on_with_an_edited_reward_only_where_that_is_meant(task, tmp_
     lines[4] = lines[4].replace("I", "A")  # one reference
     (data / "train.jsonl").write_text("\n".join(lines) + "\n")
     again = [*arguments, 2, "--resume_from_checkpoint", "latest"]
-    with pytest.raises(RunDirectoryError, match=r"reward 'letters': code; training rows: row 5 of 8 differs\. Bring"):
+    with pytest.raises(RunDirectoryError, match=r"reward 'letters': code; training rows: row 5 of 8 differs\. Restore"):
         run_in_process(monkeypatch, "grpo", *again)
     assert (out / "began_with.json").read_text() == began
     assert read_lines(out / "metrics.jsonl")[-1]["step"] == 1
     capsys.readouterr()
     run_in_process(monkeypatch, "grpo", *again, "--resume_with_changes", "true")
-    assert "goes on with something else than it began with: reward 'letters': code" in capsys.readouterr().out
+    assert "resumes with something else than it started with: reward 'letters': code" in capsys.readouterr().out
     assert read_lines(out / "metrics.jsonl")[-1]["step"] == 2
     assert all(line["total"] <= 0 for line in read_lines(out / "rollouts/000002.jsonl"))
     run_in_process(monkeypatch, "grpo", *arguments, 3, "--resume_from_checkpoint", "latest")  # now it is the run's own
