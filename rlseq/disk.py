@@ -17,7 +17,15 @@ def write_message(path: Path, error: BaseException, then: str = "") -> str:
 
 
 def free_space(path: Path) -> str:
-    """Return how much the file system of a path, which need not exist, has left: `"1.2 of 64.0 GB free"`."""
+    """Return how much the file system of a path, which need not exist, has left: `"1.23 GB of 64 GB free"`."""
     nearest = next((p for p in (path, *path.absolute().parents) if p.is_dir()), Path.cwd())
     usage = shutil.disk_usage(nearest)
-    return f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
+    return f"{readable_size(usage.free)} of {readable_size(usage.total)} free"
+
+
+def readable_size(size: float) -> str:
+    """Bytes with three digits, in the unit that suits them."""
+    for unit, least in (("GB", 1e9), ("MB", 1e6)):
+        if size >= least:
+            return f"{size / least:,.0f} {unit}" if size >= 1000 * least else f"{size / least:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"

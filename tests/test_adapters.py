@@ -254,6 +254,23 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_loads(config, f
         check_fit(config(use_cpu=True), model, tiny_tokenizer(), prompts)
 
 
+def test_an_adapter_on_the_output_layer_is_refused_for_rollouts_before_anything_loads(folders, tmp_path, monkeypatch):
+    base = AutoModelForCausalLM.from_pretrained(folders / "base")
+    peft.get_peft_model(base, lora(target_modules=["q_proj", "lm_head"])).save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    new = {"model_name_or_path": str(folders / "base"), "use_peft": True, "lora_target_modules": ["q_proj", "lm_head"]}
+    old = {"model_name_or_path": str(tmp_path / "adapter")}
+    for given, todo in ((new, "leave that out of --lora_target_modules"), (old, "merge it into its base")):
+        prompts = build_prompts(ROWS, tiny_tokenizer())
+        check_fit(SFTConfig(use_cpu=True), ModelArguments(**given), tiny_tokenizer(), prompts)
+        with pytest.raises(ConfigError, match=rf"on the output layer too \(lm_head\).*: {todo}") as refused:
+            check_fit(GRPOConfig(use_cpu=True), ModelArguments(**given), tiny_tokenizer(), prompts)
+        assert "\n" not in str(refused.value)
+    sft = ModelArguments(model_name_or_path=str(folders / "sft"))
+    check_fit(GRPOConfig(use_cpu=True), sft, tiny_tokenizer(), build_prompts(ROWS, tiny_tokenizer()))
+
+
 def test_an_adapter_draws_what_its_merged_model_draws(folders, tmp_path):
     from rlseq.decoding import Sample
 

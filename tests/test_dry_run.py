@@ -18,6 +18,7 @@ from tiny_task import ROWS, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.data import build_prompts
+from rlseq.disk import readable_size
 from rlseq.training.config import GRPOConfig, ModelArguments
 from rlseq.training.dry_run import count_checkpoints, plan_rollouts, update_tokens
 from rlseq.training.memory import critic_parameters, memory, size_of, weightless_model
@@ -322,3 +323,11 @@ def test_a_directory_in_use_is_refused_and_stays_claimed_by_its_run(task, tmp_pa
     assert "in use" in capsys.readouterr().err
     held.release()
     assert run(monkeypatch, "grpo", *arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(0, "0 kB"), (4_096, "4.1 kB"), (12_345_678, "12.3 MB"), (1_234_567_890, "1.23 GB"), (2e12, "2,000 GB")],
+)
+def test_sizes_have_the_unit_that_suits_them(size, said):
+    assert readable_size(size) == said

@@ -446,3 +446,18 @@ def test_a_reward_that_does_not_return_is_named_while_it_is_waited_for(monkeypat
 
     assert score(slow, [rollout()]).values["slow"] == [1.0]
     assert "still waiting for reward 'slow'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight", [1e12, -1e12, 1e300])
+def test_weights_that_make_a_total_too_large_to_train_on_are_refused(weight):
+    def large(completion):
+        return 1e10
+
+    def small(completion):
+        return 1.0
+
+    suite = load_rewards([large, small], weights=[weight, 1.0])
+    with pytest.raises(RewardError, match=r"weighted total of a completion is -?(1e|inf).* at most 1e\+18") as refused:
+        suite.score([rollout()], {"prompt": ["?"]})
+    assert str(refused.value).endswith(f"Lower the weights: large {weight:g}, small 1")
+    assert load_rewards([large, small], weights=[1e8, 1.0]).score([rollout()], {"prompt": ["?"]}).totals == [1e18 + 1]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.beginnings import COSTS, way_of
 from rlseq.decoding import Sample
+from rlseq.disk import readable_size
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, judge
 from rlseq.likelihood import score, token_logprobs
 from rlseq.packing import supports_packing
@@ -132,7 +133,7 @@ def check_saving(model: nn.Module) -> Finding:
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         if shutil.disk_usage(folder).free < 2 * size:
-            return Finding("saving", SKIPPED, f"no room for {size / 1e9:.1f} GB in {Path(folder).parent}")
+            return Finding("saving", SKIPPED, f"no room for {readable_size(size)} in {Path(folder).parent}")
         model.save_pretrained(folder)
         again = AutoModelForCausalLM.from_pretrained(
             folder, dtype=next(model.parameters()).dtype, trust_remote_code=False

@@ -17,7 +17,7 @@ from .forms import Rows
 from .isolation import random_states_held, without_holding
 from .later import Later
 from .options import parse_spec, reward_from_spec
-from .outcome import FAILURES, TOKEN_REWARDS, Outcome, shorten
+from .outcome import FAILURES, LARGEST, TOKEN_REWARDS, Outcome, shorten
 from .reward import CorpusMetric, Ratio
 from .runner import Reward
 
@@ -186,6 +186,7 @@ class RewardSuite:
                 later[reward.name].result() if reward.name in later else reward.outcomes(rows, context)
                 for reward in self.rewards
             ]
+            self._check_totals(outcomes)
         except Exception as error:
             if gather is None:
                 raise
@@ -257,6 +258,17 @@ class RewardSuite:
                 raise RewardError(
                     f"column {name!r} has {len(values)} values for {len(rows.rollouts)} rollouts; expected one value a "
                     "rollout (repeat a prompt's value for each of its samples)."
+                )
+
+    def _check_totals(self, outcomes: list[list[Outcome]]) -> None:
+        """Refuse weights under which values that are allowed have a total that is not."""
+        for row in zip(*outcomes, strict=True):
+            total = weighted_total([outcome.value for outcome in row], self.weights)
+            if total is not None and not abs(total) <= LARGEST:
+                weights = ", ".join(f"{name} {weight:g}" for name, weight in zip(self.names, self.weights, strict=True))
+                raise RewardError(
+                    f"the weighted total of a completion is {total:g}, which training cannot compute with; expected at "
+                    f"most {LARGEST:g} in size. Lower the weights: {weights}"
                 )
 
     def _table(self, rollouts: list[Rollout], outcomes: list[list[Outcome]]) -> ScoreTable:

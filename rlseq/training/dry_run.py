@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from rlseq.disk import readable_size
 from rlseq.prompts import reference_ids
 from rlseq.training.config import ModelArguments, RunArguments
 from rlseq.training.memory import (
@@ -274,9 +275,9 @@ def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkp
         ("epochs over the data", f"{plan.epochs:.4g}", ""),
         ("rollouts in all", f"{plan.rollouts:,}", ""),
     ]
-    lines += [(name, _bytes(number), formula) for name, (number, formula) in held.items()]
-    kept = f"{checkpoints} × {_bytes(checkpoint)}"
-    lines += [("checkpoints on disk", _bytes(checkpoints * checkpoint), f"{kept}, and the result's weights")]
+    lines += [(name, readable_size(number), formula) for name, (number, formula) in held.items()]
+    kept = f"{checkpoints} × {readable_size(checkpoint)}"
+    lines += [("checkpoints on disk", readable_size(checkpoints * checkpoint), f"{kept}, and the result's weights")]
     names, numbers = (max(len(line[i]) for line in lines) for i in (0, 1))
     rows = [f"  {name:<{names}}  {number:>{numbers}}  {note}".rstrip() for name, number, note in lines]
     return "\n".join(
@@ -286,10 +287,3 @@ def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkp
             "  Bytes are estimates, a process, without sharding and what the framework itself takes.",
         ]
     )
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if number >= size:
-            return f"{number / size:,.3g} {unit}"
-    return f"{number / 1e3:,.3g} kB"

@@ -21,6 +21,7 @@ from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.doctor.prompts import check_context
 from rlseq.errors import ConfigError, ModelError
+from rlseq.pretrained import is_adapter
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.trial import try_rewards
 from rlseq.training.adapters import ignored_adapter_settings
@@ -187,12 +188,13 @@ def check_fit(
     lines = {status: [f.sentence for f in findings if f.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
-    if model_args.use_peft and new is None:
+    there = is_adapter(model_args.model_name_or_path)
+    if (model_args.use_peft or there) and new is None:
         adapted = weightless_model(model_args)  # says where the adapter does not fit
         if hasattr(config, "max_completion_length") and isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
             raise ConfigError(
-                "the adapter is on the output layer too (lm_head), which training on rollouts reads without it: leave "
-                "that out of --lora_target_modules"
+                "the adapter is on the output layer too (lm_head), which training on rollouts reads without it: "
+                + ("merge it into its base and start from that" if there else "leave that out of --lora_target_modules")
             )
     for line in lines[WARNING]:
         say(f"rlseq: warning: {line}")
