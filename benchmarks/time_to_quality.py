@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -403,6 +404,11 @@ def run(side: str, seed: int, layout: int, args: argparse.Namespace, folder: Pat
     with log.open("w") as file:
         ended = subprocess.run(
             words, cwd=ROOT, env={**os.environ, **threads}, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if ended.returncode == -signal.SIGKILL:
+        sys.exit(
+            f"{side} seed {seed} was killed in micro-batches of {layout}, probably for lack of memory: "
+            "give smaller --layouts"
         )
     if ended.returncode:
         sys.exit(f"{side} seed {seed} failed ({ended.returncode}): {log.read_text(errors='replace')[-2000:]}")

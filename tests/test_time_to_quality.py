@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_recipes import ROOT
@@ -141,3 +143,31 @@ def test_the_table_has_medians_and_says_what_was_not_reached(bench, tmp_path):
     assert (trl["update, s"], trl["rollouts, s"], trl["the rest, s"]) == ("8", "150", "141.0")
     assert rlseq["peak memory, GB"] == "4.00"
     assert bench.table(tmp_path / "none") == "No run has finished."
+
+
+def test_each_side_gets_the_layout_whose_later_steps_are_shortest(bench, tmp_path, monkeypatch):
+    # By hand: seconds after steps 0 to 3. The first step, which warms up, is left out: 8 a step, 5 a step, 6 a step.
+    seconds = {8: [0, 1, 9, 17], 16: [0, 90, 94, 100], 32: [0, 2, 8, 14]}
+    asked = []
+
+    def ended(words, **_):
+        given = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
+        folder, layout = Path(given["--output_dir"]), int(given["--layouts"])
+        asked.append((given["--sides"], layout, given["--max_steps"], given["--every"]))
+        lines = [json.dumps({"step": i, "seconds": s}) for i, s in enumerate(seconds[layout])]
+        (folder / "curve.jsonl").write_text("\n".join(lines) + "\n")
+        done = {"reached": False, "steps": 3, "settings": bench.settings_of(trial, layout)}
+        (folder / "finished.json").write_text(json.dumps(done))
+        return argparse.Namespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", ended)
+    args = settings(output_dir=tmp_path, layouts=[8, 16, 32], seeds=[4], level=0.8, every=5)
+    trial = settings(**vars(args) | {"every": 0})
+    assert bench.fastest_layout("trl", args) == 16
+    assert asked == [("trl", layout, "3", "0") for layout in (8, 16, 32)]
+    assert bench.fastest_layout("trl", args) == 16 and len(asked) == 3  # measured once
+    assert bench.fastest_layout("rlseq", settings(layouts=[64])) == 64 and len(asked) == 3  # nothing to compare
+    killed = argparse.Namespace(returncode=-signal.SIGKILL)
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: killed)
+    with pytest.raises(SystemExit, match=r"rlseq seed 4 was killed in micro-batches of 8.*give smaller --layouts"):
+        bench.fastest_layout("rlseq", args)
