@@ -351,10 +351,10 @@ def _rendered(
 ) -> list[Any]:
     """The ids of conversations, or their texts: as prompts, or `whole`, with their answers."""
     found: dict[int, Any] = {}
-    for going_on in (False, True):
-        places = [i for i, messages in enumerate(conversations) if continues(messages, template_options) == going_on]
-        options = {"add_generation_prompt": not going_on, "continue_final_message": going_on} | dict(template_options)
-        if whole or not going_on:
+    for continued in (False, True):
+        places = [i for i, messages in enumerate(conversations) if continues(messages, template_options) == continued]
+        options = {"add_generation_prompt": not continued, "continue_final_message": continued} | dict(template_options)
+        if whole or not continued:
             options["continue_final_message"] = False
         if whole:
             options["add_generation_prompt"] = False

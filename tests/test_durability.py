@@ -121,7 +121,7 @@ def test_where_neither_save_is_whole_the_run_goes_on_from_the_checkpoint_before(
     assert "trainer_state.json was cut short" in caplog.text
 
 
-def test_going_on_from_an_older_checkpoint_sets_the_first_save_aside_with_the_later_ones(tmp_path):
+def test_resuming_from_an_older_checkpoint_sets_the_first_save_aside_with_the_later_ones(tmp_path):
     saved_twice(tmp_path, "torn")
     open_run(tmp_path, resume="checkpoint-2")
     assert not list(tmp_path.glob(".checkpoint*")) and not (tmp_path / "checkpoint-4").exists()

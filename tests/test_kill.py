@@ -146,7 +146,7 @@ def kill_in_the_save_of(step, act):
 def test_a_run_killed_in_a_step_and_in_a_save_ends_as_the_undisturbed_one(task, tmp_path):
     arguments = ["--config", task / "grpo.yaml", "--save_steps", 2, "--output_dir"]
     log, run = tmp_path / "log", tmp_path / "killed"
-    going_on = recipe("grpo", [*arguments, run, "--resume_from_checkpoint", "latest"])
+    continued = recipe("grpo", [*arguments, run, "--resume_from_checkpoint", "latest"])
 
     pid = fork(recipe("grpo", [*arguments, run]), log)
     while not (run / "checkpoint-6/trainer_state.json").exists():
@@ -156,11 +156,11 @@ def test_a_run_killed_in_a_step_and_in_a_save_ends_as_the_undisturbed_one(task, 
     reached = max(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*"))
     assert 6 <= reached < 18 and not (run / "model.safetensors").exists()
 
-    assert end_of(fork(lambda: kill_in_the_save_of(18, going_on), log)) == -signal.SIGKILL, log.read_text()
+    assert end_of(fork(lambda: kill_in_the_save_of(18, continued), log)) == -signal.SIGKILL, log.read_text()
     assert find_defect(run / "checkpoint-18") == "it has no trainer_state.json"
     assert (run / "checkpoint-18/exact_state/rank-0.pt").exists()
 
-    assert end_of(fork(going_on, log)) == 0, log.read_text()
+    assert end_of(fork(continued, log)) == 0, log.read_text()
     assert len(list(run.glob("superseded-checkpoint-18-*"))) == 1
     assert end_of(fork(recipe("grpo", [*arguments, tmp_path / "whole"]), log)) == 0, log.read_text()
     check_same(run, tmp_path / "whole", checkpoints=STEPS // 2)

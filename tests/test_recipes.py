@@ -238,7 +238,7 @@ def test_a_second_run_into_a_directory_names_the_flags_that_continue_or_replace_
     assert (kept / "rollouts/000002.jsonl").exists() and not (out / "rollouts/000002.jsonl").exists()
 
 
-def test_a_run_goes_on_with_an_edited_reward_only_where_that_is_meant(task, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_with_an_edited_reward_only_where_that_is_meant(task, tmp_path, monkeypatch, capsys):
     from rlseq.errors import RunDirectoryError
 
     out, reward, data = tmp_path / "run", tmp_path / "own.py", tmp_path / "rows"
@@ -247,7 +247,7 @@ def test_a_run_goes_on_with_an_edited_reward_only_where_that_is_meant(task, tmp_
     arguments = ["--config", task / "grpo.yaml", "--output_dir", out, "--evaluate", "false", "--dataset_name", data]
     arguments += ["--reward_funcs", f"{reward}:letters", "--max_steps"]
     run_in_process(monkeypatch, "grpo", *arguments, 1)
-    began = (out / "began_with.json").read_text()
+    began = (out / "run_inputs.json").read_text()
     reward.write_text(REWARD.replace("/ len(wanted)", "/ -len(wanted)"))
     lines = (data / "train.jsonl").read_text().splitlines()
     lines[4] = lines[4].replace("I", "A")  # one reference
@@ -255,7 +255,7 @@ def test_a_run_goes_on_with_an_edited_reward_only_where_that_is_meant(task, tmp_
     again = [*arguments, 2, "--resume_from_checkpoint", "latest"]
     with pytest.raises(RunDirectoryError, match=r"reward 'letters': code; training rows: row 5 of 8 differs\. Restore"):
         run_in_process(monkeypatch, "grpo", *again)
-    assert (out / "began_with.json").read_text() == began
+    assert (out / "run_inputs.json").read_text() == began
     assert read_lines(out / "metrics.jsonl")[-1]["step"] == 1
     capsys.readouterr()
     run_in_process(monkeypatch, "grpo", *again, "--resume_with_changes", "true")

@@ -33,7 +33,7 @@ from rlseq.training.dry_run import describe_rollouts, plan_rollouts
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.ppo import PPOTrainer
-from rlseq.training.recipe import announce, default_config, describe_round, open_run, say, task_began_with
+from rlseq.training.recipe import announce, default_config, describe_round, open_run, say, task_inputs
 
 DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "ppo.yaml"
 
@@ -53,9 +53,9 @@ def main() -> None:
         say(describe_rollouts(config, run, model_args, task))
         prepared.close()
         return
-    began = task_began_with(task, config)
+    inputs = task_inputs(task, config)
     steps = plan_rollouts(config, task.prompts, PartialState().num_processes).steps
-    directory = open_run(config, run, data, rewards, evaluation, model_args, began=began, steps=steps)
+    directory = open_run(config, run, data, rewards, evaluation, model_args, inputs=inputs, steps=steps)
     announce(config, run, f"{task.describe()}, {describe_round(config)}")
 
     trainer = PPOTrainer(

@@ -35,7 +35,6 @@ from rlseq.evaluation.plots import write_curves
 from rlseq.scoring import load_rewards
 from rlseq.scoring.find import bundled_folder
 from rlseq.scoring.trial import try_rewards
-from rlseq.training.began_with import began_with
 from rlseq.training.best import choose_best_by
 from rlseq.training.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
 from rlseq.training.checks import describe_left_out
@@ -77,6 +76,7 @@ from rlseq.training.rejection import (
     read_candidates,
     require_survivors,
 )
+from rlseq.training.resume_checks import run_inputs
 from rlseq.training.rollout_log import write_rollouts
 from rlseq.training.sft import MEASURED, SFTTrainer, check_examples, check_prefill
 from rlseq.types import Prompt
@@ -174,10 +174,10 @@ def main() -> None:
         return
     rewards = {"reward": suite} if rejection.rejection_samples else {}
     rows = [(p.messages_or_text, p.columns) for p in prompts] if rejection.rejection_samples else train
-    began = began_with(rewards, {"training rows": rows, "evaluation rows": validation})
+    inputs = run_inputs(rewards, {"training rows": rows, "evaluation rows": validation})
     known = lengths and not config.packing  # else how many rows there will be is not known yet
     steps = plan_examples(config, lengths, PartialState().num_processes).steps if known else None
-    directory = open_run(config, run, data, new, rejection, model_args, began=began, steps=steps)
+    directory = open_run(config, run, data, new, rejection, model_args, inputs=inputs, steps=steps)
     announce(config, run, f"{what} and {len(validation):,} {data.eval_split} examples ({shared})")
 
     set_seed(config.seed)

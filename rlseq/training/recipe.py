@@ -25,8 +25,6 @@ from rlseq.pretrained import is_adapter
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.trial import try_rewards
 from rlseq.training.adapters import ignored_adapter_settings
-from rlseq.training.began_with import began_with, check_unchanged
-from rlseq.training.began_with import write as write_began_with
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.checkpoints import read_state
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router, describe_left_out
@@ -37,6 +35,8 @@ from rlseq.training.faults import writing
 from rlseq.training.memory import weightless_model
 from rlseq.training.models import check_attention, check_model_path, load_tokenizer
 from rlseq.training.parser import write_config
+from rlseq.training.resume_checks import check_unchanged, run_inputs
+from rlseq.training.resume_checks import write as write_inputs
 from rlseq.training.run_directory import RunDirectory, prepare
 from rlseq.training.same_model import check_same_model, check_same_new_model
 from rlseq.training.tools import check_tools, load_tools
@@ -129,9 +129,9 @@ def load_task(
     return Task(tokenizer, prompts, list(eval_rows), shared, suite, eval_suite)
 
 
-def task_began_with(task: Task, config: Any) -> dict[str, Any]:
+def task_inputs(task: Task, config: Any) -> dict[str, Any]:
     """What a run on rollouts begins with beside its settings."""
-    return began_with(
+    return run_inputs(
         {"reward": task.suite, "eval reward": task.eval_suite},
         {
             "training rows": [(p.messages_or_text, p.prompt_ids, p.columns) for p in task.prompts],
@@ -204,13 +204,13 @@ def open_run(
     config: TrainingArguments,
     run: RunArguments,
     *others: Any,
-    began: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     steps: int | None = None,
 ) -> RunDirectory:
     """Claim the run directory and write config.yaml; every rank returns the same paths, only the first writes.
 
     Args:
-        began: what the run begins with beside its settings, as `began_with` describes it.
+        inputs: what the run starts with beside its settings, as `run_inputs` describes it.
         steps: of the optimizer, in all, where that is known; only what is said of the schedule depends on it.
 
     Raises:
@@ -223,7 +223,7 @@ def open_run(
     checkpoint = prepare(config.output_dir, **asked, main_process=False).resume_from  # claims nothing yet
     if checkpoint is not None:
         check_checkpoint(checkpoint, others)
-        changed = began and check_unchanged(checkpoint.parent, began, accepted=run.resume_with_changes)
+        changed = inputs and check_unchanged(checkpoint.parent, inputs, accepted=run.resume_with_changes)
         if changed:
             say(f"rlseq: warning: {changed}")
     state.wait_for_everyone()  # the first process may rename checkpoints: while it does, the others do not look
@@ -233,8 +233,8 @@ def open_run(
             if directory.resume_from is not None:
                 _warn_of_changes(directory, steps, config, run, *others)
             write_config(directory.config, config, run, *others)
-            if began:
-                write_began_with(directory.path, began)
+            if inputs:
+                write_inputs(directory.path, inputs)
     return directory
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rlseq.errors import RunDirectoryError
 from rlseq.scoring import load_rewards
-from rlseq.training.began_with import began_with, changes, check_unchanged, write
+from rlseq.training.resume_checks import changes, check_unchanged, run_inputs, write
 from rlseq.types import Rollout
 
 SOURCE = """
@@ -57,7 +57,7 @@ def test_so_does_a_worker_of_an_installed_module(module):
 
 def described(file, rows, kwargs=None, weight=1.0):
     spec = {"func": f"{file}:drift", "weight": weight} | ({"kwargs": kwargs} if kwargs else {})
-    return began_with({"reward": load_rewards([spec]), "eval reward": None}, {"training rows": rows})
+    return run_inputs({"reward": load_rewards([spec]), "eval reward": None}, {"training rows": rows})
 
 
 def test_what_differs_is_named(tmp_path):
@@ -74,10 +74,10 @@ def test_what_differs_is_named(tmp_path):
     assert changes(before, described(file, rows, weight=2.0)) == ["reward 'drift': weight 1.0, now 2.0"]
     file.write_text("def drift(completion, scale=1): return -scale")
     assert changes(before, described(file, rows)) == ["reward 'drift': code"]
-    assert changes(before, began_with({}, {"training rows": rows})) == ["reward 'drift': gone"]
+    assert changes(before, run_inputs({}, {"training rows": rows})) == ["reward 'drift': gone"]
 
 
-def test_going_on_with_something_else_needs_the_flag(file, tmp_path):
+def test_resuming_with_something_else_needs_the_flag(file, tmp_path):
     write(tmp_path, described(file, ["a", "b"]))
     assert check_unchanged(tmp_path, described(file, ["a", "b"]), accepted=False) is None
     other = described(file, ["a"])
@@ -165,7 +165,7 @@ def test_the_weights_of_a_local_reward_model_count(tmp_path):
     spec = {"func": str(model)}
 
     def now():
-        return began_with({"reward": load_rewards([spec])}, {})
+        return run_inputs({"reward": load_rewards([spec])}, {})
 
     before = now()
     large.touch()

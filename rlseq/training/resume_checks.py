@@ -1,6 +1,6 @@
 """What a run started with beside its settings: its rewards by code and arguments, its data by content.
 
-It is kept in `began_with.json`. A run that resumes with others would write their numbers behind those of the first as
+It is kept in `run_inputs.json`. A run that resumes with others would write their numbers behind those of the first as
 if they were of one kind, so it stops, unless --resume_with_changes says that this is meant.
 """
 
@@ -18,10 +18,10 @@ from rlseq.scoring.find import find
 from rlseq.scoring.fingerprint import code_hash, needed_files
 from rlseq.training.records import write_json_atomic
 
-FILE = "began_with.json"
+FILE = "run_inputs.json"
 
 
-def began_with(
+def run_inputs(
     suites: Mapping[str, RewardSuite | None], data: Mapping[str, Sequence[Any]], functions: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """Describe the rewards, the data and the other functions of a run, in plain JSON.
