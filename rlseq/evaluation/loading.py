@@ -32,7 +32,7 @@ def load_checkpoint(
     Raises:
         ModelError: it cannot be loaded, or lacks weights and `allow_missing` does not let them be random.
     """
-    options = {"what": f"model {name!r}", "dtype": torch.float32, "allow_missing": allow_missing}
+    options: dict[str, Any] = {"what": f"model {name!r}", "dtype": torch.float32, "allow_missing": allow_missing}
     if quantization is not None:
         options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(quantization))
     return pretrained.load_causal(path, **options).to(PartialState().device).eval()
