@@ -137,6 +137,7 @@ WELL, QUOTED, NO_COMMAS = {"kind": "opening_word", "word": "Well"}, {"kind": "qu
         ("Tea is hot. I like it!", sentences(1), False),
         ("Tea is hot. I like it!", sentences(3), False),
         ("Really?! Yes...", sentences(2), True),  # marks in a row end one sentence
+        ("Well… tea it is.", sentences(2), True),
         ("Tea is hot. I like", sentences(2), True),  # what is left without an end is one
         ("It costs 3.5 euros.", sentences(1), True),
         ("Drink it, e.g. now.", sentences(2), True),  # an abbreviation counts as an end: no dictionary
@@ -165,6 +166,7 @@ WELL, QUOTED, NO_COMMAS = {"kind": "opening_word", "word": "Well"}, {"kind": "qu
         ("3", LOWER, False),  # no letter
         ("TEA IS HOT, 3 TIMES", UPPER, True),
         ("TEA IS HOt", UPPER, False),
+        ("3", UPPER, False),
         ("Tea is hot. That is all.", end("That is all."), True),
         ("TEA IS HOT. THAT IS ALL.\n", end("That is all."), True),
         ('Tea is hot. "That is all."', end("That is all."), True),
@@ -175,6 +177,7 @@ WELL, QUOTED, NO_COMMAS = {"kind": "opening_word", "word": "Well"}, {"kind": "qu
         ("- one\n\n  - two\n", bullets(2), True),
         ("- one\n- two", bullets(3), False),
         ("Two things:\n- one\n- two", bullets(2), False),  # another line
+        ("- one\ntwo", bullets(2), False),
         ("* one\n* two", bullets(2), False),
         ("-one\n-two", bullets(2), False),
         ("Well, tea.", WELL, True),

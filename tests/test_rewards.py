@@ -28,7 +28,7 @@ def test_every_bundled_reward_loads_and_says_what_it_is():
     for name in BUNDLED:
         assert load_rewards([name], search_root="/nowhere").names == [name]
         assert describe_file(bundled_folder() / f"{name}.py")["description"].endswith((".", ":"))
-    assert len(BUNDLED) == 25
+    assert len(BUNDLED) == 26
     assert not (bundled_folder() / "__init__.py").exists()
 
 
