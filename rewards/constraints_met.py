@@ -49,7 +49,7 @@ def constraints_met(completion: str, constraints: list[dict[str, Any]]) -> tuple
         return None, {"why": "the row has no constraints"}
     words = _words(completion)
     missed = [one["kind"] for one in constraints if not words or not _CHECKS[one["kind"]](completion, words, one)]
-    share = 1 - len(missed) / len(constraints)
+    share = (len(constraints) - len(missed)) / len(constraints)
     return share, {"all_met": int(not missed), "completions": 1, "missed": missed}
 
 
@@ -63,7 +63,7 @@ def _plain(words: list[str]) -> set[str]:
 
 
 def _sentences(text: str) -> int:
-    pieces = re.split(r"""[.!?…]+["'”’)\]*]*(?:\s|$)|\n""", text)
+    pieces = re.split(r"""[.!?…]["'”’)\]*]*(?:\s|$)|\n""", text)
     return sum(any(map(str.isalpha, piece)) for piece in pieces)
 
 

@@ -93,7 +93,7 @@ OPENING = ["Well", "Today", "Honestly", "Once", "Imagine", "Often", "Yes", "Ever
 ASK = [
     "Write a short text about {topic}.",
     "Tell me about {topic}.",
-    "What do you like about {topic}?",
+    "What is special about {topic}?",
     "Describe {topic}.",
     "Why do people like {topic}?",
     "Write a short message to a friend about {topic}.",
