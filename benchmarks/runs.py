@@ -31,6 +31,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,7 +105,8 @@ def evaluate(name: str, path: str, folder: Path, settings: dict[str, Any], threa
 def join(name: str, found: list[tuple[str, Path]], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The evaluations of one kind together, as `--compare` joins them."""
     words = [f"{run}={path}" for run, path in found]
-    common = {"output_dir": str(folder / name), "overwrite_output_dir": True, "primary": settings.get("primary")}
+    shutil.rmtree(folder / name, ignore_errors=True)  # an earlier table
+    common = {"output_dir": str(folder / name), "primary": settings.get("primary")}
     execute(command("evaluate", {"compare": words, **common}), folder / f"{name}.log")
     return json.loads((folder / name / "results.json").read_text())
 

@@ -99,3 +99,15 @@ def test_true_is_not_one_and_lists_are_compared_in_order():
 
 def test_text_around_the_object_costs_what_the_recipe_says():
     assert score('Sure! {"n": 1}', {"n": 1}, surrounded=0.25)[0] == 0.25
+
+
+def test_few_shot_prompts_begin_with_training_rows_of_their_kind(rows):
+    shown = load_rows(str(ROOT / "recipes" / "extraction" / "few_shot.py"), "harder")
+    train = {row["prompt"][0]["content"]: row for row in rows["train"]}
+    for row, plain in zip(shown, rows["harder"], strict=True):
+        *turns, last = row["prompt"]
+        assert [last] == plain["prompt"] and row["record"] == plain["record"]
+        assert [message["role"] for message in turns] == ["user", "assistant"] * 3
+        for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+            example = train[asked["content"]]
+            assert example["kind"] == row["kind"] and answered["content"] == example["references"][0]

@@ -38,7 +38,7 @@ from rlseq.training.parser import RecipeParser, run_recipe
 ROOT = Path(__file__).parent.parent
 SECONDS = 10  # of computing; a case that takes longer hangs, most take a twentieth of one
 RECIPES = {
-    "grpo": ["grpo", "grpo-long", "demo"],
+    "grpo": ["grpo", "grpo-base", "expected-accuracy", "expected-accuracy-long"],
     "ppo": ["ppo"],
     "sft": ["sft", "sft-continued"],
 }

@@ -46,8 +46,8 @@ def test_the_wheel_holds_the_package_and_the_bundled_rewards_and_recipes():
 
 def test_what_the_bundled_configs_name_is_found_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo = find_config("recipes/g2p/demo.yaml")
-    assert demo == ROOT / "recipes/g2p/demo.yaml"
+    demo = find_config("recipes/g2p/grpo.yaml")
+    assert demo == ROOT / "recipes/g2p/grpo.yaml"
     assert beside_config("recipes/g2p/base", demo) == str(ROOT / "recipes/g2p/base")
     given = ["recipes/g2p/data.py:build_tokenizer", "recipes/none", "runs/g2p-grpo", "phoneme_accuracy", 0.5]
     assert beside_config(given, demo) == [f"{ROOT}/recipes/g2p/data.py:build_tokenizer", *given[1:]]
@@ -58,9 +58,9 @@ def test_what_the_bundled_configs_name_is_found_from_any_working_directory(tmp_p
 def test_the_working_directorys_own_recipes_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes/g2p/base").mkdir(parents=True)
-    (tmp_path / "recipes/g2p/demo.yaml").touch()
-    assert find_config("recipes/g2p/demo.yaml") == Path("recipes/g2p/demo.yaml")
-    assert beside_config("recipes/g2p/base", ROOT / "recipes/g2p/demo.yaml") == "recipes/g2p/base"
+    (tmp_path / "recipes/g2p/grpo.yaml").touch()
+    assert find_config("recipes/g2p/grpo.yaml") == Path("recipes/g2p/grpo.yaml")
+    assert beside_config("recipes/g2p/base", ROOT / "recipes/g2p/grpo.yaml") == "recipes/g2p/base"
 
 
 def test_every_extra_that_a_reward_asks_for_is_offered():
