@@ -120,3 +120,11 @@ def test_the_base_checkpoints_tokenizer_is_the_tasks(task):
 def test_an_unknown_split_names_those_there_are():
     with pytest.raises(DataError, match="has no split 'dev'; it has train, validation, test"):
         load_rows(str(PATH), "dev")
+
+
+def test_the_halves_divide_the_training_words_and_the_reported_words_are_those_not_tuned_on(task, splits):
+    halves = [{row["word"] for row in task.load(half)} for half in ("first_half", "second_half")]
+    assert not halves[0] & halves[1] and halves[0] | halves[1] == {row["word"] for row in splits["train"]}
+    # The ninth byte of `printf %s WORD | sha256sum`: even in the first half.
+    assert all(hashlib.sha256(word.encode()).digest()[8] % 2 == 0 for word in halves[0])
+    assert task.load("reported") == splits["validation"][2_000:]
