@@ -76,18 +76,18 @@ def _passed_on(function: Callable, call: ast.Call, names: set[str], turns: set[s
         parameters = list(inspect.signature(helper).parameters)
     except (TypeError, ValueError):
         return False
-    named = [
+    messages, message = (
         {str(parameters[place]) if isinstance(place, int) else place for place in places if _has(parameters, place)}
         for places in (lists, single)
-    ]
-    return any(named) and _reads(helper, *named, seen)
+    )
+    return bool(messages or message) and _reads(helper, messages, message, seen)
 
 
 def _has(parameters: list[str], place: int | str) -> bool:
     return place < len(parameters) if isinstance(place, int) else place in parameters
 
 
-def _resolve(function: Callable, node: ast.expr) -> Callable | None:
+def _resolve(function: Any, node: ast.expr) -> Any:
     """What a name, or a chain of attributes, in a function's source means; no code runs for it."""
     if isinstance(node, ast.Name):
         code = getattr(function, "__code__", None)
@@ -121,7 +121,7 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _routine(function: Callable) -> Callable:
+def _routine(function: Any) -> Any:
     """The function or method that a call of it runs."""
     while isinstance(function, functools.partial):
         function = function.func
