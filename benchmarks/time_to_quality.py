@@ -14,7 +14,8 @@ TRL has its fastest setting for a CPU: float32, no gradient checkpointing, no Li
 (beta 0), one call of `generate` for the 64 rollouts of a step, and as many `steps_per_generation` as accumulated
 micro-batches, which makes a forward for the old log-probs unnecessary. Rows are padded as TRL pads them. The size of
 the micro-batch is measured: each side gets the one of `--layouts` whose steps are shortest (the mean of two steps after
-a first one). Larger micro-batches take more memory: TRL at 16 rows held 8.9 GB. Not tried: torch.compile and continuous batching.
+a first one). Larger micro-batches take more memory: TRL at 16 rows held 8.9 GB. Not tried:
+torch.compile and continuous batching.
 
 Each run is a process of its own. Runs follow one another, and the sides take turns. A run writes curve.jsonl, one line
 per step, and finished.json when it ends. A finished run is not run again. An interrupted run starts from the beginning.
