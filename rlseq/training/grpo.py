@@ -50,6 +50,7 @@ from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.tracking import TrackingMixin
+from rlseq.training.vllm_cpu import vllm_on_cpu
 from rlseq.training.without_effect import check_arguments, weighted
 from rlseq.types import Prompt
 
@@ -127,7 +128,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
         if args.disable_dropout:
             disable_dropout(model)  # TRL's own, afterwards, turns off that of adapters
-        with reference_of(model):
+        with reference_of(model), vllm_on_cpu(args, model):
             super().__init__(
                 model,
                 reward_funcs=[_name_only(name) for name in suite.names],

@@ -137,7 +137,12 @@ def leave_world() -> None:
     the process ("terminate called without an active exception", exit code 134) although all its work was done; this
     was seen in about one exit in a hundred of a busy machine. Leaving joins the threads. It is for a process that
     ends well: where one of several has failed, the others may be in a collective, and leaving could wait for them.
+
+    vLLM in the trainer's process shuts down with its trainer, and destroys the group itself: after the group it would
+    print a traceback as Python ends.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.unfreeze()  # vLLM froze what there was when its engine started, a trainer's parts among it
         gc.collect()  # a trainer is a cycle, and holds the group
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
