@@ -37,7 +37,7 @@ demo: install
 # The same on a real language model, evaluated on validation rows and on those of other sentences and words.
 demo-llm: model
 	PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch --config_file accelerate_config.yaml recipes/grpo.py --config recipes/extraction/grpo.yaml --overwrite_output_dir
-	$(BIN)/python recipes/evaluate.py --config recipes/extraction/evaluate.yaml --eval_split harder --eval_rows 100 --models start=models/smollm2-135m-instruct rl=runs/extraction --output_dir runs/extraction/harder --overwrite_output_dir
+	$(BIN)/python recipes/evaluate.py --config recipes/extraction/evaluate.yaml --eval_split harder --models start=models/smollm2-135m-instruct rl=runs/extraction --output_dir runs/extraction/harder
 	@echo "open runs/extraction/evaluation/report.html and runs/extraction/harder/report.html"
 
 test: install
