@@ -128,3 +128,9 @@ def test_the_halves_divide_the_training_words_and_the_reported_words_are_those_n
     # The ninth byte of `printf %s WORD | sha256sum`: even in the first half.
     assert all(hashlib.sha256(word.encode()).digest()[8] % 2 == 0 for word in halves[0])
     assert task.load("reported") == splits["validation"][2_000:]
+
+
+def test_the_demonstration_trains_on_words_that_its_base_was_not_taught(task, splits):
+    path = str(PATH.with_name("second_half.py"))
+    assert load_rows(path, "train") == task.load("second_half")
+    assert load_rows(path, "validation") == splits["validation"]
