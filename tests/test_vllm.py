@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from tiny import VOCAB, tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
-from trl.generation import vllm_generation
+from trl.generation import vllm_client, vllm_generation
 
 from rlseq.errors import ConfigError
 from rlseq.training.vllm_cpu import vllm_on_cpu
@@ -112,6 +113,65 @@ def test_each_round_is_sampled_from_the_weights_of_its_step(tmp_path, monkeypatc
     engine.sync_weights()
     _, _, logprobs, _ = generate([[5, 4]] * 4, None, 4)
     assert all(value == pytest.approx(-math.log(VOCAB), abs=1e-5) for row in logprobs for (value,) in row)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """vLLM's server with the checkpoint in float32; `vllm serve` does not start where the distribution is vllm-cpu."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint), "--dtype", "float32"]
+    command += ["--max-model-len", "64", "--max-num-seqs", "8", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--logprobs-mode", "processed_logprobs", "--weight-transfer-config", '{"backend": "nccl"}']
+    with (tmp_path_factory.mktemp("server") / "log").open("w") as log:
+        environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=environment)
+        yield f"http://127.0.0.1:{port}"
+        process.terminate()
+        process.wait(60)
+
+
+def server_trainer(tmp_path, checkpoint, server):
+    return tiny_trainer(
+        tmp_path,
+        rewards=[short],
+        model=AutoModelForCausalLM.from_pretrained(checkpoint),
+        tokenizer=tiny_tokenizer(),
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_base_url=server,
+        vllm_server_timeout=900,
+        max_steps=1,
+        logging_steps=1,
+        report_to="none",
+    )
+
+
+def test_a_server_is_refused_where_no_gpu_could_send_it_weights(tmp_path, checkpoint, server):
+    with pytest.raises(ConfigError, match=r"needs a CUDA device, got 'cpu'.* On a CPU give --vllm_mode colocate"):
+        server_trainer(tmp_path, checkpoint, server)
+
+
+def test_a_server_samples_a_round_but_for_the_weights(tmp_path, monkeypatch, checkpoint, server):
+    # What takes a GPU is left out: the server loaded the weights that the first round has.
+    monkeypatch.setattr(vllm_client.VLLMClient, "init_communicator", lambda self, device: None)
+    monkeypatch.setattr(vllm_client.VLLMClient, "update_named_params", lambda self, metadata, parameters: None)
+    trainer = server_trainer(tmp_path, checkpoint, server)
+    engine, off = trainer.vllm_generation, []
+    generate = engine.generate
+
+    def keep(*args, **kwargs):
+        drawn = generate(*args, **kwargs)
+        off.append(mismatch(trainer.model, drawn))
+        return drawn
+
+    monkeypatch.setattr(engine, "generate", keep)
+    trainer.train()
+    (step,) = (line for line in trainer.state.log_history if "loss" in line)
+    assert len(off) == 1 and off[0] < 1e-4
+    assert step["sampling/sampling_logp_difference/max"] == pytest.approx(off[0], abs=1e-5)
+    assert len(read_lines(tmp_path / "rollouts" / "000001.jsonl")) == 16
 
 
 def test_what_vllm_can_only_run_packed_is_refused():
