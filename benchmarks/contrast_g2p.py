@@ -6,7 +6,7 @@
 
 Three bases (the bundled one, and two of `recipes/g2p/sft.yaml` with other seeds, 40 minutes of a core each), GRPO from
 each, and controls of the same budget: 60 batches of 512 rollouts, a minute and a half of a core. And, at five times the
-budget, the demonstration (300 batches of 512 words). A run that is there already is not run again, so that several
+budget, expected-accuracy.yaml (300 batches of 512 words). A run that is there already is not run again, so that several
 processes can share the work, a base each. Validation words alone.
 """
 
