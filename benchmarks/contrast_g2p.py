@@ -25,7 +25,7 @@ from objectives import BASE, RATE, ROOT, command
 CONTROLS = ("own-logprob", "majority", "bernoulli", "shuffled", "ce", "rft", "ea")
 TEN = {0: (0, 1, 2, 3), 1: (0, 1, 2), 2: (0, 1, 2)}  # base -> the seeds of its runs
 SEEDS = dict.fromkeys(("grpo", *CONTROLS), TEN)  # of every other method one run a base
-METHODS = ("grpo", *CONTROLS, "grpo-T0.7", "grpo-T1.3", "demo")
+METHODS = ("grpo", *CONTROLS, "grpo-T0.7", "grpo-T1.3", "ea+ce1-averaged")
 STEPS = 60
 TEMPERATURES = (0.5, 1.0, 1.3)
 STRATEGIES = ["greedy", *("sample" if t == 1.0 else f"sample:temperature={t}" for t in TEMPERATURES)]

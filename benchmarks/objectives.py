@@ -68,7 +68,7 @@ METHODS = {
     "rft": ("sft", "", "rejection-sampling fine-tuning"),
     "ce": ("sft", "", "continued teacher forcing"),
 }
-# What five minutes of two cores buy: expected-accuracy.yaml, and finalists of the above with its averaging of the weights,
+# What five minutes of two cores buy: expected-accuracy.yaml, and finalists of the above with its averaging of weights,
 # at a rate of their own. (recipe, configuration, flags, what it is)
 AVERAGED = "--lr_scheduler_type constant_with_warmup --ema_decay 0.99 --start_weight 0.25 --temperature 1.0"
 FINALISTS = {
