@@ -168,7 +168,7 @@ def without_holes(model: nn.Module) -> Iterator[None]:
     if sum(p.numel() for layer in layers[:1] for p in layer.parameters()) < LARGE_LAYER:
         yield
         return
-    hooks = [layer.register_forward_hook(after) for layer in layers[::LAYERS_BETWEEN]]
+    hooks = [layer.register_forward_hook(after) for layer in layers[LAYERS_BETWEEN - 1 :: LAYERS_BETWEEN]]
     try:
         yield
     finally:
