@@ -2,8 +2,8 @@
 
     accelerate launch --config_file accelerate_config.yaml recipes/grpo.py
 
-With no arguments it fine-tunes the bundled grapheme-to-phoneme base by `phoneme_accuracy` (recipes/g2p/grpo.yaml:
-about 4 minutes on 2 cores) and writes runs/g2p-grpo/: every rollout, every metric, the checkpoints, and in
+With no arguments it fine-tunes a bundled grapheme-to-phoneme base by `phoneme_accuracy` (recipes/g2p/grpo.yaml:
+about 5 minutes on 2 cores) and writes runs/g2p-grpo/: every rollout, every metric, the checkpoints, and in
 evaluation/report.html the contrast of the base with the result. `--config` and flags take any model, data and
 rewards; every field of TRL's GRPOConfig and ModelConfig is a flag under its TRL name:
 
