@@ -257,11 +257,7 @@ def test_preflight_of_100_000_prompts_takes_less_than_a_second():
 
 
 def settings(**changes):
-    fields = {"max_completion_length": 8, "disable_dropout": True, "rlseq_sampler": True, "use_vllm": False}
-    fields |= {"use_transformers_continuous_batching": False, "uses_references": False}
-    fields |= {"router_aux_loss_coef": None, "objective": "policy_gradient", "reference_loss_coef": 0.0}
-    fields |= {"kl_estimator": None, "needs_group": True}
-    return SimpleNamespace(**fields | changes)
+    return GRPOConfig(output_dir="x", **{"max_completion_length": 8, "num_generations": 2, **changes})
 
 
 def test_a_run_stops_at_a_failure_and_prints_warnings_once(tmp_path, capsys):
