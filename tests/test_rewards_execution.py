@@ -56,7 +56,8 @@ def test_the_last_block_of_python_else_the_last_block_is_the_code(completion):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal is Linux's")
-def test_code_ends_with_a_worker_that_is_killed(tmp_path):
+def test_code_ends_with_a_worker_that_is_killed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")  # bubblewrap would hide the file that names the process
     code = f"import os, time\nopen({str(tmp_path / 'id')!r}, 'w').write(str(os.getpid()))\nwhile True: time.sleep(1)"
     spec = {"func": "python_tests", "kwargs": {"seconds": 600}, "timeout": 2, "on_error": "abstain"}
     with load_rewards([spec]) as suite:
@@ -70,6 +71,7 @@ def test_code_ends_with_a_worker_that_is_killed(tmp_path):
 
 
 def test_code_that_removes_its_folder_for_a_file_is_scored(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")  # under bubblewrap the folder cannot be removed
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = "import os; folder = os.getcwd(); os.chdir('/'); os.rmdir(folder); open(folder, 'w').close()"
     assert bundled("python_tests")(code, "assert os.path.isfile(folder)")[0] == 1.0
