@@ -36,6 +36,7 @@ def read(folder):
     return json.loads((folder / "finished.json").read_text()), lines
 
 
+@pytest.mark.soak
 def test_both_sides_train_to_the_level_on_the_same_prompts_and_nothing_runs_twice(bench, tmp_path, monkeypatch, capsys):
     words = [*TINY, "--output_dir", str(tmp_path), "--max_steps", "4"]
     subprocess.run([sys.executable, SCRIPT, *words], check=True, capture_output=True)
