@@ -94,4 +94,5 @@ def test_a_forward_holds_what_it_keeps_and_no_holes():
         command = [sys.executable, "-c", HELD, holes]
         held[holes] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     # 4 layers keep 16 blocks of 16 kB, 1 MB; what they freed is 16 blocks of 4 to 5.2 MB each.
-    assert held["without"] < 10 < 100 < held["with"]
+    # How many of these 295 MB the heap keeps as holes differs from run to run: 83 to over 100 MB were seen.
+    assert held["without"] < 10 < 50 < held["with"]
