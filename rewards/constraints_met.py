@@ -19,7 +19,7 @@ from rlseq.scoring import Ratio, reward
     },
 )
 def constraints_met(completion: str, constraints: list[dict[str, Any]]) -> tuple[float | None, dict]:
-    """Constraints that are met / constraints. A completion without a word meets none; no constraints: it abstains.
+    """Constraints that are met / constraints. A completion without words meets none; without constraints it abstains.
 
     A constraint is {"kind": ..., ...} with the values of its kind:
 

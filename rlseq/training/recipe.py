@@ -275,7 +275,7 @@ def _schedule_change(
 
 
 def _rate_share(config: TrainingArguments, step: int, steps: int | None, other: Mapping[str, Any]) -> float | None:
-    """The share of the learning rate at a step of so many, with some settings other ones; None where it is unknown."""
+    """The multiplier of the learning rate at a step, under changed settings; None where it is unknown."""
     given = {name: other.get(name, getattr(config, name)) for name in OF_THE_SCHEDULE}
     if steps is None:
         return None

@@ -21,7 +21,7 @@ def vllm_on_cpu(args: Any, policy: PreTrainedModel) -> Iterator[None]:
 
     The CPU build packs each linear layer for oneDNN once the checkpoint is loaded. It drops the parameter, so that the
     first weights of the policy end in "'Parameter' object has no attribute 'weight_loader'"; a head tied to the
-    embedding keeps its parameter, but the packed copy would go on with the checkpoint's. Neither an environment
+    embedding keeps its parameter, but the packed copy would keep the checkpoint's. Neither an environment
     variable nor an argument turns that off. Plain layers cost time, on a CPU alone.
 
     Args:
