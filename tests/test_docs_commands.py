@@ -127,7 +127,7 @@ def run(command: str, clone: Path, monkeypatch) -> None:
     elif words[:2] == ["rlseq", "evaluate"]:
         if "--compare" in words:
             assert set(w for w in words if w.startswith("--")) <= {"--compare", "--output_dir"}
-            return  # tests/test_join.py joins evaluations
+            return  # tests/test_compare.py joins evaluations
         few = FEW | {flag: value for flag, value in WHERE_GIVEN.items() if flag in words}
         few |= {flag: value for flag, value in LEFT_OUT.items() if flag not in words and "..." in command}
         if re.search(r"=[\d.]+/", command):  # a strategy whose numbers are chosen
