@@ -15,6 +15,9 @@ from rlseq.escapes import visible
 from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.types import Prompt, Rollout
 
+needs_fp32_precision = pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="this torch has the old names alone"
+)
 ONE = Rollout("p", 0, (1,), (True,), (-0.5,), "a", "a", None, "stop", "s")
 
 CHANGES = """
@@ -28,7 +31,13 @@ def change():
     torch.set_num_threads(torch.get_num_threads() + 1)
     torch.set_float32_matmul_precision("medium")
     torch.use_deterministic_algorithms(True)
+    torch.autograd.set_detect_anomaly(True)
     torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+    torch.backends.cudnn.enabled = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_math_sdp(False)
+    torch.backends.mkldnn.deterministic = True
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
@@ -52,7 +61,14 @@ def state():
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_anomaly_enabled(),
         cudnn.benchmark,
+        cudnn.enabled,
+        cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.mkldnn.deterministic,
     )
 
 
@@ -70,6 +86,35 @@ def test_settings_of_torch_that_a_reward_file_changes_stay_as_they_were(tmp_path
     assert state() == before
     suite.score([ONE], {"prompt": ["?"]})
     assert state() == before
+
+
+@pytest.mark.parametrize(
+    "set_by", ["allow_tf32 = True", pytest.param("fp32_precision = 'tf32'", marks=needs_fp32_precision)]
+)
+def test_precision_of_products_on_a_gpu_stays_as_it_was_by_its_old_and_its_new_name(set_by):
+    def fast(completion):
+        exec(f"torch.backends.cuda.matmul.{set_by}", {"torch": torch})
+        return 0.0
+
+    matmul = torch.backends.cuda.matmul
+    load_rewards([fast]).score([ONE], {"prompt": ["?"]})
+    assert (matmul.allow_tf32, torch.get_float32_matmul_precision()) == (False, "highest")
+    assert getattr(matmul, "fp32_precision", "none") != "tf32"
+
+
+def test_the_gpu_that_a_reward_sets_stays_the_one_of_training(monkeypatch):
+    at = [1]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: at[0])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: at.__setitem__(0, device))
+
+    def elsewhere(completion):
+        torch.cuda.set_device(0)
+        return 0.0
+
+    load_rewards([elsewhere]).score([ONE], {"prompt": ["?"]})
+    assert at == [1]
 
 
 def test_a_reward_that_seeds_or_draws_does_not_change_what_training_draws():

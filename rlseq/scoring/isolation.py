@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import sys
 import threading
@@ -42,24 +43,23 @@ def without_holding(act: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def kept_settings(*, advance: bool = True) -> Iterator[None]:
-    """Run reward code, then restore what it changed: torch's grad mode, default dtype and device, threads, determinism
-    and matmul precision, and the random states of Python, numpy and torch.
+    """Run reward code, then restore what it changed: torch's grad mode, default dtype and device, CUDA device, threads,
+    determinism, anomaly mode, precision and backend flags, and the random states of Python, numpy and torch.
 
     The code draws from a seed that is taken from Python's random state: other noise at each call, the same noise in a
     run that is resumed, and no trace in training's own states. Without `advance` (of code that is loaded and not
     called) Python's state is left where it was, too. Modules that nobody imported are left alone.
     """
     torch = _imported(*_TORCH)
-    before = _settings(torch) if torch else {}
+    before = [_read(torch, read) for read, _ in _SETTINGS] if torch else []
     elsewhere = getattr(_held, "elsewhere", False)
     with contextlib.nullcontext() if elsewhere else random_states_held(advance=advance):
         try:
             yield
         finally:
-            after = _settings(torch) if torch else {}
-            for setter, value in before.items():
-                if after[setter] != value:
-                    _SETTERS[setter](torch, value)
+            for (read, write), value in zip(_SETTINGS, before, strict=False):  # none where torch came meanwhile
+                if value is not _UNREADABLE and _read(torch, read) != value:
+                    write(torch, value)
 
 
 @contextlib.contextmanager
@@ -93,32 +93,84 @@ def _seed(seed: int) -> None:
         torch.manual_seed(seed)
 
 
-_SETTERS: dict[str, Callable[[Any, Any], None]] = {
-    "grad": lambda torch, value: torch.set_grad_enabled(value),
-    "dtype": lambda torch, value: torch.set_default_dtype(value),
-    "device": lambda torch, value: torch.set_default_device(value),
-    "threads": lambda torch, value: torch.set_num_threads(value),
-    "deterministic": lambda torch, value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
-    "precision": lambda torch, value: torch.set_float32_matmul_precision(value),
-    "cudnn": lambda torch, value: _set_cudnn(torch, value),
-}
+_UNREADABLE = object()
+# Flags of `torch.backends`. A wider `fp32_precision` stands before what inherits it, the older names of it at first.
+_FLAGS = (
+    "cuda.matmul.allow_tf32",
+    "cudnn.allow_tf32",
+    "fp32_precision",
+    "cuda.matmul.fp32_precision",
+    "cudnn.fp32_precision",
+    "cudnn.conv.fp32_precision",
+    "cudnn.rnn.fp32_precision",
+    "mkldnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision",
+    "mkldnn.conv.fp32_precision",
+    "mkldnn.rnn.fp32_precision",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cuda.matmul.allow_fp16_accumulation",
+    "cudnn.enabled",
+    "cudnn.benchmark",
+    "cudnn.benchmark_limit",
+    "cudnn.deterministic",
+    "mkldnn.enabled",
+    "mkldnn.deterministic",
+)
+_SDP = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")  # torch.backends.cuda.NAME_enabled, .enable_NAME
 
-
-def _settings(torch: Any) -> dict[str, Any]:
-    cudnn = torch.backends.cudnn
-    return {
-        "grad": torch.is_grad_enabled(),
-        "dtype": torch.get_default_dtype(),
-        "device": torch.get_default_device(),
-        "threads": torch.get_num_threads(),
-        "deterministic": (
+# What is put back, in this order: how it is read, and how it is set.
+_SETTINGS: list[tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
+    (lambda torch: torch.is_grad_enabled(), lambda torch, value: torch.set_grad_enabled(value)),
+    (lambda torch: torch.get_default_dtype(), lambda torch, value: torch.set_default_dtype(value)),
+    (lambda torch: torch.get_default_device(), lambda torch, value: torch.set_default_device(value)),
+    (lambda torch: torch.get_num_threads(), lambda torch, value: torch.set_num_threads(value)),
+    (
+        lambda torch: (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
         ),
-        "precision": torch.get_float32_matmul_precision(),
-        "cudnn": (cudnn.benchmark, cudnn.deterministic),
-    }
+        lambda torch, value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    ),
+    (
+        lambda torch: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda torch, value: torch.autograd.set_detect_anomaly(*value),
+    ),
+    (
+        lambda torch: torch.cuda.current_device() if torch.cuda.is_initialized() else _UNREADABLE,
+        lambda torch, value: torch.cuda.set_device(value),
+    ),
+    (
+        lambda torch: torch.get_float32_matmul_precision(),
+        lambda torch, value: torch.set_float32_matmul_precision(value),
+    ),
+    *(
+        (
+            lambda torch, name=name: operator.attrgetter(name)(torch.backends),
+            lambda torch, value, name=name: _set_flag(torch.backends, name, value),
+        )
+        for name in _FLAGS
+    ),
+    *(
+        (
+            lambda torch, name=name: getattr(torch.backends.cuda, f"{name}_enabled")(),
+            lambda torch, value, name=name: getattr(torch.backends.cuda, f"enable_{name}")(value),
+        )
+        for name in _SDP
+    ),
+]
 
 
-def _set_cudnn(torch: Any, value: tuple[bool, bool]) -> None:
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = value
+def _read(torch: Any, setting: Callable[[Any], Any]) -> Any:
+    try:
+        return setting(torch)
+    except (
+        AttributeError,
+        RuntimeError,
+    ):  # of another version; or set by old and new names, which it refuses to read
+        return _UNREADABLE
+
+
+def _set_flag(backends: Any, name: str, value: Any) -> None:
+    owner, _, flag = name.rpartition(".")
+    setattr(operator.attrgetter(owner)(backends) if owner else backends, flag, value)
