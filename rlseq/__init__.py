@@ -7,6 +7,8 @@ worker starts in milliseconds. A type checker reads their types from the imports
 from __future__ import annotations
 
 import importlib
+import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,3 +73,12 @@ if not TYPE_CHECKING:  # which would take any name, a misspelt one too, for publ
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# Two messages of others that nobody who reads them can act on. peft, which transformers' trainer imports, imports
+# bitsandbytes wherever that is installed; without a kernel of the hub for its 4-bit weights on a CPU, it warns of that
+# where nothing is quantised too. TRL up to 1.16 reads a property of models by the name that transformers deprecates.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

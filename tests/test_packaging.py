@@ -127,6 +127,23 @@ def test_what_a_type_checker_sees_is_what_is_loaded():
     assert seen == {name: (module, name) for name, module in rlseq._PUBLIC.items()}
 
 
+def test_two_messages_that_nobody_can_act_on_are_not_printed_and_others_are(tmp_path):
+    script = (
+        "import logging, rlseq\n"
+        "from tiny import tiny_model\n"
+        "import transformers.trainer\n"  # which imports peft, and that bitsandbytes
+        "tiny_model().is_gradient_checkpointing\n"  # as TRL reads it
+        "log = logging.getLogger('bitsandbytes.backends.cpu.ops')\n"
+        "log.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s', 'why')\n"
+        "log.warning('a word of its own')\n"
+        "import warnings; warnings.warn('another is deprecated', FutureWarning)\n"
+    )
+    started = {"env": os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}, "cwd": tmp_path}
+    ended = subprocess.run([sys.executable, "-c", script], **started, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.splitlines() == ["a word of its own", "<string>:8: FutureWarning: another is deprecated"]
+
+
 @pytest.mark.soak
 def test_a_wheel_installed_in_a_fresh_environment_works_from_an_empty_folder(tmp_path):
     pytest.importorskip("hatchling", reason="the build backend, of the extra dev, is absent")
