@@ -62,6 +62,11 @@ def by_last(completion, answer=""):
     return float("42" in completion[-1]["content"])
 
 
+def by_last_kept(completion):
+    last = completion[-1]
+    return float("42" in last["content"])
+
+
 def by_type(completion):
     return float(len(completion) == 1) if isinstance(completion, list) else 0.0
 
@@ -70,7 +75,7 @@ async def by_get(completion):
     return float(any(turn.get("role") == "assistant" for turn in reversed(completion)))
 
 
-@pytest.mark.parametrize("theirs", [by_loop, by_guarded_loop, by_last, by_type, by_get])
+@pytest.mark.parametrize("theirs", [by_loop, by_guarded_loop, by_last, by_last_kept, by_type, by_get])
 def test_a_reward_in_verifiers_convention_reads_messages(theirs):
     assert chat_values(theirs) == [1.0]
     text = score(theirs, [rollout("<answer>42</answer>")])  # of a text prompt: one message of the assistant
@@ -96,6 +101,12 @@ def text_of_either(turns):
 class Reader:
     def text(self, turns):
         return "".join(turn.get("content") for turn in turns) if not hasattr(turns, "lower") else ""
+
+    def from_the_end(self, turns):
+        return self.from_the_end(turns[1:]) if len(turns) > 1 else turns[0]["content"]
+
+    def by_recursion(self, completion):
+        return float("42" in self.from_the_end(completion))
 
     def by_method(self, completion):
         return float("42" in self.text(completion))
@@ -137,6 +148,7 @@ def by_helper_in_a_closure():
         by_method_of_an_object,
         by_helper_in_a_closure(),
         READER.by_method,
+        READER.by_recursion,
         {"func": READER, "name": "reader"},
     ],
 )

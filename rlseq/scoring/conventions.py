@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-THROUGH = ("reversed", "list", "tuple", "enumerate", "filter", "sorted")
+# What a name, or an expression, may hold: a list of messages, or one message.
+MESSAGES, MESSAGE = "messages", "message"
+THROUGH = ("reversed", "list", "tuple", "enumerate", "filter", "sorted")  # what these make of messages are messages
 
 
 def reads_messages(function: Callable, argument: str = "completion") -> bool:
@@ -21,104 +24,94 @@ def reads_messages(function: Callable, argument: str = "completion") -> bool:
     functions and methods to which it passes `completion`, or a message of it, are followed. One of these that asks
     whether it was given text takes both.
     """
-    return _reads(function, {argument}, set(), set())
+    return _reads(function, {argument: MESSAGES}, set())
 
 
-def _reads(function: Callable, names: set[str], turns: set[str], seen: set[int]) -> bool:
-    """Whether a function reads the messages that `names` hold (lists) and `turns` hold (one of them)."""
+def _reads(function: Callable, held: dict[str, str], seen: set[Callable]) -> bool:
+    """Whether a function reads the messages that its names hold."""
     function = _routine(function)
     tree = _source_tree(function)
-    if tree is None:
+    if tree is None or function in seen:
         return False
-    for node in ast.walk(tree):  # what is made of it by slices and filters, too: replies = completion[1:]
-        if isinstance(node, ast.Assign) and _is_turns(node.value, names):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    loops = list(_loops(tree))
-    turns |= {name for iterated, target in loops if _is_turns(iterated, names) for name in _names(target)}
-    if seen and any(_asked_kinds(node, names | turns) & {"str"} for node in ast.walk(tree)):
-        return False
-    seen.add(id(function))
-    for node in ast.walk(tree):
-        kinds = _asked_kinds(node, names)
-        if "list" in kinds and "str" not in kinds:
-            return True
-        if isinstance(node, ast.Subscript) and _is_turn(node.value, names, turns) and _is_text(node.slice):
-            return True
-        if isinstance(node, ast.Call) and node.args and _is_text(node.args[0]):
-            looked_up = node.func  # m.get("role"), getattr(m, "get", ...)("role")
-            if isinstance(looked_up, ast.Attribute) and looked_up.attr == "get":
-                looked_up = looked_up.value
-            elif isinstance(looked_up, ast.Call) and _called(looked_up) == "getattr" and looked_up.args:
-                looked_up = looked_up.args[0]
-            if looked_up is not node.func and _is_turn(looked_up, names, turns):
-                return True
-        if isinstance(node, ast.Call) and _passed_on(function, node, names, turns, seen):
-            return True
-    return False
+    is_helper = bool(seen)
+    seen.add(function)
+    nodes = list(ast.walk(tree))
+    for node in nodes * 2:  # twice: ast.walk visits a loop before an assignment in a deeper block
+        match node:
+            case ast.Assign(targets, value):
+                _bind(targets, _holds(value, held), held)
+            case ast.For(target, whole) | ast.comprehension(target, whole) if _holds(whole, held) == MESSAGES:
+                _bind(ast.walk(target), MESSAGE, held)
+    reads = False
+    for node in nodes:
+        match node:
+            case ast.Call(ast.Name("isinstance"), [part, kinds]) if _holds(part, held):
+                asked = {kind.id for kind in ast.walk(kinds) if isinstance(kind, ast.Name)}
+                if "str" in asked and is_helper:
+                    return False
+                reads |= "list" in asked and "str" not in asked and _holds(part, held) == MESSAGES
+            case (
+                ast.Subscript(part, ast.Constant(str()))
+                | ast.Attribute(part, "get")
+                | ast.Call(ast.Name("getattr"), [part, ast.Constant("get"), *_])
+            ) if _holds(part, held) == MESSAGE:
+                reads = True
+            case ast.Call():
+                reads = reads or _passes_on(function, node, held, seen)
+    return reads
 
 
-def _asked_kinds(node: ast.AST, names: set[str]) -> set[str]:
-    """The types that an isinstance() of one of these names asks for."""
-    if not (isinstance(node, ast.Call) and _called(node) == "isinstance" and len(node.args) == 2):
-        return set()
-    return {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} if _is_name(node.args[0], names) else set()
+def _bind(targets: Any, what: str | None, held: dict[str, str]) -> None:
+    for target in targets:
+        if what and isinstance(target, ast.Name):
+            held.setdefault(target.id, what)
 
 
-def _passed_on(function: Callable, call: ast.Call, names: set[str], turns: set[str], seen: set[int]) -> bool:
-    """Whether a call passes the messages, or one of them, to a function that reads them."""
-    given: list[tuple[int | str, ast.expr]] = [*enumerate(call.args), *((k.arg or "", k.value) for k in call.keywords)]
-    lists = [place for place, node in given if _is_turns(node, names)]
-    single = [place for place, node in given if _is_turn(node, names, turns)]
-    helper = _resolve(function, call.func) if lists or single else None
-    if helper is None or id(_routine(helper)) in seen:
-        return False
-    try:
-        parameters = list(inspect.signature(helper).parameters)
-    except (TypeError, ValueError):
-        return False
-    messages, message = (
-        {str(parameters[place]) if isinstance(place, int) else place for place in places if _has(parameters, place)}
-        for places in (lists, single)
-    )
-    return bool(messages or message) and _reads(helper, messages, message, seen)
-
-
-def _has(parameters: list[str], place: int | str) -> bool:
-    return place < len(parameters) if isinstance(place, int) else place in parameters
-
-
-def _resolve(function: Any, node: ast.expr) -> Any:
-    """What a name, or a chain of attributes, in a function's source means; no code runs for it."""
-    if isinstance(node, ast.Name):
-        code = getattr(function, "__code__", None)
-        cells = zip(code.co_freevars, function.__closure__ or (), strict=False) if code else ()
-        known = {**getattr(function, "__globals__", {}), **{name: cell for name, cell in cells}}
-        found = known.get(node.id)
-        if isinstance(found, types.CellType):
-            found = _content(found)
-        if node.id == "self" and inspect.ismethod(function):
-            found = function.__self__
-        return found
-    if isinstance(node, ast.Attribute):
-        owner = _resolve(function, node.value)
-        if owner is None:
-            return None
-        found = inspect.getattr_static(owner, node.attr, None)
-        if isinstance(found, (staticmethod, classmethod)) or (
-            inspect.isfunction(found)
-            and not inspect.ismodule(owner)
-            and node.attr not in getattr(owner, "__dict__", {})
-        ):
-            found = found.__get__(owner, type(owner))
-        return found
+def _holds(node: ast.expr, held: dict[str, str]) -> str | None:
+    """What an expression holds: a name; a slice, a filter or `reversed(...)` of messages; or one of them by number."""
+    match node:
+        case ast.Name(name):
+            return held.get(name)
+        case ast.Subscript(whole, index) if _holds(whole, held) == MESSAGES:
+            by_name = isinstance(index, ast.Constant) and isinstance(index.value, str)
+            return MESSAGES if isinstance(index, ast.Slice) else None if by_name else MESSAGE
+        case ast.Call(ast.Name(through), arguments) if through in THROUGH:
+            return MESSAGES if MESSAGES in [_holds(argument, held) for argument in arguments] else None
+        case ast.ListComp(ast.Name(one), [ast.comprehension(ast.Name(each), whole)]) if one == each:
+            return MESSAGES if _holds(whole, held) == MESSAGES else None
     return None
 
 
-def _content(cell: types.CellType) -> Any:
+def _passes_on(function: Callable, call: ast.Call, held: dict[str, str], seen: set[Callable]) -> bool:
+    """Whether a call passes messages to a function that reads them."""
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+    if not any(_holds(argument, held) for argument in arguments):
+        return False
+    helper = _resolve(function, call.func)
     try:
-        return cell.cell_contents
-    except ValueError:  # nothing has been put there yet
-        return None
+        named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+        given = inspect.signature(helper).bind_partial(*call.args, **named).arguments
+    except (TypeError, ValueError):  # it has no signature, or another one
+        return False
+    passed = {name: what for name, argument in given.items() if (what := _holds(argument, held))}
+    return _reads(helper, passed, seen)
+
+
+def _resolve(function: Any, node: ast.expr) -> Any:
+    """What a name, or a chain of attributes, in a function's source means; no property is computed for it."""
+    match node:
+        case ast.Name("self") if inspect.ismethod(function):
+            return function.__self__
+        case ast.Name(name):
+            with contextlib.suppress(ValueError):  # it is not in the closure, or nothing has been put there yet
+                return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
+            return function.__globals__.get(name)
+        case ast.Attribute(value, name):
+            owner = _resolve(function, value)
+            found = inspect.getattr_static(owner, name, None)
+            bound = isinstance(found, (types.FunctionType, staticmethod, classmethod))
+            return getattr(owner, name) if bound else found
+    return None
 
 
 def _routine(function: Any) -> Any:
@@ -134,47 +127,3 @@ def _source_tree(function: Callable) -> ast.AST | None:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):  # no source, or a lambda in the middle of a line
         return None
-
-
-def _loops(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.For, ast.comprehension)):
-            yield node.iter, node.target
-
-
-def _is_turns(node: ast.expr, names: set[str]) -> bool:
-    """`completion`, a slice of it, or `reversed(completion)` and the like."""
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
-        return _is_turns(node.value, names)
-    if isinstance(node, ast.Call) and _called(node) in THROUGH:
-        return any(_is_turns(argument, names) for argument in node.args)
-    if isinstance(node, ast.ListComp):
-        return any(_is_turns(loop.iter, names) and _same(node.elt, loop.target) for loop in node.generators)
-    return _is_name(node, names)
-
-
-def _is_turn(node: ast.expr, names: set[str], turns: set[str]) -> bool:
-    """A name that a loop over the messages binds, or one of them by number."""
-    if isinstance(node, ast.Subscript):
-        return _is_turns(node.value, names) and not isinstance(node.slice, ast.Slice) and not _is_text(node.slice)
-    return isinstance(node, ast.Name) and node.id in turns
-
-
-def _same(one: ast.expr, other: ast.expr) -> bool:
-    return isinstance(one, ast.Name) and isinstance(other, ast.Name) and one.id == other.id
-
-
-def _names(target: ast.expr) -> set[str]:
-    return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
-
-
-def _is_name(node: ast.expr, names: set[str]) -> bool:
-    return isinstance(node, ast.Name) and node.id in names
-
-
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-def _called(node: ast.Call) -> str | None:
-    return node.func.id if isinstance(node.func, ast.Name) else None
