@@ -16,13 +16,14 @@ from rlseq.training.config import (
     DataArguments,
     GRPOConfig,
     ModelArguments,
+    PPOConfig,
     RejectionArguments,
     RewardArguments,
     RunArguments,
     SFTConfig,
     TrainingEvaluationArguments,
 )
-from rlseq.training.parser import RecipeParser, run_recipe, working_batch_sizes
+from rlseq.training.parser import RecipeParser, resolved_values, run_recipe, working_batch_sizes
 from rlseq.training.values import TypeMismatch, check_value
 
 CPU = ["--bf16", "false", "--use_cpu", "true"]
@@ -146,6 +147,48 @@ def test_both_spellings_of_config_are_read_and_flags_override(config):
     for spelling in (["--config", path], [f"--config={path}"]):
         own = parse(*spelling, "--rows", "4")[0]
         assert (own.rows, own.share) == (4, 0.25)
+
+
+OVERRIDDEN = [
+    (
+        GRPOConfig,
+        "eval_strategy: steps\neval_steps: 5\neval_delay: 2",
+        "--eval_strategy no",
+        {"eval_steps", "eval_delay"},
+    ),
+    (GRPOConfig, "loss_type: sapo\nsapo_temperature_neg: 2.0", "--loss_type dapo", {"sapo_temperature_neg"}),
+    (GRPOConfig, "beta: 0.1\nkl_estimator: k3\nsync_ref_model: true", "--beta 0", {"kl_estimator", "sync_ref_model"}),
+    (PPOConfig, "critic: shared\ncritic_trunk_gradient: true", "--critic separate", {"critic_trunk_gradient"}),
+    (
+        SFTConfig,
+        "eval_strategy: epoch\nper_device_eval_batch_size: 4",
+        "--eval_strategy no",
+        {"per_device_eval_batch_size"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "text", "flags", "left_out"), OVERRIDDEN)
+def test_what_a_flag_leaves_without_effect_in_the_file_is_left_out(config, settings, text, flags, left_out):
+    path, (flag, value) = config(text), flags.split()
+    (parsed,) = parse("--config", path, *CPU, flag, value, types=(settings,))
+    default = settings(bf16=False, use_cpu=True)
+    for name in left_out:
+        assert getattr(parsed, name) == getattr(default, name)
+        assert resolved_values(parsed)[name] == resolved_values(default)[name]
+    (kept,) = parse("--config", path, *CPU, types=(settings,))
+    assert all(getattr(kept, name) != getattr(default, name) for name in left_out)
+
+
+@pytest.mark.parametrize("settings", [GRPOConfig, PPOConfig, SFTConfig])
+def test_what_never_had_an_effect_is_refused_wherever_it_stands(config, settings):
+    said = "eval_steps is 5.0, which has no effect without eval_strategy steps"
+    in_file, strategy = config("eval_steps: 5"), ["--eval_strategy", "no"]
+    assert said in refusal("--config", in_file, *CPU, types=(settings,))
+    assert said in refusal("--config", in_file, *strategy, *CPU, types=(settings,))
+    assert said in refusal("--eval_steps", "5", *strategy, *CPU, types=(settings,))
+    evaluating = config("eval_strategy: steps\neval_steps: 10")
+    assert said in refusal("--config", evaluating, "--eval_steps", "5", *strategy, *CPU, types=(settings,))
 
 
 def test_the_default_config_is_read_only_when_no_other_is_named(config, tmp_path):

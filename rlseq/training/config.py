@@ -142,6 +142,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     """TRL's SFTConfig with rlseq's defaults: the loss is on the completion only."""
 
     _argument_group_name = "training (rlseq)"
+    _tables_without_effect = ("sft",)
 
     completion_only_loss: bool | None = _default(True, "Loss on the completion only.")
     chat_template_kwargs: dict | str | None = _default(
@@ -154,7 +155,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        refuse_without_effect(self, "sft")
+        refuse_without_effect(self)
         if self.early_stopping_patience is not None:
             check_early_stopping(self)
             self.load_best_model_at_end = True
@@ -176,6 +177,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     """
 
     _argument_group_name = "training (rlseq)"
+    _tables_without_effect = ("rollouts",)
 
     disable_dropout: bool = _default(True, "Disable dropout in the model.")
     remove_unused_columns: bool | None = _default(False, "Keep columns: rewards read them.")
@@ -258,7 +260,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         return self.objective == "minimum_risk" and not self.minimum_risk_references
 
     def __post_init__(self) -> None:
-        refuse_without_effect(self, "rollouts")
+        refuse_without_effect(self)
         if self.objective == "expected_accuracy":
             self.num_generations = 1  # no rollouts: a batch is of this many prompts
         with single_generation(self):
@@ -281,6 +283,8 @@ class PPOConfig(GRPOConfig):
       steps_per_generation its minibatches, epsilon its policy clip, beta its KL coefficient, loss_type dapo its mean
       over tokens.
     """
+
+    _tables_without_effect = ("ppo", "rollouts")
 
     num_generations: int | None = _default(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
     critic: Literal["separate", "shared"] = _default(
@@ -330,6 +334,5 @@ class PPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         refuse_other_objectives(self)
-        refuse_without_effect(self, "ppo")
         super().__post_init__()
         check_ppo(self)

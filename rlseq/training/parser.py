@@ -36,6 +36,7 @@ from rlseq.training.config_file import (
 )
 from rlseq.training.faults import explained
 from rlseq.training.values import TypeMismatch, check_value, describe_choices, flag_type
+from rlseq.training.without_effect import overruled
 from rlseq.training.world import check_world, leave_world
 
 __all__ = ["RecipeParser", "resolved_values", "run_recipe", "working_batch_sizes", "write_config"]
@@ -93,7 +94,11 @@ class RecipeParser(TrlParser):
             raise ConfigError(self._unknown_argument(unknown))
         flags = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
         config = flags.pop("config", default_config)
-        given = {**(self._read_yaml(find_config(config)) if config else {}), **flags}
+        from_file = self._read_yaml(find_config(config)) if config else {}
+        for dataclass_type in self.dataclass_types:
+            for name in overruled(dataclass_type, from_file, flags):
+                del from_file[name]
+        given = {**from_file, **flags}
         for name, value in given.items():
             if holds_password(value):
                 raise ConfigError(

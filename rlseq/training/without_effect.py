@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -107,27 +108,47 @@ _OF_SFT: tuple[_Row, ...] = (
 _TABLES = {"rollouts": _OF_ROLLOUTS, "ppo": _OF_PPO, "sft": _OF_SFT}
 
 
-def refuse_without_effect(config: Any, kind: Literal["rollouts", "ppo", "sft"]) -> None:
+def refuse_without_effect(config: Any) -> None:
     """Refuse settings that nothing reads under the others; called before TRL fills any of them in.
-
-    Args:
-        config: of TRL's class or one below it.
-        kind: which settings are looked at; PPO's are those of rollouts too.
 
     Raises:
         ConfigError: names the first, and what it needs.
     """
-    for field in dataclasses.fields(config):
+    for name, why in _without_effect(type(config), config).items():
+        raise ConfigError(f"{name} is {getattr(config, name)}, which has no effect{why}. Leave it out.")
+
+
+def overruled(settings: type, from_file: Mapping[str, Any], flags: Mapping[str, Any]) -> set[str]:
+    """Names of what a file sets with an effect that flags, which override the file, take away: it is left out.
+
+    Args:
+        settings: the dataclass that is to be filled.
+        from_file: values by name, of which some may be for other dataclasses.
+        flags: likewise.
+    """
+    alone = {field.name: _default(field) for field in dataclasses.fields(settings)} | dict(from_file)
+    idle = [_without_effect(settings, SimpleNamespace(**values)) for values in (alone, alone | dict(flags))]
+    return (idle[1].keys() - idle[0].keys()) & (from_file.keys() - flags.keys())
+
+
+def _without_effect(settings: type, config: Any) -> dict[str, str]:
+    """The settings that nothing reads under the others, and why."""
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(settings):
         value = getattr(config, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value == default or value is None:
+        if value == _default(field) or value is None:
             continue
-        for names, needed, has in _TABLES[kind]:
-            named = any(field.name == name or (name.endswith("_") and field.name.startswith(name)) for name in names)
-            if named and has is None:
-                raise ConfigError(f"{field.name} is {value}, which has no effect: {needed}. Leave it out.")
-            if named and not has(config):
-                raise ConfigError(f"{field.name} is {value}, which has no effect without {needed}. Leave it out.")
+        for kind in getattr(settings, "_tables_without_effect", ()):
+            for names, needed, has in _TABLES[kind]:
+                if not any(field.name == n or (n.endswith("_") and field.name.startswith(n)) for n in names):
+                    continue
+                if has is None or not has(config):
+                    found.setdefault(field.name, f": {needed}" if has is None else f" without {needed}")
+    return found
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 # Arguments of TRL's constructor that mean something else here, and what to give instead.
