@@ -6,9 +6,9 @@ without a checkout, `accelerate launch -m rlseq.recipes.ppo` is the same.
 
 from rlseq.interrupts import ending_quietly
 
-with ending_quietly():
-    from rlseq.recipes.ppo import main
-    from rlseq.training.parser import run_recipe
+if __name__ == "__main__":  # processes that multiprocessing spawns import this file too, and need nothing of it
+    with ending_quietly():
+        from rlseq.recipes.ppo import main
+        from rlseq.training.parser import run_recipe
 
-if __name__ == "__main__":
     run_recipe(main)

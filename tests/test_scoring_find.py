@@ -191,6 +191,44 @@ def test_a_file_that_fails_on_import_says_so(folder):
         load_rewards([str(path)])
 
 
+POOLS = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+@dataclass
+class Letters:
+    text: str
+
+def count(letters):
+    return len(letters.text)
+
+def pool(completion):
+    with multiprocessing.get_context("spawn").Pool(1) as processes:
+        return processes.map_async(count, [Letters(completion)]).get(timeout=60)[0]
+
+def executor(completion):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        return processes.submit(pool, completion).result(timeout=60)
+"""
+
+
+@pytest.mark.parametrize("workers", [{}, {"workers": 1}], ids=["here", "in a worker"])
+@pytest.mark.parametrize("function", ["pool", "executor"])
+def test_processes_that_a_reward_file_spawns_find_its_functions_and_classes(folder, function, workers):
+    path = folder("pools.py", POOLS)
+    with load_rewards([{"func": f"{path}:{function}", **workers}]) as suite:
+        path.unlink()  # they run what was loaded
+        assert suite.score([rollout("abc")], {"prompt": ["q"]}).totals == [3.0]
+
+
+@pytest.mark.parametrize("recipe", ["evaluate", "grpo", "ppo", "sft"])
+def test_spawned_processes_of_a_recipe_import_neither_torch_nor_trl(recipe):
+    code = f"import runpy, sys; runpy.run_path('recipes/{recipe}.py', run_name='__mp_main__')"
+    code += "; sys.exit('torch' in sys.modules or 'trl' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_decorator_gives_back_the_function_itself():
     def f(completion):
         return 1

@@ -16,6 +16,8 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from multiprocessing.process import current_process
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -189,22 +191,63 @@ def load_file(path: Path, source: bytes | None = None) -> ModuleType:
     source = path.read_bytes() if source is None else source
     digest = hashlib.sha256(str(path).encode() + b"\0" + source).hexdigest()[:12]
     name = f"_rlseq_reward_{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec: Any = importlib.util.spec_from_file_location(name, path)  # never None: the file ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs, as dataclasses and pickle look there
-    module.rlseq_source = source  # type: ignore[attr-defined]  # modules take any attribute
+    _files.add({name: (path, source)})
     try:
-        exec(compile(source, str(path), "exec"), vars(module))  # not a .pyc: that can be older than the source
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, ImportError):
-            raise RewardError(_import_advice(path, error)) from error
-        if isinstance(error, Exception):
-            raise RewardError(f"{path} fails when imported: {type(error).__name__}: {error}") from error
-        raise
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise RewardError(_import_advice(path, error)) from error
+    except Exception as error:
+        raise RewardError(f"{path} fails when imported: {type(error).__name__}: {error}") from error
+    module.rlseq_source = source  # type: ignore[attr-defined]  # modules take any attribute
     return module
+
+
+class _Files:
+    """Imports the files that were loaded here, by their private names.
+
+    Processes that multiprocessing starts look for what they are sent by the name of its module. They are handed this
+    with multiprocessing's own settings, which reach them before that: without it, a pool of a reward file would start
+    processes for ever, none of which finds the function it is to call.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[Path, bytes]] = {}
+
+    def add(self, files: dict[str, tuple[Path, bytes]]) -> None:
+        """Make files importable, here and in processes that this one starts."""
+        self.held |= files
+        if self not in sys.meta_path:
+            sys.meta_path.append(self)
+        current_process()._config["rlseq"] = self  # type: ignore[attr-defined]
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """As an entry of `sys.meta_path` is asked."""
+        if name not in self.held:
+            return None
+        path, source = self.held[name]
+        return importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path), source))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _take_files, (self.held,)
+
+
+class _Source(SourceFileLoader):
+    """Runs a source that was read before: not a .pyc, which can be older, and not what the file holds now."""
+
+    def __init__(self, name: str, path: str, source: bytes):
+        super().__init__(name, path)
+        self.source = source
+
+    def get_code(self, fullname: str) -> Any:
+        return compile(self.source, self.path, "exec")
+
+
+_files = _Files()
+
+
+def _take_files(held: dict[str, tuple[Path, bytes]]) -> _Files:
+    _files.add(held)
+    return _files
 
 
 def describe_file(path: Path, function: str | None = None) -> dict[str, Any]:
