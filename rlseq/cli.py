@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from rlseq import __version__
 from rlseq.errors import ConfigError, RlseqError, did_you_mean
+from rlseq.escapes import visible
 from rlseq.interrupts import INTERRUPTED, ending_quietly
 
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except RlseqError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(visible(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -121,7 +121,7 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
         table.add_column("#", justify="right")
         table.add_column("completion", ratio=1, overflow="fold", min_width=16)
         for name in [*names, "total", "advantage", "log-prob", "tokens"]:
-            table.add_column(Text(name), justify="right", overflow="fold")
+            table.add_column(Text(visible(name)), justify="right", overflow="fold")
         for rollout in group:
             values, status = rollout.get("values") or {}, rollout.get("status") or {}
             completion = Text(

@@ -286,11 +286,14 @@ def test_the_command_fails_with_a_check_and_json_says_which(saved, capsys):
     assert "8 of 8 prompts hold <unk>" in failed[0]["found"] and failed[0]["todo"]
 
 
-def test_json_holds_no_raw_characters_that_hide_text(saved, capsys):
+def test_neither_json_nor_lines_hold_raw_characters_that_hide_text(saved, capsys):
     path = str((saved / "model").rename(saved / "mo\u202edel"))
     assert main(["doctor", "--model_name_or_path", path, "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out)["model"] == path and out.replace("\n", "").isprintable()
+    assert main(["doctor", "--model_name_or_path", path]) == 0
+    out = capsys.readouterr().out.replace("\n", "")
+    assert r"mo\u202edel" in out and out.isprintable()
 
 
 def test_pickled_weights_are_a_failure_and_not_loaded(saved, capsys):

@@ -267,7 +267,7 @@ def test_the_command_measures_whole_documents_and_reports_them(checkpoints, tmp_
         assert "does not give back" not in text
 
 
-def test_no_file_of_an_evaluation_holds_raw_characters_that_hide_text(checkpoints, tmp_path):
+def test_neither_files_nor_terminal_show_raw_characters_that_hide_text(checkpoints, tmp_path, capsys):
     name, text = "o\u202ene", "a\x1b[31m \u2067b\rc"
     prompts = tmp_path / "task.py"
     prompts.write_text(f"def load(split):\n    return {[{'prompt': text, 'references': [text]}]!r}\n")
@@ -282,6 +282,19 @@ def test_no_file_of_an_evaluation_holds_raw_characters_that_hide_text(checkpoint
     for path in files:
         raw = {c for c in path.read_bytes().decode() if c in "\x1b\r\u202e\u2067"}
         assert not raw, (path.name, raw)
+    other = [
+        argument.replace(f"{name}={checkpoints['one']}", f"{name}2={checkpoints['two']}") for argument in arguments
+    ]
+    other[other.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    assert command_line([*other, "--likelihood_dataset", str(tmp_path / "text.jsonl")]) == 0
+    first = capsys.readouterr().out
+    apart = [str(tmp_path / "out"), str(tmp_path / "other")]
+    join = ["evaluate", "--compare", *apart, "--output_dir", str(tmp_path / "joined")]
+    assert command_line(join) == 0 and command_line(join) == 0  # the second replaces the first, and says so by name
+    joined = capsys.readouterr().out
+    assert "holds an earlier evaluation" in joined
+    for printed in (first, joined):
+        assert "o\\u202ene" in printed and not set(printed) & set("\x1b\r\u202e\u2067")
 
 
 def test_a_tokenizer_that_loses_text_is_said_to(checkpoints, tmp_path):

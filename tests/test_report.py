@@ -510,6 +510,19 @@ def test_summary_in_the_terminal_names_models_values_and_the_finding(results, ca
     assert "32.0%" in out and "base" in out and "Better: WER under greedy is 30.0% for rl" in out
 
 
+def test_names_in_the_summary_are_neither_markup_nor_acts_on_the_terminal(results, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    name = "[bold]r\u202el\x1b[2J"
+    results["models"] = {{"rl": name}.get(model, model): entry for model, entry in results["models"].items()}
+    for comparison in [*results["comparisons"], results["primary"]]:
+        for side in ("a", "b"):
+            comparison[side] = {"rl": name}.get(comparison[side], comparison[side])
+    print_summary(results)
+    out = capsys.readouterr().out
+    assert out.count("[bold]r\\u202el\\u001b[2J") >= 3  # a row each, its likelihood, the finding
+    assert not set(out) & set("\u202e\x1b")
+
+
 @pytest.mark.parametrize("cut", [0.0, 0.02])
 def test_the_summary_leaves_out_what_went_wrong_nowhere(results, capsys, monkeypatch, cut):
     monkeypatch.setenv("COLUMNS", "200")

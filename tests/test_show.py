@@ -88,10 +88,12 @@ def test_text_that_looks_like_markup_is_printed_as_it_is(run_directory, capsys, 
 def test_what_acts_on_a_terminal_is_printed_as_an_escape(run_directory, capsys, monkeypatch):
     given = "a\x1b]0;title\x07b\rc\x9bd\u202ee\udc80f\x00g\u061c\u200f\u2028\nh \N{FAMILY}"
     path = run_directory / "rollouts" / "000003.jsonl"
-    path.write_text(json.dumps(rollout(4, "a", 0, prompt=given, references=[given], completion=given)) + "\n")
+    named = {"values": {"re\u202eward": 0.5}, "status": {}}  # a reward's own name
+    shown = rollout(4, "a", 0, prompt=given, references=[given], completion=given, **named)
+    path.write_text(json.dumps(shown) + "\n")
     out = show(capsys, monkeypatch, run_directory)
     assert out.count(r"a\u001b]0;title\u0007b\u000dc\u009bd\u202ee\udc80f\u0000g\u061c\u200f\u2028") == 3
-    assert out.count("h \N{FAMILY}") == 3
+    assert out.count("h \N{FAMILY}") == 3 and r"re\u202eward" in out
     assert not set(out) & set("\x00\x07\x1b\x9b\r\u202e\udc80\u061c\u200f\u2028")
 
 

@@ -197,7 +197,7 @@ class _Lines:
         from rich.console import Console
 
         self.console = Console(highlight=False)
-        self.console.print(f"rlseq doctor: {model}\n", style="bold", markup=False)
+        self.console.print(visible(f"rlseq doctor: {model}\n"), style="bold", markup=False)
 
     def __call__(self, finding: Finding) -> None:
         from rich.table import Table
@@ -208,10 +208,10 @@ class _Lines:
         for width in (1, 7, 17):
             line.add_column(width=width)
         line.add_column(overflow="fold")
-        found = Text(finding.found, style="dim" if finding.status == SKIPPED else "")
+        found = Text(visible(finding.found), style="dim" if finding.status == SKIPPED else "")
         line.add_row(Text(mark, style), Text(finding.status, style), finding.check, found)
         for todo in finding.todo.splitlines():
-            line.add_row("", "", "", Text(f"→ {todo}", style=style))
+            line.add_row("", "", "", Text(visible(f"→ {todo}"), style=style))
         self.console.print(line)
 
     def end(self, findings: list[Finding]) -> None:

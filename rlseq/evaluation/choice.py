@@ -18,6 +18,7 @@ from accelerate import PartialState
 from rlseq.data import build_prompts, fingerprint
 from rlseq.decoding import Family, Strategy, parse_strategy
 from rlseq.errors import ConfigError, DataError
+from rlseq.escapes import visible
 from rlseq.evaluation.aggregate import Metric, matrix, metrics_under, quality_metrics
 from rlseq.evaluation.loading import load_tokenizer
 from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
@@ -125,7 +126,7 @@ def choose(
         }
     _decide(block)
     if PartialState().is_main_process and not quiet:
-        print("\n".join(choice_notes(block)), flush=True)
+        print(visible("\n".join(choice_notes(block))), flush=True)
     return block, prompts
 
 

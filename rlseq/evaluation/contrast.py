@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from rlseq.data import columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
+from rlseq.escapes import visible
 from rlseq.evaluation import tables
 from rlseq.evaluation.aggregate import (
     LIKELIHOOD_METRICS,
@@ -124,7 +125,7 @@ def _contrast(
     state = PartialState()
     if state.is_main_process and not quiet:
         for warning in warnings:
-            print(f"rlseq: warning: {warning}", flush=True)
+            print(visible(f"rlseq: warning: {warning}"), flush=True)
     folder = None if output_dir is None else Path(output_dir)
     if folder is not None:
         held.enter_context(claimed(folder))
@@ -307,7 +308,7 @@ def report_on(
         title += f" on {results['data_name']}" if results["data_name"] else ""
     report = write_report(results, samples, output_dir, per_example=per_example, metrics=metrics, title=title)
     print_summary(results)
-    print(f"report: {report}", flush=True)
+    print(visible(f"report: {report}"), flush=True)
 
 
 def check_settings(

@@ -71,6 +71,10 @@ def print_summary(results: Results) -> None:
     """Print a short table of the results to the terminal: one line per model and strategy."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    def text(words: str, style: str = "") -> Text:
+        return Text(visible(words), style=style)
 
     console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
     table = Table(title=f"{results['rows']:,} rows, 95% intervals in report.html", title_justify="left")
@@ -79,7 +83,7 @@ def print_summary(results: Results) -> None:
     for name, words in (("model", results["models"]), ("decoding", tables.strategies(results))):
         table.add_column(name, overflow="fold", no_wrap=max(map(len, words)) <= 24)
     for info in quality:
-        table.add_column(info.label, justify="right")
+        table.add_column(text(info.label), justify="right")
     partial: list[str] = []
     for strategy in tables.strategies(results):
         for model in results["models"]:
@@ -90,8 +94,8 @@ def print_summary(results: Results) -> None:
                 if found and (said := tables.of_completions(found))
             ]
             table.add_row(
-                model,
-                tables.labelled(results, strategy),
+                text(model),
+                text(tables.labelled(results, strategy)),
                 *(
                     i.value(c["value"]) + "*" * bool(tables.of_completions(c)) if c else "n/a"
                     for i, c in zip(quality, cells, strict=True)
@@ -100,17 +104,16 @@ def print_summary(results: Results) -> None:
         table.add_section()
     console.print(table)
     for line in partial:
-        console.print(line, markup=False, highlight=False)
+        console.print(text(line), highlight=False)
     names = tables.likelihood_metrics(results)
     for model in results["models"]:
         parts = [(tables.metric(results, n), tables.cell(results, model, None, n)) for n in names]
         line = ", ".join(f"{info.label} {info.value(c['value'])}" for info, c in parts if c)
-        console.print(f"{model}: {line or 'likelihood skipped: no references'}", markup=False, highlight=False)
+        console.print(text(f"{model}: {line or 'likelihood skipped: no references'}"), highlight=False)
     headline = make_headline(results)
-    console.print(headline.finding, style="bold", markup=False, highlight=False)
-    console.print(
-        " ".join(filter(None, [headline.certainty, headline.cost, headline.source])), markup=False, highlight=False
-    )
+    console.print(text(headline.finding, "bold"), highlight=False)
+    certainty = " ".join(filter(None, [headline.certainty, headline.cost, headline.source]))
+    console.print(text(certainty), highlight=False)
 
 
 def _says_something(results: Results, info: Any) -> bool:

@@ -46,7 +46,8 @@ def say_replaced(folder: Path) -> None:
         what = f" (of {', '.join(results['models'])}{f' on {name}' if (name := results.get('data_name')) else ''})"
     except (OSError, ValueError, KeyError, TypeError):
         what = ""
-    print(f"rlseq: {folder} holds an earlier evaluation{what}, which this one replaces once it is finished", flush=True)
+    said = f"rlseq: {folder} holds an earlier evaluation{what}, which this one replaces once it is finished"
+    print(visible(said), flush=True)
 
 
 @dataclass(frozen=True)

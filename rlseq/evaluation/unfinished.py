@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from transformers.utils import cached_file
 
 from rlseq.decoding import Strategy
+from rlseq.escapes import visible
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.cache import key_of
 from rlseq.scoring.fingerprint import file_hash
@@ -177,7 +178,8 @@ def parts_of(
         key = None
     parts = Parts(output_dir, key, names)
     if parts.found and state.is_main_process and not quiet:
-        print(f"{doing} {name}: {len(parts.found)} of {len(names)} parts found in {parts.folder}", flush=True)
+        said = f"{doing} {name}: {len(parts.found)} of {len(names)} parts found in {parts.folder}"
+        print(visible(said), flush=True)
     return parts
 
 

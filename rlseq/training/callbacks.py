@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from rlseq.escapes import visible
 from rlseq.training.records import append_jsonl
 
 # One Ctrl-C may arrive twice, from the terminal and from the launcher; a second one this much later is meant.
@@ -73,7 +74,7 @@ class Warnings(TrainerCallback):
         for text in self.find(state.log_history):
             if text not in self.said:
                 self.said.add(text)
-                print(f"warning, step {state.global_step}: {text}", file=sys.stderr, flush=True)
+                print(visible(f"warning, step {state.global_step}: {text}"), file=sys.stderr, flush=True)
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -254,7 +255,7 @@ class Progress(TrainerCallback):
 
 
 def _short(name: str) -> str:
-    return name.rpartition("/")[2]
+    return visible(name.rpartition("/")[2])
 
 
 def _format(value: Any) -> str:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, get_type_hints
 from trl import TrlParser
 
 from rlseq.errors import ConfigError, TrainingError, did_you_mean
+from rlseq.escapes import visible
 from rlseq.flags import HelpFormatter
 from rlseq.passwords import ADVICE, holds_password
 from rlseq.ranks import raise_on_all_ranks
@@ -208,8 +209,8 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
             raise
         alone = isinstance(said, TrainingError) and not said.on_every_rank
         if alone and "RANK" in os.environ:
-            print(f"error: rank {rank}: {said}", file=sys.stderr)
+            print(visible(f"error: rank {rank}: {said}"), file=sys.stderr)
         elif alone or rank == "0":
-            print(f"error: {said}", file=sys.stderr)
+            print(visible(f"error: {said}"), file=sys.stderr)
         code = said.exit_code
     sys.exit(code)

@@ -21,6 +21,7 @@ from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.doctor.prompts import check_context
 from rlseq.errors import ConfigError, ModelError
+from rlseq.escapes import visible
 from rlseq.pretrained import is_adapter
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.trial import try_rewards
@@ -305,7 +306,7 @@ def check_checkpoint(checkpoint: Path, settings: Sequence[Any]) -> None:
 def say(message: str) -> None:
     """Print one line from the first process only."""
     if PartialState().is_main_process:
-        print(message, flush=True)
+        print(visible(message), flush=True)
 
 
 def announce(config: TrainingArguments, run: RunArguments, what: str) -> None:
