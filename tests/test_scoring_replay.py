@@ -13,8 +13,8 @@ from scipy import stats
 from rlseq import load_prompts
 from rlseq.cli import main
 from rlseq.errors import RewardError, RunDirectoryError
+from rlseq.scoring import load_rewards
 from rlseq.scoring.rescore import compare, read_rollouts, score_by_step, spearman
-from rlseq.scoring.suite import load_rewards
 from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.types import Prompt, Rollout
 

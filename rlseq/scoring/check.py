@@ -16,6 +16,7 @@ from ..errors import RewardError
 from ..types import Prompt, Rollout, column_names
 from .check_references import against_references
 from .corpus import of_completions
+from .load import load_rewards
 from .outcome import FAILURES, shorten
 from .probe import (
     Check,
@@ -28,7 +29,7 @@ from .probe import (
     score_items,
     values_of,
 )
-from .suite import RewardSuite, ScoreTable, load_rewards
+from .suite import RewardSuite, ScoreTable
 
 PATIENCE = 10.0  # seconds that any one strange completion may take
 LONG = 100_000  # characters

@@ -18,12 +18,13 @@ from ..types import Prompt
 from .check import run_checks, spread
 from .corpus import of_completions
 from .find import bundled_folder, describe_file, describe_point, entry_points, named_files
+from .load import load_rewards
 from .options import parse_spec
 from .outcome import json_ready
 from .probe import Check
 from .rescore import Logged, compare, read_rollouts, score_by_step
 from .rows import add_data_arguments, prompts_of, with_columns
-from .suite import RewardSuite, ScoreTable, load_rewards
+from .suite import RewardSuite, ScoreTable
 
 SPEC_HELP = (
     "A name (rlseq reward list), path/to/file.py:function, package.module:function, a model id or path, or "

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RewardError, did_you_mean
@@ -16,7 +14,6 @@ from ..types import Rollout, ScoredRollout
 from .forms import Rows
 from .isolation import random_states_held, without_holding
 from .later import Later
-from .options import parse_spec, reward_from_spec
 from .outcome import FAILURES, LARGEST, TOKEN_REWARDS, Outcome, shorten
 from .reward import CorpusMetric, Ratio
 from .runner import Reward
@@ -337,55 +334,6 @@ def describe(rollout: Rollout, outcome: Outcome) -> str:
     )
 
 
-def load_rewards(
-    specs: Iterable[Any] | str,
-    *,
-    weights: Sequence[float] | None = None,
-    search_root: str | Path | None = None,
-    max_error_rate: float = 0.05,
-) -> RewardSuite:
-    """Find and load rewards.
-
-    Args:
-        specs: strings (a bundled name, `path/to/file.py:function`, `package.module:function`, a model id or
-            path), functions, or mappings {func, name, weight, kwargs, columns, scope, timeout, on_error,
-            floor, workers, concurrency, retries, cache}, also as JSON text; see docs/rewards.md.
-        weights: one number a spec; 1 for each by default. Given here or in the specs, not both.
-        search_root: where relative paths and `./rewards/` start; the working directory by default.
-        max_error_rate: the largest share of a step (one `score` call, over all processes) that may fail before it
-            raises.
-
-    Raises:
-        RewardError: a reward cannot be found, fits no form, or its options do not fit together.
-    """
-    specs = [specs] if isinstance(specs, (str, Mapping)) or callable(specs) else list(specs)
-    specs = [parse_spec(spec) for spec in specs]
-    if not specs:
-        raise RewardError("no rewards were given; expected at least one. `rlseq reward list` shows the bundled ones.")
-    root = Path(search_root) if search_root is not None else Path.cwd()
-    in_specs = [spec.get("weight") if isinstance(spec, Mapping) else None for spec in specs]
-    if weights is not None:
-        if any(weight is not None for weight in in_specs):
-            raise RewardError("weights are given both in the reward specs and in reward_weights; keep one of the two.")
-        if len(weights) != len(specs):
-            raise RewardError(f"reward_weights has {len(weights)} numbers for {len(specs)} rewards; expected one each.")
-        in_specs = list(weights)
-    resolved = [1.0 if weight is None else _number(weight, spec) for weight, spec in zip(in_specs, specs, strict=True)]
-    rewards: list[Reward] = []
-    for spec in specs:
-        reward = reward_from_spec(spec, root)
-        rewards.append(reward.renamed(_unique(reward.name, [other.name for other in rewards])))
-    suite = RewardSuite(rewards, resolved, max_error_rate)
-    suite.specs = specs
-    return suite
-
-
-def _number(weight: Any, spec: Any) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-        raise RewardError(f"the weight of {spec!r} is {weight!r}; expected a finite number.")
-    return float(weight)
-
-
 def _refuse_names_of_shares(what: str, names: Collection[str], share: str) -> None:
     """Refuse a name that the evaluation gives to a share of the completions of another of these names."""
     for name in names:
@@ -395,12 +343,3 @@ def _refuse_names_of_shares(what: str, names: Collection[str], share: str) -> No
                 f"completions {'it failed on' if share == 'failed' else 'whose details it is of'}. Give one of them "
                 "another name."
             )
-
-
-def _unique(name: str, taken: list[str]) -> str:
-    """`name`, or `name-2`, `name-3`, ...: two rewards of one name stay two series."""
-    candidate, number = name, 1
-    while candidate in taken:
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
