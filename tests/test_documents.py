@@ -1,19 +1,14 @@
-"""Bits per byte of documents: against plain forwards, an arithmetic coder that decodes, and Hugging Face's own loop.
-
-As a script it measures the same tiny model, for the test that launches two processes of it.
-"""
+"""Bits per byte of documents: against plain forwards, an arithmetic coder that decodes, and Hugging Face's own loop."""
 
 import dataclasses
 import json
 import lzma
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_ranks
 from test_data import word_tokenizer
 from tiny_bytes import BOS, CONTEXT, EOS, VOCAB, byte_model, byte_tokenizer
 from tokenizers.processors import ByteLevel
@@ -34,7 +29,6 @@ from rlseq.evaluation.documents import (
     windows,
 )
 from rlseq.scoring import load_rewards
-from rlseq.training.parser import run_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [
@@ -401,16 +395,7 @@ class Watched:
 
 
 def test_two_processes_code_each_document_once_and_have_the_same_numbers(tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
-    ended = subprocess.run(
-        [sys.executable, *launch, __file__, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_ranks(2, lambda: measure_on_a_rank(tmp_path), tmp_path / "log")
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     alone = measure_documents(byte_model(), byte_tokenizer(eos_token="<eos>"), TEXTS[:3], settings()).rows
@@ -420,13 +405,9 @@ def test_two_processes_code_each_document_once_and_have_the_same_numbers(tmp_pat
     assert texts == [[TEXTS[0], TEXTS[2]], [TEXTS[1]]]
 
 
-def main(folder: Path) -> None:
+def measure_on_a_rank(folder: Path) -> None:
     from accelerate import PartialState
 
     rank = PartialState(cpu=True).process_index
     found = measure_documents(byte_model(), Watched(folder / f"{rank}.texts"), TEXTS[:3], settings())
     (folder / f"{rank}.json").write_text(json.dumps(found.rows))
-
-
-if __name__ == "__main__":
-    run_recipe(lambda: main(Path(sys.argv[1])))

@@ -1,21 +1,16 @@
-"""Evaluation during training: its numbers by hand, no trace in the run, one count a row at any number of processes.
-
-As a script it measures the same tiny model, for the test that launches two processes of it.
-"""
+"""Evaluation during training: its numbers by hand, no trace in the run, one count a row at any number of processes."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import run_ranks
 from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
@@ -25,7 +20,6 @@ from rlseq.errors import DataError, RewardError
 from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
 from rlseq.sampler import sample
 from rlseq.scoring import load_rewards
-from rlseq.training.parser import run_recipe
 
 ROOT = Path(__file__).parent.parent
 ROWS = [
@@ -244,16 +238,7 @@ def test_what_cannot_be_measured_is_refused_at_once():
 
 
 def test_two_processes_measure_each_row_once_and_have_the_same_numbers(tmp_path):
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
-    ended = subprocess.run(
-        [sys.executable, *launch, __file__, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_ranks(2, lambda: measure_on_a_rank(tmp_path), tmp_path / "log")
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     assert ranks[0]["values"] == pytest.approx(make_probe()(policy()), rel=1e-5)
@@ -263,7 +248,7 @@ def test_two_processes_measure_each_row_once_and_have_the_same_numbers(tmp_path)
     assert sorted(prompts[0] + prompts[1]) == sorted(row["prompt"] for row in ROWS for _ in range(1 + 2))
 
 
-def main(folder: Path) -> None:
+def measure_on_a_rank(folder: Path) -> None:
     from accelerate import PartialState
 
     rank = PartialState(cpu=True).process_index
@@ -330,7 +315,3 @@ def test_a_measured_reward_that_falls_while_the_optimised_one_rises_is_warned_of
     assert warned([0.1, 0.2, 0.3], [0.9, 0.8, 0.8]) == []
     assert warned([0.1, 0.2], [0.9, 0.8]) == []
     assert warned([0.1, 0.2, float("nan")], [0.9, 0.8, 0.7]) == []
-
-
-if __name__ == "__main__":
-    run_recipe(lambda: main(Path(sys.argv[1])))

@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run_ranks
 from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
@@ -21,7 +19,6 @@ from rlseq.evaluation.measure import measure
 from rlseq.evaluation.references import agreement, agreement_rows, check_agreement
 from rlseq.likelihood import TeacherForced
 from rlseq.scoring import load_rewards
-from rlseq.training.parser import run_recipe
 from rlseq.types import Rollout
 
 ROOT = Path(__file__).parent.parent
@@ -179,21 +176,12 @@ def test_one_row_or_one_in_a_thousand_is_tolerated(disagree, of, fails):
 
 def test_two_processes_fail_together_where_one_alone_would_not(checkpoint, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(checkpoint[1]))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
-    ended = subprocess.run(
-        [sys.executable, *launch, __file__, checkpoint[0], str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    run_ranks(2, lambda: disagree_on_a_rank(checkpoint[0], tmp_path), tmp_path / "log")
     messages = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1] and "disagree on 2 of 4 rows" in messages[0]
 
 
-def main(path: str, folder: Path) -> None:
+def disagree_on_a_rank(path: str, folder: Path) -> None:
     """One disagreement a process: each is tolerated alone, the two of them are not."""
     from accelerate import PartialState
 
@@ -216,7 +204,3 @@ def test_the_note_is_among_the_results(checkpoint):
     solutions = [row | {"references": [f"{row['references'][0]} \\boxed A"]} for row in rows]
     assert any("(style)" in note for note in run((path, solutions))["notes"])
     assert run(checkpoint)["notes"] == []
-
-
-if __name__ == "__main__":
-    run_recipe(lambda: main(sys.argv[1], Path(sys.argv[2])))

@@ -1,15 +1,19 @@
 """Two processes give what one does: every study, what is chosen on validation, every number of results.json."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_data import word_tokenizer
-from test_evaluation_resume import evaluate_on_two
 from tiny import tiny_model
 
 from rlseq.cli import main
 from rlseq.evaluation.studies import STUDIES
 
+ROOT = Path(__file__).parent.parent
 REWARD = """def letters(completion, references):
     return float(sum(word in completion for word in references[0].split()))
 """
@@ -52,7 +56,16 @@ def test_every_study_and_choice_gives_in_two_processes_what_it_gives_in_one(task
         "--studies", *STUDIES, "--coverage_samples", "4", "--temperatures", "0.5", "1", "--prefix_lengths", "1",
         "--study_rows", "25",
     ]  # fmt: skip
-    evaluate_on_two([*arguments, "--output_dir", str(task / "two_processes")])
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
+    ended = subprocess.run(
+        [sys.executable, *launch, "recipes/evaluate.py", *arguments, "--output_dir", str(task / "two_processes")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
     assert main(["evaluate", *arguments, "--output_dir", str(task / "one_process")]) == 0
     two, one = (json.loads((task / name / "results.json").read_text()) for name in ("two_processes", "one_process"))
     assert set(one["studies"]) == set(STUDIES) and one["studies"]["lookahead"]["rows_held_out"] > 0

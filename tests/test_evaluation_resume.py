@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import recipe, run_ranks
 from test_data import word_tokenizer
 from tiny import tiny_model
 
@@ -130,23 +131,9 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_pa
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
 
 
-def evaluate_on_two(arguments):
-    """Run recipes/evaluate.py on two launched CPU processes."""
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
-    ended = subprocess.run(
-        [sys.executable, *launch, "recipes/evaluate.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-
-
-def test_processes_that_are_launched_share_the_rows_and_give_the_same_samples(task, tmp_path):
+def test_two_processes_share_the_rows_and_give_the_same_samples(task, tmp_path):
     (task / "calls").write_text("")
-    evaluate_on_two(command(task, tmp_path / "two")[1:])
+    run_ranks(2, recipe("evaluate", command(task, tmp_path / "two")[1:]), tmp_path / "log")
     assert (task / "calls").stat().st_size == 2 + 2 * (3 + 6 + 3)  # each process tried it, then every row once
     assert not (tmp_path / "two" / ".unfinished").exists()
     assert main(command(task, tmp_path / "one")) == 0

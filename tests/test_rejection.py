@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from forks import recipe, run_ranks
 from test_data import CHAT_TEMPLATE, word_tokenizer
 from tiny import EOS, tiny_model
 from tiny_task import ROWS, VOCABULARY, tiny_tokenizer
@@ -412,18 +411,9 @@ def test_drawing_needs_a_model_that_exists(task, tmp_path, monkeypatch):
 def test_two_processes_draw_what_one_draws(task, tmp_path, monkeypatch):
     common = ["--config", task / "sft.yaml", *DRAW, "--reward_funcs", f"{task}/rewards.py:share_of_a"]
     run_sft(monkeypatch, *common, "--output_dir", tmp_path / "one")
-    launch = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
-    arguments = map(str, [*common, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", 4])
-    ended = subprocess.run(
-        [sys.executable, *launch, "recipes/sft.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "2 processes" in ended.stdout
+    halved = ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", 4]
+    run_ranks(2, recipe("sft", [*common, *halved]), tmp_path / "log")
+    assert "2 processes" in (tmp_path / "log").read_text()
     one, two = (read_lines(tmp_path / name / "rollouts/000000.jsonl") for name in ("one", "two"))
     assert len(one) == 48
     for a, b in zip(one, two, strict=True):
