@@ -1,11 +1,19 @@
 """The rewards and rows of a run are those it started with: in replaced workers, and when it resumes."""
 
+import datetime
+import decimal
+import io
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from rlseq.errors import RunDirectoryError
 from rlseq.scoring import load_rewards
+from rlseq.scoring.fingerprint import content_hash
 from rlseq.training.resume_checks import changes, check_unchanged, run_inputs, write
 from rlseq.types import Rollout
 
@@ -75,6 +83,63 @@ def test_what_differs_is_named(tmp_path):
     file.write_text("def drift(completion, scale=1): return -scale")
     assert changes(before, described(file, rows)) == ["reward 'drift': code"]
     assert changes(before, run_inputs({}, {"training rows": rows})) == ["reward 'drift': gone"]
+
+
+def image(colour, how="RGB"):
+    """A picture as a data set gives it: an object that does not say in its repr what it shows."""
+    buffer = io.BytesIO()
+    Image.new(how, (2, 2), colour).save(buffer, format="png")
+    buffer.seek(0)
+    return Image.open(buffer)
+
+
+@pytest.mark.parametrize(
+    ("make", "other"),
+    [
+        (lambda: image((10, 20, 30)), lambda: image((10, 20, 31))),
+        (lambda: {"pictures": [image(7, "L")]}, lambda: {"pictures": [image(8, "L")]}),
+        (lambda: np.arange(5000), lambda: np.where(np.arange(5000) == 2500, 0, np.arange(5000))),
+        (lambda: np.array(["a", {"b": 1}], object), lambda: np.array(["a", {"b": 2}], object)),
+        (lambda: np.int64(3), lambda: np.int64(4)),
+        (lambda: torch.arange(3).bfloat16(), lambda: torch.arange(1, 4).bfloat16()),
+        (lambda: datetime.date(2024, 1, 2), lambda: datetime.date(2024, 1, 3)),
+        (lambda: decimal.Decimal("1.5"), lambda: decimal.Decimal("1.50")),
+        (lambda: b"ab", lambda: b"ac"),
+        (lambda: SimpleNamespace(name="a"), lambda: SimpleNamespace(name="b")),
+        (object, lambda: [object()]),
+    ],
+    ids=[
+        "image",
+        "image within",
+        "array",
+        "array of objects",
+        "scalar",
+        "tensor",
+        "date",
+        "decimal",
+        "bytes",
+        "x",
+        "y",
+    ],
+)
+def test_rows_are_compared_by_content_whatever_they_hold(make, other):
+    def rows_of(*values):
+        return run_inputs({}, {"training rows": [("a", (1, 2), {"column": value}) for value in values]})
+
+    kept = [make(), make(), other()]  # two at a time, so that no address is used again
+    before = rows_of(kept[0], kept[2])
+    assert changes(before, rows_of(kept[1], kept[2])) == []
+    assert changes(before, rows_of(kept[1], kept[1])) == ["training rows: row 2 of 2 differs"]
+
+
+def test_a_picture_is_compared_by_what_it_shows():
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    other = palette.copy()
+    other.putpalette([0, 0, 0, 0, 255, 0])
+    assert content_hash(palette) != content_hash(other)
+    assert content_hash(image((1, 2, 3))) == content_hash(Image.new("RGB", (2, 2), (1, 2, 3)))
+    assert content_hash(Image.new("L", (2, 3))) != content_hash(Image.new("L", (3, 2)))
 
 
 def test_resuming_with_something_else_needs_the_flag(file, tmp_path):
@@ -183,3 +248,25 @@ def test_the_weights_of_a_local_reward_model_count(tmp_path):
         assert changes(before, now()) == []
     (model / "config.json").write_text('{"num_labels": 2}')
     assert changes(before, now()) == ["reward 'judge': weights of model"]
+
+
+def test_the_commit_of_a_model_of_the_hub_counts_once_it_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--judge"
+    (tmp_path / "r.py").write_text("def r(completion, model, language='en'): return 1.0\n")
+    spec = {"func": f"{tmp_path / 'r.py'}:r", "kwargs": {"model": "someone/judge", "language": "en"}}
+    suite = load_rewards([spec])
+
+    def download(commit):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+
+    assert "files" not in suite.signature()["r"]
+    download("a" * 40)  # what the first use of the reward does
+    before = run_inputs({"reward": suite}, {})
+    assert before["reward 'r'"]["files"] == {"weights of model": "a" * 40}
+    assert changes(before, run_inputs({"reward": load_rewards([spec])}, {})) == []
+    download("b" * 40)
+    assert changes(before, run_inputs({"reward": load_rewards([spec])}, {})) == ["reward 'r': weights of model"]

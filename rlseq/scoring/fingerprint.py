@@ -7,9 +7,11 @@ import functools
 import hashlib
 import inspect
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import CellType, ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 _WHOLE_BYTES = 2**26  # a larger file is known by its size, its head and pieces from one end to the other
 _HEAD_BYTES = 2**23
 _PIECES, _PIECE_BYTES = 256, 2**16
+_MAY_BE_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def code_hash(function: Callable, depth: int = 5) -> str:
@@ -46,30 +49,50 @@ def code_hash(function: Callable, depth: int = 5) -> str:
 
 
 _EMPTY_CELL = CellType()
+_PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))  # their repr is their content
 
 
 def content_hash(value: Any) -> str:
-    """8 digits that are equal for equal content, in every process; of arrays, for equal shapes."""
-    return hashlib.sha256(_content(value, 100).encode(errors="surrogatepass")).hexdigest()[:8]
+    """8 digits that are equal for equal content, in every process; of images, for equal pixels."""
+    return hashlib.sha256(_content(value, 100, whole=True).encode(errors="surrogatepass")).hexdigest()[:8]
 
 
-def _content(value: Any, depth: int) -> str:
-    """A text that is equal for equal content, in every process (no address is in it); of arrays, their shapes."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Path)):
+def _content(value: Any, depth: int, whole: bool = False) -> str:
+    """A text that is equal for equal content, in every process (no address is in it).
+
+    Of arrays it holds their shapes, which may be weights; where `whole`, what is in them too.
+    """
+    if type(value) in _PLAIN or isinstance(value, (bool, int, float, complex, str, bytes, Path)):
         return repr(value)
     kind = type(value).__qualname__
     if depth == 0 or isinstance(value, (type, ModuleType)):
         return getattr(value, "__qualname__", kind)
     if callable(value):
         return code_hash(value, depth - 1)
+
+    def inner(item: Any) -> str:
+        return repr(item) if type(item) in _PLAIN else _content(item, depth - 1, whole)
+
     if hasattr(value, "shape"):
-        return f"{kind} {tuple(value.shape)}"
+        return f"{kind} {tuple(value.shape)} {_array_content(value, inner) if whole else ''}"
     if isinstance(value, (list, tuple)):
-        return f"{kind} {[_content(item, depth - 1) for item in value]}"
+        return f"{kind} {[*map(repr if _PLAIN.issuperset(map(type, value)) else inner, value)]}"
     if isinstance(value, (set, frozenset)):
-        return f"{kind} {sorted(_content(item, depth - 1) for item in value)}"
-    pairs = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-    return f"{kind} {sorted((_content(k, depth - 1), _content(v, depth - 1)) for k, v in pairs.items())}"
+        return f"{kind} {sorted(map(inner, value))}"
+    if all(hasattr(value, name) for name in ("mode", "size", "tobytes", "getpalette")):  # of PIL, read already or not
+        return f"image {value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()} {value.getpalette()}"
+    if not isinstance(value, Mapping) and not hasattr(value, "__dict__"):  # a date, a decimal number
+        text = repr(value)
+        return kind if " at 0x" in text else f"{kind} {text}"
+    pairs = value if isinstance(value, Mapping) else vars(value)
+    return f"{kind} {sorted((inner(k), inner(v)) for k, v in pairs.items())}"
+
+
+def _array_content(value: Any, inner: Callable[[Any], str]) -> str:
+    kind = str(getattr(value, "dtype", ""))
+    if hasattr(value, "tobytes") and kind != "object":
+        return f"{kind} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return f"{kind} {inner(value.tolist()) if hasattr(value, 'tolist') else value!r}"
 
 
 def needed_files(function: Callable, kwargs: Mapping[str, Any]) -> dict[str, str]:
@@ -87,6 +110,24 @@ def needed_files(function: Callable, kwargs: Mapping[str, Any]) -> dict[str, str
             for path in sorted(path for path in Path(value).expanduser().iterdir() if path.is_file()):
                 digest.update(f"{path.name} {file_hash(path)}\n".encode())
             found[f"weights of {name}"] = digest.hexdigest()[:16]
+    return found
+
+
+def hub_commits(kwargs: Mapping[str, Any]) -> dict[str, str]:
+    """By name ("weights of ARGUMENT") the commit in the hub's cache of each argument that is a hub id.
+
+    A model that has not been downloaded yet, which its first use does, has none.
+    """
+    found = {}
+    for name, value in kwargs.items():
+        if not isinstance(value, str) or not _MAY_BE_HUB_ID.fullmatch(value) or Path(value).exists():
+            continue
+        from huggingface_hub import try_to_load_from_cache
+
+        with suppress(ValueError):  # no hub id after all
+            files = (try_to_load_from_cache(value, file) for file in ("config.json", "tokenizer_config.json"))
+            if path := next((file for file in files if isinstance(file, str)), None):
+                found[f"weights of {name}"] = Path(path).parent.name
     return found
 
 

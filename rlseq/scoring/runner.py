@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ..errors import RewardError, did_you_mean
 from .cache import Cache, key_of
+from .fingerprint import hub_commits
 from .forms import AS_MESSAGES, CONTEXT, FIELDS, Call, Parameters, Rows, make_calls, missing_columns
 from .outcome import (
     FAILURES,
@@ -147,13 +148,17 @@ class Reward:
                 outcomes[row] = outcome
         return self._settle(outcomes, rows)
 
+    def needed(self) -> dict[str, str]:
+        """What decides the values beside code and arguments: `files`, and commits of the hub that are known by now."""
+        return {**self.files, **hub_commits(self.kwargs)}
+
     def _answers(self, calls: list[Call], lengths: Sequence[int]) -> list[list[Outcome]]:
         """Make the calls, or look them up; equal calls of a cached reward are made once."""
         sizes = [[lengths[row] for row in indices] for indices, _ in calls]
         if self.cache is None:
             return [self._read(raw, size) for raw, size in zip(self._make(calls), sizes, strict=True)]
         contents = [{k: v for k, v in arguments.items() if k not in CONTEXT} for _, arguments in calls]
-        code = " ".join([self.code, *(f"{name} {digest}" for name, digest in self.files.items())])
+        code = " ".join([self.code, *(f"{name} {digest}" for name, digest in self.needed().items())])
         keys = [key_of(code, content) for content in contents]
         known = self.cache.get(keys)
         # the same text may be other tokens, which kept values a token do not fit

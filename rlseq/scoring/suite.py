@@ -117,7 +117,7 @@ class RewardSuite:
                 "scope": reward.info.scope,
                 "on_error": reward.on_error,
                 "code": reward.code,
-                **({"files": dict(reward.files)} if reward.files else {}),
+                **({"files": needed} if (needed := reward.needed()) else {}),
             }
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         }

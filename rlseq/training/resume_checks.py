@@ -6,7 +6,6 @@ if they were of one kind, so it stops, unless --resume_with_changes says that th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from rlseq.errors import RunDirectoryError
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.find import find
-from rlseq.scoring.fingerprint import code_hash, needed_files
+from rlseq.scoring.fingerprint import code_hash, content_hash, needed_files
 from rlseq.training.records import write_json_atomic
 
 FILE = "run_inputs.json"
@@ -28,7 +27,7 @@ def run_inputs(
 
     Args:
         suites: by what they are for ("reward", "eval reward"); one may be None.
-        data: by name ("training rows"), anything with a `repr` that is equal for equal content.
+        data: by name ("training rows"), rows of any content.
         functions: specs of tools and of an environment.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -39,10 +38,8 @@ def run_inputs(
         function = find(spec, Path.cwd()).function
         found[f"function {spec!r}"] = {"code": code_hash(function), "files": needed_files(function, {})}
     for name, rows in data.items():
-        hashes = [hashlib.sha256(repr(row).encode(errors="surrogatepass")).digest() for row in rows]
-        content = hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
-        rows_text = "".join(digest[:4].hex() for digest in hashes)  # 8 digits a row, that the first other one is found
-        found[name] = {"count": len(rows), "content": content, "rows": rows_text}
+        digits = "".join(map(content_hash, rows))  # 8 a row, that the first other one is found
+        found[name] = {"count": len(rows), "rows": digits}
     return json.loads(json.dumps(found, default=repr))
 
 
@@ -54,7 +51,7 @@ def changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[s
         if had is None or has is None:
             texts.append(f"{name}: {'new' if had is None else 'gone'}")
         elif "count" in has:
-            if (had["count"], had["content"]) != (has["count"], has["content"]):
+            if (had["count"], had["rows"]) != (has["count"], has["rows"]):
                 texts.append(f"{name}: {_rows_change(had, has)}")
         elif said := _reward_changes(had, has):
             texts.append(f"{name}: {'; '.join(said)}")
@@ -66,8 +63,6 @@ def _rows_change(had: Mapping[str, Any], has: Mapping[str, Any]) -> str:
         return f"{had['count']}, now {has['count']}"
     one, two = had["rows"], has["rows"]
     other = [start // 8 + 1 for start in range(0, len(two), 8) if one[start : start + 8] != two[start : start + 8]]
-    if not other:
-        return "content"
     differ = f"row {other[0]} of {has['count']} differs"
     return differ if len(other) == 1 else f"{len(other)} of {has['count']} differ, the first is row {other[0]}"
 
