@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import sys
@@ -66,13 +66,10 @@ def task(tmp_path_factory):
 
 def run(monkeypatch, name, *arguments):
     """Run a recipe as its process does; its exit code."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        run_recipe(module.main)
+        run_recipe(importlib.import_module(f"rlseq.recipes.{name}").main)
     return ended.value.code
 
 

@@ -8,6 +8,7 @@ import torch
 import yaml
 from test_dry_run import lines, run, write
 from tiny import tiny_model
+from tiny_ppo import double_sum_gae, plain_logprobs, values_of
 from tiny_task import tiny_trainer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -20,6 +21,7 @@ from rlseq.recipes.sft import examples
 from rlseq.scoring import load_rewards
 from rlseq.training import rejection
 from rlseq.training.config import GRPOConfig, SFTConfig
+from rlseq.training.ppo import PPOTrainer
 from rlseq.training.sft import SFTTrainer, check_examples
 from rlseq.training.tools import check_tools
 
@@ -187,6 +189,58 @@ def test_rollouts_continue_the_answer_that_a_prompt_begins(own, tmp_path):
     records = lines(tmp_path / "rollouts/000001.jsonl")
     assert [(r["prompt"], r["completion"]) for r in records] == seen  # what the prompt begins is no part of it
     assert all("assistant" not in completion and len(completion) <= 3 for _, completion in seen)
+
+
+CONTINUED = '{"continue_final_message": true, "add_generation_prompt": false}'
+
+
+@pytest.mark.parametrize("flags", [[], ["--chat_template_kwargs", CONTINUED]], ids=["told by the row", "told by flag"])
+def test_ppo_continues_and_values_the_answer_that_a_prompt_begins(flags, task, tmp_path, monkeypatch):
+    rows = [{"prompt": m} for m in (BEGUN, [*BEGUN[:1], {"role": "assistant", "content": "so"}])]
+    begins = [f"<user>2+2$<assistant>{begun}" for begun in ("it is ", "so")]
+    if not flags:  # some rows begin an answer and some do not
+        rows.append({"prompt": ASKED})
+        begins.append("<user>2+2$<assistant>")
+    for split in ("train", "validation"):
+        write(tmp_path / "mixed" / f"{split}.jsonl", rows)
+    (task / "own.py").write_text(
+        "def own(prompt, completion):\n    return len(completion) - len(prompt[-1]['content']) / 4\n"
+    )
+    tokenizer, compute, updates = characters(), PPOTrainer._compute_loss, []
+
+    def by_hand(self, model, inputs):
+        """What the update learns from, beside a forward of each sequence alone by the weights that sampled it."""
+        updates.append(self.model.get_input_embeddings().weight.detach().clone())
+        for row, index in enumerate(inputs["prompt_index"].tolist()):
+            asked, said = (
+                inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()].tolist()
+                for part in ("prompt", "completion")
+            )
+            rollout, length = self._scored[row].rollout, len(said)
+            assert tokenizer.decode(asked) == begins[index] and tuple(said) == rollout.completion_ids
+            logprobs = plain_logprobs(self._causal_model(), asked, said).tolist()
+            assert list(rollout.logprobs) == pytest.approx(logprobs, abs=1e-4)
+            values = values_of(self, asked, said).tolist()[:-1]
+            assert inputs["values"][row, :length].tolist() == pytest.approx(values, abs=1e-4)
+            begun = rows[index]["prompt"][-1]["content"]
+            rewards = [0.0] * (length - 1) + [len(rollout.text) - len(begun) / 4]
+            advantages = double_sum_gae(rewards, values, 0.0, 1.0, 0.95)
+            assert inputs["advantages"][row, :length].tolist() == pytest.approx(advantages, abs=1e-3)
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(PPOTrainer, "_compute_loss", by_hand)
+    arguments = ["--config", task / "sft.yaml", "--reward_funcs", f"{task}/own.py:own"]
+    arguments += ["--dataset_name", tmp_path / "mixed", "--evaluate", "false"]
+    arguments += ["--max_steps", 2, "--per_device_train_batch_size", 2 * len(rows), "--num_generations", 2]
+    arguments += ["--max_completion_length", 4, "--learning_rate", 0.01, "--whiten_advantages", "false"]
+    assert run(monkeypatch, "ppo", *arguments, *flags) == 0
+    assert len(updates) == 2 and not torch.equal(*updates)
+    for step in (1, 2):
+        logged = lines(task / f"run/rollouts/00000{step}.jsonl")
+        asked = [row["prompt"][-1]["content"] for row in rows]
+        assert sorted(r["prompt"][-1]["content"] for r in logged) == sorted(2 * asked)
+        for r in logged:  # what a prompt begins is no part of the completion that is scored
+            assert r["length"] <= 4 and r["total"] == len(r["completion"]) - len(r["prompt"][-1]["content"]) / 4
 
 
 def test_teacher_forcing_tells_the_template_what_other_recipes_tell_it(task, monkeypatch):
