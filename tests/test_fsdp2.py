@@ -29,7 +29,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlseq.data import build_prompts
 from rlseq.decoding import Greedy, Sample
-from rlseq.errors import ConfigError
+from rlseq.errors import ConfigError, ModelError
 from rlseq.likelihood import score
 from rlseq.sampler import sample
 from rlseq.training.averaging import WeightAverage
@@ -173,6 +173,27 @@ def test_a_sharded_run_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, kind):
     expected, found = weights(whole / "checkpoint-2"), weights(resumed / "checkpoint-2")
     assert expected.keys() == found.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
     assert rollouts(resumed, 2) == rollouts(whole, 2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "rename", [lambda name: None if "layers.1." in name else name, lambda name: f"_orig_mod.{name}"]
+)
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "lora"])
+def test_a_sharded_run_does_not_resume_without_weights_of_its_checkpoint(tmp_path, kind, rename):
+    out, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-1"
+    run(kind, out, tmp_path / "start", processes=2)
+    shutil.rmtree(out / "checkpoint-2")
+    file = checkpoint / "pytorch_model_fsdp.bin"
+    held = torch.load(file, weights_only=True)
+    torch.save({rename(name): weight for name, weight in held.items() if rename(name)}, file)
+
+    def act():
+        let_cpus_shard()
+        with pytest.raises(ModelError, match=r"lacks \d+ of the model's weights \(.*Resume from another checkpoint$"):
+            trainer_of(kind, out, tmp_path / "start", 2).train(str(checkpoint))
+
+    run_ranks(2, act, tmp_path / "resumed.log")
 
 
 # -- torch's fully_shard alone

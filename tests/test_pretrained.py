@@ -2,17 +2,22 @@
 
 import json
 import re
+from argparse import Namespace
+from collections import OrderedDict
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tiny_task import tiny_tokenizer, tiny_trainer
+from torch.distributed import checkpoint as distributed_checkpoint
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from rlseq.errors import ModelError
 from rlseq.evaluation.loading import load_checkpoint
+from rlseq.pretrained import check_sharded
 from rlseq.training.config import ModelArguments
 from rlseq.training.models import check_model_path, load_model
 
@@ -187,6 +192,68 @@ def test_the_best_checkpoint_of_a_model_with_experts_is_taken_whole(tmp_path):
     best._load_best_model()
     expected = trained.model.state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in best.model.state_dict().items())
+
+
+def fsdp_whole(folder, weights):
+    torch.save(weights, folder / "pytorch_model_fsdp.bin")
+
+
+def fsdp_shards(folder, weights):
+    distributed_checkpoint.save({"model": weights}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+
+
+def deepspeed(folder, weights):
+    """What its documentation says of its folder, written without it."""
+    (folder / "global_step1").mkdir()
+    (folder / "latest").write_text("global_step1")
+    shapes = [OrderedDict((name, weight.shape) for name, weight in weights.items())]
+    state = {"module": weights, "param_shapes": shapes, "args": Namespace(a=1), "dtype": torch.float32, "world": {1, 2}}
+    torch.save(state, folder / "global_step1" / "mp_rank_00_model_states.pt")
+
+
+def trained_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed")
+@pytest.mark.parametrize("write", [fsdp_whole, fsdp_shards, deepspeed])
+@pytest.mark.parametrize("run", ["whole", "adapter"])
+def test_what_fsdp_and_deepspeed_load_by_themselves_is_checked_by_name(run, write, tmp_path):
+    model = RUNS[run][0](tmp_path / "run").model
+    weights = trained_of(model)
+    if run == "adapter" and write is fsdp_shards:
+        weights = get_peft_model_state_dict(model)
+    write(tmp_path, weights)
+    check_sharded(model, tmp_path)
+    for change, said in (
+        (lambda name: name if "layers.1." not in name else None, r"lacks \d+ of the model's weights \(.*layers\.1\."),
+        (lambda name: f"_orig_mod.{name}", r"lacks \d+ of .* names of a wrapped model instead \(_orig_mod\."),
+    ):
+        (folder := tmp_path / re.sub(r"\W", "", said)).mkdir()
+        write(folder, {change(name): weight for name, weight in weights.items() if change(name)})
+        with pytest.raises(ModelError, match=said):
+            check_sharded(model, folder)
+
+
+def test_under_deepspeed_a_run_does_not_resume_without_weights_of_its_checkpoint(tmp_path, monkeypatch):
+    trainer, checkpoint = checkpoint_of(adapter_run, tmp_path / "run")
+    deepspeed(checkpoint, {name: x for name, x in trained_of(trainer.model).items() if "layers.1." not in name})
+    again = adapter_run(tmp_path / "again", max_steps=2)
+    again.is_deepspeed_enabled = True
+    loaded = []
+    monkeypatch.setattr(transformers.trainer, "deepspeed_load_checkpoint", lambda *_, **__: loaded.append(1))
+    with pytest.raises(ModelError, match=r"lacks 2 of the model's weights .*another checkpoint"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+    again.state.best_model_checkpoint = str(checkpoint)
+    with pytest.raises(ModelError, match=r"lacks 2 of the model's weights .*another checkpoint"):
+        again._load_best_model()
+    assert not loaded
+
+
+def test_a_checkpoint_without_a_file_that_deepspeed_loads_is_refused(tmp_path):
+    (tmp_path / "latest").write_text("global_step9")
+    with pytest.raises(ModelError, match=r"there is no global_step9/\*model_states.pt"):
+        check_sharded(tiny_model(), tmp_path)
 
 
 def test_a_file_that_was_cut_short_is_named(tmp_path):

@@ -125,6 +125,12 @@ def test_an_epoch_is_one_method_that_a_finished_run_can_skip():
     assert "self._run_epoch(" in inspect.getsource(Trainer._inner_training_loop)
 
 
+def test_fsdp_and_deepspeed_load_a_checkpoint_in_one_method_before_which_its_names_are_checked():
+    assert parameters(Trainer._prepare_for_training) == ["max_steps", "train_dataloader", "resume_from_checkpoint"]
+    source = inspect.getsource(Trainer._prepare_for_training)
+    assert "deepspeed_load_checkpoint(" in source and "self._load_from_checkpoint(" in source
+
+
 @pytest.mark.parametrize("trainer", [trl.GRPOTrainer, trl.SFTTrainer])
 def test_a_card_is_written_by_one_method_before_each_checkpoint(trainer):
     assert parameters(trainer.create_model_card) == ["model_name", "dataset_name", "tags"]

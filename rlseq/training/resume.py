@@ -10,7 +10,8 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 
-from rlseq.pretrained import load_into
+from rlseq.pretrained import check_sharded, load_into
+from rlseq.ranks import raise_on_all_ranks
 
 
 class ResumeMixin(Trainer):
@@ -21,6 +22,18 @@ class ResumeMixin(Trainer):
     its first step at the rate of the checkpoint.
     """
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None:
+            self._check_sharded(self.model, resume_from_checkpoint)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _check_sharded(self, model: Any, checkpoint: str | Path) -> None:
+        """Where FSDP or DeepSpeed load it: the first process looks, and all of them hear of it."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            with raise_on_all_ranks():
+                if self.accelerator.is_main_process:
+                    check_sharded(model, checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled or not isinstance(self.model, PreTrainedModel | PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -30,6 +43,7 @@ class ResumeMixin(Trainer):
     def _load_best_model(self) -> None:
         model, best = self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self._check_sharded(model, best)
         if sharded or not isinstance(model, PreTrainedModel | PeftModel) or not best.is_dir():
             super()._load_best_model()
         else:
