@@ -7,7 +7,7 @@ A case mutates a configuration of recipes/g2p/, or a small data file, and gives 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import itertools
 import json
@@ -223,10 +223,7 @@ def fuzzed_data(rng: random.Random, folder: Path) -> Path:
 
 
 def load_recipe(name):
-    spec = importlib.util.spec_from_file_location(f"fuzzed_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"rlseq.recipes.{name}")
 
 
 class TooLong(BaseException):

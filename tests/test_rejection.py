@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -197,10 +197,7 @@ def task(tmp_path_factory):
 def run_sft(monkeypatch, *arguments):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["recipes/sft.py", *map(str, arguments)])
-    spec = importlib.util.spec_from_file_location("recipe_sft", ROOT / "recipes/sft.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    recipe.main()
+    importlib.import_module("rlseq.recipes.sft").main()
 
 
 def read_lines(path):
