@@ -14,7 +14,6 @@ gets the first way that is right. All give the same logits to rounding; they dif
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from rlseq.attention import Groups, SharedPrompt, take_over_sdpa
 from rlseq.errors import ModelError
 from rlseq.fixed_shape import WARM, FixedShape, may_capture
 from rlseq.kv_cache import rearrange, with_room
-from rlseq.packing import LOGIT_TOLERANCE, attention_of, attention_window, uncompiled
+from rlseq.packing import LOGIT_TOLERANCE, attention_of, attention_window, base_of, forward_parameters, uncompiled
 
 Ids = Sequence[int]
 
@@ -66,7 +65,7 @@ class Cached:
 
     def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0):
         self.model = model
-        accepted = _parameters(model)
+        accepted = forward_parameters(model)
         self.device = next(model.parameters()).device
         self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -159,7 +158,7 @@ class Uncached:
     def __init__(self, model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_tokens: int = 0):
         self.model = model
         self.ids = torch.tensor([list(ids) for ids in beginnings], device=next(model.parameters()).device)  # (U, L)
-        self.options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+        self.options = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
         self._forward()
 
     def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
@@ -228,7 +227,7 @@ def fixed(model: nn.Module, beginnings: Sequence[Ids], most_rows: int = 0, most_
         ModelError: the model's cache cannot be of a fixed shape, or its attention windows are counted from the end of
             the buffer (a trial is shorter than they are).
     """
-    if attention_window(_base(model).config.get_text_config()) == 0:
+    if attention_window(base_of(model).config.get_text_config()) == 0:
         raise ModelError("its attention windows are counted from the end of the buffer")
     first = Cached(model, beginnings)
     most_rows, most_tokens = max(most_rows, len(beginnings)), max(most_tokens, first.mask.shape[1] + 1)
@@ -292,7 +291,8 @@ def way_of(model: nn.Module) -> str:
             reason = reason or defect
         known[key] = way
         if reason and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            print(f"rlseq: {type(_base(model)).__name__} is decoded {COSTS.get(way, UNCAPTURED)}: {reason}", flush=True)
+            name = type(base_of(model)).__name__
+            print(f"rlseq: {name} is decoded {COSTS.get(way, UNCAPTURED)}: {reason}", flush=True)
     return known[key]
 
 
@@ -307,24 +307,16 @@ def holds_prompts_once(model: nn.Module) -> bool:
 
 def is_plain(model: nn.Module) -> bool:
     """Whether a model is one of transformers' own that takes masks and positions and caches keys and values alone."""
-    base = _base(model)
+    base = base_of(model)
     if not isinstance(base, PreTrainedModel) or type(base).__module__.startswith("transformers_modules"):
         return False
-    if not {"attention_mask", "position_ids", "past_key_values"} <= _parameters(model).keys():
+    if not {"attention_mask", "position_ids", "past_key_values"} <= forward_parameters(model).keys():
         return False
     return all(map(_holds_tokens, DynamicCache(config=model.config).layers))
 
 
 def _holds_tokens(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return getattr(model, "get_base_model", lambda: model)()
-
-
-def _parameters(model: nn.Module) -> Any:
-    return inspect.signature(_base(model).forward).parameters
 
 
 def _try(model: nn.Module, make: Callable[..., Beginnings]) -> str | None:

@@ -26,7 +26,9 @@ from rlseq.double import to_double
 from rlseq.packing import (
     PackedBatch,
     attention_of,
+    base_of,
     evaluating,
+    forward_parameters,
     pack,
     pad,
     rows_of_group,
@@ -407,10 +409,10 @@ def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Meas
 
 def _logits(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, step: int) -> Iterator[Tensor]:
     """The logits (n, V) at places of the flattened batch, `step` of them at a time."""
-    base = _base(model)
+    base = base_of(model)
     inputs = batch.model_inputs | {"use_cache": False}
     padded = isinstance(batch.attention_mask, Tensor) and batch.attention_mask.ndim == 2
-    if padded and "position_ids" not in inspect.signature(base.forward).parameters:
+    if padded and "position_ids" not in forward_parameters(model):
         del inputs["position_ids"]  # padded on the right, where a model's own positions are these
     if whole:
         yield from model(**inputs).logits.flatten(0, 1)[places].split(step)
@@ -418,11 +420,6 @@ def _logits(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, s
     hidden = base.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[places]  # (n, H)
     head = base.get_output_embeddings()
     yield from (head(part) for part in hidden.split(step))
-
-
-def _base(model: Any) -> Any:
-    """The `transformers` model inside a PEFT one, adapters in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _vocabulary(model: Any) -> int:
@@ -437,7 +434,7 @@ def _head_is_separate(model: nn.Module) -> bool:
 
 
 def _try_head(model: nn.Module) -> bool:
-    base = _base(model)
+    base = base_of(model)
     if not hasattr(base, "get_decoder") or not hasattr(base, "get_output_embeddings"):
         return False
     decoder, head = base.get_decoder(), base.get_output_embeddings()

@@ -25,8 +25,9 @@ is seen are not computed.
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -168,6 +169,16 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """What `torch.compile` was given: batches of ever new shapes would be recompiled, and its forward names no
     arguments."""
     return getattr(model, "_orig_mod", model)
+
+
+def base_of(model: Any) -> Any:
+    """The `transformers` model inside a PEFT one, adapters in place; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments that the `transformers` model takes, by name."""
+    return inspect.signature(base_of(model).forward).parameters
 
 
 def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:

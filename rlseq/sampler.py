@@ -23,7 +23,7 @@ from rlseq.decoding import Greedy, Sample, Strategy, to_units
 from rlseq.double import double_device, to_double
 from rlseq.errors import ConfigError, ModelError
 from rlseq.layout import ranks
-from rlseq.likelihood import evaluating
+from rlseq.packing import evaluating
 from rlseq.types import Prompt, Rollout
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch when less than this share of it is unfinished

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ from rlseq.beginnings import way_of
 from rlseq.decoding import Beam, ExactMAP, Strategy
 from rlseq.double import double_device, to_double
 from rlseq.errors import ConfigError, ModelError
-from rlseq.likelihood import evaluating, score
+from rlseq.likelihood import score
+from rlseq.packing import base_of, evaluating, forward_parameters
 from rlseq.types import Prompt, Rollout
 
 ROUNDING = 1e-6  # nats: exact search takes completions whose log-probs are this close for equally likely
@@ -28,7 +28,7 @@ TOGETHER = 32  # prefixes that exact search expands in one pass; what an unprove
 @contextmanager
 def only_generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Let `generate` read `config` alone: what a checkpoint's own generation_config sets would leak into it."""
-    owner = getattr(model, "get_base_model", lambda: model)()
+    owner = base_of(model)
     original = owner.generation_config
     owner.generation_config = config
     try:
@@ -215,7 +215,7 @@ def exact_map(
     stops = frozenset(stop_ids)
     if not prompt or not stops:
         raise ConfigError(f"exact_map: {'prompt_ids' if not prompt else 'stop_ids'} is empty; expected at least one id")
-    refuse_states(model.config, _forward_parameters(model))
+    refuse_states(model.config, forward_parameters(model))
     if start is None:
         alone, of_width = [Prompt("", "", prompt)], Beam(width=width)
         [[found]] = beam(model, alone, max_new_tokens=max_new_tokens, strategy=of_width, stop_ids=stops)
@@ -265,7 +265,7 @@ def modes(
     Log-probs are the model's own, by teacher forcing of what was found. Arguments as `rlseq.sampler.sample`;
     `batch_rows` is of the beam search.
     """
-    refuse_states(model.config, _forward_parameters(model))
+    refuse_states(model.config, forward_parameters(model))
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     starts = beam(model, prompts, strategy=Beam(width=strategy.width), batch_rows=batch_rows, **common)
     stops, found, proofs = frozenset(stop_ids), [], []
@@ -311,7 +311,7 @@ class _BranchAndBound:
         self.device = next(model.parameters()).device
         self.exact = double_device(self.device)  # where log-probs and the children chosen by them are
         self.stops = torch.tensor(sorted(stops), device=self.exact)
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in _forward_parameters(model) else {}
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
 
     def run(self, max_nodes: int, batch_rows: int) -> bool:
         """Explore until nothing can be better, which is proof (True), or until the budget is spent."""
@@ -367,10 +367,6 @@ class _BranchAndBound:
         rows, tokens = (children > self.bound + ROUNDING).nonzero(as_tuple=True)
         values, order = children[rows, tokens].sort(descending=True, stable=True)
         return _Level(output.past_key_values, prefixes, rows[order], tokens[order], values)
-
-
-def _forward_parameters(model: Any) -> Collection[str]:
-    return inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
 
 
 def _rows_of(cache: DynamicCache, rows: torch.Tensor) -> DynamicCache:

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "attention": LEAVES | {"kv_cache", "layout"},
     "fixed_shape": LEAVES | {"kv_cache"},
     "beginnings": LEAVES | {"attention", "fixed_shape", "kv_cache", "packing"},
-    **{room: LEAVES | {"beginnings", "decoding", "kv_cache", "layout", "likelihood"} for room in DRAWING},
+    **{room: LEAVES | {"beginnings", "decoding", "kv_cache", "layout", "likelihood", "packing"} for room in DRAWING},
     "doctor": LOWER,
     "training": LOWER | {"doctor"},
     "evaluation": LOWER | {"doctor"},

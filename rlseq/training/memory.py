@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from rlseq.doctor.preflight import load_configs
 from rlseq.errors import ConfigError, ModelError
 from rlseq.model_class import causal_class
+from rlseq.packing import base_of
 from rlseq.pretrained import is_adapter
 from rlseq.sampler import cached_numbers
 from rlseq.training.critic import critic_folder, first_line
@@ -147,7 +148,7 @@ def _kept_numbers(text: Any) -> int:
 
 def critic_parameters(model: nn.Module, kind: str, name_or_path: str | None) -> int:
     """Parameters of the critic that `rlseq.training.critic.build_critic` builds for a policy: backbone and head."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if kind == "shared":
         return base.config.get_text_config().hidden_size + 1
     if name_or_path is None:

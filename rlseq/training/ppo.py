@@ -34,6 +34,7 @@ from rlseq.losses import (
     value_loss,
     whiten,
 )
+from rlseq.packing import base_of
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.outcome import TOKEN_REWARDS
 from rlseq.training.config import PPOConfig
@@ -85,8 +86,7 @@ class PPOTrainer(GRPOTrainer):
                 print(f"rlseq: updates are not packed, because of the critic: {reason}", flush=True)
 
     def _causal_model(self) -> PreTrainedModel:
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return base_of(self.accelerator.unwrap_model(self.model))
 
     @property
     def critic(self) -> torch.nn.Module:
