@@ -26,7 +26,7 @@ from rlseq.decoding import Strategy
 from rlseq.escapes import visible
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.cache import key_of
-from rlseq.scoring.fingerprint import file_hash
+from rlseq.scoring.fingerprint import folder_hash
 from rlseq.types import Prompt, Rollout
 
 _FOLDER = ".unfinished"
@@ -198,7 +198,7 @@ def versions() -> dict[str, str]:
 
 
 def checkpoint_fingerprint(path: str) -> str | None:
-    """A hash of a checkpoint's files: names, times of change and content (`file_hash`); an adapter's base too.
+    """A hash of a checkpoint's files: names, times of change and content (`folder_hash`); an adapter's base too.
 
     Args:
         path: a folder, or a hub id whose files are in the local cache.
@@ -210,15 +210,13 @@ def checkpoint_fingerprint(path: str) -> str | None:
     try:
         if not folder.is_dir():
             folder = Path(cached_file(path, "config.json", local_files_only=True)).parent
-        digest = hashlib.blake2b(digest_size=16)
-        for file in sorted(file for file in folder.iterdir() if file.is_file()):
-            digest.update(f"{file.name} {file.stat().st_mtime_ns} {file_hash(file)} ".encode())
+        found = folder_hash(folder, times=True)
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
             base = checkpoint_fingerprint(json.loads(adapter.read_bytes())["base_model_name_or_path"])
             if base is None:
                 return None
-            digest.update(base.encode())
+            found += base
     except (OSError, ValueError, KeyError):
         return None
-    return digest.hexdigest()
+    return found

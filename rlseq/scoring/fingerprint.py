@@ -104,10 +104,7 @@ def needed_files(function: Callable, kwargs: Mapping[str, Any]) -> dict[str, str
     found = {f"module {name}": file_hash(path) for name, path in sorted(local_modules(function).items())}
     for name, value in kwargs.items():
         if isinstance(value, (str, Path)) and (Path(value).expanduser() / "config.json").is_file():
-            digest = hashlib.sha256()
-            for path in sorted(path for path in Path(value).expanduser().iterdir() if path.is_file()):
-                digest.update(f"{path.name} {file_hash(path)}\n".encode())
-            found[f"weights of {name}"] = digest.hexdigest()[:16]
+            found[f"weights of {name}"] = folder_hash(Path(value).expanduser())
     return found
 
 
@@ -127,6 +124,15 @@ def hub_commits(kwargs: Mapping[str, Any]) -> dict[str, str]:
             if path := next((file for file in files if isinstance(file, str)), None):
                 found[f"weights of {name}"] = Path(path).parent.name
     return found
+
+
+def folder_hash(folder: Path, *, times: bool = False) -> str:
+    """A hash of a folder's files (`file_hash`) and their names; if asked, of the times they were changed at, too."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        changed = f" {path.stat().st_mtime_ns}" if times else ""
+        digest.update(f"{path.name} {file_hash(path)}{changed}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def file_hash(path: Path) -> str:

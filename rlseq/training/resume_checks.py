@@ -84,7 +84,7 @@ def check_unchanged(run: Path, now: Mapping[str, Any], *, accepted: bool) -> str
 
     Args:
         run: the directory of the run that resumes.
-        now: as `describe_run` describes what is there today.
+        now: what `run_inputs` says of today.
         accepted: whether other ones are meant.
 
     Returns:
