@@ -276,12 +276,9 @@ def validation(
 
 def json_fields() -> Callable[..., tuple[float, dict]]:
     """The function of rewards/json_fields.py."""
-    import importlib.util
+    from rlseq.scoring.find import find
 
-    spec = importlib.util.spec_from_file_location("json_fields", ROOT / "rewards/json_fields.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.json_fields
+    return find("rewards/json_fields.py", ROOT).function
 
 
 def pretrained(path: str) -> tuple[Any, Any]:
