@@ -23,6 +23,7 @@ from rlseq.errors import RlseqError, TrainingError
 
 _KEY = "rlseq/failure"
 _SECONDS = 10.0  # that leaving the group may take, where this process's own collectives are pending
+_left: list[Any] = []  # the stores of groups that this process has left
 _FAILURES = (Exception, SystemExit)  # a KeyboardInterrupt reaches all processes of a terminal by itself
 
 
@@ -110,7 +111,12 @@ def _write(failure: RlseqError) -> None:
 
 
 def _leave() -> None:
-    """Leave the group without waiting for the others, so that the collectives they are in fail."""
+    """Leave the group without waiting for the others, so that the collectives they are in fail.
+
+    The store lasts for as long as this process, which may be the one that keeps it for all.
+    """
+    with contextlib.suppress(Exception):
+        _left.append(_store())
     thread = threading.Thread(target=_abort, daemon=True)
     thread.start()
     thread.join(_SECONDS)

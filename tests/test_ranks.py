@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 
@@ -179,6 +180,35 @@ def test_an_evaluation_that_a_script_calls_ends_on_both_with_what_it_was(rank, o
         with pytest.raises((KeyError, TrainingError), match="lost on purpose"):
             options = {"settings": settings, "output_dir": tmp_path / "out", "quiet": True}
             contrast({"it": tmp_path / "model"}, ROWS, suite, **options)
+        if os.environ["RANK"] == "0":
+            time.sleep(3)  # it keeps the store, where the other reads why
+
+    assert end_of_ranks(2, act, tmp_path / "log.txt", SECONDS) == [0, 0], (tmp_path / "log.txt").read_text()
+
+
+def with_probe(folder, **settings):
+    options = {"per_device_train_batch_size": 8, "max_steps": 2, "report_to": "none", **settings}
+    trainer = tiny_trainer(folder, **options)
+    trainer.probe = ValidationProbe(prompts(), tiny_tokenizer(), load_rewards([shares_letters]), max_new_tokens=4)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("rank", "owner", "name"),
+    [("1", "probe.suite", "_table"), ("0", "callback_handler", "on_evaluate"), ("0", None, "_save")],
+)
+def test_what_a_script_calls_outside_of_training_ends_on_both_with_it(rank, owner, name, tmp_path, monkeypatch):
+    monkeypatch.setenv(FAILING, rank)
+
+    def act():
+        trainer = with_probe(tmp_path / "run")
+        _on_one_rank(operator.attrgetter(owner)(trainer) if owner else trainer, name, key_error)
+        begun = time.monotonic()
+        with pytest.raises((KeyError, TrainingError), match="lost on purpose"):
+            trainer.save_model()
+            for _ in range(2):  # the others hear of it at the next exchange
+                trainer.evaluate()
+        assert time.monotonic() - begun < SECONDS / 2
         if os.environ["RANK"] == "0":
             time.sleep(3)  # it keeps the store, where the other reads why
 

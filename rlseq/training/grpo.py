@@ -30,11 +30,13 @@ from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
 from rlseq.packing import attention_of, supports_packing
 from rlseq.prompts import tokenize_prompts
+from rlseq.ranks import raise_on_all_ranks
 from rlseq.scoring import RewardSuite
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import GRPOConfig
 from rlseq.training.environment import load_environment
 from rlseq.training.exact_state import ExactStateMixin
+from rlseq.training.faults import memory_for
 from rlseq.training.forward import Ids, Scores, forward, ragged
 from rlseq.training.guard import RolloutGuardMixin
 from rlseq.training.model_card import ModelCardMixin
@@ -412,13 +414,14 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
+    @raise_on_all_ranks(exchange=False)  # before the guard's, which this class hides
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Measure the model by the probe, in place of TRL's evaluation, which would draw from the run's randomness."""
         if self.probe is None:
             raise ConfigError("this trainer was given no probe to evaluate with")
         if eval_dataset is not None or ignore_keys is not None:
             raise ConfigError("evaluate measures the rows of the probe: leave out eval_dataset and ignore_keys")
-        with torch.no_grad(), self._model_to_generate() as model:
+        with memory_for("evaluation", self._evaluation_advice), torch.no_grad(), self._model_to_generate() as model:
             found = self.probe(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far

@@ -45,9 +45,20 @@ class GuardMixin(Trainer):
     _refused_in_a_row = 0
     _micro_batches: tuple[tuple[Mapping[str, Any], torch.Tensor], ...] = ()
 
+    # What a script calls by itself, too: a process that fails leaves no other waiting.
+
+    @raise_on_all_ranks(exchange=False)
     def train(self, *args, **kwargs):
-        with raise_on_all_ranks(exchange=False):
-            return super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)
+
+    @raise_on_all_ranks(exchange=False)
+    def evaluate(self, *args, **kwargs):
+        with memory_for("evaluation", self._evaluation_advice):
+            return super().evaluate(*args, **kwargs)
+
+    @raise_on_all_ranks(exchange=False)
+    def save_model(self, *args, **kwargs):
+        return super().save_model(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with memory_for("the update", self._memory_advice):
@@ -127,6 +138,9 @@ class GuardMixin(Trainer):
         )
         return advice + ("." if args.gradient_checkpointing else "; or give --gradient_checkpointing true.")
 
+    def _evaluation_advice(self) -> str:
+        return f"Lower --per_device_eval_batch_size ({self.args.per_device_eval_batch_size})."
+
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial):
@@ -155,9 +169,8 @@ class RolloutGuardMixin(GuardMixin):
         with memory_for("drawing rollouts", self._rollout_advice):
             return super()._generate_single_turn(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs):
-        with memory_for("evaluation during training", lambda: "Lower --probe_rows or --max_completion_length."):
-            return super().evaluate(*args, **kwargs)
+    def _evaluation_advice(self) -> str:
+        return "Lower --probe_rows or --max_completion_length."
 
     def _rollout_advice(self) -> str:
         args = self.args
