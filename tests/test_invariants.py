@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_grpo import padded_batch
+from test_recipes import run_in_process
 from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlseq.cli import main as command_line
 from rlseq.data import build_prompts
 from rlseq.decoding import Sample
 from rlseq.sampler import sample, stop_ids_of
@@ -29,16 +32,33 @@ def invariants() -> dict[int, str]:
     return {int(number): tests for number, tests in rows}
 
 
+def names_in(module: str) -> set[str]:
+    """The names of the tests in a file of tests; none where there is no such file."""
+    path = TESTS / f"{module}.py"
+    body = ast.parse(path.read_text()).body if path.is_file() else []
+    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
+
+
 def test_every_invariant_has_tests_and_they_are_all_there():
     found = invariants()
-    assert sorted(found) == list(range(1, 26))
+    assert sorted(found) == list(range(1, 39))
     for number, cell in found.items():
         named = NAMED.findall(cell)
         assert named, number
         for module, name in named:
-            tree = ast.parse((TESTS / f"{module}.py").read_text())
-            there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-            assert name in there, f"{number}: {module}::{name}"
+            assert name in names_in(module), f"{number}: {module}::{name}"
+
+
+def test_tests_that_other_pages_name_are_there():
+    root, named = TESTS.parent, 0
+    for page in [root / "README.md", *root.glob("docs/*.md"), *root.glob("recipes/*/README.md")]:
+        text = page.read_text()
+        for module, name in re.findall(r"\b(test_\w+)(?:\.py)?(?:::(test_\w+))?", text):
+            if not name and not re.search(rf"tests/{module}\.py", text):
+                continue  # a word of its own, or the second half of a name
+            named += 1
+            assert name in names_in(module) if name else names_in(module), f"{page.name}: {module} {name}"
+    assert named > 100
 
 
 def batches(trainer):
@@ -189,3 +209,40 @@ def test_with_adapters_the_kl_to_the_start_is_0_at_step_0(tmp_path, start):
     trainer.train()
     first, second = (line["kl"] for line in trainer.state.log_history if "kl" in line)
     assert first == 0 and second > 0
+
+
+# 33 ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("grpo", []),
+        ("grpo", ["--use_peft", "true", "--lora_r", 2, "--lora_target_modules", "q_proj", "v_proj"]),
+        ("ppo", ["--critic", "shared"]),
+    ],
+    ids=["grpo", "adapter", "ppo"],
+)
+def test_what_a_run_measures_at_its_end_its_saved_result_gives_again(recipe, flags, tmp_path, monkeypatch):
+    tiny_model("llama", initializer_range=0.1).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = ["--dataset_name", tmp_path / "data", "--reward_funcs", "token_f1"]
+    run = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--evaluate", "false"]
+    run += ["--per_device_train_batch_size", 8, "--num_generations", 2, "--max_completion_length", 6]
+    run += ["--max_steps", 3, "--learning_rate", "5e-2", "--eval_strategy", "steps", "--eval_steps", 1]
+    run_in_process(monkeypatch, recipe, *data, *run, "--num_cpu_threads", 1, *flags)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (line for line in lines if "eval_nll_per_token" in line)
+
+    evaluate = ["evaluate", "--models", f"it={tmp_path}/run", "--output_dir", tmp_path / "out", "--studies", "none"]
+    evaluate += ["--strategies", "greedy", "--max_new_tokens", 6, "--resamples", 50]
+    assert command_line([*map(str, [*evaluate, *data])]) == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())["models"]["it"]
+    again = {"eval_nll_per_token": found["likelihood"]["nll_per_token"]["value"]}
+    again |= {f"eval_greedy/{name}": found["strategies"]["greedy"][name]["value"] for name in ("logprob", "length")}
+    for name, value in again.items():
+        assert last[name] == pytest.approx(value, rel=1e-5), name
+        assert name == "eval_greedy/length" or first[name] != pytest.approx(value, rel=1e-3)
