@@ -14,6 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlseq.packing import pack, unpack
 from rlseq.training import forward as module
+from rlseq.training import head
 from rlseq.training.forward import forward
 
 PROMPTS = [(3, 4, 5), (3, 4, 5), (6, 7)]
@@ -37,7 +38,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_log_probs_and_gradients_are_those_of_the_whole_logits_and_only_a_tile_lives(monkeypatch):
-    monkeypatch.setattr(module, "HEAD_TOKENS", 3)
+    monkeypatch.setattr(head, "TILE_TOKENS", 3)
     model = tiny_model("llama", tie_word_embeddings=False)
     expected = [alone(model, list(p), list(c)) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     # The whole logits of the same packed rows, so that what is compared is the head and not the packing.
@@ -46,6 +47,7 @@ def test_log_probs_and_gradients_are_those_of_the_whole_logits_and_only_a_tile_l
     wanted = gradients(model, sum(x.sum() for x in unpack(shifted_logprobs(model, batch), batch)))
     model.zero_grad()
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    head.add_cpu_head(model, 1.0)
     common = {"packs": True, "pad_id": PAD, "dtype": torch.float32, "device": torch.device("cpu"), "attention": "sdpa"}
     weight = model.get_output_embeddings().weight
     with Largest(*weight.shape) as largest:
@@ -57,6 +59,53 @@ def test_log_probs_and_gradients_are_those_of_the_whole_logits_and_only_a_tile_l
     for name, parameter in model.named_parameters():
         scale = wanted[name].abs().max().item()  # rounding is of the largest terms that are summed
         torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6 * scale, rtol=1e-6, msg=f"{name} {scale}")
+
+
+TARGETS = torch.tensor([3, 0, 6, 6, 2])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_tiled_head_has_the_scores_and_gradients_of_the_whole_logits(temperature, biased, monkeypatch):
+    monkeypatch.setattr(head, "TILE_TOKENS", 2)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*size, generator=generator).double() for size in ((5, 4), (7, 4), (7,)))
+    bias = bias if biased else None
+    weights = torch.randn(2, 5, generator=generator).double()  # of each log-prob and each entropy in the loss
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias) if x is not None]
+
+    probs = ((hidden @ weight.T + (0 if bias is None else bias)) / temperature).softmax(-1)
+    expected = probs[torch.arange(5), TARGETS].log(), -(probs * probs.log()).sum(-1)
+
+    found = head.token_scores(hidden, weight, bias, TARGETS, temperature=temperature)
+    for one, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, right, atol=1e-12, rtol=0)
+    for which in ([0, 1], [0], [1]):  # a loss of both, of log-probs alone, of entropies alone
+        of_these = sum((weights[i] * found[i]).sum() for i in which)
+        right = torch.autograd.grad(sum((weights[i] * expected[i]).sum() for i in which), inputs, retain_graph=True)
+        for one, gradient in zip(torch.autograd.grad(of_these, inputs, retain_graph=True), right, strict=True):
+            torch.testing.assert_close(one, gradient, atol=1e-12, rtol=0)
+
+
+def test_a_batch_without_a_completion_has_a_backward_and_changes_nothing():
+    model = tiny_model("llama")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    head.add_cpu_head(model, 1.0)
+    out = model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.full((1, 3), -100), fused_lm_head=True)
+    assert out.log_probs.tolist() == [[0.0, 0.0]]
+    out.log_probs.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("scale", [{"final_logit_softcapping": 2.0}, {"logits_scaling": 4.0}])
+def test_logits_that_are_more_than_the_heads_product_are_left_to_trls_head(scale):
+    model = tiny_model("llama")
+    for name, value in scale.items():
+        setattr(model.config, name, value)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    of_trl = model.forward
+    head.add_cpu_head(model, 1.0)
+    assert model.forward is of_trl or model.forward == of_trl
 
 
 HELD = """

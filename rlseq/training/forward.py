@@ -15,15 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl.kernels import chunked_logprob
 
 from rlseq.packing import PackedBatch, pack, pad, unpack, unpack_padded
 
 Ids = tuple[int, ...]
-
-# Tokens that TRL's head projects on the vocabulary at once where it has no Triton kernel: its backward in plain torch
-# holds about eight tensors of (tokens, 32,768), of its own 4,096 tokens 4 GB; of these 0.3 GB.
-HEAD_TOKENS = 256
 
 MIN_ROW_TOKENS = 64  # short groups share a row of this many tokens: little is padding, and little attention is masked
 
@@ -118,8 +113,6 @@ def forward(
     layout = {"pad_id": pad_id, "dtype": dtype, "device": device, "attention": attention}
     batch = _collate(groups, packs=packs, **layout)
     more = {"return_values": True} if values else {}
-    if device.type == "cpu":
-        chunked_logprob.TOKEN_CHUNK_SIZE = HEAD_TOKENS  # read at each call, in the backward too
     with without_holes(model) if device.type == "cpu" else contextlib.nullcontext():
         outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True, **more)
     if places:

@@ -22,6 +22,8 @@ import datasets
 import torch
 import trl
 from accelerate.utils import gather_object
+from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -39,6 +41,7 @@ from rlseq.training.exact_state import ExactStateMixin
 from rlseq.training.faults import memory_for
 from rlseq.training.forward import Ids, Scores, forward, ragged
 from rlseq.training.guard import RolloutGuardMixin
+from rlseq.training.head import add_cpu_head
 from rlseq.training.model_card import ModelCardMixin
 from rlseq.training.models import disable_dropout
 from rlseq.training.objectives import (
@@ -142,6 +145,10 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
                 processing_class=tokenizer,
                 **kwargs,
             )
+        if not args.cast_lm_head_to_fp32:
+            for one in (self.model, self.ref_model):
+                if one is not None:
+                    add_cpu_head(one.get_base_model() if isinstance(one, PeftModel) else one, self.temperature)
         begin_adapter_reference(self.model)
         self.reward_weights = torch.tensor(suite.weights)
         self._leave_rewards_to_suite()
@@ -296,6 +303,12 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             write_rollouts(self.rollouts_dir, step, records, part)
 
     # -- update --------------------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        # Adapters are in float32; under autocast PEFT's cast of their inputs to that, and autocast's cast back, are two
+        # copies of every activation for the same numbers.
+        with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"):
+            return super().train(*args, **kwargs)
 
     def _compute_loss(self, model, inputs):
         rows = inputs["prompt_index"].tolist()

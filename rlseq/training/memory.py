@@ -25,15 +25,15 @@ from rlseq.packing import base_of
 from rlseq.pretrained import is_adapter
 from rlseq.sampler import cached_numbers
 from rlseq.training.critic import critic_folder, first_line
-from rlseq.training.forward import HEAD_TOKENS
+from rlseq.training.head import TILE_TOKENS
 from rlseq.training.models import freeze_other_senses
 
 # What a layer keeps of a token for its backward, in units of its widths, counted for a Llama layer with SDPA: two norms
 # (input, normalised, output), attention (queries, keys and values repeated for every head, its result before and after
 # the heads are joined), a gated MLP (gate, its activation, the other half, their product).
 OF_HIDDEN, OF_HEADS, OF_MLP = 6, 5, 4
-HEAD_VOCABULARY = 32_768  # of the vocabulary TRL's head projects so much at once
-HEAD_COPIES = 8  # tensors of a tile that its backward in plain torch holds
+HEAD_TILE = (4096, 32_768)  # tokens and entries of the vocabulary that TRL's head projects at once, on a GPU
+HEAD_COPIES = 4  # tensors of a tile that the head's backward on a CPU holds
 PEAK = "peak of a process"
 ADAM_STATE = 2  # numbers a trained parameter: its two moments
 
@@ -214,7 +214,8 @@ def memory(
     if logits:
         head, tile = update_tokens * 8 * size.vocabulary, f"{update_tokens:,} tokens × {size.vocabulary:,} × 8 bytes"
     else:
-        rows, columns = min(update_tokens, HEAD_TOKENS if cpu else 4096), min(size.vocabulary, HEAD_VOCABULARY)
+        most_rows, most_columns = (TILE_TOKENS, size.vocabulary) if cpu else HEAD_TILE
+        rows, columns = min(update_tokens, most_rows), min(size.vocabulary, most_columns)
         each = 4 * HEAD_COPIES if cpu else compute_bytes
         head, tile = rows * columns * each, f"a tile of {rows:,} tokens × {columns:,} × {each} bytes"
     itself = psutil.Process().memory_info().rss if cpu else 0
