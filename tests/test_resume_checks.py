@@ -263,10 +263,12 @@ def test_the_commit_of_a_model_of_the_hub_counts_once_it_is_known(tmp_path, monk
         (repository / "snapshots" / commit).mkdir(parents=True)
         (repository / "snapshots" / commit / "config.json").write_text("{}")
 
-    assert "files" not in suite.signature()["r"]
+    unknown = run_inputs({"reward": suite}, {})
+    assert "files" not in unknown["reward 'r'"]
     download("a" * 40)  # what the first use of the reward does
     before = run_inputs({"reward": suite}, {})
     assert before["reward 'r'"]["files"] == {"weights of model": "a" * 40}
+    assert changes(unknown, before) == changes(before, unknown) == []
     assert changes(before, run_inputs({"reward": load_rewards([spec])}, {})) == []
     download("b" * 40)
     assert changes(before, run_inputs({"reward": load_rewards([spec])}, {})) == ["reward 'r': weights of model"]

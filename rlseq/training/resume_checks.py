@@ -73,7 +73,10 @@ def _reward_changes(had: Mapping[str, Any], has: Mapping[str, Any]) -> list[str]
         one, two = had.get(key), has.get(key)
         if key == "files":
             one, two = one or {}, two or {}
-            said += [name for name in dict.fromkeys([*one, *two]) if one.get(name) != two.get(name)]
+            unknown = {name for name in one.keys() ^ two.keys() if name.startswith("weights of ")}
+            # of a model of the hub that was not in the cache at one of the two times: nothing to compare
+            names = [name for name in dict.fromkeys([*one, *two]) if name not in unknown]
+            said += [name for name in names if one.get(name) != two.get(name)]
         elif one != two:
             said.append(key if key == "code" else f"{key} {one}, now {two}")
     return said
