@@ -18,8 +18,13 @@ TINY = ["--tiny", "--seeds", "0", "--threads", "1", "--level", "0.5", "--every",
 
 
 @pytest.fixture
-def bench(monkeypatch):
+def one_run(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("time_to_quality_run")
+
+
+@pytest.fixture
+def bench(one_run):
     spec = importlib.util.spec_from_file_location("time_to_quality", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -68,16 +73,16 @@ def test_both_sides_train_to_the_level_on_the_same_prompts_and_nothing_runs_twic
         bench.main()
 
 
-def test_a_seed_gives_both_sides_the_same_adapter_and_reward(bench, tmp_path):
+def test_a_seed_gives_both_sides_the_same_adapter_and_reward(one_run, tmp_path):
     weights = {}
-    for side in bench.SIDES:
+    for side in ("trl", "rlseq"):
         for seed in (0, 1):
-            reward = bench.json_fields()
-            trainer = bench.build(side, seed, 2, settings(), tmp_path, *bench.tiny_model(), reward)
-            weights[side, seed] = bench.digest(trainer.model)
+            reward = one_run.json_fields()
+            trainer = one_run.build(side, seed, 2, settings(), tmp_path, *one_run.tiny_model(), reward)
+            weights[side, seed] = one_run.digest(trainer.model)
             assert (trainer.args.generation_batch_size, trainer.args.gradient_accumulation_steps) == (4, 2)
     assert weights["trl", 0] == weights["rlseq", 0] != weights["trl", 1] == weights["rlseq", 1]
-    plain = bench.build("trl", 0, 2, settings(), tmp_path, *bench.tiny_model(), reward)
+    plain = one_run.build("trl", 0, 2, settings(), tmp_path, *one_run.tiny_model(), reward)
     # By hand: of the fields a and b one is right.
     answers = [[{"role": "assistant", "content": text}] for text in ('{"a": 1, "b": 2}', '{"a": 1, "b": 3}', "?")]
     assert plain.reward_funcs[0](completions=answers, record=['{"a": 1, "b": 2}'] * 3) == [1.0, 0.5, 0.0]
@@ -85,31 +90,31 @@ def test_a_seed_gives_both_sides_the_same_adapter_and_reward(bench, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["trl", "rlseq"])
-def test_validation_changes_nothing_that_a_run_samples(bench, tmp_path, monkeypatch, side):
+def test_validation_changes_nothing_that_a_run_samples(one_run, tmp_path, monkeypatch, side):
     sampled = []
-    count = bench.Watch.count
+    count = one_run.Watch.count
 
     def kept(self, prompts, completions):
         sampled.append(completions)
         count(self, prompts, completions)
 
-    monkeypatch.setattr(bench.Watch, "count", kept)
+    monkeypatch.setattr(one_run.Watch, "count", kept)
     for every in (0, 1):
-        bench.train(side, 0, 2, settings(every=every), tmp_path / str(every))
+        one_run.train(side, 0, 2, settings(every=every), tmp_path / str(every))
     assert len(sampled) == 4 and sampled[0] != sampled[1]
     assert sampled[:2] == sampled[2:]
 
 
-def test_the_clock_stands_still_while_validating(bench, tmp_path, monkeypatch):
+def test_the_clock_stands_still_while_validating(one_run, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(one_run.time, "perf_counter", lambda: now[0])
 
     def validate(steps):
         now[0] += 1000
         return steps / 4
 
     peaks = iter([100.0, 300.0, 200.0])
-    watch = bench.Watch(tmp_path / "curve", validate, 0.5, 2, lambda forget: None if forget else next(peaks))
+    watch = one_run.Watch(tmp_path / "curve", validate, 0.5, 2, lambda forget: None if forget else next(peaks))
     assert not watch.record()  # before the first step
     reached = []
     for _ in range(3):
