@@ -1,4 +1,4 @@
-"""A run of two processes that goes wrong in one of them; run as a script, under a launcher.
+"""A run of two processes that goes wrong in one of them; its `main` in forks, or run as a script, under a launcher.
 
 python tests/faulty_run.py loss|die|wait OUTPUT_DIR
 
@@ -21,7 +21,9 @@ from transformers import TrainerCallback
 from rlseq.training.callbacks import GracefulStop
 from rlseq.training.parser import run_recipe
 
-RANK = int(os.environ.get("RANK", "0"))
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 class Fault(TrainerCallback):
@@ -29,16 +31,16 @@ class Fault(TrainerCallback):
         self.kind, self.out = kind, out
 
     def on_step_begin(self, args, state, control, **_):
-        if self.kind == "die" and RANK == 1 and state.global_step == 1:
+        if self.kind == "die" and rank() == 1 and state.global_step == 1:
             (self.out / "died").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "wait":
-            (self.out / f"rank-{RANK}-began").touch()
+            (self.out / f"rank-{rank()}-began").touch()
             time.sleep(0.3)
 
     def on_step_end(self, args, state, control, model=None, **_):
         digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
-        with (self.out / f"rank-{RANK}.txt").open("a") as file:
+        with (self.out / f"rank-{rank()}.txt").open("a") as file:
             file.write(f"{state.global_step} {digest}\n")
 
 
@@ -52,10 +54,10 @@ def main() -> None:
     if kind == "loss":
         plain = trainer._compute_loss
         trainer._compute_loss = lambda model, inputs: (
-            plain(model, inputs) + (float("nan") if RANK == 1 and trainer.state.global_step == 1 else 0.0)
+            plain(model, inputs) + (float("nan") if rank() == 1 and trainer.state.global_step == 1 else 0.0)
         )
     trainer.train()
-    print(f"rank {RANK} stopped by {stop.stopped} at step {trainer.state.global_step}", flush=True)
+    print(f"rank {rank()} stopped by {stop.stopped} at step {trainer.state.global_step}", flush=True)
 
 
 if __name__ == "__main__":

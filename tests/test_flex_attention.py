@@ -10,6 +10,7 @@ import torch
 from test_packing import GROUPS, SEQUENCES, SHARING, alone, gradients, shifted_logprobs
 from tiny import PAD, tiny_model
 from tiny_task import tiny_trainer
+from torch.nn.attention import flex_attention as module
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from transformers.integrations import flex_attention as in_transformers
 
@@ -35,6 +36,7 @@ def uncompiled(monkeypatch):
             query, key, value, attn_mask=written, scale=scale, enable_gqa=gqa
         )
 
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # else each mask is traced, for seconds
     monkeypatch.setattr(in_transformers, "compile_friendly_flex_attention", plain)
     return calls
 
