@@ -11,24 +11,21 @@ Log-probs are in nats; lengths are in tokens, the stop token included where ther
 
 from __future__ import annotations
 
-import inspect
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from rlseq.double import to_double
+from rlseq.logits import head_is_separate, logits_at, vocabulary_of
 from rlseq.packing import (
     PackedBatch,
     attention_of,
-    base_of,
     evaluating,
-    forward_parameters,
     pack,
     pad,
     rows_of_group,
@@ -167,7 +164,7 @@ def divergence(
     Raises:
         ValueError: as `score`, or vocabularies of different sizes.
     """
-    sizes = [_vocabulary(m) for m in (model, other)]
+    sizes = [vocabulary_of(m) for m in (model, other)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; expected the same size")
 
@@ -214,9 +211,9 @@ def _score(
     attentions = {attention_of(m) for m in models}
     # Models with different attention may take different masks.
     packs = shared and len(attentions) == 1 and all(supports_packing(m, longest)[0] for m in models)
-    whole = [not _head_is_separate(m) for m in models]
+    whole = [not head_is_separate(m) for m in models]
     if any(whole):
-        batch_tokens = min(batch_tokens, max(1, _CHUNK_LOGITS // _vocabulary(model)))
+        batch_tokens = min(batch_tokens, max(1, _CHUNK_LOGITS // vocabulary_of(model)))
 
     scores: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
     done = 0
@@ -366,8 +363,6 @@ def exact_pass_at_k(p: Tensor, k: int) -> Tensor:
 _Unit = tuple[int, list[int]]  # tokens of a row, indices of the completions it holds
 _Measure = Callable[..., Tensor]  # logits (n, V), labels (n,), logits of others (n, V) each -> (n,) or (n, K)
 
-_separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
 
 def _units(prompts: Sequence, completions: Sequence, row_tokens: int | None) -> list[_Unit]:
     """Rows, longest first: completions of equal prompts together up to row_tokens, or (None) one each."""
@@ -400,50 +395,8 @@ def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Meas
     # Completions with a common prefix share places: each is projected once.
     places, place_of = torch.unique(batch.token_rows * width + batch.token_columns, return_inverse=True)
     labels = batch.input_ids.flatten()[places]
-    step = max(1, _CHUNK_LOGITS // _vocabulary(models[0]))
+    step = max(1, _CHUNK_LOGITS // vocabulary_of(models[0]))
     before = places - 1
-    logits = [_logits(model, batch, before, alone, step) for model, alone in zip(models, whole, strict=True)]
+    logits = [logits_at(model, batch, before, alone, step) for model, alone in zip(models, whole, strict=True)]
     parts = zip(labels.split(step), *logits, strict=True)
     return torch.cat([measure(first, targets, *others) for targets, first, *others in parts])[place_of]
-
-
-def _logits(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, step: int) -> Iterator[Tensor]:
-    """The logits (n, V) at places of the flattened batch, `step` of them at a time."""
-    base = base_of(model)
-    inputs = batch.model_inputs | {"use_cache": False}
-    padded = isinstance(batch.attention_mask, Tensor) and batch.attention_mask.ndim == 2
-    if padded and "position_ids" not in forward_parameters(model):
-        del inputs["position_ids"]  # padded on the right, where a model's own positions are these
-    if whole:
-        yield from model(**inputs).logits.flatten(0, 1)[places].split(step)
-        return
-    hidden = base.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[places]  # (n, H)
-    head = base.get_output_embeddings()
-    yield from (head(part) for part in hidden.split(step))
-
-
-def _vocabulary(model: Any) -> int:
-    return model.config.get_text_config().vocab_size
-
-
-def _head_is_separate(model: nn.Module) -> bool:
-    """Whether logits are bit for bit the head of the decoder's last hidden state; remembered by model."""
-    if model not in _separate:
-        _separate[model] = _try_head(model)
-    return _separate[model]
-
-
-def _try_head(model: nn.Module) -> bool:
-    base = base_of(model)
-    if not hasattr(base, "get_decoder") or not hasattr(base, "get_output_embeddings"):
-        return False
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    if "input_ids" not in inspect.signature(decoder.forward).parameters:
-        return False  # ModernBERT's is the head itself
-    # Under FSDP2 only the outermost forward gathers current weights: call no part alone, even while they are whole.
-    if decoder is base or head is None or any(hasattr(m, "set_reshard_after_forward") for m in model.modules()):
-        return False
-    ids = torch.arange(5, device=next(model.parameters()).device)[None] % head.weight.shape[0]
-    with torch.no_grad(), evaluating(model):
-        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-        return torch.equal(head(hidden).float(), model(input_ids=ids, use_cache=False).logits.float())
