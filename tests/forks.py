@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -12,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate.state import AcceleratorState, PartialState
-from test_recipes import ROOT, load_recipe
+
+ROOT = Path(__file__).parent.parent
 
 
 def fork(act: Callable[[], object], log: Path, **environment: str) -> int:
@@ -48,6 +50,10 @@ def end_of(pid: int, seconds: float = 120) -> int:
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
+
+
+def load_recipe(name: str):
+    return importlib.import_module(f"rlseq.recipes.{name}")
 
 
 def recipe(name: str, arguments: Sequence[object]) -> Callable[[], None]:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 def launch(kind, out):
     """Start tests/faulty_run.py in two processes, as a user starts a recipe, in a process group of its own."""
     config = ["--config_file", "recipes/accelerate/cpu-2proc.yaml", "--num_cpu_threads_per_process", "1"]
+    config += ["--main_process_port", "0"]  # other launches may begin at the same time
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", *config, "tests/faulty_run.py", kind, str(out)],
         cwd=ROOT,

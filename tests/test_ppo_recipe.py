@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 import yaml
+from forks import recipe, run_ranks
 from safetensors.torch import load_file
-from test_recipes import load_recipe, read_lines, run_in_process, start
+from test_recipes import load_recipe, read_lines, run_in_process
 from tiny import tiny_model
 from tiny_ppo import ppo_settings
 from tiny_task import ROWS, tiny_tokenizer
@@ -229,7 +230,6 @@ def test_settings_that_contradict_each_other_or_would_be_ignored_are_refused(tmp
         ppo_settings(tmp_path, **settings)
 
 
-LAUNCHER = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
 EPOCHS = ["--critic_warmup_steps", 2, "--num_iterations", 2, "--beta", 0.1, "--kl_target", 0.2]
 SHARED = ["--critic", "shared", "--critic_warmup_steps", 1, "--target_kl", 100.0]
 
@@ -243,10 +243,8 @@ def test_two_processes_train_as_one_with_the_same_global_batch(task, tmp_path, m
     common += ["--truncated_completions", "penalty", "--value_clip", 0.2, *EVALUATED]
     one, two = tmp_path / "one", tmp_path / "two"
     run_in_process(monkeypatch, "ppo", *arguments(task, one, *common))
-    process = start("ppo", *arguments(task, two, *common, "--per_device_train_batch_size", 4), launcher=LAUNCHER)
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr[-3000:]
-    assert "2 processes" in stdout
+    run_ranks(2, recipe("ppo", arguments(task, two, *common, "--per_device_train_batch_size", 4)), tmp_path / "log")
+    assert "2 processes" in (tmp_path / "log").read_text()
     names = sorted(p.name for p in (one / "rollouts").iterdir())
     assert names == sorted(p.name for p in (two / "rollouts").iterdir())
     lengths = set()

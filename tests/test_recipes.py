@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import os
@@ -15,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forks import ROOT, end_of_ranks, load_recipe, recipe, run_ranks
 from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer
 
-ROOT = Path(__file__).parent.parent
+from rlseq.training.parser import run_recipe
+
 REWARD = '''
 def letters(completion, references):
     """Share of the wanted letters that are there."""
@@ -57,10 +58,6 @@ def task(tmp_path_factory):
     return folder
 
 
-def load_recipe(name):
-    return importlib.import_module(f"rlseq.recipes.{name}")
-
-
 def run_in_process(monkeypatch, name, *arguments):
     """Run a recipe's main in this process, from the repository's root."""
     monkeypatch.chdir(ROOT)
@@ -68,10 +65,10 @@ def run_in_process(monkeypatch, name, *arguments):
     load_recipe(name).main()
 
 
-def start(name, *arguments, launcher=()):
+def start(name, *arguments):
     """Start a recipe as a user does."""
     return subprocess.Popen(
-        [sys.executable, *launcher, f"recipes/{name}.py", *map(str, arguments)],
+        [sys.executable, f"recipes/{name}.py", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -189,7 +186,6 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_ends_before_a_model_loads_with_one_message_that_names_it(case, task, tmp_path, monkeypatch, capsys):
     from rlseq.training import models
-    from rlseq.training.parser import run_recipe
 
     (task / "empty.jsonl").write_text("")
     (task / "broken.py").write_text("def broken(completion):\n    return 1 / 0\n")
@@ -306,13 +302,9 @@ def test_two_processes_train_as_one_with_the_same_global_batch(task, tmp_path, m
     one = tmp_path / "one"
     run_in_process(monkeypatch, "grpo", *common, "--output_dir", one, "--evaluate", "false")
     two = tmp_path / "two"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
-    process = start(
-        "grpo", *common, "--output_dir", two, "--per_device_train_batch_size", 4, "--resamples", 200, launcher=launcher
-    )
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode == 0, stderr[-3000:]
-    assert "2 processes" in stdout
+    halved = ["--output_dir", two, "--per_device_train_batch_size", 4, "--resamples", 200]
+    run_ranks(2, recipe("grpo", [*common, *halved]), tmp_path / "log")
+    assert "2 processes" in (tmp_path / "log").read_text()
     for step in (1, 2):
         logs = [read_lines(run / f"rollouts/{step:06d}.jsonl") for run in (one, two)]
         keyed = [{(r["prompt_key"], r["sample"]): r for r in log} for log in logs]
@@ -328,7 +320,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(task, tmp_path, m
 
 
 @pytest.mark.parametrize("calls", [0, 50], ids=["before a model loads", "in a step"])
-def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path, calls):
+def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path, calls, monkeypatch):
     (tmp_path / "fragile.py").write_text(
         "import os\ncalls = 0\ndef fragile(completion):\n    global calls\n    calls += 1\n"
         f"    if os.environ.get('RANK') == '1' and calls > {calls}:\n        raise ValueError('rank one is unwell')\n"
@@ -336,13 +328,13 @@ def test_an_error_on_one_rank_ends_all_ranks_with_that_error(task, tmp_path, cal
     )
     arguments = ["--config", task / "grpo.yaml", "--reward_funcs", f"{tmp_path}/fragile.py:fragile"]
     arguments += ["--per_device_train_batch_size", 4, "--output_dir", tmp_path / "run", "--max_steps", 50]
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu-2proc.yaml"]
-    began = time.monotonic()
-    process = start("grpo", *arguments, launcher=launcher)
-    stdout, stderr = process.communicate(timeout=240)
-    assert process.returncode != 0 and time.monotonic() - began < 120
-    assert ("2 processes" in stdout) == bool(calls)
-    assert "rank one is unwell" in stderr and (tmp_path / "run").exists() == bool(calls)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["recipes/grpo.py", *map(str, arguments)])
+    ended = end_of_ranks(2, lambda: run_recipe(load_recipe("grpo").main), tmp_path / "log", seconds=120)
+    said = (tmp_path / "log").read_text()
+    assert ended == [1, 1], said[-3000:]
+    assert ("2 processes" in said) == bool(calls)
+    assert "rank one is unwell" in said and (tmp_path / "run").exists() == bool(calls)
 
 
 def test_a_reward_may_be_a_mapping_in_yaml(task, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
+FREE_PORT = ("--main_process_port", "0")  # other launches may begin at the same time
 REWARDS = """
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_a_reward_file_in_another_folder_works_with_accelerate_launch(folder, tm
         "output_dir": str(tmp_path / "run"),
     }
     (tmp_path / "grpo.yaml").write_text(yaml.safe_dump(settings))
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{config}.yaml", "recipes/grpo.py"]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{config}.yaml", *FREE_PORT, "recipes/grpo.py"]
     ended = subprocess.run(
         [sys.executable, *launcher, "--config", str(tmp_path / "grpo.yaml")],
         cwd=ROOT,
