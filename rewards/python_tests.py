@@ -1,11 +1,11 @@
 """Whether generated Python passes tests, run in a fresh process with limits."""
 
+import ast
 import contextlib
 import json
 import os
 import re
 import secrets
-import select
 import shutil
 import signal
 import subprocess
@@ -14,6 +14,7 @@ import tempfile
 import textwrap
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from rlseq.scoring import reward
 from rlseq.scoring.distance import as_list
@@ -44,9 +45,13 @@ def python_tests(
     environment. Its whole process group is killed at the end. Leaving early (sys.exit, os._exit) passes no test. Use
     `workers` to run several at once.
 
-    **This is no sandbox for hostile code.** Without bubblewrap the user's files can be read and written, and tests
-    run beside the code that they test: code that sets out to pass them without solving the task can. A report that
-    cannot be true passes no test. For code from anyone but your own model, run the whole training in a container.
+    Of a test `assert EXPRESSION == LITERAL` the process is given the expression alone and tells its value, in plain
+    types; the comparison is made here, so neither an object that is equal to everything nor a forged report passes it.
+
+    **This is no sandbox for hostile code.** Without bubblewrap the user's files can be read and written, and tests of
+    any other form run beside the code that they test: code that sets out to pass them without solving the task can. A
+    report that cannot be true passes no test. For code from anyone but your own model, run the whole training in a
+    container.
 
     Details: passed, tests, and how the process ended ("finished", "timeout", or what went wrong).
     """
@@ -58,9 +63,10 @@ def python_tests(
     nonce = secrets.token_hex(16)
     limits = {"code": code, "seconds": seconds, "memory": memory, "file_size": file_size}
     with tempfile.TemporaryDirectory(prefix="rlseq-tests-", ignore_cleanup_errors=True) as folder:
-        task = _packed(limits) + _packed({"tests": statements, "nonce": nonce})
+        asked = [_split(statement) for statement in statements]
+        task = _packed(limits) + _packed({"tests": [test for test, _ in asked], "nonce": nonce})
         report, ended = _run(task, folder, seconds)
-    passed, ended = _read_report(report, nonce, len(statements), ended)
+    passed, ended = _read_report(report, nonce, asked, ended)
     return passed / len(statements), {"passed": passed, "tests": len(statements), "ended": ended}
 
 
@@ -69,14 +75,60 @@ def _packed(part: dict) -> bytes:
     return len(data).to_bytes(8, "big") + data
 
 
-def _read_report(report: str, nonce: str, tests: int, ended: str) -> tuple[int, str]:
+def _split(test: str) -> tuple[tuple[str, str], Any]:
+    """((kind, code), expected value): of `assert EXPRESSION == LITERAL` the expression and, kept here, the literal."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        (statement,) = ast.parse(test).body
+        comparison = getattr(statement, "test", None) if isinstance(statement, ast.Assert) else None
+        if isinstance(comparison, ast.Compare) and [type(op) for op in comparison.ops] == [ast.Eq]:
+            sides = [comparison.left, comparison.comparators[0]]
+            for side, other in (sides[::-1], sides):
+                constants = [node.value for node in ast.walk(side) if isinstance(node, ast.Constant)]
+                if not any(isinstance(value, complex) or value is ... for value in constants):  # no report holds these
+                    with contextlib.suppress(ValueError, TypeError):
+                        return ("value", ast.unparse(other)), ast.literal_eval(side)
+    return ("statement", test), None
+
+
+def _read_report(report: str, nonce: str, asked: list, ended: str) -> tuple[int, str]:
     """How many tests passed, and how it ended; what the process cannot have said truthfully counts as none."""
     if not report:
         return 0, ended
-    found = re.fullmatch(rf"{nonce} (\d{{1,9}}) (.*)", report, re.DOTALL | re.ASCII)
-    if found is None or int(found[1]) > tests or (int(found[1]) < tests) == (found[2] == "finished"):
+    passed = 0
+    try:
+        told = json.loads(report)
+        if told["nonce"] != nonce:
+            raise ValueError
+        ended, results = str(told["ended"])[:1000], told["results"]
+        if not results and " in the code" in ended:
+            return 0, ended
+        for ((kind, _), expected), result in zip(asked, results, strict=True):
+            if result is None:
+                continue
+            found = json.loads(result)
+            if (kind == "value") != isinstance(found, dict) or (kind != "value" and found != "passed"):
+                raise ValueError
+            if kind != "value" or _value(found["value"]) == expected:
+                passed += 1
+            else:
+                ended = f"AssertionError in a test: it gave {found['value']!r}"[:1000]
+        if (passed < len(asked)) == (ended == "finished"):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
         return 0, "a report that is not the runner's"
-    return int(found[1]), found[2].strip()
+    return passed, ended
+
+
+def _value(told: Any) -> Any:
+    """What the runner's `_plain` wrote."""
+    if not isinstance(told, dict):
+        return told
+    ((kind, content),) = told.items()
+    if kind in ("float", "bytes"):
+        return float.fromhex(content) if kind == "float" else bytes.fromhex(content)
+    if kind == "dict":
+        return {_value(key): _value(item) for key, item in content}
+    return {"tuple": tuple, "list": list, "set": frozenset}[kind](map(_value, content))
 
 
 def _hidden(folder: str) -> list[str]:
@@ -106,16 +158,15 @@ def _works(bwrap: str) -> bool:
 
 def _run(task: bytes, folder: str, seconds: float) -> tuple[str, str]:
     """Run the task; return what it reported, and how its process ended."""
-    read_end, write_end = os.pipe()
-    try:
+    with tempfile.TemporaryFile() as report:  # not a pipe, which is full at 64 KiB
         process = subprocess.Popen(
-            [*_hidden(folder), sys.executable, "-I", str(_RUNNER), str(write_end)],
+            [*_hidden(folder), sys.executable, "-I", str(_RUNNER), str(report.fileno())],
             cwd=folder,
             env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HOME": folder},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=[write_end],
+            pass_fds=[report.fileno()],
             start_new_session=True,
         )
         try:
@@ -127,8 +178,5 @@ def _run(task: bytes, folder: str, seconds: float) -> tuple[str, str]:
             with contextlib.suppress(ProcessLookupError):  # all of it has ended already
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        ready = select.select([read_end], [], [], 0)[0]
-        return os.read(read_end, 4096).decode(errors="replace") if ready else "", ended
-    finally:
-        os.close(read_end)
-        os.close(write_end)
+        report.seek(0)
+        return report.read().decode(errors="replace"), ended

@@ -14,13 +14,13 @@ import pytest
 from rlseq.scoring.find import find
 
 FORGED = """
-import os, sys
+import json, os, sys
 frame = sys._getframe(1)
 while frame.f_code.co_name != "main":
     frame = frame.f_back
 {when}
     v = frame.f_locals
-    os.write(v["descriptor"], f'{{v["task"]["nonce"]}} {report}'.encode())
+    os.write(v["descriptor"], json.dumps(dict({report}, nonce=v["task"]["nonce"])).encode())
     os._exit(0)
 """
 SHUT_IN = pytest.mark.skipif(
@@ -46,11 +46,67 @@ def python_tests(code, tests=("assert f(2) == 4", "assert f(3) == 9")):
     return find("python_tests", Path("/nowhere")).function(code, list(tests), seconds=5)
 
 
-@pytest.mark.parametrize("report", ["1000 finished", "-1000 finished", "xx x", "1 finished", "2 x", "", "1e1 x"])
+@pytest.mark.parametrize(
+    "report",
+    [
+        {},
+        {"ended": "finished"},
+        {"ended": "finished", "results": []},
+        {"ended": "finished", "results": 2},
+        {"ended": "finished", "results": [None, None]},
+        {"ended": "finished", "results": ['"passed"'] * 2},
+        {"ended": "finished", "results": ['"passed"'] * 1000},
+        {"ended": "finished", "results": ['{"value": {"list": 1}}'] * 2},
+        {"ended": "x", "results": ['{"value": 4}', '{"value": 9}', '{"value": 9}']},
+    ],
+)
 @pytest.mark.parametrize("when", ["if True:", "def f(x):"])
 def test_a_report_that_cannot_be_true_counts_against_the_completion(report, when):
     value, details = python_tests(FORGED.format(when=when, report=report))
     assert (value, details["passed"]) == (0.0, 0)
+
+
+@pytest.mark.parametrize("base", ["object", "int", "list", "dict"])
+def test_an_object_that_is_equal_to_everything_passes_no_test_of_a_value(base):
+    code = f"class E({base}):\n    __eq__ = lambda *_: True\n    __hash__ = {base}.__hash__\ndef f(x): return E()"
+    assert python_tests(code)[0] == 0.0
+    assert python_tests(code, ["assert 4 == f(2)", "assert [1] == f(2)", "assert f(2) == {1: 2}"])[0] == 0.0
+
+
+VALUES = {
+    "7": "7",
+    "-7": "-7",
+    "True": "1",
+    "0.1 + 0.2": "0.30000000000000004",
+    "float('inf')": "1e999",
+    "'\\ud800é'": "'\\ud800é'",
+    "b'\\x00'": "b'\\x00'",
+    "None": "None",
+    "[1, (2, {'a': {3}})]": "[1, (2, {'a': {3}})]",
+    "{frozenset({1}), (2, 3)}": "{(2, 3)} ",
+    "__import__('collections').Counter('aab')": "{'b': 1, 'a': 2}",
+    "__import__('collections').namedtuple('P', 'x y')(1, 2)": "(1, 2)",
+    "__import__('numpy').int64(7)": "7",
+    "__import__('fractions').Fraction(1, 2)": "0.5",
+    "__import__('decimal').Decimal(4)": "4",
+    "{'a': 1}.keys()": "{'a'}",
+    "list(range(20000))": repr(list(range(20000))),
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_values_are_compared_as_python_compares_them(value):
+    expected = VALUES[value]
+    equal = eval(value) == eval(expected)
+    code = f"def f(x): return {value}"
+    assert python_tests(code, [f"assert f(0) == {expected}", f"assert {expected} == f(0), 'why'"])[0] == float(equal)
+    assert python_tests(code, ["assert f(0) == [1, [2, {'a': {3}}]]", "assert f(0) == '7'"])[0] == 0.0
+
+
+def test_a_value_that_is_too_long_to_be_told_fails_its_test_alone():
+    code = "def f(x): return [0] * x"
+    value, details = python_tests(code, ["assert f(10**6) == 1", "assert f(2) == [0, 0]"])
+    assert value == 0.5 and "too long" in details["ended"]
 
 
 @pytest.mark.parametrize("builtin", ["exec", "compile"])
