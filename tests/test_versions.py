@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
+import sys
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -54,14 +56,51 @@ def test_checkpointing_is_the_same_under_each_name_that_transformers_has(kind, g
         assert {other: getattr(config, other) for other in names} == dict.fromkeys(names, given)
 
 
-DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DECLARED, EXTRAS = PROJECT["dependencies"], PROJECT["optional-dependencies"]
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}  # of packages that are called otherwise
 
 
 @pytest.mark.parametrize("dependency", DECLARED)
 def test_each_dependency_has_a_lowest_version_and_imports_beside_the_others(dependency):
     name = re.fullmatch(r"([a-z0-9_-]+)>=[0-9.]+(,<[0-9.]+)?", dependency)[1]
-    module = {"pyyaml": "yaml"}.get(name, name)
+    module = MODULES.get(name, name)
     assert importlib.import_module(module).__name__ == module
+
+
+def modules_of(dependencies):
+    names = [re.match(r"[A-Za-z0-9_-]+", dependency)[0] for dependency in dependencies]
+    return {MODULES.get(name, name.replace("-", "_")) for name in names}
+
+
+def imported(file):
+    """Packages that a file imports, at its top or inside a function; Python's own and rlseq are left out."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"rlseq"}
+
+
+def test_every_import_is_declared():
+    of_users = {"vllm"}  # TRL's own extra; imported where the user installed it
+    allowed = {
+        "rlseq": modules_of(DECLARED + EXTRAS["tracking"]) | of_users,
+        "rewards": modules_of(DECLARED + EXTRAS["text"] + EXTRAS["math"] + EXTRAS["judge"]),
+        "recipes": modules_of(DECLARED + EXTRAS["g2p"]),
+    }
+    files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in allowed}
+    undeclared = {
+        str(file.relative_to(ROOT)): sorted(names)
+        for folder in files
+        for file in files[folder]
+        if (names := imported(file) - allowed[folder])
+    }
+    assert undeclared == {}
+    used = set().union(*(imported(file) for folder in files for file in files[folder]))
+    assert modules_of(DECLARED) - used == set()  # nothing is declared and not imported
 
 
 def test_the_core_of_the_suite_is_files_that_are_there():
