@@ -1,4 +1,7 @@
-"""docs/rewards.md, run: its files are written, its sessions replayed, its tables compared with the code."""
+"""docs/rewards.md, run: its files are written, its sessions replayed, its tables compared with the code.
+
+The table of docs/bundled-rewards.md is compared too.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def table(heading):
+def table(heading, text=TEXT):
     """Rows of the first table whose header starts with these cells, as lists of cells."""
-    lines = TEXT[TEXT.index(heading) :].splitlines()[2:]
+    lines = text[text.index(heading) :].splitlines()[2:]
     rows = []
     for line in lines:
         if not line.startswith("|"):
@@ -75,7 +78,8 @@ def test_the_commands_of_the_page_print_what_it_shows(page_folder, capsys):
 
 
 def test_the_page_lists_every_bundled_reward_as_it_is():
-    rows = {row[0].strip("`"): row[1:3] for row in table("| name | range | extra | value |")}
+    text = PAGE.with_name("bundled-rewards.md").read_text(encoding="utf-8")
+    rows = {row[0].strip("`"): row[1:3] for row in table("| name | range | extra | value |", text)}
     for path in bundled_folder().glob("[!_]*.py"):
         about = describe_file(path)
         limits = "-" if about["range"] is None else "{:g} to {:g}".format(*about["range"])
