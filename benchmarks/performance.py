@@ -105,7 +105,7 @@ def settings(folder: str, **changes: Any) -> dict[str, Any]:
 
 def ours(folder: str, model: Any, tokenizer: Any, prompts: list[Prompt], **changes: Any) -> GRPOTrainer:
     suite = load_rewards(["phoneme_accuracy"])
-    return GRPOTrainer(model, GRPOConfig(**settings(folder, **changes)), prompts, suite, tokenizer)
+    return GRPOTrainer(model, suite, GRPOConfig(**settings(folder, **changes)), prompts, processing_class=tokenizer)
 
 
 def theirs(folder: str, model: Any, tokenizer: Any, prompts: list[Prompt], **changes: Any) -> trl.GRPOTrainer:

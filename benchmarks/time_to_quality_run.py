@@ -193,7 +193,7 @@ def build(
     if side == "rlseq":
         suite = load_rewards(["json_fields"])
         prompts = build_prompts(rows, tokenizer)
-        return GRPOTrainer(model, GRPOConfig(**common), prompts, suite, tokenizer, peft_config=adapter)
+        return GRPOTrainer(model, suite, GRPOConfig(**common), prompts, processing_class=tokenizer, peft_config=adapter)
 
     def trl_json_fields(completions: list[list[dict[str, str]]], record: list[str], **_: Any) -> list[float]:
         """`json_fields` in TRL's form. Records are JSON, since Arrow would give each the keys of all."""

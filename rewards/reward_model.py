@@ -28,9 +28,24 @@ def reward_model(
     there is one. Texts over `max_length` tokens (by default the model's own limit) lose their start, so
     that the answer stays.
     """
+    network, tokenizer = _load(model, dtype, device)
+    sizes = {"batch_size": batch_size, "max_length": max_length, "label": label}
+    return scores_of(network, tokenizer, prompts, completions, messages, **sizes)
+
+
+def scores_of(
+    network: Any,
+    tokenizer: Any,
+    prompts: list[Any],
+    completions: list[str],
+    messages: list[Any],
+    batch_size: int = 8,
+    max_length: int | None = None,
+    label: int = 0,
+) -> list[float]:
+    """As `reward_model` scores, by a model and tokenizer that are loaded already."""
     import torch
 
-    network, tokenizer = _load(model, dtype, device)
     # of some models (RoBERTa) the tokenizer alone knows: they have more positions than they can use
     limit = max_length or min(
         getattr(network.config, "max_position_embeddings", None) or _ANY, tokenizer.model_max_length
@@ -45,7 +60,7 @@ def reward_model(
             batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt")
             logits = network(**batch.to(network.device)).logits  # (rows, labels)
             if not 0 <= label < logits.shape[-1]:
-                raise ValueError(f"label is {label}, but {model} has {logits.shape[-1]} labels")
+                raise ValueError(f"label is {label}, but the model has {logits.shape[-1]} labels")
             scores += logits[:, label].float().tolist()
     return scores
 
@@ -63,16 +78,29 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rlseq.pretrained import load_tokenizer, load_weights
+    from rlseq.pretrained import load_weights
 
-    tokenizer = load_tokenizer(model, "the tokenizer of a reward model", padding_side="right")
+    tokenizer = load_tokenizer(model)
     todo = "Give a trained sequence-classification model"
     network = load_weights(
         model, what="a reward model", kind=AutoModelForSequenceClassification, dtype=dtype, todo=todo
     )
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return prepared(network.to(place), tokenizer), tokenizer
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a reward model, with a token to pad with."""
+    from rlseq.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(model, "the tokenizer of a reward model", padding_side="right")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prepared(network: Any, tokenizer: Any) -> Any:
+    """A sequence-classification model as it scores: it finds the last token by the padding's id."""
     if network.config.pad_token_id is None:
-        network.config.pad_token_id = tokenizer.pad_token_id  # the model finds the last token by it
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return network.to(place).eval().requires_grad_(False), tokenizer
+        network.config.pad_token_id = tokenizer.pad_token_id
+    return network.eval().requires_grad_(False)

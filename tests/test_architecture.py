@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "beginnings": LEAVES | {"attention", "fixed_shape", "kv_cache", "packing"},
     **{room: LEAVES | {"beginnings", "decoding", "kv_cache", "layout", "likelihood", "packing"} for room in DRAWING},
     "doctor": LOWER,
-    "training": LOWER | {"doctor"},
+    "training": LOWER | {"doctor", "evaluation.during"},
     "evaluation": LOWER | {"doctor"},
 }
 # On top: commands use whatever they show, by its public names.

@@ -12,7 +12,6 @@ from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 from transformers import TrainerCallback
 
 from rlseq.data import build_prompts
-from rlseq.scoring import load_rewards
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.callbacks import MetricsWriter
 from rlseq.training.config import PPOConfig
@@ -53,10 +52,10 @@ def ppo(path, **settings):
     tokenizer = tiny_tokenizer()
     return PPOTrainer(
         start_of(path),
+        shares_letters,
         PPOConfig(**{**common, **settings}),
         build_prompts(ROWS, tokenizer),
-        load_rewards([shares_letters]),
-        tokenizer,
+        processing_class=tokenizer,
         rollouts_dir=path / "rollouts",
     )
 

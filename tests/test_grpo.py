@@ -14,7 +14,6 @@ from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 
 from rlseq.data import build_prompts
 from rlseq.errors import ConfigError, RewardError
-from rlseq.scoring import load_rewards
 from rlseq.training.config import GRPOConfig
 from rlseq.training.grpo import GRPOTrainer
 
@@ -304,6 +303,7 @@ def chat_trainer(path, rendered, given):
     rows = [{"prompt": [{"role": "user", "content": letter}]} for letter in "abcd"]
     return GRPOTrainer(
         chat_model(tokenizer),
+        lambda completion: float(len(completion)),
         GRPOConfig(
             output_dir=str(path),
             per_device_train_batch_size=8,
@@ -313,8 +313,7 @@ def chat_trainer(path, rendered, given):
             chat_template_kwargs=given,
         ),
         build_prompts(rows, tokenizer, chat_template_kwargs=rendered),
-        load_rewards([lambda completion: float(len(completion))]),
-        tokenizer,
+        processing_class=tokenizer,
     )
 
 

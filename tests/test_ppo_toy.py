@@ -8,7 +8,6 @@ from toy import COMPLETIONS, ROWS, exact_logprobs, expected_reward, toy_model, t
 from transformers import AutoModelForCausalLM
 
 from rlseq.data import build_prompts
-from rlseq.scoring import load_rewards
 from rlseq.training.config import PPOConfig
 from rlseq.training.ppo import PPOTrainer
 
@@ -33,7 +32,7 @@ def toy_ppo(tmp_path, reward, model=None, **settings):
     fields = {"output_dir": str(tmp_path), "max_completion_length": 2, "use_cpu": True, "disable_tqdm": True}
     config = PPOConfig(**{**fields, **COMMON, **settings})
     prompts = build_prompts(ROWS, tokenizer)
-    return PPOTrainer(model or toy_model(), config, prompts, load_rewards([reward]), tokenizer)
+    return PPOTrainer(model or toy_model(), reward, config, prompts, processing_class=tokenizer)
 
 
 def exact_reward(trainer):

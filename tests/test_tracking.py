@@ -18,7 +18,6 @@ from tiny_task import ROWS, shares_letters, tiny_tokenizer
 
 from rlseq.data import build_prompts
 from rlseq.errors import ConfigError
-from rlseq.scoring import load_rewards
 from rlseq.training.config import GRPOConfig, SFTConfig
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.tracking import contrast_numbers, log_contrast, markdown_table
@@ -100,10 +99,10 @@ def trainer_for(path, report_to, **settings):
     tokenizer = tiny_tokenizer()
     return GRPOTrainer(
         tiny_model("llama", initializer_range=0.1),
+        [shares_letters, short],
         GRPOConfig(output_dir=str(path), **{**defaults, **settings}),
         build_prompts(ROWS, tokenizer),
-        load_rewards([shares_letters, short]),
-        tokenizer,
+        processing_class=tokenizer,
         rollouts_dir=path / "rollouts",
         probe=lambda model: {"quality": 0.5, "never_measured": NAN},
     )

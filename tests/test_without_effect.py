@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import trl
 from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer
 
@@ -35,7 +34,8 @@ def trainer_of(tmp_path, rewards=(one, ten), more=None, **given):
     tokenizer = tiny_tokenizer()
     suite = load_rewards(list(rewards))
     prompts = build_prompts(ROWS, tokenizer)
-    return rlseq.GRPOTrainer(tiny_model(), settings(tmp_path, **given), prompts, suite, tokenizer, **(more or {}))
+    more = {"processing_class": tokenizer, **(more or {})}
+    return rlseq.GRPOTrainer(tiny_model(), suite, settings(tmp_path, **given), prompts, **more)
 
 
 def test_reward_weights_of_the_settings_weigh_the_rewards(tmp_path):
@@ -48,7 +48,8 @@ def test_reward_weights_of_the_settings_weigh_the_rewards(tmp_path):
 def test_weights_of_the_suite_are_kept_and_leave_the_settings_alone(tmp_path):
     tokenizer, args = tiny_tokenizer(), settings(tmp_path)
     suite = load_rewards([one, ten], weights=[2.0, 0.5])
-    trainer = rlseq.GRPOTrainer(tiny_model(), args, build_prompts(ROWS, tokenizer), suite, tokenizer)
+    prompts = build_prompts(ROWS, tokenizer)
+    trainer = rlseq.GRPOTrainer(tiny_model(), suite, args, prompts, processing_class=tokenizer)
     assert trainer.suite.weights == [2.0, 0.5] and trainer.reward_weights.tolist() == [2.0, 0.5]
     assert args.reward_weights is None  # they serve another trainer with other rewards
 
@@ -84,36 +85,15 @@ def test_what_a_rollout_func_returns_beside_tokens_reaches_the_rewards(tmp_path)
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"reward_processing_classes": ["tokenizer"]}, "takes no reward_processing_classes"),
-        ({"eval_dataset": [{"prompt": "a"}]}, "takes no eval_dataset: give probe="),
-        ({"reward_funcs": one}, "takes no reward_funcs: give suite="),
-        ({"quantization_config": object()}, "takes no quantization_config"),
+        ({"reward_processing_classes": ["tokenizer"]}, "takes no reward_processing_classes: a reward model reads"),
+        ({"quantization_config": object()}, "takes no quantization_config: load the model by from_pretrained"),
+        ({"environment_factory": object}, "takes no environment_factory: name it in args.environment"),
+        ({"eval_dataset": ROWS, "probe": print}, "eval_dataset and probe both say what evaluate measures"),
     ],
 )
 def test_arguments_of_trl_without_effect_are_refused_with_what_to_give(tmp_path, more, words):
     with pytest.raises(ConfigError, match=words):
         trainer_of(tmp_path, more=more)
-
-
-def test_trl_settings_a_path_and_a_function_are_refused_by_name(tmp_path):
-    tokenizer = tiny_tokenizer()
-    good = {
-        "model": tiny_model(),
-        "args": settings(tmp_path),
-        "prompts": build_prompts(ROWS, tokenizer),
-        "suite": load_rewards([one]),
-        "tokenizer": tokenizer,
-    }
-    wrong = {
-        "model": ("path/of/a/model", "expected a loaded model"),
-        "args": (settings(tmp_path, trl.GRPOConfig), "expected an rlseq.GRPOConfig"),
-        "prompts": (ROWS, "expected Prompts"),
-        "suite": (one, "suite is a function; expected rlseq.load_rewards"),
-        "tokenizer": (None, "tokenizer is missing"),
-    }
-    for name, (value, words) in wrong.items():
-        with pytest.raises(ConfigError, match=words):
-            rlseq.GRPOTrainer(**{**good, name: value})
 
 
 def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
@@ -135,7 +115,6 @@ def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
         ({"kl_estimator": "k3"}, "no effect without beta above 0"),
         ({"data_seed": 3}, "follows from seed alone"),
         ({"max_tool_calling_iterations": 3}, "no effect without tools"),
-        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "no effect without beta"),
         ({"num_completions_to_print": 3}, "no effect without log_completions"),
         ({"per_device_eval_batch_size": 4}, "per_device_eval_batch_size is 4, which has no effect: evaluation is"),
         ({"eval_steps": 5}, "eval_steps is 5, which has no effect without eval_strategy steps"),
@@ -196,9 +175,7 @@ def test_settings_with_what_they_need_pass_and_defaults_pass(tmp_path):
 def test_ppo_refuses_the_settings_of_grpo_by_name(tmp_path):
     tokenizer = tiny_tokenizer()
     with pytest.raises(ConfigError, match=r"args is a rlseq\.GRPOConfig; expected an rlseq\.PPOConfig"):
-        rlseq.PPOTrainer(
-            tiny_model(), settings(tmp_path), build_prompts(ROWS, tokenizer), load_rewards([one]), tokenizer
-        )
+        rlseq.PPOTrainer(tiny_model(), one, settings(tmp_path), build_prompts(ROWS, tokenizer), None, tokenizer)
 
 
 KNOWN = {"greedy/wer": False, "greedy/right": True, "greedy/length": None}

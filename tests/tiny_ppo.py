@@ -10,7 +10,6 @@ from tiny_task import ROWS, shares_letters, tiny_tokenizer
 
 import rlseq.training.rollouts
 from rlseq.data import build_prompts
-from rlseq.scoring import load_rewards
 from rlseq.training.config import PPOConfig
 from rlseq.training.ppo import PPOTrainer
 from rlseq.types import Rollout
@@ -42,10 +41,10 @@ def tiny_ppo(
     tokenizer = tiny_tokenizer()
     trainer = PPOTrainer(
         model if model is not None else tiny_model(family, initializer_range=0.1),
+        list(rewards),
         ppo_settings(tmp_path, **settings),
         build_prompts(rows, tokenizer),
-        load_rewards(list(rewards)),
-        tokenizer,
+        processing_class=tokenizer,
         rollouts_dir=tmp_path / "rollouts",
         **(more or {}),
     )

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlseq.data import build_prompts
-from rlseq.scoring import load_rewards
 from rlseq.training.config import GRPOConfig
 from rlseq.training.grpo import GRPOTrainer
 
@@ -70,10 +69,10 @@ def tiny_trainer(
     tokenizer = tokenizer or tiny_tokenizer()
     return GRPOTrainer(
         model if model is not None else tiny_model(family, initializer_range=0.1),
+        list(rewards),
         GRPOConfig(**{**defaults, **settings}),
         build_prompts(rows, tokenizer),
-        load_rewards(list(rewards)),
-        tokenizer,
+        processing_class=tokenizer,
         rollouts_dir=tmp_path / "rollouts",
         peft_config=peft_config,
     )

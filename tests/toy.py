@@ -16,7 +16,6 @@ import rlseq.training.rollouts
 from rlseq.data import build_prompts
 from rlseq.decoding import Greedy
 from rlseq.sampler import sample
-from rlseq.scoring import load_rewards
 from rlseq.training.config import GRPOConfig
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.types import Rollout
@@ -67,10 +66,10 @@ def toy_trainer(tmp_path, *, model=None, rows=ROWS[:1], rewards=(table,), **sett
     settings.setdefault("per_device_train_batch_size", settings["num_generations"] * len(rows))
     trainer = GRPOTrainer(
         model if model is not None else toy_model(),
+        list(rewards),
         GRPOConfig(**settings),
         build_prompts(rows, tokenizer),
-        load_rewards(list(rewards)),
-        tokenizer,
+        processing_class=tokenizer,
     )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps

@@ -60,10 +60,10 @@ def main() -> None:
 
     trainer = GRPOTrainer(
         load_model(model_args),
+        task.suite,
         config,
         task.prompts,
-        task.suite,
-        task.tokenizer,
+        processing_class=task.tokenizer,
         rollouts_dir=directory.rollouts,
         probe=prepared.probe,
         peft_config=trl.get_peft_config(model_args),

@@ -28,6 +28,7 @@ from rlseq.training.models import named_alone
 from rlseq.training.recipe import Task, finish, load_task, prompt_options, say
 from rlseq.training.run_directory import RunDirectory
 from rlseq.training.tracking import log_contrast
+from rlseq.training.trainer_arguments import check_init_kwargs
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def prepare(
     Raises:
         RlseqError: it says what was given, what was expected and what to do.
     """
+    check_init_kwargs(config)
     during = config.eval_strategy != "no"
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
     measured, _ = measured_together(task.suite, task.eval_suite)

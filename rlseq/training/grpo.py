@@ -22,10 +22,10 @@ import datasets
 import torch
 import trl
 from accelerate.utils import gather_object
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from rlseq.data import reference_ids
 from rlseq.errors import ConfigError
@@ -33,7 +33,6 @@ from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
 from rlseq.packing import attention_of, supports_packing
 from rlseq.prompts import tokenize_prompts
 from rlseq.ranks import raise_on_all_ranks
-from rlseq.scoring import RewardSuite
 from rlseq.training.checks import check_group_rewards, check_prompts, check_router
 from rlseq.training.config import GRPOConfig
 from rlseq.training.environment import load_environment
@@ -55,8 +54,17 @@ from rlseq.training.rollout_log import rollout_records, write_rollouts
 from rlseq.training.rollouts import RolloutMixin
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.tracking import TrackingMixin
+from rlseq.training.trainer_arguments import (
+    check_generation,
+    model_of,
+    probe_of,
+    prompts_of,
+    refuse_not_served,
+    settings_of,
+    suite_of,
+    tokenizer_of,
+)
 from rlseq.training.vllm_cpu import vllm_on_cpu
-from rlseq.training.without_effect import check_arguments, weighted
 from rlseq.types import Prompt
 
 NAN = float("nan")
@@ -77,49 +85,72 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
 
 
 class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMixin, RolloutMixin, trl.GRPOTrainer):
-    """TRL's GRPOTrainer on `Prompt`s, `Rollout`s and a `RewardSuite`.
+    """TRL's GRPOTrainer with rlseq's rollouts, rewards, objectives and packed updates; a drop-in for it.
 
     Args:
-        model: the policy.
-        args: settings; every field of TRL's GRPOConfig keeps its meaning.
-        prompts: what to train on; `references` among their columns feed the reference loss.
-        suite: the rewards. Their weighted total is what is optimised and what is logged as `reward`; the weights are
-            the suite's, or those of `args.reward_weights`.
-        tokenizer: with left padding.
+        model: the policy: a path, a hub id or a loaded model.
+        reward_funcs: what scores completions: a function, the name of a reward, a reward file, a
+            sequence-classification model (path, hub id or loaded), a list of these, or a `RewardSuite`. Their weighted
+            total is optimised, and logged as `reward`; weights are those of `args.reward_weights` or the suite's.
+        args: an `rlseq.GRPOConfig`, or a `trl.GRPOConfig`, which keeps TRL's defaults; None: rlseq's defaults.
+        train_dataset: a `datasets.Dataset` with a column `prompt`, whose other columns rewards ask for by name, or a
+            list of `Prompt`s. `references` among the columns feed the reference loss.
+        eval_dataset: rows that `evaluate` measures the rewards on, by greedy decoding and by sampling; as
+            `train_dataset`. Its numbers are logged as `eval_greedy/NAME` and `eval_sample/NAME`.
+        processing_class: the model's tokenizer; None: that of the model's folder.
+        callbacks, optimizers, peft_config, tools, rollout_func: as TRL takes them. What a `rollout_func` returns beside
+            ids and log-probs are columns for the rewards.
+        reward_processing_classes, quantization_config, environment_factory: of TRL; refused, with what to do instead.
         rollouts_dir: every rollout is appended there, one file a generation round; None writes nothing.
-        probe: evaluates the model on held-out rows every `eval_steps`: called with it, returns numbers by name, equal
-            on every rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
-        **kwargs: `callbacks`, `optimizers`, `peft_config`, `tools` and `rollout_func`, as TRL takes them. What a
-            `rollout_func` returns beside ids and log-probs are columns for the rewards.
+        probe: measures the model in place of `eval_dataset`: called with it, returns numbers by name, equal on every
+            rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
 
     Raises:
-        ConfigError: an argument would have no effect, or does not fit; the message says what to give instead.
+        RlseqError: an argument would have no effect, or does not fit; the message says what to give instead.
     """
 
     settings = GRPOConfig
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: GRPOConfig,
-        prompts: list[Prompt] = (),
-        suite: RewardSuite | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        model: str | Path | torch.nn.Module,
+        reward_funcs: Any = None,
+        args: trl.GRPOConfig | None = None,
+        train_dataset: datasets.Dataset | list[Prompt] | None = None,
+        eval_dataset: datasets.Dataset | list[Prompt] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any = None,
+        *,
         rollouts_dir: Path | None = None,
         probe: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
-        **kwargs: Any,
     ):
-        check_arguments(model, args, prompts, suite, tokenizer, kwargs, self.settings)
-        suite = weighted(suite, args.reward_weights)
+        refuse_not_served(
+            {
+                "reward_processing_classes": reward_processing_classes,
+                "quantization_config": quantization_config,
+                "environment_factory": environment_factory,
+            }
+        )
+        args = settings_of(args, self.settings)
+        check_generation(args, tools, rollout_func)
+        suite = suite_of(reward_funcs, args)
         check_group_rewards(args, suite)
+        model = model_of(model, args)
+        tokenizer = tokenizer_of(processing_class, model, args)
+        prompts = prompts_of(train_dataset, tokenizer, args)
         check_prompts(args, prompts)
         check_router(args, model.config)
         check_tools(args, prompts)
-        if args.tools:
-            kwargs["tools"] = load_tools(args.tools)
-        if (environment := load_environment(args, prompts, suite)) is not None:
-            kwargs["environment_factory"] = environment
-        self.probe = probe
+        tools = load_tools(args.tools) if args.tools else tools
+        environment_factory = load_environment(args, prompts, suite)
+        self.probe = probe_of(eval_dataset, probe, tokenizer, suite, args)
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
@@ -131,6 +162,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions
         self._scores: Scores | None = None  # what the last forward gave
         self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
+        critic = self._build_critic(model, args)
         if args.disable_dropout:
             disable_dropout(model)  # TRL's own, afterwards, turns off that of adapters
         with reference_of(model), vllm_on_cpu(args, model):
@@ -139,11 +171,14 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
                 reward_funcs=[_name_only(name) for name in suite.names],
                 args=args,
                 train_dataset=training_rows(prompts),
-                eval_dataset=training_rows(prompts[:1])
-                if probe is not None
-                else None,  # a stand-in: the probe has its rows
+                eval_dataset=None if self.probe is None else training_rows(prompts[:1]),  # a stand-in: it has its rows
                 processing_class=tokenizer,
-                **kwargs,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+                tools=tools,
+                rollout_func=rollout_func,
+                environment_factory=environment_factory,
             )
         if not args.cast_lm_head_to_fp32:
             for one in (self.model, self.ref_model):
@@ -166,6 +201,15 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
                 "objective expected_accuracy sums the chances of references, but no prompt has one of at most "
                 f"max_completion_length ({args.max_completion_length}) tokens. Name their column (--reference_column)."
             )
+        if critic is not None:
+            self._add_critic(critic)
+
+    def _build_critic(self, model: PreTrainedModel, args: GRPOConfig) -> torch.nn.Module | None:
+        """What a subclass builds of the model as it was given, before TRL wraps it."""
+        return None
+
+    def _add_critic(self, critic: torch.nn.Module) -> None:
+        """Put what `_build_critic` built into the wrapped model."""
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """As `build_prompts` made them, which TRL's own does not where a prompt begins the answer."""

@@ -16,11 +16,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
 from rlseq.errors import ConfigError, ModelError
@@ -35,18 +34,16 @@ from rlseq.losses import (
     whiten,
 )
 from rlseq.packing import base_of
-from rlseq.scoring import RewardSuite
 from rlseq.scoring.outcome import TOKEN_REWARDS
 from rlseq.training.config import PPOConfig
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
-from rlseq.training.without_effect import check_arguments
-from rlseq.types import Prompt, ScoredRollout
+from rlseq.types import ScoredRollout
 
 
 class PPOTrainer(GRPOTrainer):
-    """PPO on `Prompt`s, `Rollout`s and a `RewardSuite`; arguments as `GRPOTrainer` takes them.
+    """PPO; arguments as `GRPOTrainer` takes them, with an `rlseq.PPOConfig` as `args`.
 
     The critic is the submodule `rlseq_critic` of the policy. It is saved to `checkpoint-N/critic/`, apart from the
     policy's weights.
@@ -54,23 +51,17 @@ class PPOTrainer(GRPOTrainer):
 
     settings = PPOConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: PPOConfig,
-        prompts: list[Prompt],
-        suite: RewardSuite,
-        tokenizer: PreTrainedTokenizerBase,
-        **kwargs: Any,
-    ):
-        check_arguments(model, args, prompts, suite, tokenizer, kwargs, self.settings)
+    def _build_critic(self, model: PreTrainedModel, args: PPOConfig) -> torch.nn.Module:
         critic = build_critic(model, args.critic, args.critic_name_or_path, trunk_gradient=args.critic_trunk_gradient)
         if args.disable_dropout:
             disable_dropout(critic)
         self._asks_values = False
         self._drift = torch.zeros(2)  # Σ of approx_kl and tokens, of the optimizer step under way
         self._round_is_over = False  # target_kl was passed: the other updates on these rollouts are left out
-        super().__init__(model, args, prompts, suite, tokenizer, **kwargs)
+        return critic
+
+    def _add_critic(self, critic: torch.nn.Module) -> None:
+        args = self.args
         if args.gradient_checkpointing and critic.backbone is not None:
             critic.backbone.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         if self.is_deepspeed_enabled and (args.critic_warmup_steps or args.target_kl is not None):

@@ -1,18 +1,13 @@
-"""What a user of TRL may give that would come to nothing here: it is refused, in one line, and never just accepted."""
+"""Settings that would come to nothing: each is refused, in one line, and never just accepted."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from rlseq.errors import ConfigError
-from rlseq.scoring import RewardSuite
-from rlseq.types import Prompt
 
 _MEASURES = "evaluation is the probe's, which measures what it was made with"
 _ORDER = "the order of the prompts follows from seed alone"
@@ -56,7 +51,6 @@ _OF_ROLLOUTS: tuple[_Row, ...] = (
     (("ref_model_",), "sync_ref_model", lambda c: c.sync_ref_model),
     (("sync_ref_model", "kl_estimator", "use_bias_correction_kl"), "beta above 0", lambda c: c.beta),
     (("use_bias_correction_kl",), "TRL's own KL (no kl_estimator)", lambda c: c.kl_estimator is None),
-    (("model_init_kwargs",), "beta above 0 (it is the reference's: the model is loaded already)", lambda c: c.beta),
     (("max_tool_calling_iterations",), "tools or an environment", lambda c: c.tools or c.environment),
     (
         ("num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"),
@@ -149,78 +143,3 @@ def _without_effect(settings: type, config: Any) -> dict[str, str]:
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-# Arguments of TRL's constructor that mean something else here, and what to give instead.
-_ELSEWHERE = {
-    "reward_funcs": "give suite=rlseq.load_rewards(reward_funcs)",
-    "train_dataset": "give prompts=rlseq.load_prompts(...), or build_prompts(rows, tokenizer)",
-    "processing_class": "give tokenizer=",
-    "eval_dataset": "give probe=, a callable that measures the model on held-out rows",
-    "reward_processing_classes": "a reward model reads text, by its own tokenizer: name it in load_rewards",
-    "quantization_config": "the model is loaded already: give it to from_pretrained",
-    "environment_factory": "give args.environment, which also brings its columns and its reward",
-}
-
-
-def check_arguments(
-    model: Any, args: Any, prompts: Any, suite: Any, tokenizer: Any, more: Mapping[str, Any], settings: type
-) -> None:
-    """Refuse what the trainer cannot use among its arguments; `settings` is the class that `args` must be of.
-
-    Raises:
-        ConfigError: names the first, and what to give instead.
-    """
-    for name, instead in _ELSEWHERE.items():
-        if more.get(name) is not None:
-            raise ConfigError(f"this trainer takes no {name}: {instead}")
-    if not isinstance(args, settings):
-        raise ConfigError(f"args is a {_kind(args)}; expected an rlseq.{settings.__name__}, which extends TRL's")
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model is {model!r:.80}; expected a loaded model (AutoModelForCausalLM.from_pretrained)")
-    if not isinstance(suite, RewardSuite):
-        raise ConfigError(f"suite is a {_kind(suite)}; expected rlseq.load_rewards([...])")
-    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, Prompt) for prompt in prompts):
-        raise ConfigError(f"prompts is a {_kind(prompts)}; expected Prompts (rlseq.load_prompts, or build_prompts)")
-    if tokenizer is None:
-        raise ConfigError("tokenizer is missing; expected the model's, with left padding")
-    if more.get("tools") and args.tools:
-        raise ConfigError("tools are given both to the trainer and in args.tools: give one of them")
-    if more.get("rollout_func") is not None:
-        own = {
-            f"objective {args.objective}": args.objective != "policy_gradient",
-            "advantage_baseline greedy": args.advantage_baseline == "greedy",
-            "reference_prefix": args.reference_prefix > 0,
-            "tools": bool(more.get("tools") or args.tools),
-            "environment": args.environment is not None,
-            "generation_kwargs": bool(args.generation_kwargs),
-        }
-        if named := [name for name, is_set in own.items() if is_set]:
-            raise ConfigError(f"rollout_func draws in place of the trainer, which then cannot serve {', '.join(named)}")
-
-
-def weighted(suite: RewardSuite, weights: Sequence[float] | None) -> RewardSuite:
-    """The suite with the weights of `GRPOConfig.reward_weights`, where those are given.
-
-    Raises:
-        ConfigError: they are not one a reward, or the suite has others of its own.
-    """
-    if weights is None or list(weights) == list(suite.weights):
-        return suite
-    if len(weights) != len(suite.names):
-        raise ConfigError(
-            f"reward_weights has {len(weights)} numbers for {len(suite.names)} rewards ({', '.join(suite.names)}); "
-            "expected one each"
-        )
-    if any(weight != 1 for weight in suite.weights):
-        raise ConfigError(
-            f"weights are given both in the suite ({suite.weights}) and in reward_weights ({list(weights)}): keep one"
-        )
-    suite = copy.copy(suite)
-    suite.weights = [float(weight) for weight in weights]
-    return suite
-
-
-def _kind(value: Any) -> str:
-    kind = type(value)
-    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}" if kind.__module__ != "builtins" else kind.__name__
