@@ -151,6 +151,7 @@ def measure_run(path: Path) -> dict[str, float | list[float]]:
     from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, matrix, quality_metrics
     from rlseq.evaluation.measure import measure_checkpoint
     from rlseq.evaluation.settings import ContrastSettings
+    from rlseq.evaluation.statistics import COMPLETION
     from rlseq.scoring import load_rewards
 
     torch.set_num_threads(1)
@@ -173,7 +174,7 @@ def measure_run(path: Path) -> dict[str, float | list[float]]:
             values[f"{strategy}/{name}"] = quality[name].aggregate(matrix(statistics, quality[name]))
     values["entropy"] = -values["sample/logprob"] / values["sample/length"]
     greedy = found.strategies["greedy"]
-    values["greedy_errors"] = [1.0 - row["exact_match"] for row in greedy]
+    values["greedy_errors"] = [1.0 - row[COMPLETION("exact_match")] for row in greedy]
     return values
 
 

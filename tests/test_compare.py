@@ -138,7 +138,7 @@ def test_a_repeated_name_is_a_method_in_results_and_report(place, tmp_path):
     assert results["comparisons"][: len(of_methods)] == of_methods
     base = results["models"]["base"]
     with (tmp_path / "per_example.jsonl").open() as file:
-        proven = [json.loads(line)["strategies"][f"exact_map:max_nodes={NODES}"]["mode:proven"] for line in file]
+        proven = [json.loads(line)["strategies"][f"exact_map:max_nodes={NODES}"]["mode/proven"] for line in file]
     known = int(np.reshape(proven, (4, len(ROWS))).all(0).sum())  # rows with a proven mode for all four
     assert 0 < known < len(ROWS)
     for c in of_methods:

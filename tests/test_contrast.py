@@ -104,7 +104,7 @@ def distance(a, b):
 def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
     results, out = measured
     assert json.loads((out / "results.json").read_text()) == results
-    assert results["schema"] == 2
+    assert results["schema"] == 3
     assert {"versions", "seed", "settings", "data"} <= set(results["signature"])
     assert results["signature"]["data"]["rows"] == results["rows"] == 5
     assert list(results["models"]) == ["one", "two"]

@@ -23,6 +23,7 @@ from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast
 from rlseq.evaluation.coverage import row_statistics, sign_changes
 from rlseq.evaluation.coverage_report import in_words
 from rlseq.evaluation.majority import win_chances
+from rlseq.evaluation.statistics import Statistic
 from rlseq.evaluation.studies import STUDIES
 from rlseq.sampler import sample
 from rlseq.scoring import load_rewards
@@ -91,12 +92,17 @@ def worth(choice):
         majority["count"] += chance * len(present) / len(mine)
     return {
         "pass": any(right for _, right, _ in choice),
-        "best:r": max(values, default=0.0),
-        "best_count:r": bool(values),
+        "best": max(values, default=0.0),
+        "best_count": bool(values),
         "majority_right": majority["right"],
-        "majority:r": majority["sum"],
-        "majority_count:r": majority["count"],
+        "majority": majority["sum"],
+        "majority_count": majority["count"],
     }
+
+
+def key_of(name, k):
+    of_reward = name in ("best", "best_count", "majority", "majority_count")
+    return Statistic("coverage", name, (k, "r") if of_reward else (k,))
 
 
 def statistics_of(samples, p=0.25):
@@ -120,12 +126,12 @@ A_ROW = [
 def test_statistics_are_means_over_every_choice(samples):
     found = statistics_of(samples)
     ks = [k for k in KS if k <= len(samples)]
-    assert {key.rpartition(":")[2] for key in found if key.startswith("best:")} == set(map(str, ks))
+    assert {key.params[0] for key in found if key.name == "best"} == set(ks)
     for k in ks:
         choices = [worth(choice) for choice in itertools.combinations(samples, k)]
         for name in choices[0]:
             expected = np.mean([choice[name] for choice in choices])
-            assert found[f"{name}:{k}"] == pytest.approx(expected, abs=1e-12), (name, k)
+            assert found[key_of(name, k)] == pytest.approx(expected, abs=1e-12), (name, k)
 
 
 SPACE = {("x", True, 1.0): 0.5, ("y", False, -0.5): 0.3, ("z", False, None): 0.2}
@@ -142,14 +148,14 @@ def test_estimates_are_unbiased_and_their_variance_is_known():
     every = [(statistics_of(drawn, p), chance) for drawn, chance in draws(n)]
     for k in (1, 2, 4):
         for name in worth(next(iter(draws(1)))[0]):
-            estimated = sum(chance * found[f"{name}:{k}"] for found, chance in every)
+            estimated = sum(chance * found[key_of(name, k)] for found, chance in every)
             truth = sum(chance * worth(drawn)[name] for drawn, chance in draws(k))
             assert estimated == pytest.approx(truth, abs=1e-12), (name, k)
         exact = 1 - (1 - p) ** k
-        spread = sum(chance * (found[f"pass:{k}"] - exact) ** 2 for found, chance in every)
-        assert every[0][0][f"exact:{k}"] == pytest.approx(exact, abs=1e-12)
-        assert every[0][0][f"variance:{k}"] == pytest.approx(spread, abs=1e-12)
-    assert every[0][0]["exact:256"] == 1 - 0.5**256
+        spread = sum(chance * (found[key_of("pass", k)] - exact) ** 2 for found, chance in every)
+        assert every[0][0][key_of("exact", k)] == pytest.approx(exact, abs=1e-12)
+        assert every[0][0][key_of("variance", k)] == pytest.approx(spread, abs=1e-12)
+    assert every[0][0][key_of("exact", 256)] == 1 - 0.5**256
 
 
 # a whole evaluation
@@ -210,8 +216,8 @@ def test_curves_are_means_over_every_choice_of_the_samples_drawn(measured, check
         expected = {
             "pass_at_k": np.mean([m["pass"] for m in judged]),
             "majority.exact_match": np.mean([m["majority_right"] for m in judged]),
-            "best_of_k.letters": sum(m["best:r"] for m in means) / sum(m["best_count:r"] for m in means),
-            "majority.letters": sum(m["majority:r"] for m in means) / sum(m["majority_count:r"] for m in means),
+            "best_of_k.letters": sum(m["best"] for m in means) / sum(m["best_count"] for m in means),
+            "majority.letters": sum(m["majority"] for m in means) / sum(m["majority_count"] for m in means),
         }
         for curve, value in expected.items():
             cell = found[curve][str(k)]

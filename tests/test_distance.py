@@ -17,11 +17,14 @@ from rlseq.decoding import Sample
 from rlseq.errors import ModelError
 from rlseq.evaluation.contrast import ContrastSettings, contrast, contrast_and_report
 from rlseq.evaluation.distance import DRAW, METRICS, Distance
+from rlseq.evaluation.statistics import Source
 from rlseq.evaluation.study import Context
 from rlseq.likelihood import divergence
 from rlseq.sampler import sample
 from rlseq.scoring import load_rewards
 from rlseq.types import Prompt
+
+DISTANCE = Source("distance")
 
 SETTINGS = ContrastSettings(
     strategies=("greedy",), max_new_tokens=LONGEST, samples_per_row=8, resamples=300, studies=("distance",)
@@ -114,9 +117,9 @@ def test_a_row_holds_the_sums_over_its_samples(direction, draw):
     groups = sample(p, prompts, draw=draw, **options)
     for row, prompt, group in zip(found, prompts, groups, strict=True):
         sums = sum(by_token(p, b, prompt.prompt_ids, r.completion_ids).sum(0) for r in group)
-        assert (row[f"{direction}|kl"], row[f"{direction}|plain"]) == pytest.approx(tuple(sums), abs=1e-9)
-        assert row[f"{direction}|tokens"] == sum(len(r.completion_ids) for r in group)
-        assert row[f"{direction}|samples"] == 8
+        kl, plain, tokens, samples = (row[DISTANCE(name, direction)] for name in ("kl", "plain", "tokens", "samples"))
+        assert (kl, plain) == pytest.approx(tuple(sums), abs=1e-9)
+        assert (tokens, samples) == (sum(len(r.completion_ids) for r in group), 8)
     assert sum(done) == len(prompts)
 
 
@@ -157,7 +160,7 @@ def test_estimates_agree_with_the_exact_kl_and_summing_over_the_vocabulary_lower
 def test_the_variance_ratio_is_that_of_the_row_means():
     plain, kl = np.array([1.0, 5.0, 3.0, 2.0]), np.array([2.0, 2.5, 3.0, 2.2])
     stats = np.stack([plain, plain**2, kl, kl**2, np.ones(4)], 1)
-    aggregate = METRICS["variance_ratio"].aggregate
+    aggregate = METRICS["forward", "variance_ratio"].aggregate
     assert aggregate(stats) == pytest.approx(np.var(plain) / np.var(kl))
     assert aggregate(stats) == pytest.approx(float(aggregate.from_sums(stats.mean(0))))
     assert np.isnan(aggregate(stats[:1]))
@@ -171,7 +174,7 @@ def silence(model, token):
 def test_a_token_that_both_rule_out_counts_nothing_and_one_that_one_alone_does_is_refused():
     p, b = (silence(model, 1) for model in toys())
     found = Distance().measure(context_of(p, b, prompts_of([PROMPT])))
-    assert found[0]["forward|kl"] > 0 and np.isfinite(found[0]["reverse|kl"])
+    assert found[0][DISTANCE("kl", "forward")] > 0 and np.isfinite(found[0][DISTANCE("kl", "reverse")])
     for model, base in ((toys()[0], b), (p, toys()[1])):
         with pytest.raises(ModelError, match="infinite KL"):
             Distance().measure(context_of(model, base, prompts_of([PROMPT] * 20)))

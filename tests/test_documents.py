@@ -28,6 +28,7 @@ from rlseq.evaluation.documents import (
     measure_documents,
     windows,
 )
+from rlseq.evaluation.statistics import rows_as_json, rows_from_json
 from rlseq.scoring import load_rewards
 
 ROOT = Path(__file__).parent.parent
@@ -399,7 +400,7 @@ def test_two_processes_code_each_document_once_and_have_the_same_numbers(tmp_pat
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     alone = measure_documents(byte_model(), byte_tokenizer(eos_token="<eos>"), TEXTS[:3], settings()).rows
-    for row, expected in zip(ranks[0], alone, strict=True):
+    for row, expected in zip(rows_from_json(ranks[0], "document"), alone, strict=True):
         assert row == pytest.approx(expected, rel=1e-9)
     texts = [json.loads((tmp_path / f"{rank}.texts").read_text()) for rank in (0, 1)]
     assert texts == [[TEXTS[0], TEXTS[2]], [TEXTS[1]]]
@@ -410,4 +411,4 @@ def measure_on_a_rank(folder: Path) -> None:
 
     rank = PartialState(cpu=True).process_index
     found = measure_documents(byte_model(), Watched(folder / f"{rank}.texts"), TEXTS[:3], settings())
-    (folder / f"{rank}.json").write_text(json.dumps(found.rows))
+    (folder / f"{rank}.json").write_text(json.dumps(rows_as_json(found.rows, "document")))

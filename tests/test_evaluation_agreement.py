@@ -17,9 +17,12 @@ from rlseq.evaluation import measure as module
 from rlseq.evaluation.contrast import ContrastSettings, contrast, contrast_and_report
 from rlseq.evaluation.measure import measure
 from rlseq.evaluation.references import agreement, agreement_rows, check_agreement
+from rlseq.evaluation.statistics import Source
 from rlseq.likelihood import TeacherForced
 from rlseq.scoring import load_rewards
 from rlseq.types import Rollout
+
+AGREEMENT = Source("agreement")
 
 ROOT = Path(__file__).parent.parent
 WORDS = ("a b", "c", "d e f a", "h", "b c", "g", "a a", "f e d c b", "c h", "e", "b", "g f")
@@ -165,7 +168,7 @@ def test_partings_are_judged_by_the_margin_where_they_begin(greedy, reason, righ
 @pytest.mark.parametrize(("disagree", "of", "fails"), [(1, 5, False), (2, 5, True), (2, 2000, False), (3, 2000, True)])
 def test_one_row_or_one_in_a_thousand_is_tolerated(disagree, of, fails):
     verdicts = ["disagree"] * disagree + ["agree"] * (of - disagree)
-    rows = [{"agreement:rows": 1.0, f"agreement:{verdict}": 1.0} for verdict in verdicts]
+    rows = [{AGREEMENT("rows"): 1.0, AGREEMENT(verdict): 1.0} for verdict in verdicts]
     keys = [f"row {i}" for i in range(of)]
     if fails:
         with pytest.raises(ConsistencyError, match=r"for example row 0, row 1"):
@@ -192,7 +195,7 @@ def disagree_on_a_rank(path: str, folder: Path) -> None:
     with load_rewards([letters]) as suite:
         found = measure(module.load_checkpoint("one", path), build_prompts(rows, tokenizer), tokenizer, suite, SETTINGS)
         greedy = found.strategies["greedy"]
-        wrong, right = ([i for i, row in enumerate(greedy) if row[f"agreement:{it}"]] for it in ("disagree", "agree"))
+        wrong, right = ([i for i, row in enumerate(greedy) if row[AGREEMENT(it)]] for it in ("disagree", "agree"))
         chosen = [rows[i] for i in (*wrong[:2], *right[:2])]  # processes take rows in turns
         with pytest.raises(ConsistencyError) as raised:
             contrast({"one": path}, chosen, suite, settings=SETTINGS, quiet=True)

@@ -21,6 +21,7 @@ from rlseq.evaluation.references import (
     likelihood_rows,
     solution_note,
 )
+from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD
 from rlseq.likelihood import score, teacher_force
 from rlseq.sampler import sample
 from rlseq.scoring import load_rewards
@@ -88,15 +89,15 @@ def test_the_chance_of_the_references_is_that_of_every_sequence_enumerated(text,
     forced = force_references(model, prompts, rows, every)
     found = generation_rows(strategy, forced, every, 2)
     for references, row in zip(rows[:-1], found, strict=False):
-        assert row["p_reference"] == pytest.approx(sum(chances[y] for y in references), rel=1e-9)
+        assert row[CHANCE("p_reference")] == pytest.approx(sum(chances[y] for y in references), rel=1e-9)
         never = [chances[y] == 0 for y in references]
-        assert (row["unreachable"], row["unreachable_references"]) == (all(never), sum(never))
-        assert (row["reference_rows"], row["references"]) == (1, len(references))
+        assert (row[CHANCE("unreachable")], row[CHANCE("unreachable_references")]) == (all(never), sum(never))
+        assert (row[CHANCE("reference_rows")], row[CHANCE("references")]) == (1, len(references))
     assert found[-1] == {}
     short = generation_rows(strategy, forced, every, 1)  # two tokens are cut: only the stop alone can be generated
-    assert short[len(ended)]["p_reference"] == pytest.approx(chances[STOP,], rel=1e-9)
-    assert short[len(ended)]["unreachable_references"] == len(ended) - (chances[STOP,] > 0)
-    assert short[len(ended) + 1]["unreachable"] == 1
+    assert short[len(ended)][CHANCE("p_reference")] == pytest.approx(chances[STOP,], rel=1e-9)
+    assert short[len(ended)][CHANCE("unreachable_references")] == len(ended) - (chances[STOP,] > 0)
+    assert short[len(ended) + 1][CHANCE("unreachable")] == 1
 
 
 def test_bytes_are_those_of_what_is_scored():
@@ -108,7 +109,8 @@ def test_bytes_are_those_of_what_is_scored():
     again = reference_texts(prompt, tiny_tokenizer(), [2])
     assert again == rows
     [row] = likelihood_rows([list(rows.values())], force_references(tiny_model(), [prompt], [list(rows)], []))
-    assert (row["references"], row["tokens"], row["bytes"]) == (2, 5, len("zebra") + len("zulu zulu"))
+    counts = [row[LIKELIHOOD(name)] for name in ("references", "tokens", "bytes")]
+    assert counts == [2, 5, len("zebra") + len("zulu zulu")]
 
 
 def test_some_warp_truncates_and_some_does_not():
@@ -217,15 +219,19 @@ def test_of_tied_logits_the_lowest_id_is_the_argmax_as_in_greedy_decoding():
 # what the tokens of completions say, and the note on solutions
 
 
+NGRAMS = COMPLETION("ngrams"), COMPLETION("repeated_ngrams")
+
+
 def test_repetition_and_the_closest_length_are_counted_by_hand():
     # 1 2 1 2 1 2 1: 4-grams 1212 2121 1212 2121, two of them distinct
-    assert completion_statistics([1, 2, 1, 2, 1, 2, 1], []) == {"ngrams": 4, "repeated_ngrams": 2}
-    assert completion_statistics([1, 1, 1], []) == {"ngrams": 0, "repeated_ngrams": 0}
+    assert completion_statistics([1, 2, 1, 2, 1, 2, 1], []) == dict(zip(NGRAMS, (4, 2), strict=True))
+    assert completion_statistics([1, 1, 1], []) == dict.fromkeys(NGRAMS, 0)
     lengths = [[0] * n for n in (9, 4, 6)]
     found = completion_statistics([1, 2, 3, 4, 5], lengths)  # 4 and 6 are equally close: the shorter
-    assert (found["compared_length"], found["closest_length"], found["ngrams"]) == (5, 4, 2)
-    assert completion_statistics([1] * 8, lengths)["closest_length"] == 9
-    assert completion_statistics([1] * 8, lengths)["repeated_ngrams"] == 4
+    names = ("compared_length", "closest_length", "ngrams")
+    assert [found[COMPLETION(name)] for name in names] == [5, 4, 2]
+    assert completion_statistics([1] * 8, lengths)[COMPLETION("closest_length")] == 9
+    assert completion_statistics([1] * 8, lengths)[COMPLETION("repeated_ngrams")] == 4
 
 
 def test_likelihoods_of_solutions_are_said_to_be_of_their_style():
@@ -238,25 +244,30 @@ def test_likelihoods_of_solutions_are_said_to_be_of_their_style():
     assert solution_note([], 0, ["rouge"]) is None
 
 
+def drawn(hits, p):
+    """A row of four samples, of which `hits` are references, with an exact chance p."""
+    return {COMPLETION("with_references"): 4.0, COMPLETION("exact_match"): hits, CHANCE("p_reference"): p}
+
+
 def test_the_drawn_share_is_compared_with_the_exact_chance_by_the_error_of_sampling():
-    rows = [{"with_references": 4.0, "exact_match": hits, "p_reference": p} for hits, p in ((3.0, 0.5), (0.0, 0.1))]
-    found = drawn_and_exact([*rows, {}, {"p_reference": 0.5}])  # a row without references, and one not drawn
+    rows = [drawn(hits, p) for hits, p in ((3.0, 0.5), (0.0, 0.1))]
+    found = drawn_and_exact([*rows, {}, {CHANCE("p_reference"): 0.5}])  # a row without references, and one not drawn
     # (3 − 2 + 0 − 0.4) / 8 and √(4 · 0.25 + 4 · 0.09) / 8
     assert found == {
         "difference": pytest.approx(0.075),
         "standard_error": pytest.approx(0.1457738),
         "agrees": True,
     }
-    never = [{"with_references": 4.0, "exact_match": 0.0, "p_reference": 0.0005}] * 200
+    never = [drawn(0.0, 0.0005)] * 200
     assert drawn_and_exact(never)["agrees"]  # 0.4 hits are expected: that there was none tells nothing
-    faulty = [{"with_references": 4.0, "exact_match": 0.0, "p_reference": 0.05}] * 200
+    faulty = [drawn(0.0, 0.05)] * 200
     assert not drawn_and_exact(faulty)["agrees"]
-    assert drawn_and_exact([{}, {"with_references": 4.0, "exact_match": 1.0}]) is None
+    assert drawn_and_exact([{}, {COMPLETION("with_references"): 4.0, COMPLETION("exact_match"): 1.0}]) is None
 
 
 def test_the_error_of_the_drawn_share_is_what_simulation_has():
     generator = np.random.default_rng(0)
     p = generator.uniform(0, 1, 30)
     simulated = generator.binomial(4, p, (20_000, 30))
-    rows = [{"with_references": 4.0, "exact_match": 0.0, "p_reference": chance} for chance in p]
+    rows = [drawn(0.0, chance) for chance in p]
     assert drawn_and_exact(rows)["standard_error"] == pytest.approx((simulated.sum(1) / 120).std(), rel=0.03)

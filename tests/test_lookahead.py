@@ -19,8 +19,11 @@ from rlseq.evaluation import lookahead as module
 from rlseq.evaluation.contrast import ContrastSettings, contrast, contrast_and_report
 from rlseq.evaluation.heads import PENALTIES, chosen_head, fit_head
 from rlseq.evaluation.lookahead import Lookahead
+from rlseq.evaluation.statistics import Source
 from rlseq.evaluation.study import Context
 from rlseq.scoring import load_rewards
+
+LOOKAHEAD = Source("lookahead")
 
 SETTINGS = ContrastSettings(strategies=("greedy",), max_new_tokens=2, resamples=100, studies=("lookahead",))
 WORDS = "ABCDEFG"
@@ -148,11 +151,11 @@ def test_states_are_those_of_a_plain_forward(family):
 
 def test_positions_and_sides_are_counted_by_hand(measured):
     _, rows, _ = measured
-    held_out = [row for row in rows if "held_out" in row]
-    assert len(held_out) + sum(row == {"fitted": 1.0} for row in rows) == len(rows)
+    held_out = [row for row in rows if LOOKAHEAD("held_out") in row]
+    assert len(held_out) + sum(row == {LOOKAHEAD("fitted"): 1.0} for row in rows) == len(rows)
     assert 4 <= len(held_out) <= 20
     for row in held_out:  # six letters and the stop: 7 positions see a next token, 4 see a fourth one
-        assert [row[f"{k}|count"] for k in (1, 2, 3, 4)] == [7, 6, 5, 4]
+        assert [row[LOOKAHEAD("count", k)] for k in (1, 2, 3, 4)] == [7, 6, 5, 4]
 
 
 def test_the_current_token_predicts_what_most_often_follows_it(measured):
@@ -163,7 +166,7 @@ def test_the_current_token_predicts_what_most_often_follows_it(measured):
     _, rows, _ = measured
     answers = [[*row["references"][0].split(), "stop"] for row in cycles()]
     pairs = [list(zip(["=", *answer[:-1]], range(len(answer)), strict=True)) for answer in answers]
-    held_out = [i for i, row in enumerate(rows) if "held_out" in row]
+    held_out = [i for i, row in enumerate(rows) if LOOKAHEAD("held_out") in row]
     for k in (1, 2, 3, 4):
         table = collections.defaultdict(collections.Counter)
         for i, answer in enumerate(answers):
@@ -177,20 +180,20 @@ def test_the_current_token_predicts_what_most_often_follows_it(measured):
                 best = [word for word, count in counts.items() if count == max(counts.values())]
                 least += best == [target]
                 most += target in best
-        right = sum(rows[i][f"{k}|current_token|right"] for i in held_out)
+        right = sum(rows[i][LOOKAHEAD("right", k, "current_token")] for i in held_out)
         assert least <= right <= most
-        assert most < sum(rows[i][f"{k}|count"] for i in held_out)  # the stop follows any letter
+        assert most < sum(rows[i][LOOKAHEAD("count", k)] for i in held_out)  # the stop follows any letter
 
 
 def test_the_own_head_is_the_models_next_token_loss(measured):
     model, rows, context = measured
     for row, prompt, (reference,) in zip(rows, context.prompts, context.references, strict=True):
-        if "held_out" in row:
+        if LOOKAHEAD("held_out") in row:
             with torch.no_grad():
                 logits = model(input_ids=torch.tensor([[*prompt.prompt_ids, *reference]]), use_cache=False).logits[0]
             table = logits[len(prompt.prompt_ids) - 1 : -1].double().log_softmax(-1)
             nll = -sum(table[t, token].item() for t, token in enumerate(reference))
-            assert row["1|own_head|nll"] == pytest.approx(nll, abs=1e-4)
+            assert row[LOOKAHEAD("nll", 1, "own_head")] == pytest.approx(nll, abs=1e-4)
 
 
 def test_a_state_that_holds_a_later_token_shows_it(monkeypatch):
@@ -212,14 +215,15 @@ def test_a_state_that_holds_a_later_token_shows_it(monkeypatch):
     monkeypatch.setattr(module, "_states", planted)
     found, _ = statistics(rows)
     for k in (1, 2, 3, 4):
-        right, count = (sum(row.get(f"{k}|{key}", 0) for row in found) for key in ("model|right", "count"))
+        keys = LOOKAHEAD("right", k, "model"), LOOKAHEAD("count", k)
+        right, count = (sum(row.get(key, 0) for row in found) for key in keys)
         assert right == count if k == 3 else right < count / 2
 
 
 def test_equal_prompts_fall_on_one_side_and_no_token_decides():
     rows = [{"prompt": row["prompt"], "references": [text]} for row in cycles(20) for text in ("A B C D", "E F G")]
     found, _ = statistics(rows)
-    sides = [set(row) & {"fitted", "held_out"} for row in found]
+    sides = [{key.name for key in row} & {"fitted", "held_out"} for row in found]
     assert all(sides[i] == sides[i + 1] for i in range(0, len(sides), 2))
     assert {side for pair in sides for side in pair} == {"fitted", "held_out"}
 
@@ -237,11 +241,11 @@ def test_random_weights_are_named_by_the_seed_and_leave_the_random_state():
 def test_differences_are_the_models_value_less_the_controls():
     def row(scale):
         values = {"model": 1.0, "random_weights": 3.0, "current_token": 2.0}
-        entry = {f"1|{head}|nll": value * scale for head, value in values.items()}
-        entry |= {f"1|{head}|right": (3 - value) for head, value in values.items()}
-        return entry | {"1|own_head|nll": 0.5, "1|count": 2.0, "held_out": 1.0}
+        entry = {LOOKAHEAD("nll", 1, head): value * scale for head, value in values.items()}
+        entry |= {LOOKAHEAD("right", 1, head): (3 - value) for head, value in values.items()}
+        return entry | {LOOKAHEAD("nll", 1, "own_head"): 0.5, LOOKAHEAD("count", 1): 2.0, LOOKAHEAD("held_out"): 1.0}
 
-    rows = {"a": [row(1.0), {"fitted": 1.0}, {}], "b": [row(2.0), {"fitted": 1.0}, {}]}
+    rows = {"a": [row(1.0), {LOOKAHEAD("fitted"): 1.0}, {}], "b": [row(2.0), {LOOKAHEAD("fitted"): 1.0}, {}]}
     block = Lookahead().results(rows, SETTINGS)
     assert (block["rows_fitted"], block["rows_held_out"]) == (1, 1)
     found = block["models"]["a"]["1"]

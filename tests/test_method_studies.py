@@ -17,6 +17,7 @@ from rlseq.evaluation.distance import Distance
 from rlseq.evaluation.ranking import Ranking
 from rlseq.evaluation.seeds import crossed_bootstrap_many, difference, pair_draws
 from rlseq.evaluation.sharpening import Sharpening
+from rlseq.evaluation.statistics import Statistic, rows_from_json
 from rlseq.evaluation.stats import MeanOf
 from rlseq.scoring import load_rewards
 
@@ -34,7 +35,8 @@ def students(values, cell, tolerance):
 
 def ranked(rewards, right=(0.0, 1.0, 0.0, 1.0)):
     """Eight equal rows of four completions in rising order of log-prob."""
-    return [{"s|logprob": [-4.0, -3.0, -2.0, -1.0], "s|reward:r": list(rewards), "s|right": list(right)}] * 8
+    values = {'logprob["s"]': [-4.0, -3.0, -2.0, -1.0], 'reward["s", "r"]': rewards, 'right["s"]': right}
+    return rows_from_json([{text: list(found) for text, found in values.items()}] * 8, "ranking")
 
 
 def test_ranking_of_a_method_is_the_mean_over_seeds_with_students_interval():
@@ -76,9 +78,10 @@ def test_the_divergence_of_a_method_is_the_mean_over_seeds_with_students_interva
     def rows(kl):
         sums = {"kl": 2 * kl, "plain": 2 * kl, "tokens": 6.0, "samples": 2.0, "one": 1.0}
         sums |= {f"{n}_{m}": kl for n in ("plain", "kl") for m in ("mean", "square")}
-        return [{f"{d}|{name}": value for d in ("forward", "reverse") for name, value in sums.items()}] * 4
+        keys = [(Statistic("distance", n, (d,)), value) for d in ("forward", "reverse") for n, value in sums.items()]
+        return [dict(keys)] * 4
 
-    base = [{"itself": 1.0}] * 4
+    base = [{Statistic("distance", "itself"): 1.0}] * 4
     found = {"base": base, **{f"rl#{i}": rows(kl) for i, kl in enumerate(kls)}, "x#1": base, "x#2": rows(1.0)}
     block = Distance().results(found, MANY)
     assert set(block["methods"]) == {"rl"}  # a seed of x is the first model itself

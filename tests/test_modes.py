@@ -19,8 +19,11 @@ from rlseq.evaluation import plots
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.modes import add_mode_statistics, mode_results
 from rlseq.evaluation.report import make_headline
+from rlseq.evaluation.statistics import COMPLETION, Source
 from rlseq.scoring import load_rewards
 from rlseq.search import exact_map
+
+MODE = Source("mode")
 
 ROWS = [
     {"prompt": "a b = ", "references": ["A B", "A"]},
@@ -126,7 +129,7 @@ def test_statistics_of_modes_are_counted_row_by_row():
     add_mode_statistics(
         rows, "exact_map", {"greedy": greedy, "exact_map": exact}, [True, True, False, False], stop_ids=[EOS]
     )
-    keys = ("mode:searched", "mode:proven", "mode:logprob", "mode:empty", "mode:is:greedy", "mode:error:greedy")
+    keys = [*map(MODE, ("searched", "proven", "logprob", "empty")), MODE("is", "greedy"), MODE("error", "greedy")]
     assert [[row.get(key) for key in keys] for row in rows] == [
         [1, 1, -1.0, 1, 1, 0],
         [1, 1, -0.5, 0, 0, 0],  # another completion, as likely up to rounding: no search error
@@ -139,14 +142,14 @@ def test_statistics_of_modes_are_counted_row_by_row():
     # proven 2 of 4; of the proven: log-prob (−1 − 0.5) / 2, empty 1 of 2, greedy's 1 of 2; errors 2 of 4
     values = [block["proven"], block["logprob"], block["empty"], block["is_mode"]["greedy"]]
     assert [cell["value"] for cell in [*values, block["search_errors"]["greedy"]]] == [0.5, -0.75, 0.5, 0.5, 0.5]
-    assert mode_results([{"samples": 1.0}], {}, seed=0, resamples=50) is None
+    assert mode_results([{COMPLETION("samples"): 1.0}], {}, seed=0, resamples=50) is None
 
 
 def test_an_empty_text_that_is_not_a_stop_alone_is_no_empty_mode():
     rows = [{}]
     best = dataclasses.replace(said("A"), text="")  # a special token that is not decoded
     add_mode_statistics(rows, "exact_map", {"exact_map": [[best]]}, [True], stop_ids=[EOS])
-    assert rows[0]["mode:empty"] == 0
+    assert rows[0][MODE("empty")] == 0
 
 
 def proven_prompts(path, nodes):

@@ -12,7 +12,7 @@ from test_during import make_probe, policy
 from rlseq import load_rewards
 from rlseq.errors import ConfigError, RewardError
 from rlseq.evaluation.contrast import check_settings, contrast_and_report
-from rlseq.evaluation.names import Names, statistic
+from rlseq.evaluation.names import Names
 from rlseq.evaluation.plots import file_names
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import sections
@@ -79,8 +79,6 @@ def test_names_of_a_suite_are_all_different_whatever_its_rewards_are_called():
         names = Names.of(suite)
     every = [*names.rewards.values(), *names.corpus.values()]
     assert len(set(every)) == len(every) == 6
-    parts = [("a", "b:sum"), ("a:b", "sum"), ("a'", "b"), ("a", "'b")]
-    assert len({statistic("corpus", *part) for part in parts}) == len(parts)
 
 
 def test_the_share_that_a_reward_failed_on_is_no_other_rewards_number():

@@ -15,8 +15,11 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation import prefixes as module
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.prefixes import Prefixes
+from rlseq.evaluation.statistics import Source
 from rlseq.evaluation.study import Context
 from rlseq.scoring import load_rewards
+
+PREFIXES = Source("prefixes")
 
 ROWS = [
     {"prompt": "a b = ", "references": ["A B C", "A"]},
@@ -93,7 +96,7 @@ def test_entropies_are_those_of_plain_forwards_over_the_whole_vocabulary(measure
     own = iter(own)
     for row, references in enumerate(REFERENCES):
         if not references:
-            assert rows[row] == {"no_reference": 1.0}
+            assert rows[row] == {PREFIXES("no_reference"): 1.0}
             continue
         for side, sequences in (("gold", references), ("own", [r.completion_ids for r in next(own)])):
             by_position = defaultdict(list)
@@ -101,10 +104,11 @@ def test_entropies_are_those_of_plain_forwards_over_the_whole_vocabulary(measure
                 table = next_logprobs(model, PROMPTS[row].prompt_ids, ids)
                 for t, logprobs in enumerate(table):
                     by_position[t].append(-(logprobs.exp() * logprobs).sum().item())
-            found = rows[row][f"entropy|{side}"]
+            found = rows[row][PREFIXES("entropy", side)]
             assert len(found) == max(map(len, sequences))
             assert found == pytest.approx([sum(v) / len(v) for v in by_position.values()], abs=1e-5)
-        assert rows[row]["entropy|gold"][0] == pytest.approx(rows[row]["entropy|own"][0], abs=1e-5)  # the prompt alone
+        gold, own_side = (rows[row][PREFIXES("entropy", side)] for side in ("gold", "own"))
+        assert gold[0] == pytest.approx(own_side[0], abs=1e-5)  # the prompt alone
 
 
 def content(ids):
@@ -149,17 +153,18 @@ def test_statistics_count_the_pairs_and_what_they_scored(measured):
     for place, length in enumerate(LENGTHS):
         expected = [defaultdict(float) for _ in ROWS]
         for n, (row, _, ids) in enumerate(pairs_of(own, length)):
-            expected[row][f"{length}|pairs"] += 1
-            expected[row][f"{length}|right"] += any(ids[:length] == r[:length] for r in REFERENCES[row])
+            expected[row][PREFIXES("pairs", length)] += 1
+            expected[row][PREFIXES("right", length)] += any(ids[:length] == r[:length] for r in REFERENCES[row])
             for side, rollouts in zip(("gold", "own", "spliced", "reference"), scored[4 * place :][:4], strict=True):
                 words = len(rollouts[n].text.split())
-                expected[row][f"{length}|{side}|reward:letters"] += words
-                expected[row][f"{length}|{side}|reward:letters|count"] += words > 0
+                expected[row][PREFIXES("sum", length, side, "reward:letters")] += words
+                expected[row][PREFIXES("count", length, side, "reward:letters")] += words > 0
                 if side in ("gold", "own"):
-                    expected[row][f"{length}|{side}|exact_match"] += rollouts[n].completion_ids in REFERENCES[row]
-                    expected[row][f"{length}|{side}|exact_match|count"] += 1
+                    right = rollouts[n].completion_ids in REFERENCES[row]
+                    expected[row][PREFIXES("sum", length, side, "exact_match")] += right
+                    expected[row][PREFIXES("count", length, side, "exact_match")] += 1
         for mine, wanted in zip(rows, expected, strict=True):
-            assert {key: value for key, value in mine.items() if key.startswith(f"{length}|")} == wanted
+            assert {key: value for key, value in mine.items() if key.params[:1] == (length,)} == wanted
 
 
 def test_exact_match_after_a_gold_prefix_has_the_exact_chance(monkeypatch):
@@ -175,23 +180,24 @@ def test_exact_match_after_a_gold_prefix_has_the_exact_chance(monkeypatch):
                     table = next_logprobs(model, PROMPTS[row].prompt_ids, other)
                     chance += math.exp(sum(table[t, token].item() for t, token in enumerate(other) if t >= 1))
             chances.append(chance)
-        exact, n = sum(chances) / len(chances), rows[row]["1|pairs"]
+        exact, n = sum(chances) / len(chances), rows[row][PREFIXES("pairs", 1)]
         assert 0.01 < exact < 0.9 and n > 500
         error = math.sqrt(exact * (1 - exact) / n)
-        assert rows[row]["1|gold|exact_match"] / n == pytest.approx(exact, abs=4 * error)
+        assert rows[row][PREFIXES("sum", 1, "gold", "exact_match")] / n == pytest.approx(exact, abs=4 * error)
 
 
 def test_differences_are_own_less_gold_and_what_is_beyond_the_prefix():
     def row(gold, own, spliced, pairs=2.0):
         sums = {"gold": gold, "own": own, "spliced": spliced, "reference": pairs}
-        entry = {"entropy|gold": [1.0, 2.0], "entropy|own": [1.0, 5.0, 4.0], "1|pairs": pairs, "1|right": 1.0}
+        entry = {PREFIXES("entropy", "gold"): [1.0, 2.0], PREFIXES("entropy", "own"): [1.0, 5.0, 4.0]}
+        entry |= {PREFIXES("pairs", 1): pairs, PREFIXES("right", 1): 1.0}
         for side, value in sums.items():
-            entry |= {f"1|{side}|reward:r": value, f"1|{side}|reward:r|count": pairs}
+            entry |= {PREFIXES("sum", 1, side, "reward:r"): value, PREFIXES("count", 1, side, "reward:r"): pairs}
         return entry
 
     settings = dataclasses.replace(SETTINGS, prefix_lengths=(1, 7))
-    rows = [row(2.0, 1.0, 1.5), row(1.0, 1.0, 2.0), {"no_reference": 1.0}, {}]
-    others = [row(2.0, 1.5, 1.5), row(1.0, 1.0, 2.0), {"no_reference": 1.0}, {}]
+    rows = [row(2.0, 1.0, 1.5), row(1.0, 1.0, 2.0), {PREFIXES("no_reference"): 1.0}, {}]
+    others = [row(2.0, 1.5, 1.5), row(1.0, 1.0, 2.0), {PREFIXES("no_reference"): 1.0}, {}]
     block = Prefixes().results({"m": rows, "n": others}, settings)
     assert (block["rows"], block["rows_without_references"]) == (2, 1)
     entropy = block["models"]["m"]["entropy"]

@@ -11,10 +11,13 @@ from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.seeds import crossed_bootstrap_many, difference, methods, numbered, seed_notes
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import Pair, Statistic
 from rlseq.evaluation.stats import MeanOf, RatioOfSums, bootstrap, paired_bootstrap
 from rlseq.evaluation.study import StudyMetric, summarise
 from rlseq.sampler import sample
 from rlseq.types import Prompt
+
+WRONG, OF = Statistic("test", "wrong"), Statistic("test", "of")
 
 ERROR_RATE = RatioOfSums()
 
@@ -181,12 +184,12 @@ def test_a_checkpoint_sampled_under_two_seeds_differs_by_chance_alone():
 def test_studies_compare_methods_by_their_seeds():
     names = ("base", "rl#1", "rl#2", "x")
     found = {
-        name: [{"n": float(n), "of": float(of)} for n, of in table]
+        name: [{WRONG: float(n), OF: float(of)} for n, of in table]
         for name, table in zip(names, counts(30, [0.3, 0.2, 0.25, 0.4], seed=3), strict=True)
     }
-    rates = {name: sum(r["n"] for r in rows) / sum(r["of"] for r in rows) for name, rows in found.items()}
+    rates = {name: sum(r[WRONG] for r in rows) / sum(r[OF] for r in rows) for name, rows in found.items()}
     settings = ContrastSettings(resamples=300, seed=4)
-    metrics = {"rate": StudyMetric(("n", "of"), ERROR_RATE)}
+    metrics = {"rate": StudyMetric(Pair(WRONG, OF), ERROR_RATE)}
     *alone, of_method = summarise(found, metrics, settings)["comparisons"]
     assert [(c["a"], c["b"]) for c in alone] == [("base", "rl#1"), ("base", "rl#2"), ("base", "x")]
     assert (of_method["a"], of_method["b"], of_method["claim"]) == ("base", "rl", "method")

@@ -20,6 +20,7 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast_and_report
 from rlseq.evaluation.equal_entropy import Curve, mean_gap
 from rlseq.evaluation.sharpening import DRAW, Sharpening
+from rlseq.evaluation.statistics import Statistic
 from rlseq.evaluation.stats import resampled_counts
 from rlseq.evaluation.study import Context
 from rlseq.sampler import sample
@@ -75,16 +76,17 @@ def test_a_row_holds_the_sums_over_its_samples():
         groups = sample(model, prompts, strategy=Sample(temperature=temperature), draw=DRAW + place, **options)
         for row, prompt, group, right in zip(rows, prompts, groups, references, strict=True):
             drawn = [r.completion_ids for r in group]
-            found = {k.partition("|")[2]: v for k, v in row.items() if k.startswith(f"{temperature}|")}
+            found = {(k.name, *k.params[1:]): v for k, v in row.items() if k.params[0] == str(temperature)}
             logprobs = exact(model, prompt.prompt_ids, temperature)
-            expected = {"samples": 6, "entropy": -sum(logprobs[y] for y in drawn)}
-            expected |= {"truncated": sum(y[-1] != STOP for y in drawn)}
-            expected |= {"unique": len(set(drawn)), "top": Counter(drawn).most_common(1)[0][1]}
-            expected |= {"table:sum": sum(REWARDS[y] for y in drawn), "table:count": 6}
+            expected = {("samples",): 6, ("entropy",): -sum(logprobs[y] for y in drawn)}
+            expected |= {("truncated",): sum(y[-1] != STOP for y in drawn)}
+            expected |= {("unique",): len(set(drawn)), ("top",): Counter(drawn).most_common(1)[0][1]}
+            expected |= {("sum", "table"): sum(REWARDS[y] for y in drawn), ("count", "table"): 6}
             long = [y for y in drawn if len(y) > 1]
-            expected |= {"shy:sum": sum(y[0] for y in long), "shy:count": len(long)}
+            expected |= {("sum", "shy"): sum(y[0] for y in long), ("count", "shy"): len(long)}
             if right:
-                expected |= {"exact_match:sum": sum(y in right for y in drawn), "exact_match:count": 6}
+                hits = sum(y in right for y in drawn)
+                expected |= {("sum", "exact_match"): hits, ("count", "exact_match"): 6}
             assert found == pytest.approx(expected, abs=1e-4)
 
 
@@ -149,14 +151,14 @@ def rows_of(points, samples=4):
     """Rows of statistics from (R, K, 2) entropies and qualities a sample."""
     return [
         {
-            f"{t}|{name}": value
+            Statistic("sharpening", name, (t, *quality_name)): value
             for t, (entropy, quality) in zip(("0.5", "1.0", "2.0"), row, strict=True)
-            for name, value in {
-                "samples": samples,
-                "entropy": entropy * samples,
-                "truncated": 0.0,
-                "q:sum": quality * samples,
-                "q:count": samples,
+            for (name, *quality_name), value in {
+                ("samples",): samples,
+                ("entropy",): entropy * samples,
+                ("truncated",): 0.0,
+                ("sum", "q"): quality * samples,
+                ("count", "q"): samples,
             }.items()
         }
         for row in points

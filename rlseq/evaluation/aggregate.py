@@ -12,28 +12,38 @@ import numpy as np
 from rlseq.decoding import Greedy, parse_strategy
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
-from rlseq.evaluation.names import Names, statistic
-from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, RowStatistics, agreement, drawn_and_exact
+from rlseq.evaluation.names import Names
+from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, agreement, drawn_and_exact
 from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import (
+    CHANCE,
+    COMPLETION,
+    CORPUS,
+    LIKELIHOOD,
+    REWARD,
+    Pair,
+    RowStatistics,
+    Statistic,
+    rows_matrix,
+)
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
-from rlseq.evaluation.study import rows_matrix
 from rlseq.scoring import Ratio, RewardSuite
 from rlseq.scoring.corpus import value_of
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number for a set of rows: an aggregate over named per-row statistics, and how to read it."""
+    """A number for a set of rows: an aggregate over per-row statistics, and how to read it."""
 
-    statistics: tuple[str, ...]
+    statistics: tuple[Statistic, ...]
     aggregate: Any
     higher_is_better: bool | None
     description: str
     percent: bool = False
     kind: str = "mean"
     label: str = ""  # in tables and reports; of rlseq's own metrics `rlseq.evaluation.metrics` knows it
-    counted: tuple[str, str] | None = None  # statistics: completions that have a value, and all
+    counted: Pair | None = None  # completions that have a value, and all
     sampled: bool = False  # of a distribution that is sampled from: strategies that search or choose have none
 
 
@@ -64,37 +74,42 @@ class _BitsPerByte(RatioOfSums):
 
 LIKELIHOOD_METRICS = {
     "nll_per_token": Metric(
-        ("nll", "tokens"),
+        Pair(LIKELIHOOD("nll"), LIKELIHOOD("tokens")),
         RatioOfSums(),
         False,
         "mean next-token loss over the references, stop included (nats)",
     ),
-    "perplexity": Metric(("nll", "tokens"), ExpRatioOfSums(), False, "exp of the NLL per token"),
+    "perplexity": Metric(
+        Pair(LIKELIHOOD("nll"), LIKELIHOOD("tokens")), ExpRatioOfSums(), False, "exp of the NLL per token"
+    ),
     "bits_per_byte": Metric(
-        ("nll", "bytes"),
+        Pair(LIKELIHOOD("nll"), LIKELIHOOD("bytes")),
         _BitsPerByte(),
         False,
         "bits to code a byte of reference text; free of the tokenizer",
     ),
     "sequence_logprob": Metric(
-        ("sequence_logprob", "references"), RatioOfSums(), True, "mean log-prob of a whole reference (nats)"
+        Pair(LIKELIHOOD("sequence_logprob"), LIKELIHOOD("references")),
+        RatioOfSums(),
+        True,
+        "mean log-prob of a whole reference (nats)",
     ),
     "exact_accuracy": Metric(
-        ("p_correct", "rows"),
+        Pair(LIKELIHOOD("p_correct"), LIKELIHOOD("rows")),
         RatioOfSums(),
         True,
         "chance that one ancestral sample is one of the references: mean Σ exp(log-prob), no sampling noise",
         percent=True,
     ),
     "argmax_accuracy": Metric(
-        ("argmax_tokens", "tokens"),
+        Pair(LIKELIHOOD("argmax_tokens"), LIKELIHOOD("tokens")),
         RatioOfSums(),
         True,
         "share of reference tokens that are the argmax given the true tokens before them; ties go to the lowest id",
         percent=True,
     ),
     "argmax_match": Metric(
-        ("argmax_rows", "rows"),
+        Pair(LIKELIHOOD("argmax_rows"), LIKELIHOOD("rows")),
         RatioOfSums(),
         True,
         "share of rows with a reference whose every token is the argmax: what greedy decoding reproduces, if not cut",
@@ -102,7 +117,7 @@ LIKELIHOOD_METRICS = {
     ),
     **{
         f"exact_pass_at_k.{k}": Metric(
-            (f"pass_at_{k}", "rows"),
+            Pair(LIKELIHOOD("pass_at", k), LIKELIHOOD("rows")),
             RatioOfSums(),
             True,
             f"chance that {k} samples hold a right one",
@@ -115,28 +130,37 @@ LIKELIHOOD_METRICS = {
 # What is measured of any completion; `rlseq.evaluation.names` keeps these names from rewards and corpus metrics.
 COMPLETION_METRICS = {
     "exact_match": Metric(
-        ("exact_match", "with_references"),
+        Pair(COMPLETION("exact_match"), COMPLETION("with_references")),
         RatioOfSums(),
         True,
         "share of completions whose tokens are those of a reference",
         percent=True,
         kind="accuracy",
     ),
-    "length": Metric(("length", "samples"), RatioOfSums(), None, "mean tokens, stop included"),
+    "length": Metric(
+        Pair(COMPLETION("length"), COMPLETION("samples")), RatioOfSums(), None, "mean tokens, stop included"
+    ),
     "truncated": Metric(
-        ("truncated", "samples"), RatioOfSums(), False, "share of completions cut at the limit", percent=True
+        Pair(COMPLETION("truncated"), COMPLETION("samples")),
+        RatioOfSums(),
+        False,
+        "share of completions cut at the limit",
+        percent=True,
     ),
     "logprob": Metric(
-        ("logprob", "samples"), RatioOfSums(), None, "mean log-prob of a completion under its own strategy (nats)"
+        Pair(COMPLETION("logprob"), COMPLETION("samples")),
+        RatioOfSums(),
+        None,
+        "mean log-prob of a completion under its own strategy (nats)",
     ),
     "length_ratio": Metric(
-        ("compared_length", "closest_length"),
+        Pair(COMPLETION("compared_length"), COMPLETION("closest_length")),
         RatioOfSums(),
         None,
         "tokens of the completions over those of the references closest to them in length, stop included",
     ),
     "repetition": Metric(
-        ("repeated_ngrams", "ngrams"),
+        Pair(COMPLETION("repeated_ngrams"), COMPLETION("ngrams")),
         RatioOfSums(),
         None,
         "share of the 4-grams of tokens that stood in the same completion before: Σ (all − distinct) / Σ all",
@@ -147,7 +171,7 @@ COMPLETION_METRICS = {
 # Exact chances, from teacher forcing under the distribution that a strategy samples from.
 GENERATION_METRICS = {
     "p_reference": Metric(
-        ("p_reference", "reference_rows"),
+        Pair(CHANCE("p_reference"), CHANCE("reference_rows")),
         RatioOfSums(),
         True,
         "exact chance that the strategy generates one of the references: mean Σ exp(log-prob) under its distribution",
@@ -156,7 +180,7 @@ GENERATION_METRICS = {
         sampled=True,
     ),
     "unreachable": Metric(
-        ("unreachable", "reference_rows"),
+        Pair(CHANCE("unreachable"), CHANCE("reference_rows")),
         RatioOfSums(),
         False,
         "share of rows none of whose references the strategy can ever generate (truncated away, or over the limit)",
@@ -164,7 +188,7 @@ GENERATION_METRICS = {
         sampled=True,
     ),
     "unreachable_references": Metric(
-        ("unreachable_references", "references"),
+        Pair(CHANCE("unreachable_references"), CHANCE("references")),
         RatioOfSums(),
         False,
         "share of references that the strategy can never generate (truncated away, or over the limit)",
@@ -182,27 +206,27 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
     metrics: dict[str, Metric] = {}
     names = Names.of(suite)
     for reward, name in names.rewards.items():
-        total, count = statistic("reward", reward, "sum"), statistic("reward", reward, "count")
+        pair = Pair(REWARD("sum", reward), REWARD("count", reward))
         metrics[name] = Metric(
-            (total, count),
+            pair,
             RatioOfSums(),
             True,
             "mean reward over completions",
             kind="reward",
             label=f"{reward} (reward)",
-            counted=(count, "samples"),
+            counted=Pair(pair.denominator, COMPLETION("samples")),
         )
     for given, name in names.corpus.items():
-        corpus, count = suite.corpus[given], statistic("corpus", given)
+        corpus, count = suite.corpus[given], CORPUS("count", given)
         metrics[name] = Metric(
-            (*(statistic("corpus", given, key) for key in corpus.statistics), count),
+            (*(CORPUS("sum", given, key) for key in corpus.statistics), count),
             _CorpusAggregate(given, corpus),
             corpus.higher_is_better,
             corpus.description or f"of the details of reward {corpus.reward}",
             percent=isinstance(corpus, Ratio),  # any other has a scale of its own: corpus chrF goes to 100
             kind="corpus",
             label=corpus.label or given,
-            counted=(count, "samples"),
+            counted=Pair(count, COMPLETION("samples")),
         )
     measured = COMPLETION_METRICS | GENERATION_METRICS
     return metrics | {name: m for name, m in measured.items() if with_references or name not in OF_ANSWERS}

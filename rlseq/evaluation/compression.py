@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlseq.evaluation import tables
-from rlseq.evaluation.documents import DocumentStatistics
+from rlseq.evaluation.documents import DOCUMENT, DocumentStatistics
+from rlseq.evaluation.statistics import Pair, rows_as_json
 from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums
 from rlseq.evaluation.study import Section, StudyMetric, Table, summarise
 
-_BITS = {"bits_per_byte": StudyMetric(("bits", "bytes"), RatioOfSums())}
+_BITS = {"bits_per_byte": StudyMetric(Pair(DOCUMENT("bits"), DOCUMENT("bytes")), RatioOfSums())}
 _METRICS = {
-    "perplexity": StudyMetric(("nll", "tokens"), ExpRatioOfSums()),
-    "round_trips": StudyMetric(("round_trips", "documents"), RatioOfSums()),
+    "perplexity": StudyMetric(Pair(DOCUMENT("nll"), DOCUMENT("tokens")), ExpRatioOfSums()),
+    "round_trips": StudyMetric(Pair(DOCUMENT("round_trips"), DOCUMENT("documents")), RatioOfSums()),
 }
 _LARGEST_DICTIONARY = 2**26  # bytes, that of preset 9; below it, as large as the data: the rest would cost memory
 
@@ -33,7 +34,7 @@ def document_results(
     """The block `documents` of results.json: of each model and of lzma, with differences (b − a) to the first model."""
     rows = {name: statistics.rows for name, statistics in found.items()}
     texts = [text.encode() for text in documents]
-    alone = [{"bits": float(lzma_bits(text)), "bytes": float(len(text))} for text in texts]
+    alone = [{DOCUMENT("bits"): float(lzma_bits(text)), DOCUMENT("bytes"): float(len(text))} for text in texts]
     size = sum(map(len, texts))
     bits = summarise(rows, _BITS, settings)
     others = summarise(rows, _METRICS, settings, compare=False)
@@ -50,7 +51,7 @@ def document_results(
             name: {
                 **bits["models"][name],
                 **others["models"][name],
-                "tokens": int(sum(row["tokens"] for row in statistics.rows)),
+                "tokens": int(sum(row[DOCUMENT("tokens")] for row in statistics.rows)),
                 "context": statistics.coding.context,
                 "stride": statistics.coding.stride,
                 "start": statistics.start,
@@ -76,7 +77,7 @@ def lossy_notes(block: Mapping[str, Any]) -> list[str]:
 def document_records(found: Mapping[str, DocumentStatistics]) -> Iterator[dict[str, Any]]:
     """The lines of documents.jsonl: one per model and document, numbered by its place in the data."""
     for name, statistics in found.items():
-        for number, row in enumerate(statistics.rows):
+        for number, row in enumerate(rows_as_json(statistics.rows, DOCUMENT.source)):
             yield {"model": name, "document": number, **row}
 
 

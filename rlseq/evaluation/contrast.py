@@ -39,6 +39,7 @@ from rlseq.evaluation.references import solution_note
 from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, seed_notes
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.studies import check_studies, study_results
 from rlseq.evaluation.unfinished import forget_unfinished, how_to_go_on, versions
 from rlseq.ranks import raise_on_all_ranks
@@ -224,7 +225,8 @@ def assemble(
         results["notes"].append("The data has no references: the likelihood part is skipped.")
     else:
         scored = next(iter(found.values())).likelihood
-        tokens, references = (sum(row.get(key, 0.0) for row in scored) for key in ("tokens", "references"))
+        counts = LIKELIHOOD("tokens"), LIKELIHOOD("references")
+        tokens, references = (sum(row.get(count, 0.0) for row in scored) for count in counts)
         texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
     results["notes"] += _partial_notes(results)

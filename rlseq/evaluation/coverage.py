@@ -20,15 +20,19 @@ from rlseq.evaluation.decode import columns_of
 from rlseq.evaluation.majority import win_chances
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.references import SAMPLING_ROUNDING
+from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic
 from rlseq.evaluation.stats import RatioOfSums, best_of_k, pass_at_k
-from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, summarise
+from rlseq.evaluation.study import Context, Section, StudyMetric, summarise
 from rlseq.likelihood import exact_pass_at_k, reference_probability, score
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 
 DRAW = 1001  # names the noise: not that of any strategy, and the same for every model
 LARGEST = 256  # samples a row, and the largest k of the exact curve
+_COVERAGE = Source("coverage")
+_JUDGED = _COVERAGE("judged")
 _CURVES = {"pass": "pass_at_k", "exact": "exact_pass_at_k", "majority_right": "majority.exact_match"}
+_REWARD_CURVES = {"best": "best_of_k", "majority": "majority"}
 _HELD_TOKENS = 2**22  # completions of at most this many tokens are held at once, one row at least
 
 
@@ -125,7 +129,7 @@ class Coverage:
                 {"a": a, "b": b, "curve": curve, "differences": d, "sign_changes": sign_changes(d)}
                 for (a, b, curve), d in compared.items()
             ],
-            "agreement": {model: _agreement(rows) for model, rows in found.items() if "pass:1" in keys},
+            "agreement": {model: _agreement(rows) for model, rows in found.items() if _COVERAGE("pass", 1) in keys},
         }
 
     def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
@@ -145,10 +149,10 @@ def row_statistics(
     right: Sequence[bool] | None = None,
     p: float | None = None,
 ) -> RowStatistics:
-    """The sufficient statistics of a row's n samples, for each k a number.
+    """The sufficient statistics of a row's n samples, for each k a number, k the first parameter.
 
     Where a reward abstains on a sample, a choice of k counts if one of its samples has a value, and is worth the best
-    of these: `best:R:k` is the expected sum over such choices and `best_count:R:k` their share. A majority of k is a
+    of these: best(k, R) is the expected sum over such choices and best_count(k, R) their share. A majority of k is a
     text; it is worth the mean over its samples in the choice, and where some abstain counts for the share with a value.
     Since samples of one text are exchangeable, that is the mean over all of its samples.
 
@@ -172,7 +176,7 @@ def row_statistics(
         chance = torch.tensor([p], dtype=torch.double)
         exact_ks = powers_of_two(LARGEST)
         _add(statistics, "exact", exact_ks, [float(exact_pass_at_k(chance, k)) for k in exact_ks])
-        exact = np.array([statistics[f"exact:{k}"] for k in ks])
+        exact = np.array([statistics[_COVERAGE("exact", k)] for k in ks])
         # What the sampling of n alone does to the estimate, squared: c ~ B(n, p)
         _add(
             statistics,
@@ -180,17 +184,17 @@ def row_statistics(
             ks,
             scipy.stats.binom.pmf(np.arange(n + 1), n, min(p, 1.0)) @ (_pass_table(n) - exact) ** 2,
         )
-        statistics["judged"] = 1.0
+        statistics[_JUDGED] = 1.0
     for reward, found in values.items():
         present = np.isfinite(found)
         held = _pass_table(n)[int(present.sum())]  # (K,) the share of choices with a value
         least = found[present].min() if present.any() else 0.0
         filled = np.where(present, found, least)  # a choice with no value is then worth `least`, which is taken off
         best = np.array([best_of_k(filled, k) for k in ks]) - least * (1 - held)
-        _add(statistics, f"best:{reward}", ks, best)
-        _add(statistics, f"best_count:{reward}", ks, held)
-        _add(statistics, f"majority:{reward}", ks, wins[:, answer_of] @ np.where(present, found, 0.0))
-        _add(statistics, f"majority_count:{reward}", ks, wins[:, answer_of] @ present)
+        _add(statistics, "best", ks, best, reward)
+        _add(statistics, "best_count", ks, held, reward)
+        _add(statistics, "majority", ks, wins[:, answer_of] @ np.where(present, found, 0.0), reward)
+        _add(statistics, "majority_count", ks, wins[:, answer_of] @ present, reward)
     return statistics
 
 
@@ -221,35 +225,32 @@ def _pass_table(n: int) -> np.ndarray:
     return pass_at_k(n, np.arange(n + 1)[:, None], np.array(powers_of_two(n)))
 
 
-def _add(statistics: RowStatistics, name: str, ks: Sequence[int], values: Sequence[float]) -> None:
-    statistics |= {f"{name}:{k}": float(value) for k, value in zip(ks, values, strict=True)}
+def _add(statistics: RowStatistics, name: str, ks: Sequence[int], values: Sequence[float], *params: str) -> None:
+    statistics |= {_COVERAGE(name, k, *params): float(value) for k, value in zip(ks, values, strict=True)}
 
 
-def _metrics(keys: Collection[str]) -> dict[tuple[str, int], StudyMetric]:
+def _metrics(keys: Collection[Statistic]) -> dict[tuple[str, int], StudyMetric]:
     """(curve, k) -> the ratio of sums of the statistics there are."""
     metrics: dict[tuple[str, int], StudyMetric] = {}
     for key in keys:
-        name, _, k = key.rpartition(":")
-        place = _CURVES.get(name)
-        if place is not None:
-            metrics[place, int(k)] = StudyMetric((key, "judged"), RatioOfSums())
-        for kind, curve in (("best", "best_of_k"), ("majority", "majority")):
-            if name.startswith(f"{kind}:"):
-                reward = name.removeprefix(f"{kind}:")
-                pair = (key, f"{kind}_count:{reward}:{k}")
-                metrics[f"{curve}.{reward}", int(k)] = StudyMetric(pair, RatioOfSums())
+        if key.name in _CURVES:
+            metrics[_CURVES[key.name], key.params[0]] = StudyMetric(Pair(key, _JUDGED), RatioOfSums())
+        if key.name in _REWARD_CURVES:
+            k, reward = key.params
+            pair = Pair(key, _COVERAGE(f"{key.name}_count", k, reward))
+            metrics[f"{_REWARD_CURVES[key.name]}.{reward}", k] = StudyMetric(pair, RatioOfSums())
     return metrics
 
 
 def _agreement(rows: Sequence[RowStatistics]) -> dict[str, Any]:
     """Estimate − exact at each k, its standard error, and whether all are within 3 of these (and rounding)."""
-    judged = [row for row in rows if "judged" in row]
+    judged = [row for row in rows if _JUDGED in row]
     differences = {}
     for key in judged[0]:
-        name, _, k = key.partition(":")
-        if name == "pass":
-            gap = sum(row[key] - row[f"exact:{k}"] for row in judged) / len(judged)
-            error = math.sqrt(sum(row[f"variance:{k}"] for row in judged)) / len(judged)
-            differences[k] = {"difference": gap, "standard_error": error}
+        if key.name == "pass":
+            (k,) = key.params
+            gap = sum(row[key] - row[_COVERAGE("exact", k)] for row in judged) / len(judged)
+            error = math.sqrt(sum(row[_COVERAGE("variance", k)] for row in judged)) / len(judged)
+            differences[str(k)] = {"difference": gap, "standard_error": error}
     agrees = all(abs(d["difference"]) <= 3 * d["standard_error"] + SAMPLING_ROUNDING for d in differences.values())
     return {"differences": differences, "agrees": agrees}

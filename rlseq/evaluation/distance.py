@@ -15,15 +15,15 @@ from rlseq.double import to_double
 from rlseq.errors import ModelError
 from rlseq.evaluation import tables
 from rlseq.evaluation.seeds import crossed_bootstrap_many, methods
+from rlseq.evaluation.statistics import RowStatistics, Source, rows_matrix
 from rlseq.evaluation.stats import RatioOfSums
-from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, Table, rows_matrix, summarise
+from rlseq.evaluation.study import Context, Section, StudyMetric, Table, summarise
 from rlseq.likelihood import divergence
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 
 DRAW = 1200  # of the model's samples; those of the first model have the next one
 FORWARD, REVERSE = "forward", "reverse"
-ITSELF, VOCABULARIES = "itself", ("vocabulary", "vocabulary_first")
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,20 @@ class _VarianceRatio:
             return np.where((x > 0) & (z > 0), x / z, np.nan)
 
 
-METRICS = {
-    "kl": StudyMetric(("kl", "samples"), RatioOfSums()),
-    "kl_per_token": StudyMetric(("kl", "tokens"), RatioOfSums()),
-    "plain": StudyMetric(("plain", "samples"), RatioOfSums()),
-    "variance_ratio": StudyMetric(("plain_mean", "plain_square", "kl_mean", "kl_square", "one"), _VarianceRatio()),
-    "length": StudyMetric(("tokens", "samples"), RatioOfSums()),
+_DISTANCE = Source("distance")
+_ITSELF = _DISTANCE("itself")
+_VOCABULARIES = {name: _DISTANCE(name) for name in ("vocabulary", "vocabulary_first")}
+_PARTS = {
+    "kl": (("kl", "samples"), RatioOfSums()),
+    "kl_per_token": (("kl", "tokens"), RatioOfSums()),
+    "plain": (("plain", "samples"), RatioOfSums()),
+    "variance_ratio": (("plain_mean", "plain_square", "kl_mean", "kl_square", "one"), _VarianceRatio()),
+    "length": (("tokens", "samples"), RatioOfSums()),
 }
-
-
-_METRICS = {
-    (direction, name): StudyMetric(tuple(f"{direction}|{s}" for s in m.statistics), m.aggregate)
+METRICS = {
+    (direction, name): StudyMetric(tuple(_DISTANCE(part, direction) for part in parts), aggregate)
     for direction in (FORWARD, REVERSE)
-    for name, m in METRICS.items()
+    for name, (parts, aggregate) in _PARTS.items()
 }
 
 
@@ -76,9 +77,9 @@ class Distance:
         """Nothing can be wrong before models are loaded."""
 
     def measure(self, context: Context) -> list[RowStatistics]:
-        """Per direction D, sums over the row's samples: `D|kl`, `D|plain`, `D|tokens`, `D|samples`, and moments.
+        """Per direction D, sums over the row's samples: kl(D), plain(D), tokens(D), samples(D), and moments.
 
-        The first model has `itself` alone, and a model with another vocabulary the two sizes.
+        The first model has itself alone, and a model with another vocabulary the two sizes.
 
         Raises:
             ModelError: one model rules out a token that the other draws, so that the divergence is infinite.
@@ -87,11 +88,11 @@ class Distance:
         rows = len(context.prompts)
         if base is model:
             context.progress(rows)
-            return [{ITSELF: 1.0} for _ in range(rows)]
+            return [{_ITSELF: 1.0} for _ in range(rows)]
         sizes = [float(m.config.get_text_config().vocab_size) for m in (model, base)]
         if sizes[0] != sizes[1]:
             context.progress(rows)
-            return [dict(zip(VOCABULARIES, sizes, strict=True)) for _ in range(rows)]
+            return [dict(zip(_VOCABULARIES.values(), sizes, strict=True)) for _ in range(rows)]
         statistics: list[RowStatistics] = [{} for _ in range(rows)]
         _add(statistics, FORWARD, model, base, DRAW, context)
         context.progress(rows // 2)
@@ -118,13 +119,13 @@ class Distance:
             if model == first or not rows:
                 continue
             block["rows"] = len(rows)
-            if ITSELF in rows[0]:
+            if _ITSELF in rows[0]:
                 zero = {"value": 0.0, "ci95": [0.0, 0.0]}
                 models[model] = {d: {"kl": zero, "kl_per_token": zero, "plain": zero} for d in (FORWARD, REVERSE)}
-            elif VOCABULARIES[0] in rows[0]:
-                skipped[model] = {name: int(rows[0][name]) for name in VOCABULARIES}
+            elif _VOCABULARIES["vocabulary"] in rows[0]:
+                skipped[model] = {name: int(rows[0][size]) for name, size in _VOCABULARIES.items()}
             else:
-                models[model] = _by_direction(summarise({model: rows}, _METRICS, settings)["models"][model])
+                models[model] = _by_direction(summarise({model: rows}, METRICS, settings)["models"][model])
         if not (models or skipped):
             return None
         return {**block, "models": models, "methods": _of_methods(found, models, settings), "skipped": skipped}
@@ -164,13 +165,13 @@ def _of_methods(
     found: Mapping[str, Sequence[RowStatistics]], models: Mapping[str, Any], settings: Any
 ) -> dict[str, dict[str, Any]]:
     """The block `methods`."""
-    measured = {model: [row for row in found[model] if row and ITSELF not in row] for model in models}
+    measured = {model: [row for row in found[model] if row and _ITSELF not in row] for model in models}
     repeated = {method: seeds for method, seeds in methods(found).items() if len(seeds) > 1}
     tables_of = {
         (method, *place): (method, [rows_matrix(measured[s], m.statistics) for s in seeds], m.aggregate)
         for method, seeds in repeated.items()
         if all(measured.get(seed) for seed in seeds)
-        for place, m in _METRICS.items()
+        for place, m in METRICS.items()
     }
     cells: dict[str, dict[tuple[str, str], Any]] = {}
     for (method, *place), drawn in crossed_bootstrap_many(
@@ -234,7 +235,7 @@ def _add(
         for name in ("kl", "plain"):
             mean = values[name] / size
             values |= {f"{name}_mean": mean, f"{name}_square": mean**2}
-        mine.update({f"{direction}|{name}": value for name, value in values.items()})
+        mine.update({_DISTANCE(name, direction): value for name, value in values.items()})
 
 
 def _text(cell: Mapping[str, Any] | None, decimals: int) -> str:

@@ -24,11 +24,12 @@ from rlseq.data import load_rows
 from rlseq.data_files import seems_data
 from rlseq.double import to_double
 from rlseq.errors import ConfigError, DataError, ModelError, did_you_mean
-from rlseq.evaluation.study import RowStatistics
+from rlseq.evaluation.statistics import RowStatistics, Source
 from rlseq.likelihood import score
 from rlseq.pretrained import load_config, load_tokenizer
 from rlseq.ranks import raise_on_all_ranks
 
+DOCUMENT = Source("document")
 UNLIMITED_CONTEXT = 2048  # the context of a model that states no limit
 
 
@@ -285,12 +286,12 @@ def _measure_mine(
         nll = -values.sum().item()
         rows.append(
             {
-                "nll": nll,
-                "bits": nll / math.log(2),
-                "tokens": float(len(tokens)),
-                "bytes": float(len(text.encode())),
-                "documents": 1.0,
-                "round_trips": float(tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text),
+                DOCUMENT("nll"): nll,
+                DOCUMENT("bits"): nll / math.log(2),
+                DOCUMENT("tokens"): float(len(tokens)),
+                DOCUMENT("bytes"): float(len(text.encode())),
+                DOCUMENT("documents"): 1.0,
+                DOCUMENT("round_trips"): float(tokenizer.decode(tokens, clean_up_tokenization_spaces=False) == text),
             }
         )
     return coding, mine, rows

@@ -16,8 +16,9 @@ import torch
 from rlseq.errors import DataError
 from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, coverage, matrix, quality_metrics
 from rlseq.evaluation.measure import measure
-from rlseq.evaluation.names import TOTAL, Names, statistic
+from rlseq.evaluation.names import TOTAL, Names
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import COMPLETION, REWARD
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.isolation import kept_random_states
 from rlseq.types import Prompt, column_names
@@ -132,9 +133,9 @@ class ValidationProbe:
                 if metric.kind == "corpus" and (part := coverage(metric, rows)):
                     values[f"{strategy}/{name}/present"] = part["completions"] / part["of"]
             for reward, name in self.names.rewards.items():
-                failed = sum(row[statistic("reward", reward, "failed")] for row in rows)
+                failed = sum(row[REWARD("failed", reward)] for row in rows)
                 if failed:
-                    values[f"{strategy}/{name}/failed"] = failed / sum(row["samples"] for row in rows)
+                    values[f"{strategy}/{name}/failed"] = failed / sum(row[COMPLETION("samples")] for row in rows)
         return values
 
 

@@ -18,9 +18,12 @@ from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.results import Evaluation, read_evaluation, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.seeds import methods, numbered
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.studies import STUDIES
 from rlseq.evaluation.tables import flatten
 from rlseq.scoring import RewardSuite, load_rewards
+
+_NLL = LIKELIHOOD("nll")
 
 
 def join(
@@ -247,7 +250,7 @@ def _check_same(
     if not differing:
         return []
     scored = [(x, y) for x, y in zip(statistics_a.likelihood, statistics_b.likelihood, strict=True) if x or y]
-    near = scored and all(x and y and math.isclose(x["nll"], y["nll"], rel_tol=1e-3, abs_tol=1e-3) for x, y in scored)
+    near = scored and all(x and y and math.isclose(x[_NLL], y[_NLL], rel_tol=1e-3, abs_tol=1e-3) for x, y in scored)
     if not near:
         raise DataError(
             f"{name} ({statistics_a.path}) has other numbers in {str(b.path)!r} than in {str(a.path)!r}, first in row "

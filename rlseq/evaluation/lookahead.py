@@ -13,8 +13,9 @@ from rlseq.double import double_device, to_double
 from rlseq.errors import ModelError
 from rlseq.evaluation import plots, tables
 from rlseq.evaluation.heads import chosen_head, cross_entropy, logits
+from rlseq.evaluation.statistics import Pair, RowStatistics, Source
 from rlseq.evaluation.stats import RatioOfSums, SumOfRatios
-from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, Table, summarise
+from rlseq.evaluation.study import Context, Section, StudyMetric, Table, summarise
 from rlseq.likelihood import score
 from rlseq.model_class import causal_class
 from rlseq.packing import pad
@@ -24,6 +25,9 @@ from rlseq.types import Prompt
 DISTANCES = (1, 2, 3, 4)
 MODEL, RANDOM, TOKEN, HEAD = "model", "random_weights", "current_token", "own_head"
 _LABELS = {MODEL: "Model", RANDOM: "Random weights", TOKEN: "Current token"}
+_LESS = {control: f"less_{control}" for control in (RANDOM, TOKEN)}
+_LOOKAHEAD = Source("lookahead")
+_FITTED, _HELD_OUT = _LOOKAHEAD("fitted"), _LOOKAHEAD("held_out")
 _BATCH_TOKENS = 16_384
 _MEASURES = ("nll", "right")
 
@@ -48,15 +52,15 @@ class Lookahead:
         """Nothing can be wrong before models are loaded."""
 
     def measure(self, context: Context) -> list[RowStatistics]:
-        """Of held-out rows, sums over positions: `k|count`; of head H `k|H|nll` (nats), `k|H|right`; `1|own_head|nll`.
+        """Of held-out rows, sums over positions: count(k); of head H nll(k, H) (nats), right(k, H); nll(1, own_head).
 
-        Rows that the heads were fitted on have `fitted`; where rows are too few, all have `too_few` alone.
+        Rows that the heads were fitted on have fitted; where rows are too few, all have too_few alone.
         """
         statistics: list[RowStatistics] = [{} for _ in context.prompts]
         positions = _Positions(context)
         if positions.enough():
             for row in {row for row, _ in positions.pairs}:
-                statistics[row]["fitted" if positions.fits(row) else "held_out"] = 1.0
+                statistics[row][_FITTED if positions.fits(row) else _HELD_OUT] = 1.0
             heads = {
                 MODEL: _states(context.model, context.prompts, positions.pairs),
                 RANDOM: _states(_random_twin(context.model, context.settings.seed), context.prompts, positions.pairs),
@@ -66,7 +70,7 @@ class Lookahead:
                 _add_head(statistics, name, features, positions)
             _add_own_head(statistics, context, positions)
         else:
-            statistics = [{"too_few": 1.0} for _ in context.prompts]
+            statistics = [{_LOOKAHEAD("too_few"): 1.0} for _ in context.prompts]
         context.progress(len(context.prompts))
         return statistics
 
@@ -76,18 +80,21 @@ class Lookahead:
         Measures are nll and right; a head less_CONTROL is the model's value less that of the control.
         """
         first = next(iter(found.values()))
-        fitted = sum("fitted" in row for row in first)
-        found = {model: [row for row in rows if "held_out" in row] for model, rows in found.items()}
+        fitted = sum(_FITTED in row for row in first)
+        found = {model: [row for row in rows if _HELD_OUT in row] for model, rows in found.items()}
         held_out = len(next(iter(found.values())))
         if not held_out:
             return {"rows_fitted": 0, "rows_held_out": 0}
-        distances = [k for k in DISTANCES if any(f"{k}|count" in row for rows in found.values() for row in rows)]
+        distances = [
+            k for k in DISTANCES if any(_LOOKAHEAD("count", k) in row for rows in found.values() for row in rows)
+        ]
         metrics = _metrics(distances)
         summary = summarise(found, metrics, settings)
         models: dict[str, Any] = {}
         for model, cells in summary["models"].items():
             models[model] = {
-                str(k): {"positions": int(sum(row.get(f"{k}|count", 0.0) for row in found[model]))} for k in distances
+                str(k): {"positions": int(sum(row.get(_LOOKAHEAD("count", k), 0.0) for row in found[model]))}
+                for k in distances
             }
             for (k, measure, head), cell in cells.items():
                 models[model][str(k)].setdefault(measure, {})[head] = cell
@@ -95,7 +102,7 @@ class Lookahead:
             {**c, "distance": str(k), "metric": measure, "head": head}
             for c in summary["comparisons"]
             for k, measure, head in [c["metric"]]
-            if head == MODEL or head.startswith("less_")
+            if head in (MODEL, *_LESS.values())
         ]
         return {"rows_fitted": fitted, "rows_held_out": held_out, "models": models, "comparisons": comparisons}
 
@@ -220,29 +227,30 @@ def _add_head(statistics: list[RowStatistics], name: str, features: Tensor, posi
         rights = (scores.argmax(-1) == wanted).tolist()
         for i, loss, right in zip(tested.nonzero()[:, 0].tolist(), losses, rights, strict=True):
             mine = statistics[positions.rows[i]]
-            for key, value in ((f"{name}|nll", loss), (f"{name}|right", right), ("count", float(name == MODEL))):
-                mine[f"{k}|{key}"] = mine.get(f"{k}|{key}", 0.0) + value
+            added = {_LOOKAHEAD("nll", k, name): loss, _LOOKAHEAD("right", k, name): right}
+            for key, value in (added | {_LOOKAHEAD("count", k): float(name == MODEL)}).items():
+                mine[key] = mine.get(key, 0.0) + value
 
 
 def _add_own_head(statistics: list[RowStatistics], context: Context, positions: _Positions) -> None:
     pairs = [(row, ids) for row, ids in positions.pairs if not positions.fits(row)]
     found = score(context.model, [context.prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs])
     for (row, _), logprobs in zip(pairs, found, strict=True):
-        key = f"1|{HEAD}|nll"
+        key = _LOOKAHEAD("nll", 1, HEAD)
         statistics[row][key] = statistics[row].get(key, 0.0) - to_double(logprobs).sum().item()
 
 
 def _metrics(distances: Sequence[int]) -> dict[tuple[int, str, str], StudyMetric]:
     metrics = {}
     for k in distances:
-        count = f"{k}|count"
+        count = _LOOKAHEAD("count", k)
         for measure in _MEASURES:
             for head in (MODEL, RANDOM, TOKEN):
-                metrics[k, measure, head] = StudyMetric((f"{k}|{head}|{measure}", count), RatioOfSums())
+                metrics[k, measure, head] = StudyMetric(Pair(_LOOKAHEAD(measure, k, head), count), RatioOfSums())
             for control in (RANDOM, TOKEN):
-                columns = (f"{k}|{control}|{measure}", count, f"{k}|{MODEL}|{measure}", count)
-                metrics[k, measure, f"less_{control}"] = StudyMetric(columns, SumOfRatios((-1, 1)))
-    metrics[1, "nll", HEAD] = StudyMetric((f"1|{HEAD}|nll", "1|count"), RatioOfSums())
+                columns = (_LOOKAHEAD(measure, k, control), count, _LOOKAHEAD(measure, k, MODEL), count)
+                metrics[k, measure, _LESS[control]] = StudyMetric(columns, SumOfRatios((-1, 1)))
+    metrics[1, "nll", HEAD] = StudyMetric(Pair(_LOOKAHEAD("nll", 1, HEAD), _LOOKAHEAD("count", 1)), RatioOfSums())
     return metrics
 
 
@@ -256,7 +264,7 @@ def _table(block: Mapping[str, Any], measure: str) -> Table:
             values = [f"{info.value(cells[h]['value'])} ({info.interval(cells[h]['ci95'])})" for h in _LABELS]
             values += [
                 f"{info.difference(cells[h]['value'])} ({info.difference_interval(cells[h]['ci95'])})"
-                for h in (f"less_{RANDOM}", f"less_{TOKEN}")
+                for h in _LESS.values()
             ]
             if not percent:
                 values.append(info.value(cells[HEAD]["value"]) if HEAD in cells else "")

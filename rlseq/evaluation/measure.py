@@ -21,13 +21,11 @@ from tqdm import tqdm
 from rlseq.data import build_prompts, reference_ids, reference_texts
 from rlseq.decoding import ExactMAP, Greedy, Sample, Strategy
 from rlseq.evaluation.decode import columns_of, decode, seeks_the_mode
-from rlseq.evaluation.documents import Coding, DocumentStatistics, measure_documents
+from rlseq.evaluation.documents import DOCUMENT, Coding, DocumentStatistics, measure_documents
 from rlseq.evaluation.fit import check_answers
 from rlseq.evaluation.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.modes import add_mode_statistics
-from rlseq.evaluation.names import statistic
 from rlseq.evaluation.references import (
-    RowStatistics,
     agreement_rows,
     check_agreement,
     completion_statistics,
@@ -36,9 +34,19 @@ from rlseq.evaluation.references import (
     likelihood_rows,
 )
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import (
+    COMPLETION,
+    CORPUS,
+    LIKELIHOOD,
+    REWARD,
+    RowStatistics,
+    Statistic,
+    rows_as_json,
+    rows_from_json,
+)
 from rlseq.evaluation.studies import needs_all_rows, run_studies, run_together, studied_rows
 from rlseq.evaluation.study import Context
-from rlseq.evaluation.unfinished import DOCUMENTS, LIKELIHOOD, Parts, parts_of, rollouts_as_json, rollouts_from_json
+from rlseq.evaluation.unfinished import DOCUMENTS, REFERENCES, Parts, parts_of, rollouts_as_json, rollouts_from_json
 from rlseq.likelihood import TeacherForced
 from rlseq.ranks import raise_on_all_ranks
 from rlseq.sampler import stop_ids_of
@@ -54,7 +62,7 @@ class _Measured:
     likelihood: list[RowStatistics] = field(default_factory=list)
     strategies: dict[str, list[RowStatistics]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    studies: dict[str, list[RowStatistics]] = field(default_factory=dict)
 
 
 @dataclass
@@ -65,7 +73,7 @@ class ModelStatistics:
     likelihood: list[RowStatistics]  # empty dicts where a row has no references
     strategies: dict[str, list[RowStatistics]]
     samples: list[dict[str, Any]] = field(default_factory=list)
-    studies: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # empty dicts where a study did not run
+    studies: dict[str, list[RowStatistics]] = field(default_factory=dict)  # empty dicts where a study did not run
     documents: DocumentStatistics | None = None  # of text without prompts
 
 
@@ -132,10 +140,12 @@ def measure_checkpoint(
 
         def coded() -> dict[str, Any]:
             found = measure_documents(model, tokenizer, documents, settings, name=name, quiet=quiet)
-            return dataclasses.asdict(found)
+            coding, rows = dataclasses.asdict(found.coding), rows_as_json(found.rows, DOCUMENT.source)
+            return {"coding": coding, "start": found.start, "rows": rows}
 
         found = parts.once(DOCUMENTS, coded)
-        statistics.documents = DocumentStatistics(Coding(**found["coding"]), found["start"], found["rows"])
+        coded_rows = rows_from_json(found["rows"], DOCUMENT.source)
+        statistics.documents = DocumentStatistics(Coding(**found["coding"]), found["start"], coded_rows)
     return statistics, prompts
 
 
@@ -276,14 +286,16 @@ def _measure_rows(
         return {
             "completions": completions,
             "proven": proven,
-            "statistics": statistics,
+            "statistics": rows_as_json(statistics, COMPLETION.source),
             "records": records,
             "values": values,
         }
 
-    measured = _Measured(
-        parts.once(LIKELIHOOD, lambda: likelihood_rows([list(found.values()) for found in texts], forced()))
-    )
+    def likelihood() -> list[dict[str, Any]]:
+        rows = likelihood_rows([list(found.values()) for found in texts], forced())
+        return rows_as_json(rows, LIKELIHOOD.source)
+
+    measured = _Measured(rows_from_json(parts.once(REFERENCES, likelihood), LIKELIHOOD.source))
     progress(len(prompts))
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
     values: dict[str, Mapping[str, Sequence[float | None]]] = {}
@@ -293,7 +305,7 @@ def _measure_rows(
             progress(len(prompts))
         part = parts.once(signature, functools.partial(generated, index, signature, strategy))
         completions[signature], values[signature] = rollouts_from_json(part["completions"]), part["values"]
-        measured.strategies[signature] = part["statistics"]
+        measured.strategies[signature] = rows_from_json(part["statistics"], COMPLETION.source)
         measured.samples += part["records"]
         if isinstance(strategy, ExactMAP):
             proofs[signature] = part["proven"]
@@ -332,29 +344,29 @@ def _quality_rows(
     statistics: list[RowStatistics] = [{} for _ in prompts]
     records = []
 
-    def add(row: int, key: str, value: float) -> None:
+    def add(row: int, key: Statistic, value: float) -> None:
         statistics[row][key] = statistics[row].get(key, 0.0) + value
 
     for (row, rollout), scored in zip(flat, table.scored, strict=True):
-        add(row, "samples", 1)
-        add(row, "length", len(rollout.completion_ids))
-        add(row, "truncated", float(rollout.finish_reason == "length"))
-        add(row, "logprob", rollout.logprob)
+        add(row, COMPLETION("samples"), 1)
+        add(row, COMPLETION("length"), len(rollout.completion_ids))
+        add(row, COMPLETION("truncated"), float(rollout.finish_reason == "length"))
+        add(row, COMPLETION("logprob"), rollout.logprob)
         if references[row]:
-            add(row, "exact_match", float(rollout.completion_ids in references[row]))
-            add(row, "with_references", 1)
+            add(row, COMPLETION("exact_match"), float(rollout.completion_ids in references[row]))
+            add(row, COMPLETION("with_references"), 1)
         for key, value in completion_statistics(rollout.completion_ids, references[row]).items():
             add(row, key, value)
         for reward in suite.names:
             value = scored.values[reward]
-            add(row, statistic("reward", reward, "sum"), value or 0.0)
-            add(row, statistic("reward", reward, "count"), float(value is not None))
-            add(row, statistic("reward", reward, "failed"), float(scored.status[reward] not in ("ok", "abstained")))
+            add(row, REWARD("sum", reward), value or 0.0)
+            add(row, REWARD("count", reward), float(value is not None))
+            add(row, REWARD("failed", reward), float(scored.status[reward] not in ("ok", "abstained")))
         for given, metric in suite.corpus.items():
             found = statistics_of(given, metric, scored.details[metric.reward])
-            add(row, statistic("corpus", given), float(found is not None))
+            add(row, CORPUS("count", given), float(found is not None))
             for key, value in zip(metric.statistics, found or (), strict=found is not None):
-                add(row, statistic("corpus", given, key), value)
+                add(row, CORPUS("sum", given, key), value)
         records.append(
             {
                 "model": name,

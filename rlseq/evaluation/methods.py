@@ -11,9 +11,9 @@ import numpy as np
 from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, Metric, coverage, matrix, measured_places, metrics_under
 from rlseq.evaluation.measure import ModelStatistics
 from rlseq.evaluation.modes import proven_rows
-from rlseq.evaluation.references import RowStatistics
 from rlseq.evaluation.seeds import claim_of, crossed_bootstrap_many, difference, methods
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import RowStatistics
 
 
 def method_results(

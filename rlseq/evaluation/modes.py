@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic, rows_matrix
 from rlseq.evaluation.stats import Interval, RatioOfSums, bootstrap_many
-from rlseq.evaluation.study import StudyMetric, rows_matrix
+from rlseq.evaluation.study import StudyMetric
 from rlseq.types import Rollout
 
 LIKELIER = 1e-4  # nats by which a completion is likelier than another beyond rounding
 EMPTY = "mode_empty"  # the share of empty modes, as comparisons call it
-_SEARCHED, _PROVEN, _LOGPROB, _EMPTY = (f"mode:{name}" for name in ("searched", "proven", "logprob", "empty"))
+_MODE = Source("mode")
+_SEARCHED, _PROVEN, _LOGPROB, _EMPTY = map(_MODE, ("searched", "proven", "logprob", "empty"))
 
 
 def add_mode_statistics(
-    statistics: Sequence[dict[str, float]],
+    statistics: Sequence[RowStatistics],
     signature: str,
     completions: Mapping[str, Sequence[Sequence[Rollout]]],
     proven: Sequence[bool],
@@ -30,11 +32,12 @@ def add_mode_statistics(
 ) -> None:
     """Add to the rows of an exact search what it tells of modes.
 
-        mode:searched   1
-        mode:proven     1 where its completion is proven to be the mode m
-        mode:logprob    log p(m | x), mode:empty 1 if m is a stop id alone; 0 where unproven
-        mode:is:S       1 where the completion of strategy S is m, token by token; 0 where unproven
-        mode:error:S    1 where exact search found a completion likelier than that of S, or that of S does not end
+        searched    1
+        proven      1 where its completion is proven to be the mode m
+        logprob     log p(m | x), empty 1 if m is a stop id alone; 0 where unproven
+        compared(S) 1 where strategy S has a completion
+        is(S)       1 where the completion of strategy S is m, token by token; 0 where unproven
+        error(S)    1 where exact search found a completion likelier than that of S, or that of S does not end
 
     Args:
         statistics: the rows; those beyond `proven` were not searched and stay as they are.
@@ -54,19 +57,19 @@ def add_mode_statistics(
             (other,) = groups[row]
             equal = other.completion_ids == best.completion_ids
             likelier = other.finish_reason != "stop" or best.logprob > other.logprob + LIKELIER
-            mine[f"mode:compared:{strategy}"] = 1.0
-            mine[f"mode:is:{strategy}"] = float(is_proven and equal)
-            mine[f"mode:error:{strategy}"] = float(likelier and not equal)
+            mine[_MODE("compared", strategy)] = 1.0
+            mine[_MODE("is", strategy)] = float(is_proven and equal)
+            mine[_MODE("error", strategy)] = float(likelier and not equal)
 
 
-def _ratio(numerator: str, denominator: str) -> StudyMetric:
-    return StudyMetric((numerator, denominator), RatioOfSums())
+def _ratio(numerator: Statistic, denominator: Statistic) -> StudyMetric:
+    return StudyMetric(Pair(numerator, denominator), RatioOfSums())
 
 
 MODE_EMPTY = _ratio(_EMPTY, _PROVEN)
 
 
-def proven_rows(rows: Sequence[Mapping[str, float]]) -> np.ndarray | None:
+def proven_rows(rows: Sequence[RowStatistics]) -> np.ndarray | None:
     """(R,) 1 where the mode is proven, else 0; None for rows of a strategy that is no exact search."""
     if not any(_SEARCHED in row for row in rows):
         return None
@@ -74,7 +77,7 @@ def proven_rows(rows: Sequence[Mapping[str, float]]) -> np.ndarray | None:
 
 
 def mode_results(
-    rows: Sequence[Mapping[str, float]], quality: Mapping[str, Any], *, seed: int, resamples: int
+    rows: Sequence[RowStatistics], quality: Mapping[str, Any], *, seed: int, resamples: int
 ) -> dict[str, Any] | None:
     """The `modes` block of an exact search in results.json; None for rows of another strategy.
 
@@ -86,13 +89,14 @@ def mode_results(
     proven = proven_rows(rows)
     if proven is None:
         return None
-    others = dict.fromkeys(key.split(":", 2)[2] for row in rows for key in row if key.startswith("mode:compared:"))
+    keys = dict.fromkeys(key for row in rows for key in row if key.source == _MODE.source and key.name == "compared")
+    others = [key.params[0] for key in keys]
     places = {
         ("proven", None): _ratio(_PROVEN, _SEARCHED),
         ("logprob", None): _ratio(_LOGPROB, _PROVEN),
         ("empty", None): MODE_EMPTY,
-        **{("is_mode", other): _ratio(f"mode:is:{other}", _PROVEN) for other in others},
-        **{("search_errors", other): _ratio(f"mode:error:{other}", _SEARCHED) for other in others},
+        **{("is_mode", other): _ratio(_MODE("is", other), _PROVEN) for other in others},
+        **{("search_errors", other): _ratio(_MODE("error", other), _SEARCHED) for other in others},
     }
     tables = {place: (rows_matrix(rows, metric.statistics), metric.aggregate) for place, metric in places.items()}
     for name, metric in quality.items():

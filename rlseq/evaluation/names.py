@@ -1,4 +1,4 @@
-"""What numbers are called: in results and logs, and in per-row statistics. No two can share a name.
+"""What numbers are called in results and logs. No two can share a name.
 
 The metrics of rlseq itself have the names in `KNOWN`. A reward or corpus metric goes by the name that its user gave it,
 unless another number has that one: then it is `reward/NAME` or `corpus/NAME`.
@@ -65,8 +65,3 @@ class Names:
             f"--{flag} names no metric of this evaluation: {given!r}; there are {', '.join(known)}."
             + did_you_mean(given, known)
         )
-
-
-def statistic(kind: str, name: str, part: str = "") -> str:
-    """The per-row statistic of a user's reward or corpus metric: no other has its name, whatever is in `name`."""
-    return f"{kind}:{name!r}:{part}"

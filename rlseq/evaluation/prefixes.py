@@ -12,8 +12,9 @@ from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.decode import columns_of
 from rlseq.evaluation.prefixes_report import ALONE, BEYOND, EXACT, GAP, GOLD, OWN, REWARD, prefixes_section
+from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic
 from rlseq.evaluation.stats import RatioOfSums, SumOfRatios
-from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, summarise
+from rlseq.evaluation.study import Context, Section, StudyMetric, summarise
 from rlseq.likelihood import score
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
@@ -21,6 +22,8 @@ from rlseq.types import Rollout
 
 _DRAW = 1300  # the noise of own samples; the continuations have the next
 _POSITIONS = 64  # of the curves of entropy
+_PREFIXES = Source("prefixes")
+_NO_REFERENCE = _PREFIXES("no_reference")
 _SPLICED, _REFERENCE = "spliced", "reference"  # the control's two sides
 
 
@@ -50,10 +53,10 @@ class Prefixes:
             raise ConfigError(f"--prefix_lengths names a length twice: {shown}")
 
     def measure(self, context: Context) -> list[RowStatistics]:
-        """`entropy|S`: by position, the mean over the row's sequences that reach it, of side S gold or own (nats);
-        for each length k sums over pairs, `k|pairs`, `k|right` and, of side S and metric M, `k|S|M` and `k|S|M|count`.
+        """entropy(S): by position, the mean over the row's sequences that reach it, of side S gold or own (nats);
+        for each length k sums over pairs, pairs(k), right(k) and, of side S and metric M, sum(k, S, M), count(k, S, M).
         """
-        statistics: list[RowStatistics] = [{} if refs else {"no_reference": 1.0} for refs in context.references]
+        statistics: list[RowStatistics] = [{} if refs else {_NO_REFERENCE: 1.0} for refs in context.references]
         rows = [row for row, references in enumerate(context.references) if references]
         if rows:
             settings = context.settings
@@ -84,8 +87,8 @@ class Prefixes:
         Sides of entropy are gold, own and difference (own − gold, on the rows that have both); those of metrics gold,
         own, difference, and of rewards prefix_alone and beyond too. Comparisons are of the metrics between models.
         """
-        without = sum("no_reference" in row for row in next(iter(found.values())))
-        found = {model: [row for row in rows if f"entropy|{GOLD}" in row] for model, rows in found.items()}
+        without = sum(_NO_REFERENCE in row for row in next(iter(found.values())))
+        found = {model: [row for row in rows if _PREFIXES("entropy", GOLD) in row] for model, rows in found.items()}
         block: dict[str, Any] = {"rows": len(next(iter(found.values()))), "rows_without_references": without}
         if not block["rows"]:
             return block
@@ -119,7 +122,7 @@ def _add_entropies(
         by_place.setdefault((row, side), []).append(values[:_POSITIONS].tolist())
     for (row, side), found in by_place.items():
         columns = [[v[t] for v in found if t < len(v)] for t in range(max(map(len, found)))]
-        statistics[row][f"entropy|{side}"] = [sum(column) / len(column) for column in columns]
+        statistics[row][_PREFIXES("entropy", side)] = [sum(column) / len(column) for column in columns]
 
 
 def _add_continuations(
@@ -165,12 +168,12 @@ def _add_continuations(
     sides[_SPLICED] = _given(sides[OWN], spliced, context.tokenizer)
     sides[_REFERENCE] = _given(sides[OWN], [reference for _, _, reference, _ in pairs], context.tokenizer)
 
-    def add(row: int, key: str, value: float) -> None:
+    def add(row: int, key: Statistic, value: float) -> None:
         statistics[row][key] = statistics[row].get(key, 0.0) + value
 
     for row, right in zip(places, begun, strict=True):
-        add(row, f"{length}|pairs", 1.0)
-        add(row, f"{length}|right", float(bool(right)))
+        add(row, _PREFIXES("pairs", length), 1.0)
+        add(row, _PREFIXES("right", length), float(bool(right)))
     for side, rollouts in sides.items():
         values = context.suite.score(rollouts, columns_of(context.prompts, places)).values
         named = {REWARD + reward: column for reward, column in values.items()}
@@ -180,8 +183,8 @@ def _add_continuations(
             ]
         for metric, column in named.items():
             for row, value in zip(places, column, strict=True):
-                add(row, f"{length}|{side}|{metric}", value or 0.0)
-                add(row, f"{length}|{side}|{metric}|count", float(value is not None))
+                add(row, _PREFIXES("sum", length, side, metric), value or 0.0)
+                add(row, _PREFIXES("count", length, side, metric), float(value is not None))
 
 
 def _content(ids: Sequence[int], context: Context) -> int:
@@ -214,14 +217,18 @@ def _entropy_results(block: dict[str, Any], found: Mapping[str, Sequence[RowStat
     for model, rows in found.items():
         by_position[model], counts[model] = [], {}
         for row in rows:
-            sides = {side: row.get(f"entropy|{side}", []) for side in (GOLD, OWN)}
+            sides = {side: row.get(_PREFIXES("entropy", side), []) for side in (GOLD, OWN)}
             sides[GAP] = [own - gold for gold, own in zip(sides[GOLD], sides[OWN], strict=False)]
             flat = {(side, t): value for side, values in sides.items() for t, value in enumerate(values)}
-            by_position[model].append({**flat, **{(*place, "rows"): 1.0 for place in flat}})
+            row = {_PREFIXES("entropy", *place): value for place, value in flat.items()}
+            by_position[model].append(row | {_PREFIXES("rows", *place): 1.0 for place in flat})
             for place in flat:
                 counts[model][place] = counts[model].get(place, 0) + 1
     places = sorted({place for model in counts.values() for place in model})
-    metrics = {place: StudyMetric((place, (*place, "rows")), RatioOfSums()) for place in places}
+    metrics = {
+        place: StudyMetric(Pair(_PREFIXES("entropy", *place), _PREFIXES("rows", *place)), RatioOfSums())
+        for place in places
+    }
     for model, cells in summarise(by_position, metrics, settings, compare=False)["models"].items():
         for (side, t), cell in cells.items():
             rows = counts[model].get((side, t), 0)
@@ -231,18 +238,20 @@ def _entropy_results(block: dict[str, Any], found: Mapping[str, Sequence[RowStat
 
 def _continued_results(block: dict[str, Any], found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> None:
     names = dict.fromkeys(
-        key.split("|", 2)[2].removesuffix("|count")
+        key.params[2]
         for rows in found.values()
         for row in rows
         for key in row
-        if key.split("|")[1:2] == [OWN] and not key.startswith("entropy|")
+        if key.name == "sum" and key.params[1] == OWN
     )
     metrics: dict[tuple[int, str, str], StudyMetric] = {}
     for length in settings.prefix_lengths:
-        metrics[length, "", "right"] = StudyMetric((f"{length}|right", f"{length}|pairs"), RatioOfSums())
+        metrics[length, "", "right"] = StudyMetric(
+            Pair(_PREFIXES("right", length), _PREFIXES("pairs", length)), RatioOfSums()
+        )
         for name in names:
             columns = {
-                side: (f"{length}|{side}|{name}", f"{length}|{side}|{name}|count")
+                side: Pair(_PREFIXES("sum", length, side, name), _PREFIXES("count", length, side, name))
                 for side in (GOLD, OWN, _REFERENCE, _SPLICED)
             }
             metrics[length, name, GOLD] = StudyMetric(columns[GOLD], RatioOfSums())
@@ -257,7 +266,7 @@ def _continued_results(block: dict[str, Any], found: Mapping[str, Sequence[RowSt
         rows = found[model]
         continued = block["models"][model]["continued"]
         for length in settings.prefix_lengths:
-            pairs = [row.get(f"{length}|pairs", 0.0) for row in rows]
+            pairs = [row.get(_PREFIXES("pairs", length), 0.0) for row in rows]
             entry = {"rows": sum(n > 0 for n in pairs), "pairs": int(sum(pairs)), "metrics": {}}
             continued[str(length)] = entry
             if entry["rows"]:

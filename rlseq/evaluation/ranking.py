@@ -11,8 +11,9 @@ import numpy as np
 from rlseq.evaluation import tables
 from rlseq.evaluation.association import auroc, spearman
 from rlseq.evaluation.seeds import MethodDraws, claim_of, difference, method_draws, methods
+from rlseq.evaluation.statistics import RowStatistics, Source
 from rlseq.evaluation.stats import percentiles, resampled_counts
-from rlseq.evaluation.study import Context, RowStatistics, Section, Table
+from rlseq.evaluation.study import Context, Section, Table
 from rlseq.scoring import RewardSuite
 
 WITHIN, ACROSS, SUCCESS, SUCCESS_WITHIN = "spearman_within", "spearman_across", "auroc", "auroc_within"
@@ -22,6 +23,7 @@ _HEADERS = {
     SUCCESS: "AUROC of success, all completions",
     SUCCESS_WITHIN: "AUROC of success within rows",
 }
+_RANKING = Source("ranking")
 _MAX_ENTRIES = 2**21  # of an array (resamples, completions) that is held at once
 
 Place = tuple[str, str | None, str]  # a strategy, a reward (None: being a reference), and the name of a number
@@ -58,17 +60,18 @@ class Ranking:
         """Nothing can be wrong."""
 
     def measure(self, context: Context) -> list[RowStatistics]:
-        """Per strategy S and reward R, lists over the row's completions: `S|logprob`, `S|right`, `S|reward:R`."""
+        """Lists over the row's completions: logprob(S) and right(S) of strategy S, reward(S, R) of it and reward R."""
         statistics: list[RowStatistics] = [{} for _ in context.prompts]
         for signature, groups in context.completions.items():
             start = 0
             for row, group in enumerate(groups):
                 mine = statistics[row]
-                mine[f"{signature}|logprob"] = [rollout.logprob for rollout in group]
+                mine[_RANKING("logprob", signature)] = [rollout.logprob for rollout in group]
                 if context.references[row]:
-                    mine[f"{signature}|right"] = [float(r.completion_ids in context.references[row]) for r in group]
+                    right = [float(r.completion_ids in context.references[row]) for r in group]
+                    mine[_RANKING("right", signature)] = right
                 for reward, values in context.values[signature].items():
-                    mine[f"{signature}|reward:{reward}"] = list(values[start : start + len(group)])
+                    mine[_RANKING("reward", signature, reward)] = list(values[start : start + len(group)])
                 start += len(group)
         context.progress(len(context.prompts))
         return statistics
@@ -148,15 +151,16 @@ class Ranking:
 def _numbers(rows: Sequence[RowStatistics], settings: Any) -> dict[Place, _Number]:
     """Every number of a model that is defined."""
     found: dict[Place, _Number | None] = {}
-    for signature in dict.fromkeys(key.rpartition("|")[0] for row in rows for key in row):
-        prefix = f"{signature}|reward:"
-        rewards = dict.fromkeys(key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix))
-        for reward in rewards:
-            pairs = [_present(row.get(f"{signature}|logprob", []), row.get(f"{prefix}{reward}", [])) for row in rows]
+    keys = dict.fromkeys(key for row in rows for key in row)
+    for signature in dict.fromkeys(key.params[0] for key in keys):
+        logprob, right = _RANKING("logprob", signature), _RANKING("right", signature)
+        for reward in (key.params[1] for key in keys if key.name == "reward" and key.params[0] == signature):
+            values = _RANKING("reward", signature, reward)
+            pairs = [_present(row.get(logprob, []), row.get(values, [])) for row in rows]
             found[signature, reward, ACROSS] = _across(pairs, settings)
             found[signature, reward, WITHIN] = _mean_within([_spearman_of(*pair) for pair in pairs], settings)
-        if any(f"{signature}|right" in row for row in rows):
-            pairs = [_present(row.get(f"{signature}|logprob", []), row.get(f"{signature}|right", [])) for row in rows]
+        if right in keys:
+            pairs = [_present(row.get(logprob, []), row.get(right, [])) for row in rows]
             found[signature, None, SUCCESS] = _pooled_auroc(pairs, settings)
             within = [auroc(*pair)[0] if len(pair[0]) else np.nan for pair in pairs]
             found[signature, None, SUCCESS_WITHIN] = _mean_within(within, settings)

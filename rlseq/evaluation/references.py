@@ -8,7 +8,7 @@ exactly as far as the teacher-forced argmaxes are right, and reproduces it if an
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from rlseq.decoding import Sample, Strategy
 from rlseq.double import to_double
 from rlseq.errors import ConsistencyError
+from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, RowStatistics, Source
 from rlseq.likelihood import TeacherForced, teacher_force
 from rlseq.types import Prompt, Rollout
 
@@ -33,8 +34,7 @@ TOLERATED_ROWS, TOLERATED_SHARE = 1, 0.001
 LONG_REFERENCE = 64  # mean tokens a reference from which it is a text rather than an answer
 _ANSWER_MARKS = ("####", "\\boxed")
 SAMPLING_ROUNDING = 1e-9  # of an exact chance against a share, beside its standard errors
-_AGREEMENT = "agreement:"  # prefix of the statistics of a row under greedy decoding
-RowStatistics = dict[str, float]  # name of a statistic -> its sum over the row's references or samples
+_AGREEMENT = Source("agreement")  # of a row under greedy decoding
 
 
 def force_references(
@@ -78,18 +78,18 @@ def likelihood_rows(texts: Sequence[Sequence[str]], forced: Sequence[Sequence[Te
         lengths = [len(reference.logprobs) for reference in found]
         p = sum(math.exp(logprob) for logprob in logprobs)
         mine |= {
-            "nll": -sum(logprobs),
-            "tokens": float(sum(lengths)),
-            "sequence_logprob": sum(logprobs),
-            "references": float(len(found)),
-            "p_correct": p,
-            "argmax_tokens": float(sum(right)),
-            "argmax_rows": float(any(n == length for n, length in zip(right, lengths, strict=True))),
-            "bytes": float(sum(len(text.encode()) for text in written)),
-            "rows": 1.0,
+            LIKELIHOOD("nll"): -sum(logprobs),
+            LIKELIHOOD("tokens"): float(sum(lengths)),
+            LIKELIHOOD("sequence_logprob"): sum(logprobs),
+            LIKELIHOOD("references"): float(len(found)),
+            LIKELIHOOD("p_correct"): p,
+            LIKELIHOOD("argmax_tokens"): float(sum(right)),
+            LIKELIHOOD("argmax_rows"): float(any(n == length for n, length in zip(right, lengths, strict=True))),
+            LIKELIHOOD("bytes"): float(sum(len(text.encode()) for text in written)),
+            LIKELIHOOD("rows"): 1.0,
         }
         for k in PASS_AT:
-            mine[f"pass_at_{k}"] = float(-np.expm1(k * np.log1p(-p))) if p < 1 else 1.0
+            mine[LIKELIHOOD("pass_at", k)] = float(-np.expm1(k * np.log1p(-p))) if p < 1 else 1.0
     return statistics
 
 
@@ -116,16 +116,16 @@ def generation_rows(
         logprobs = [to_double(t).sum().item() if len(t) <= max_new_tokens else -math.inf for t in tokens]
         never = sum(logprob == -math.inf for logprob in logprobs)
         mine |= {
-            "p_reference": sum(math.exp(logprob) for logprob in logprobs),
-            "unreachable": float(never == len(found)),
-            "unreachable_references": float(never),
-            "reference_rows": 1.0,
-            "references": float(len(found)),
+            CHANCE("p_reference"): sum(math.exp(logprob) for logprob in logprobs),
+            CHANCE("unreachable"): float(never == len(found)),
+            CHANCE("unreachable_references"): float(never),
+            CHANCE("reference_rows"): 1.0,
+            CHANCE("references"): float(len(found)),
         }
     return statistics
 
 
-def drawn_and_exact(rows: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+def drawn_and_exact(rows: Sequence[RowStatistics]) -> dict[str, Any] | None:
     """How far the share of drawn samples that are references is from the exact chance of it.
 
         d = Σ_i (hits_i − n_i p_i) / Σ_i n_i,   standard error √(Σ_i n_i p_i (1 − p_i)) / Σ_i n_i
@@ -136,10 +136,11 @@ def drawn_and_exact(rows: Sequence[Mapping[str, float]]) -> dict[str, Any] | Non
     Returns:
         {"difference", "standard_error", "agrees": within 3 of these, and rounding}; None without such rows.
     """
-    found = [row for row in rows if "p_reference" in row and row.get("with_references")]
+    keys = COMPLETION("with_references"), COMPLETION("exact_match"), CHANCE("p_reference")
+    found = [row for row in rows if keys[2] in row and row.get(keys[0])]
     if not found:
         return None
-    n, hits, p = (np.array([row[key] for row in found]) for key in ("with_references", "exact_match", "p_reference"))
+    n, hits, p = (np.array([row[key] for row in found]) for key in keys)
     p = p.clip(0, 1)
     difference = float((hits - n * p).sum() / n.sum())
     error = float(np.sqrt((n * p * (1 - p)).sum()) / n.sum())
@@ -156,11 +157,11 @@ def completion_statistics(ids: Sequence[int], references: Sequence[Sequence[int]
     Of references the closest in length counts, of two equally close ones the shorter (BLEU, Papineni et al. 2002).
     """
     ngrams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
-    found = {"ngrams": float(len(ngrams)), "repeated_ngrams": float(len(ngrams) - len(set(ngrams)))}
+    found = {COMPLETION("ngrams"): len(ngrams), COMPLETION("repeated_ngrams"): len(ngrams) - len(set(ngrams))}
     if references:
         closest = min((len(reference) for reference in references), key=lambda n: (abs(n - len(ids)), n))
-        found |= {"compared_length": float(len(ids)), "closest_length": float(closest)}
-    return found
+        found |= {COMPLETION("compared_length"): len(ids), COMPLETION("closest_length"): closest}
+    return {statistic: float(value) for statistic, value in found.items()}
 
 
 def agreement_rows(
@@ -184,11 +185,11 @@ def agreement_rows(
         ]
         worst = max(margins)
         mine |= {
-            f"{_AGREEMENT}rows": 1.0,
-            f"{_AGREEMENT}agree": float(worst < 0),
-            f"{_AGREEMENT}near_ties": float(0 <= worst <= NEAR_TIE),
-            f"{_AGREEMENT}disagree": float(worst > NEAR_TIE),
-            f"{_AGREEMENT}reproduced": float(greedy.completion_ids in ids),
+            _AGREEMENT("rows"): 1.0,
+            _AGREEMENT("agree"): float(worst < 0),
+            _AGREEMENT("near_ties"): float(0 <= worst <= NEAR_TIE),
+            _AGREEMENT("disagree"): float(worst > NEAR_TIE),
+            _AGREEMENT("reproduced"): float(greedy.completion_ids in ids),
         }
     return statistics
 
@@ -207,17 +208,17 @@ def _parting_margin(followed: int, reference: TeacherForced, cut: int | None) ->
     return -1.0 if followed == right else abs(reference.margins[min(followed, right)].item())
 
 
-def agreement(rows: Sequence[Mapping[str, float]]) -> dict[str, int] | None:
+def agreement(rows: Sequence[RowStatistics]) -> dict[str, int] | None:
     """Counts of rows: checked, where greedy and teacher forcing agree, part at a near tie, or disagree; None if none.
 
     `reproduced` are those of them whose greedy completion is one of the references.
     """
     names = ("rows", "agree", "near_ties", "disagree", "reproduced")
-    counts = {name: int(sum(row.get(_AGREEMENT + name, 0.0) for row in rows)) for name in names}
+    counts = {name: int(sum(row.get(_AGREEMENT(name), 0.0) for row in rows)) for name in names}
     return counts if counts["rows"] else None
 
 
-def check_agreement(name: str, rows: Sequence[Mapping[str, float]], keys: Sequence[str]) -> None:
+def check_agreement(name: str, rows: Sequence[RowStatistics], keys: Sequence[str]) -> None:
     """Raise ConsistencyError if greedy decoding and teacher forcing disagree on more rows than rounding explains.
 
     Args:
@@ -228,7 +229,7 @@ def check_agreement(name: str, rows: Sequence[Mapping[str, float]], keys: Sequen
     counts = agreement(rows)
     if counts is None or counts["disagree"] <= max(TOLERATED_ROWS, TOLERATED_SHARE * counts["rows"]):
         return
-    parted = [key for key, row in zip(keys, rows, strict=True) if row.get(f"{_AGREEMENT}disagree")]
+    parted = [key for key, row in zip(keys, rows, strict=True) if row.get(_AGREEMENT("disagree"))]
     raise ConsistencyError(
         f"model {name!r}: greedy decoding and teacher forcing disagree on {counts['disagree']:,} of "
         f"{counts['rows']:,} rows (for example {', '.join(parted[:3])}). Greedy decoding must follow a reference "

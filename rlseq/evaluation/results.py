@@ -13,11 +13,12 @@ from typing import Any
 from rlseq.errors import DataError
 from rlseq.escapes import visible
 from rlseq.evaluation.compression import document_records
-from rlseq.evaluation.documents import Coding, DocumentStatistics
+from rlseq.evaluation.documents import DOCUMENT, Coding, DocumentStatistics
 from rlseq.evaluation.measure import ModelStatistics
+from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
 from rlseq.types import Prompt
 
-SCHEMA = 2  # of results.json
+SCHEMA = 3  # of results.json
 
 
 def finite_or_null(value: Any) -> Any:
@@ -93,8 +94,8 @@ def write_results(
                 "key": rows_of[i].key,
                 "prompt": rows_of[i].messages_or_text,
                 "references": list(rows_of[i].columns.get("references", ())),
-                "likelihood": statistics.likelihood[i],
-                "strategies": {s: rows[i] for s, rows in statistics.strategies.items()},
+                "likelihood": _as_json(statistics.likelihood[i], LIKELIHOOD.source),
+                "strategies": {s: _as_json(rows[i], COMPLETION.source) for s, rows in statistics.strategies.items()},
             }
             for name, statistics, i in places
         ),
@@ -105,7 +106,7 @@ def write_results(
             {
                 "model": name,
                 "key": rows_of[i].key,
-                "studies": {study: rows[i] for study, rows in statistics.studies.items()},
+                "studies": {study: _as_json(rows[i], study) for study, rows in statistics.studies.items()},
             }
             for name, statistics, i in places
         )
@@ -151,16 +152,16 @@ def read_evaluation(path: str | Path) -> Evaluation:
             prompts.append(Prompt(record["key"], record["prompt"], (), {"references": tuple(record["references"])}))
         elif prompts[row].key != record["key"]:
             raise DataError(f"{path.parent / 'per_example.jsonl'}: row {row} of {name} is not that of the first model")
-        found[name].likelihood[row] = record["likelihood"]
+        found[name].likelihood[row] = _from_json(record["likelihood"], LIKELIHOOD.source)
         for strategy, statistics in found[name].strategies.items():
-            statistics[row] = record["strategies"][strategy]
+            statistics[row] = _from_json(record["strategies"][strategy], COMPLETION.source)
     studies = results["signature"]["settings"]["studies"]
     for statistics in found.values():
         statistics.studies = {study: [{}] * rows for study in studies}
     if studies:
         for (name, row), record in _each_row(path.parent / "studies.jsonl", found, rows):
             for study, statistics in found[name].studies.items():
-                statistics[row] = record["studies"][study]
+                statistics[row] = _from_json(record["studies"][study], study)
     for record in _read_lines(path.parent / "samples.jsonl"):
         found[record["model"]].samples.append(record)
     _check_samples(path.parent / "samples.jsonl", found)
@@ -171,7 +172,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
         file = path.parent / "documents.jsonl"
         coded = {name: found[name] for name in results["documents"]["models"]}
         for (name, _), record in _each_row(file, coded, results["documents"]["documents"]):
-            found[name].documents.rows.append({k: v for k, v in record.items() if k not in ("model", "document")})
+            row = {text: value for text, value in record.items() if text not in ("model", "document")}
+            found[name].documents.rows.append(_from_json(row, DOCUMENT.source))
     return Evaluation(path, results, prompts, found)
 
 
@@ -204,12 +206,20 @@ def _check_samples(path: Path, found: Mapping[str, ModelStatistics]) -> None:
     for name, statistics in found.items():
         on_file = Counter(record["strategy"] for record in statistics.samples)
         for strategy, rows in statistics.strategies.items():
-            counted = int(sum(row.get("samples", 0) for row in rows))
+            counted = int(sum(row.get(COMPLETION("samples"), 0) for row in rows))
             if on_file[strategy] != counted:
                 raise DataError(
                     f"{path} has {on_file[strategy]} completions of {name} under {strategy}; expected {counted}. It is "
                     "truncated, or of another evaluation: evaluate again."
                 )
+
+
+def _as_json(row: RowStatistics, source: str) -> dict[str, Any]:
+    return rows_as_json([row], source)[0]
+
+
+def _from_json(row: Mapping[str, Any], source: str) -> RowStatistics:
+    return rows_from_json([row], source)[0]
 
 
 def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

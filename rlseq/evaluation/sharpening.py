@@ -16,8 +16,9 @@ from rlseq.evaluation.equal_entropy import Curve, mean_gap
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.seeds import claim_of, methods, pair_draws
 from rlseq.evaluation.sharpening_report import section_of
+from rlseq.evaluation.statistics import Pair, RowStatistics, Source, rows_matrix
 from rlseq.evaluation.stats import RatioOfSums, percentiles, resampled_counts
-from rlseq.evaluation.study import Context, RowStatistics, Section, StudyMetric, rows_matrix, summarise
+from rlseq.evaluation.study import Context, Section, StudyMetric, summarise
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 from rlseq.types import Rollout
@@ -26,6 +27,7 @@ DRAW = 1100  # with a temperature's place added, names its noise
 EXACT = "exact_match"
 ONE = "1.0"  # how results call the temperature at which gains are stated
 _ENTROPY = None  # beside qualities by name, of which one may be called entropy
+_SHARPENING = Source("sharpening")
 SHAPE = ("entropy", "unique", "top", "truncated")  # beside qualities, per sample
 
 
@@ -61,7 +63,7 @@ class Sharpening:
             )
 
     def measure(self, context: Context) -> list[RowStatistics]:
-        """Per temperature T, sums over the row's samples: `T|samples`, `T|entropy`, ..., `T|Q:sum`, `T|Q:count`."""
+        """Per temperature T, sums over the row's samples: samples(T), entropy(T), ..., sum(T, Q), count(T, Q)."""
         settings, rows = context.settings, len(context.prompts)
         statistics: list[RowStatistics] = [{} for _ in context.prompts]
         for place, temperature in enumerate(settings.temperatures):
@@ -106,9 +108,8 @@ class Sharpening:
         found = {model: [rows[i] for i in studied] for model, rows in found.items()}
         temperatures = [key_of(t) for t in sorted(settings.temperatures)]
         keys = dict.fromkeys(key for rows in found.values() for row in rows for key in row)
-        names = dict.fromkeys(key.partition("|")[2] for key in keys)
-        qualities = [name.removesuffix(":sum") for name in names if name.endswith(":sum")]
-        shape = [name for name in SHAPE if name in names]
+        qualities = list(dict.fromkeys(key.params[1] for key in keys if key.name == "sum"))
+        shape = [name for name in SHAPE if any(key.name == name for key in keys)]
         metrics = {(t, "shape", name): _shape(t, name) for t in temperatures for name in shape}
         metrics |= {(t, "quality", name): _quality(t, name) for t in temperatures for name in qualities}
         at_one = {name: _shape(ONE, name) for name in shape}
@@ -150,28 +151,30 @@ def _add(statistics: Sequence[RowStatistics], key: str, groups: Sequence[Sequenc
     for row, group in enumerate(groups):
         counts = Counter(rollout.completion_ids for rollout in group)
         mine = {
-            "samples": len(group),
-            "entropy": -sum(rollout.logprob for rollout in group),
-            "truncated": sum(rollout.finish_reason == "length" for rollout in group),
+            _SHARPENING("samples", key): len(group),
+            _SHARPENING("entropy", key): -sum(rollout.logprob for rollout in group),
+            _SHARPENING("truncated", key): sum(rollout.finish_reason == "length" for rollout in group),
         }
         if len(group) > 1:  # of one sample both are 1, whatever the model
-            mine |= {"unique": len(counts), "top": max(counts.values())}
+            mine |= {_SHARPENING("unique", key): len(counts), _SHARPENING("top", key): max(counts.values())}
         if context.references[row]:
             right = sum(rollout.completion_ids in context.references[row] for rollout in group)
-            mine |= {f"{EXACT}:sum": right, f"{EXACT}:count": len(group)}
+            mine |= {_SHARPENING("sum", key, EXACT): right, _SHARPENING("count", key, EXACT): len(group)}
         start = row * context.settings.samples_per_row
         for reward, found in values.items():
             present = [v for v in found[start : start + len(group)] if v is not None]
-            mine |= {f"{names[reward]}:sum": sum(present), f"{names[reward]}:count": len(present)}
-        statistics[row].update({f"{key}|{name}": float(value) for name, value in mine.items()})
+            total, count = (_SHARPENING(part, key, names[reward]) for part in ("sum", "count"))
+            mine |= {total: sum(present), count: len(present)}
+        statistics[row].update({statistic: float(value) for statistic, value in mine.items()})
 
 
 def _shape(temperature: str, name: str) -> StudyMetric:
-    return StudyMetric((f"{temperature}|{name}", f"{temperature}|samples"), RatioOfSums())
+    return StudyMetric(Pair(_SHARPENING(name, temperature), _SHARPENING("samples", temperature)), RatioOfSums())
 
 
 def _quality(temperature: str, name: str) -> StudyMetric:
-    return StudyMetric((f"{temperature}|{name}:sum", f"{temperature}|{name}:count"), RatioOfSums())
+    pair = Pair(_SHARPENING("sum", temperature, name), _SHARPENING("count", temperature, name))
+    return StudyMetric(pair, RatioOfSums())
 
 
 def _gaps(

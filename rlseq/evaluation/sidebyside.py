@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.stats import pass_at_k
 
+_CHANCE = LIKELIHOOD("p_correct").text(LIKELIHOOD.source)
 MAX_CHARACTERS = 600  # of a prompt, reference or completion shown in a report
 
 
@@ -88,7 +90,7 @@ def side_by_side(
         return None
     scores = {place: _score(group) for place, group in groups.items()}
     gains = {key: _gain(scores.get((a, key)) if a else 0.0, scores[b, key]) for key in keys}
-    p_correct = {(row["model"], row["key"]): row["likelihood"].get("p_correct") for row in per_example}
+    p_correct = {(row["model"], row["key"]): row["likelihood"].get(_CHANCE) for row in per_example}
 
     def row(key: str) -> Row:
         first = groups[b, key][0]

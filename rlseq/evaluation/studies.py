@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
@@ -17,7 +17,8 @@ from rlseq.evaluation.lookahead import Lookahead
 from rlseq.evaluation.prefixes import Prefixes
 from rlseq.evaluation.ranking import Ranking
 from rlseq.evaluation.sharpening import Sharpening
-from rlseq.evaluation.study import Context, RowStatistics, Section, Study
+from rlseq.evaluation.statistics import RowStatistics, rows_as_json, rows_from_json
+from rlseq.evaluation.study import Context, Section, Study
 from rlseq.evaluation.unfinished import STUDY, Parts
 from rlseq.packing import evaluating
 from rlseq.ranks import raise_on_all_ranks
@@ -71,10 +72,9 @@ def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[s
                 continue
             rows = studied_rows(name, places, context.settings)
             part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
-            key = STUDY.format(name)
-            if key in parts.found:
+            if STUDY.format(name) in parts.found:
                 context.progress(rows)
-            found[name] = parts.once(key, functools.partial(STUDIES[name].measure, part) if rows else list)
+            found[name] = _once(parts, name, functools.partial(STUDIES[name].measure, part) if rows else list)
     return found
 
 
@@ -105,8 +105,12 @@ def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics
         for name in filter(needs_all_rows, context.settings.studies):
             rows = studied_rows(name, range(len(context.prompts)), context.settings)
             part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
-            results[name] = parts.once(STUDY.format(name), functools.partial(measured, name, part))
+            results[name] = _once(parts, name, functools.partial(measured, name, part))
     return results
+
+
+def _once(parts: Parts, name: str, measure: Callable[[], list[RowStatistics]]) -> list[RowStatistics]:
+    return rows_from_json(parts.once(STUDY.format(name), lambda: rows_as_json(measure(), name)), name)
 
 
 def study_results(

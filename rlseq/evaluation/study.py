@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from rlseq.evaluation.seeds import claim_of, crossed_bootstrap_many, difference, methods
+from rlseq.evaluation.statistics import RowStatistics, Statistic, rows_matrix
 from rlseq.evaluation.stats import bootstrap_many, paired_bootstrap_many
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
-
-RowStatistics = dict[str, Any]  # name of a statistic -> a finite number, the sum over the row; or a list of them
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,9 @@ class Study(Protocol):
 
 @dataclass(frozen=True)
 class StudyMetric:
-    """A number over rows: an aggregate of named per-row statistics (rlseq.evaluation.stats)."""
+    """A number over rows: an aggregate of per-row statistics (rlseq.evaluation.stats)."""
 
-    statistics: tuple[str, ...]
+    statistics: tuple[Statistic, ...]
     aggregate: Any
 
 
@@ -185,8 +184,3 @@ def _method_comparisons(
             values = {"difference": result.difference, "ci95": list(result.ci95)}
             found.append({"a": a, "b": b, "metric": name, **values, **claim})
     return found
-
-
-def rows_matrix(rows: Sequence[RowStatistics], statistics: Sequence[str]) -> np.ndarray:
-    """Named statistics of R rows as (R, K), 0 where a row has none."""
-    return np.array([[row.get(name, 0.0) for name in statistics] for row in rows]).reshape(len(rows), len(statistics))

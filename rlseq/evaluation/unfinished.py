@@ -30,8 +30,9 @@ from rlseq.scoring.fingerprint import folder_hash
 from rlseq.types import Prompt, Rollout
 
 _FOLDER = ".unfinished"
+_FORMAT = 2  # of the parts: those of another are measured again
 # Names of parts; a strategy's is its signature.
-LIKELIHOOD, DOCUMENTS, STUDY = "likelihood", "documents", "study {}"
+REFERENCES, DOCUMENTS, STUDY = "likelihood", "documents", "study {}"
 
 
 class Parts:
@@ -161,6 +162,7 @@ def parts_of(
     state = PartialState()
     fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]
     decisive = {
+        "format": _FORMAT,
         "model": [name, *checkpoints, *fingerprints],
         "rows": [vars(prompt) for prompt in prompts],
         "documents": documents,
@@ -171,7 +173,7 @@ def parts_of(
         "device": state.device.type,
     }
     strategies = [strategy.signature for strategy in settings.parsed()]
-    names = [LIKELIHOOD, *strategies, *map(STUDY.format, settings.studies), *([DOCUMENTS] if documents else [])]
+    names = [REFERENCES, *strategies, *map(STUDY.format, settings.studies), *([DOCUMENTS] if documents else [])]
     try:
         key = None if None in fingerprints else key_of("", decisive)
     except TypeError:  # a column that JSON cannot name, such as a dict with tuples for keys
