@@ -44,6 +44,6 @@ def _split(text: str, unit: str, tokenizer: str | None) -> list:
 
 @lru_cache(maxsize=4)
 def _tokenizer(name: str):
-    from transformers import AutoTokenizer
+    from rlseq.pretrained import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return load_tokenizer(name, "the tokenizer of error_rate")

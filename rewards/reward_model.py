@@ -25,8 +25,8 @@ def reward_model(
 
     Chat data goes through the tokenizer's chat template; text is the prompt with the completion right after
     it. `dtype` is "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; `device` is a GPU where
-    there is one. Texts over `max_length` tokens (by default the model's own limit) lose their start, so
-    that the answer stays.
+    there is one, "auto" all of them. Texts over `max_length` tokens (by default the model's own limit) lose
+    their start, so that the answer stays.
     """
     network, tokenizer = _load(model, dtype, device)
     sizes = {"batch_size": batch_size, "max_length": max_length, "label": label}
@@ -78,15 +78,19 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rlseq.pretrained import load_weights
+    from rlseq.pretrained import load_model
 
     tokenizer = load_tokenizer(model)
     todo = "Give a trained sequence-classification model"
-    network = load_weights(
-        model, what="a reward model", kind=AutoModelForSequenceClassification, dtype=dtype, todo=todo
+    network = load_model(
+        model,
+        what="a reward model",
+        kind=AutoModelForSequenceClassification,
+        dtype=dtype,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        todo=todo,
     )
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return prepared(network.to(place), tokenizer), tokenizer
+    return prepared(network, tokenizer), tokenizer
 
 
 def load_tokenizer(model: str) -> Any:

@@ -6,33 +6,28 @@ checkpoint lacks with random numbers, other ones in each process. Here both are 
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from rlseq.errors import ModelError
+from rlseq.gguf_files import where_and_how
 from rlseq.model_class import causal_class
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What torch.compile, FSDP and activation checkpointing put into a parameter's name; data parallelism begins it so.
 _WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DATA_PARALLEL = re.compile(r"^(?:module\.)+")
-_ANOTHER = "Resume from another checkpoint"
+ANOTHER = "Resume from another checkpoint"
 _SAVE_AGAIN = (
     "Save it again by the class that trained it, or give --allow_missing_weights true where random numbers are wanted "
     "there"
@@ -43,20 +38,23 @@ def load_tokenizer(name_or_path: str | Path, what: str | None = None, **options:
     """A tokenizer as it was saved.
 
     Args:
+        name_or_path: a folder, hub id or GGUF file.
         what: how a message calls it; by default "a tokenizer".
 
     Raises:
         ModelError: it cannot be loaded.
     """
+    place, gguf = where_and_how(name_or_path)
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **gguf, **options)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {what or 'a tokenizer'} from {str(name_or_path)!r}: {reason(error)}") from error
 
 
 def load_config(name_or_path: str | Path, **options: Any) -> Any:
     """A model's configuration; the errors are transformers' own (OSError, ValueError, KeyError)."""
-    return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **options)
+    place, gguf = where_and_how(name_or_path)
+    return AutoConfig.from_pretrained(place, trust_remote_code=False, **gguf, **options)
 
 
 def is_adapter(path: str | Path | None) -> bool:
@@ -69,39 +67,90 @@ def adapter_base(path: str | Path) -> str:
     return json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def load_weights(path: str | Path, *, allow_missing: bool = False, todo: str = _SAVE_AGAIN, **options: Any) -> Any:
-    """A model that is no adapter, as `load_told` loads it.
+def load_model(
+    name_or_path: str | Path,
+    *,
+    what: str = "a model",
+    kind: Any = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    trainable: bool = False,
+    allow_missing: bool = False,
+    todo: str = _SAVE_AGAIN,
+    **more: Any,
+) -> Any:
+    """The model of a folder, hub id or GGUF file, in eval mode; of an adapter's folder, its base with the adapter.
+
+    Models that are trained, evaluated and examined, reward models, critics and references are all loaded by it.
 
     Args:
+        what: how a message calls it.
+        kind: the auto class or class; None: that of causal language models (`rlseq.model_class`).
+        revision: of a hub id; an adapter names its base without one.
+        dtype: of the weights, or its name; "auto": that of the checkpoint.
+        attn_implementation: as transformers calls it; None: what it takes by default.
+        quantization: fields of a `BitsAndBytesConfig`, for an adapter of its base; None: as it was saved.
+        device: where it goes; "auto": over all accelerators, as transformers' `device_map` spreads it; None: the CPU.
+        trainable: give a `PeftModel` whose adapter trains, in place of a base with the adapter inside it.
         allow_missing: leave weights that the checkpoint lacks as transformers made them: random.
         todo: what a message about missing weights advises.
+        more: further options of `from_pretrained`.
 
     Raises:
         ModelError: it cannot be loaded, lacks weights, or has layers that the configuration leaves out.
     """
-    model, missing, unexpected = load_told(path, **options)
+    adapter = is_adapter(name_or_path)
+    options = more | {"dtype": as_dtype(dtype), "attn_implementation": attn_implementation}
+    if quantization is not None:
+        options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(quantization))
+    if revision is not None:
+        options["revision"] = "main" if adapter else revision
+    if device == "auto":
+        options["device_map"] = "auto"
+    path = adapter_base(name_or_path) if adapter else name_or_path
+    model, missing, unexpected = load_reporting(
+        path, what=f"the base of {what}" if adapter else what, kind=kind, **options
+    )
     if not allow_missing:
-        _refuse_missing(path, missing, todo)
+        refuse_missing(path, missing, todo)
         _refuse_left_out(path, unexpected, (name for name, _ in model.named_parameters()))
     for module in model.modules():
         # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradient. They compute in bfloat16
         # and give no gradient after it: a run would draw, and then train nothing.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model
+    if adapter:
+        model = _with_adapter(model, name_or_path, trainable=trainable, allow_missing=allow_missing)
+        model = model if trainable else model.base_model.model
+    return model if device in (None, "auto") else model.to(device)
 
 
-def load_told(
+def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A dtype by its name; "auto" stays.
+
+    Raises:
+        ModelError: torch has none of that name.
+    """
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
+    return found
+
+
+def load_reporting(
     path: str | Path, *, what: str = "a model", kind: Any = None, **options: Any
 ) -> tuple[Any, set[str], set[str]]:
-    """A model that is no adapter, from safetensors alone, whatever its checkpoint lacks.
+    """A model that is no adapter, from safetensors or a GGUF file alone, whatever its checkpoint lacks.
 
     The names that torch.compile, DistributedDataParallel and FSDP give to parameters are read as the model's own.
 
     Args:
-        path: a folder or hub id.
-        what: how a message calls it.
-        kind: the auto class; None: that of causal language models.
+        path, what, kind: as for `load_model`.
         options: of `from_pretrained`.
 
     Returns:
@@ -110,27 +159,33 @@ def load_told(
     Raises:
         ModelError: it cannot be loaded.
     """
+    place, gguf = where_and_how(path)
     revision = {name: options[name] for name in ("revision",) if name in options}
     try:
         kind = kind or causal_class(load_config(path, **revision))
         options["output_loading_info"] = True
-        if mapping := _unwrapping(_saved_names(path, **revision)):
+        mapping = {} if gguf else _unwrapping(_saved_names(path, **revision))
+        if mapping:
             options["key_mapping"] = mapping
-        model, told = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True, **options)
+        model, told = kind.from_pretrained(place, trust_remote_code=False, use_safetensors=True, **gguf, **options)
         if mapping:  # by the others it is saved: under the model's own names
             kept = [c for c in model._weight_conversions if mapping.keys().isdisjoint(c.source_patterns)]
             model._weight_conversions = kept
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load {what} from {str(path)!r}: {reason(error)}") from error
+    if gguf:
+        _forget_blocks(model)
+        model.name_or_path = str(path)  # which an adapter's folder will call its base
     return model, told["missing_keys"], told["unexpected_keys"]
 
 
-def load_adapter(base: Any, path: str | Path, *, trainable: bool = False, allow_missing: bool = False) -> PeftModel:
-    """A base with the adapter of a local folder in place.
+def _forget_blocks(model: Any) -> None:
+    """Make a model read from GGUF one like any other: its weights are restored, but transformers would save none."""
+    model.hf_quantizer.remove_quantization_config(model)
 
-    Raises:
-        ModelError: it cannot be loaded, or the folder lacks weights of it.
-    """
+
+def _with_adapter(base: Any, path: str | Path, *, trainable: bool, allow_missing: bool) -> PeftModel:
+    """A base with the adapter of a local folder in place."""
     with safe_open(Path(path) / ADAPTER_WEIGHTS, framework="pt") as file:
         names = list(file.keys())
         trained_in = file.get_tensor(names[0]).dtype if names else None
@@ -146,7 +201,7 @@ def load_adapter(base: Any, path: str | Path, *, trainable: bool = False, allow_
         raise ModelError(f"cannot load an adapter from {str(path)!r}: {reason(error)}") from error
     if not allow_missing:
         held = {unwrapped(name) for name in names}
-        _refuse_missing(path, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - held)
+        refuse_missing(path, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - held)
     if getattr(base, "is_quantized", False):  # TRL trains, and computes, its adapter in bfloat16; peft makes it float32
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -168,8 +223,8 @@ def load_into(model: Any, path: str | Path) -> None:
             _load_into_adapter(model, name, Path(path) if name == "default" else Path(path) / name)
         return
     wide = max({p.dtype for p in model.parameters()}, key=lambda dtype: torch.finfo(dtype).bits)
-    saved, missing, unexpected = load_told(path, what="a checkpoint", kind=type(model), dtype=wide)
-    _refuse_missing(path, missing, _ANOTHER)
+    saved, missing, unexpected = load_reporting(path, what="a checkpoint", kind=type(model), dtype=wide)
+    refuse_missing(path, missing, ANOTHER)
     _refuse_left_out(path, unexpected, (name for name, _ in saved.named_parameters()))
     try:
         model.load_state_dict(saved.state_dict(), strict=False)
@@ -183,97 +238,10 @@ def _load_into_adapter(model: PeftModel, name: str, folder: Path) -> None:
     try:
         weights = {unwrapped(key): weight for key, weight in load_file(folder / ADAPTER_WEIGHTS).items()}
         own = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-        _refuse_missing(folder, own - set(weights), _ANOTHER)
+        refuse_missing(folder, own - set(weights), ANOTHER)
         set_peft_model_state_dict(model, weights, adapter_name=name)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load an adapter from {str(folder)!r}: {reason(error)}") from error
-
-
-def check_sharded(model: Any, path: str | Path) -> None:
-    """Refuse a checkpoint from which FSDP or DeepSpeed, whose own loading reads it, would not give a model all weights.
-
-    They leave an adapter's weights that are not there as they are, and know no other names than the model's. Read are
-    the names alone: of FSDP's whole file (FULL_STATE_DICT) or sharded folder (SHARDED_STATE_DICT), or of the first
-    rank's file of DeepSpeed.
-
-    Args:
-        model: what is loaded into; of a `PeftModel`, what it trains.
-
-    Raises:
-        ModelError: weights are missing, or no such file can be read.
-    """
-    try:
-        held = _sharded_names(Path(path))
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ModelError(f"cannot read the weights of {str(path)!r}: {reason(error)}. {_ANOTHER}") from error
-    adapter = isinstance(model, PeftModel)
-    own = [name for name, parameter in model.named_parameters() if parameter.requires_grad or not adapter]
-    own = [name for name in own if "_flat_param" not in name]  # FSDP1's parameters, which have no names of their own
-    missing = {unwrapped(name) for name in own if not held & {name, unwrapped(name), _peft_name(unwrapped(name))}}
-    other = held - {unwrapped(name) for name in held}
-    instead = f"It has names of a wrapped model instead ({_some(other)}). " if missing and other else ""
-    _refuse_missing(path, missing, instead + _ANOTHER)
-
-
-def _sharded_names(checkpoint: Path) -> set[str]:
-    whole, shards = checkpoint / f"{FSDP_MODEL_NAME}.bin", checkpoint / f"{FSDP_MODEL_NAME}_0"
-    if whole.is_file():
-        return set(_saved_by_torch(whole))
-    if shards.is_dir():
-        names = FileSystemReader(shards).read_metadata().state_dict_metadata
-        return {name.removeprefix("model.") for name in names}
-    tag = (checkpoint / "latest").read_text(encoding="utf-8").strip()  # as DeepSpeed finds it
-    files = sorted((checkpoint / tag).glob("*model_states.pt"))
-    if not files:
-        raise FileNotFoundError(f"there is no {tag}/*model_states.pt")
-    return set(_saved_by_torch(files[0])["module"])
-
-
-def _saved_by_torch(file: Path) -> Any:
-    """What torch.save wrote, without its tensors: nothing but dictionaries is built, and no code that it names runs."""
-    with zipfile.ZipFile(file) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        return _Outline(io.BytesIO(archive.read(name))).load()
-
-
-class _Outline(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Anything
-
-    def persistent_load(self, pid: Any) -> None:
-        """The storage of a tensor."""
-
-
-class _Anything(dict):
-    """Stands for an object of any class."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def __init__(self, *_: Any, **__: Any):
-        super().__init__()
-
-    def __setstate__(self, _state: Any) -> None:
-        """Left out."""
-
-    def append(self, _item: Any) -> None:
-        """Left out."""
-
-
-def _peft_name(name: str) -> str:
-    """A trained parameter of an adapter as peft saves it, and so FSDP in shards: without the adapter's name."""
-    return re.sub(r"\.(?:modules_to_save\.)?default(?=\.|$)", "", name)
-
-
-def load_causal(path: str | Path, *, what: str = "a model", allow_missing: bool = False, **options: Any) -> Any:
-    """The causal language model of a path or hub id; an adapter's folder gives its base with the adapter inside.
-
-    Raises:
-        ModelError: as `load_weights` and `load_adapter`.
-    """
-    if not is_adapter(path):
-        return load_weights(path, what=what, allow_missing=allow_missing, **options)
-    base = load_weights(adapter_base(path), what=f"the base of {what}", allow_missing=allow_missing, **options)
-    return load_adapter(base, path, allow_missing=allow_missing).base_model.model
 
 
 def unwrapped(name: str) -> str:
@@ -316,10 +284,10 @@ def _unwrapping(names: Iterable[str]) -> dict[str, str]:
     return {f"^{re.escape(name)}": own for name, own in sorted(begin, key=lambda pair: -len(pair[0]))}
 
 
-def _refuse_missing(path: str | Path, missing: Collection[str], todo: str = _SAVE_AGAIN) -> None:
+def refuse_missing(path: str | Path, missing: Collection[str], todo: str = _SAVE_AGAIN) -> None:
     if missing:
         raise ModelError(
-            f"{str(path)!r} lacks {len(missing):,} of the model's weights ({_some(missing)}), which would be random. "
+            f"{str(path)!r} lacks {len(missing):,} of the model's weights ({some(missing)}), which would be random. "
             f"{todo}"
         )
 
@@ -330,11 +298,11 @@ def _refuse_left_out(path: str | Path, unexpected: Collection[str], own: Iterabl
     left = [name for name in unexpected if re.search(r"\.\d+\.", name) and re.sub(r"\.\d+\.", ".#.", name) in known]
     if left:
         raise ModelError(
-            f"{str(path)!r} holds {len(left):,} weights of layers that its configuration leaves out ({_some(left)}): "
+            f"{str(path)!r} holds {len(left):,} weights of layers that its configuration leaves out ({some(left)}): "
             "it would be another model. Set num_hidden_layers in config.json to what was trained"
         )
 
 
-def _some(names: Collection[str]) -> str:
+def some(names: Collection[str]) -> str:
     shown = sorted(names)[:3]
     return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from rlseq.errors import ModelError
 from rlseq.evaluation.loading import load_checkpoint
-from rlseq.pretrained import check_sharded
 from rlseq.training.config import ModelArguments
 from rlseq.training.models import check_model_path, load_model
+from rlseq.training.sharded_weights import check_sharded
 
 WRAPPED = {
     "torch.compile": lambda name: f"_orig_mod.{name}",

@@ -31,8 +31,8 @@ def wrapped_base(folder):
 def test_no_distributed_mode_loads_the_reference_by_trls_loader(zero3, tmp_path, monkeypatch):
     """ZeRO-3, where nothing can be copied, is pretended; the weights are whole here."""
     monkeypatch.setattr(reference, "is_deepspeed_zero3_enabled", lambda: zero3)
-    asked, load = [], reference.load_weights
-    monkeypatch.setattr(reference, "load_weights", lambda *args, **kwargs: asked.append(args) or load(*args, **kwargs))
+    asked, load = [], reference.load_model
+    monkeypatch.setattr(reference, "load_model", lambda *args, **kwargs: asked.append(args) or load(*args, **kwargs))
     by_trl = grpo_trainer.create_model_from_path
     model = wrapped_base(tmp_path / "base")
     trainer = tiny_trainer(tmp_path / "run", model=model, beta=0.5)

@@ -63,8 +63,9 @@ def test_models_load_from_safetensors_alone():
             loading.append((file, call))
     assert len(loading) >= 2
     for file, call in loading:
-        given = keywords(call)  # a GGUF file is read as tensors alone, too
-        assert is_true(given.get("use_safetensors")) or "gguf_file" in given, f"{file}: {ast.unparse(call)}"
+        assert is_true(keywords(call).get("use_safetensors")), f"{file}: {ast.unparse(call)}"
+    package = [file for file, _ in loading if not file.is_relative_to(ROOT / "benchmarks")]
+    assert package == [ROOT / "rlseq/pretrained.py"]  # the one loader, of rewards and recipes too
 
 
 def test_every_call_that_loads_refuses_code_of_the_repository():

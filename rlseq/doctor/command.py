@@ -138,6 +138,7 @@ def examine_model(name_or_path: str) -> Iterator[Finding]:
     import torch
 
     from rlseq.doctor import forward
+    from rlseq.gguf_files import gguf_file
     from rlseq.training.models import disable_dropout
 
     path = Path(name_or_path)
@@ -145,7 +146,7 @@ def examine_model(name_or_path: str) -> Iterator[Finding]:
     model, missing = _load(name_or_path, adapter)
     # A build for CUDA names an accelerator on machines that have none, too.
     model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("*.safetensors")) or [file for file in [gguf_file(path)] if file]
     yield _attempt("weights", forward.check_weights, model, missing, files)
     yield _attempt("left padding", forward.check_left_padding, model)
     yield _attempt("packing", forward.check_packing, model)
@@ -164,13 +165,13 @@ def _load(name_or_path: str, adapter: bool) -> tuple[Any, list[str]]:
     """The model and the names of the parameters that its checkpoint lacks."""
     import torch
 
-    from rlseq.pretrained import load_told
+    from rlseq.pretrained import load_reporting
     from rlseq.training.config import ModelArguments
     from rlseq.training.models import load_model
 
     if adapter:
         return load_model(ModelArguments(model_name_or_path=name_or_path, dtype="float32")), []
-    model, missing, _ = load_told(name_or_path, dtype=torch.float32)
+    model, missing, _ = load_reporting(name_or_path, dtype=torch.float32)
     return model, sorted(missing)
 
 

@@ -157,7 +157,7 @@ def check_weights(model: nn.Module, missing: Collection[str] = (), files: Sequen
 
     Args:
         missing: parameters that were not in the checkpoint, and are random.
-        files: the checkpoint's safetensors files; None where it is not a folder.
+        files: the checkpoint's files, safetensors or GGUF; None where it is not local.
     """
     problems = []
     broken = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
@@ -167,7 +167,7 @@ def check_weights(model: nn.Module, missing: Collection[str] = (), files: Sequen
     if missing:
         todo = "load the model by the class that saved it; these weights were never trained"
         problems.append((FAILED, f"{_some(sorted(missing))} not in the checkpoint: random", todo))
-    kind = f"in {len(files)} safetensors file{'s' if len(files) > 1 else ''}" if files else "safetensors"
+    kind = f"in {len(files)} {files[0].suffix[1:]} file{'s' if len(files) > 1 else ''}" if files else "safetensors"
     count = sum(p.numel() for p in model.parameters())
     return judge("weights", problems, lambda: f"{count:,}, finite, {kind}")
 

@@ -13,6 +13,7 @@ from rlseq.arguments import DataArguments, EvaluateArguments, EvaluationArgument
 from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.seeds import methods, numbered
 from rlseq.flags import HelpFormatter, add_flags, from_flags
+from rlseq.gguf_files import gguf_file, may_be_on_hub
 from rlseq.interrupts import ending_quietly
 
 # The arguments of an evaluation, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
@@ -116,9 +117,10 @@ def parse_models(specs: Sequence[str]) -> dict[str, str]:
         if (name, path) in pairs:
             raise ConfigError(f"--models: {spec!r} is given twice; seeds of a method are different checkpoints")
         local = Path(path)
-        if local.is_dir() and not any(local.glob("*.safetensors")):
+        found = gguf_file(local) is not None
+        if local.is_dir() and not found and not any(local.glob("*.safetensors")):
             raise ConfigError(f"--models: {path!r} holds no weights (*.safetensors)")
-        if not local.is_dir() and (local.is_absolute() or path.count("/") != 1 or local.parent.is_dir()):
+        if not (found or local.is_dir()) and (local.is_absolute() or not may_be_on_hub(path) or local.parent.is_dir()):
             siblings = [str(p) for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
             raise ConfigError(f"--models: there is no model at {path!r}.{did_you_mean(path, siblings)}")
         pairs.append((name, path))

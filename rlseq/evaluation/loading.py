@@ -1,4 +1,4 @@
-"""Loading the checkpoints that are evaluated: in float32 unless quantised, by the functions that training loads by."""
+"""Loading the checkpoints that are evaluated, by the loader that training has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import BitsAndBytesConfig
 
 from rlseq import pretrained
 
@@ -32,7 +31,12 @@ def load_checkpoint(
     Raises:
         ModelError: it cannot be loaded, or lacks weights and `allow_missing` does not let them be random.
     """
-    options: dict[str, Any] = {"what": f"model {name!r}", "dtype": torch.float32, "allow_missing": allow_missing}
-    if quantization is not None:
-        options["quantization_config"] = BitsAndBytesConfig.from_dict(dict(quantization))
-    return pretrained.load_causal(path, **options).to(PartialState().device).eval()
+    model = pretrained.load_model(
+        path,
+        what=f"model {name!r}",
+        dtype=torch.float32,
+        quantization=quantization,
+        device=PartialState().device,
+        allow_missing=allow_missing,
+    )
+    return model.eval()

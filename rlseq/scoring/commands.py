@@ -141,10 +141,10 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
 
     import rlseq
 
-    from ..pretrained import load_causal
+    from ..pretrained import load_model
 
     logging.disable_progress_bar()
-    model = load_causal(args.model_name_or_path, what="--model_name_or_path")
+    model = load_model(args.model_name_or_path, what="--model_name_or_path")
     declared = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     groups = rlseq.sample(

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from rlseq.errors import ModelError
 from rlseq.packing import attention_of, supports_packing
-from rlseq.pretrained import load_weights
+from rlseq.pretrained import load_model
 from rlseq.training.models import WEIGHT_FILES, check_model_path
 
 NAME = "rlseq_critic"  # of the submodule
@@ -106,7 +106,7 @@ class Critic(nn.Module):
         try:
             self.value_head.load_state_dict(load_file(folder / HEAD_FILE))
             if self.backbone is not None:
-                saved = load_weights(folder, what="a critic", kind=AutoModel, dtype=self.value_head.weight.dtype)
+                saved = load_model(folder, what="a critic", kind=AutoModel, dtype=self.value_head.weight.dtype)
                 self.backbone.load_state_dict(saved.state_dict())
         except (OSError, RuntimeError) as error:
             raise ModelError(f"{folder} holds no critic of this kind: {first_line(error)}") from error
@@ -175,7 +175,7 @@ def _copy_of_trunk(policy: PreTrainedModel) -> PreTrainedModel:
 
 def _load_backbone(name_or_path: str | Path, policy: PreTrainedModel) -> PreTrainedModel:
     same = {"dtype": policy.dtype, "attn_implementation": attention_of(policy)}  # they are given one batch
-    backbone = load_weights(str(name_or_path), what="a critic", kind=AutoModel, **same)
+    backbone = load_model(str(name_or_path), what="a critic", kind=AutoModel, **same)
     sizes = [model.config.get_text_config().vocab_size for model in (backbone, policy)]
     if sizes[0] != sizes[1]:
         raise ModelError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from transformers.utils import cached_file
 
 from rlseq import pretrained
 from rlseq.errors import ConfigError, ModelError, did_you_mean
+from rlseq.gguf_files import gguf_file, may_be_on_hub
 from rlseq.packing import FLEX
+from rlseq.training.adapters import quantization_of
 from rlseq.training.checkpoints import is_whole_safetensors
 
 MERGED = "merged"  # folder of a run that holds its adapter merged into the base
@@ -38,6 +40,8 @@ def check_model_path(name_or_path: str | None) -> None:
     if not name_or_path:
         raise ModelError("no model is named; give --model_name_or_path (a path or hub id)")
     path = Path(name_or_path)
+    if gguf_file(path) is not None:
+        return
     if path.is_dir():
         if not any((path / name).is_file() for name in WEIGHT_FILES):
             checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
@@ -46,7 +50,7 @@ def check_model_path(name_or_path: str | None) -> None:
         for file in sorted(path.glob("*.safetensors")):
             if not is_whole_safetensors(file):
                 raise ModelError(f"{str(file)!r} was cut short (an interrupted download or copy?); fetch it again")
-    elif path.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1 or path.parent.is_dir():
+    elif path.is_absolute() or name_or_path[0] == "." or not may_be_on_hub(name_or_path) or path.parent.is_dir():
         near = did_you_mean(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise ModelError(f"there is no model at {name_or_path!r}.{near}")
 
@@ -97,35 +101,29 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
     path = model_args.model_name_or_path
     check_model_path(path)
     check_attention(model_args)
-    if not pretrained.is_adapter(path):
-        return _load_whole(path, model_args, model_args.model_revision, trl.get_quantization_config(model_args))
-    if model_args.use_peft:
+    if pretrained.is_adapter(path) and model_args.use_peft:
         raise ModelError(
             f"{path!r} is an adapter, which trains on; leave out --use_peft (or merge it into its base first, and put "
             "a new one on that)"
         )
-    return _load_adapted(path, model_args, trl.get_quantization_config(model_args))
+    model = _load_trainable(path, model_args, quantization_of(model_args))
+    if not isinstance(model, PeftModel):
+        freeze_other_senses(model)
+    return model
 
 
-def _load_adapted(path: str, model_args: trl.ModelConfig, quantization: Any) -> PeftModel:
-    base = pretrained.adapter_base(path)
-    check_model_path(base)
-    whole = _load_whole(base, model_args, "main", quantization)
-    return pretrained.load_adapter(whole, path, trainable=True, allow_missing=model_args.allow_missing_weights)
-
-
-def _load_whole(path: str, model_args: trl.ModelConfig, revision: str, quantization: Any) -> PreTrainedModel:
-    dtype = getattr(torch, model_args.dtype) if model_args.dtype not in (None, "auto") else model_args.dtype
-    model = pretrained.load_weights(
+def _load_trainable(path: str, model_args: trl.ModelConfig, quantization: Mapping[str, Any] | None) -> Any:
+    if pretrained.is_adapter(path):
+        check_model_path(pretrained.adapter_base(path))
+    return pretrained.load_model(
         path,
-        revision=revision,
-        dtype=dtype or torch.float32,
+        revision=model_args.model_revision,
+        dtype=model_args.dtype or torch.float32,
         attn_implementation=model_args.attn_implementation,
-        quantization_config=quantization,
+        quantization=quantization,
+        trainable=True,
         allow_missing=model_args.allow_missing_weights,
     )
-    freeze_other_senses(model)
-    return model
 
 
 def freeze_other_senses(model: PreTrainedModel) -> None:
@@ -163,7 +161,7 @@ def write_merged(run: Path, model_args: trl.ModelConfig) -> Path:
     Raises:
         ModelError: the base cannot be loaded.
     """
-    adapted = _load_adapted(str(run), model_args, None)
+    adapted = _load_trainable(str(run), model_args, None)
     _untie_adapted(adapted)
     merged = adapted.merge_and_unload()
     merged.save_pretrained(run / MERGED)

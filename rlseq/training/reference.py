@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer import grpo_trainer
 
-from rlseq.pretrained import load_weights
+from rlseq.pretrained import load_model
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def reference_of(policy: PreTrainedModel) -> Iterator[None]:
 
     def reference(name_or_path: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
         if is_deepspeed_zero3_enabled():
-            return load_weights(name_or_path, what="the reference", kind=type(policy), **options)
+            return load_model(name_or_path, what="the reference", kind=type(policy), **options)
         return copy.deepcopy(policy)
 
     by_trl, grpo_trainer.create_model_from_path = grpo_trainer.create_model_from_path, reference

@@ -10,8 +10,9 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 
-from rlseq.pretrained import check_sharded, load_into
+from rlseq.pretrained import load_into
 from rlseq.ranks import raise_on_all_ranks
+from rlseq.training.sharded_weights import check_sharded
 
 
 class ResumeMixin(Trainer):
