@@ -19,12 +19,15 @@ _DECODER = json.JSONDecoder(object_pairs_hook=lambda pairs: _Pairs(pairs))
         )
     },
 )
-def json_fields(completion: str, record: dict[str, Any], surrounded: float = 0.5) -> tuple[float, dict]:
+def json_fields(
+    completion: str, record: dict[str, Any], surrounded: float = 0.5, named: float = 0.0
+) -> tuple[float, dict]:
     """Fields that are right / fields in the completion's object or in `record`; 1 only for that object alone.
 
     A field is a path of keys to a value that is no object; it is right if the other object has the same path with the
     same value (a whole number equals the same number written 35.0; text and true never equal a number). A key that is
-    missing, invented or given twice lowers the value. If text stands around the object, the first object in the
+    missing, invented or given twice lowers the value. A field with the right path and another value earns `named`: with
+    more than 0, the right keys are learned before the right values, nested ones too. If text stands around the object, the first object in the
     text counts, and the value is multiplied by `surrounded`. Without an object the value is 0.
 
     Details: `exact` (1 if the value is 1), `objects` (1), `right` and `fields`, the two counts of the ratio.
@@ -35,8 +38,10 @@ def json_fields(completion: str, record: dict[str, Any], surrounded: float = 0.5
     wanted, given = dict(_fields(record)), list(_fields(found))
     paths = {path for path, _ in given}
     fields = len(wanted.keys() | paths) + len(given) - len(paths)  # a key that is given twice counts twice
-    right = sum(path in wanted and _equal(wanted.pop(path), value) for path, value in given)
-    value = (right / fields if fields else 1.0) * (1.0 if alone else surrounded)
+    equal = [_equal(wanted.pop(path), value) for path, value in given if path in wanted]
+    right = sum(equal)
+    earned = right + named * (len(equal) - right)
+    value = (earned / fields if fields else 1.0) * (1.0 if alone else surrounded)
     return value, {"exact": int(value == 1.0), "objects": 1, "right": right, "fields": fields}
 
 

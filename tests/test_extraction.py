@@ -110,6 +110,22 @@ def test_text_around_the_object_costs_what_the_recipe_says():
     assert score('Sure! {"n": 1}', {"n": 1}, surrounded=0.25)[0] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("completion", "value"),
+    [
+        ('{"name": "Ana", "age": 34, "home": {"city": "Porto"}}', 1),
+        ('{"name": "Ben", "age": 34, "home": {"city": "Oslo"}}', (0.5 + 1 + 0.5) / 3),
+        ('{"name": "Ben", "age": 34, "home": "Porto"}', (0.5 + 1) / 4),  # home where home.city should be
+        ('{"name": "Ben", "name": "Ana", "age": 34, "home": {"city": "Porto"}}', (0.5 + 1 + 1) / 4),  # given twice
+        ('Here: {"name": "Ben", "age": 34, "home": {"city": "Porto"}}', (0.5 + 1 + 1) / 3 / 2),
+    ],
+)
+def test_a_field_with_the_right_keys_and_another_value_earns_what_the_recipe_says(completion, value):
+    got, details = score(completion, named=0.5)
+    assert got == pytest.approx(value)
+    assert details["exact"] == (value == 1)
+
+
 def test_few_shot_prompts_begin_with_training_rows_of_their_kind(rows):
     shown = load_rows(str(ROOT / "recipes" / "extraction" / "few_shot.py"), "harder")
     train = {row["prompt"][0]["content"]: row for row in rows["train"]}

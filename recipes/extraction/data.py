@@ -2,7 +2,7 @@
 
 A row is a text with instructions, and the object that it should become:
 
-    {"prompt": [{"role": "user", "content": "Extract ... \\n\\nText: Ana Silva, 34, works as a nurse in Porto."}],
+    {"prompt": [{"role": "user", "content": "Answer with one JSON object ... \\n\\nText: Ana Silva, 34, works as a nurse in Porto."}],
      "record": {"name": "Ana Silva", "age": 34, "job": "nurse", "city": "Porto"},
      "schema": {"type": "object", ...}, "references": ['{"name": "Ana Silva", ...}'], "kind": "person"}
 
@@ -80,13 +80,13 @@ PERSON = [
     "The {job} {name} ({age}) lives in {city} with two cats.",
 ]
 PERSON_HARDER = [
-    "Nobody in {city} knew that {name}, now {age}, had once trained as a {job} and never stopped being one.",
-    "Age {age}, residence {city}, occupation {job}: that is all the form said of {name}.",
-    'Ask {name} what it is like to be a {job} and the answer is: "At {age}, in {city}, it is a good life."',
-    "{city} has many a {job}, but only one called {name}; {first} turned {age} in May.",
+    "Meet {name} from {city}: {age} years of age, {job} by trade.",
+    "Age {age}, residence {city}, occupation {job}: that is what the form says of {name}.",
+    "{city} has a new {job}. The name is {name}, and {first} turned {age} in May.",
+    "A {job} called {name}, aged {age}, was seen in {city}.",
 ]
 EMAIL = [" Write to {email}.", " Contact: {email}."]
-EMAIL_HARDER = [" Mail sent to {email} is read every evening."]
+EMAIL_HARDER = [" Mail goes to {email}."]
 ORDER = [
     "{name} ordered {quantity} {item} at {price} dollars each.",
     "Please send {quantity} {item} to {name}. The price is {price} dollars a piece.",
@@ -95,9 +95,9 @@ ORDER = [
     "We sold {quantity} {item} to {name} yesterday; each cost {price} dollars.",
 ]
 ORDER_HARDER = [
-    "The invoice lists {item} ({quantity} of them, {price} dollars apiece), billed to {name}.",
-    "{name} could not resist: {price} dollars was a fair price for one, so {quantity} {item} went into the van.",
-    "Shipment ready. Customer {name}, goods {item}, unit price {price} dollars, count {quantity}.",
+    "The invoice lists {quantity} {item} at {price} dollars apiece, billed to {name}.",
+    "Shipment for {name}: {item}, {quantity} of them, unit price {price} dollars.",
+    "{name} paid {price} dollars for each of the {quantity} {item}.",
 ]
 EVENT = [
     "The {event} takes place on {day} at the {venue} in {city}.",
@@ -107,16 +107,17 @@ EVENT = [
     "This {day}, the {venue} in {city} hosts a {event}.",
 ]
 EVENT_HARDER = [
-    "If you are in {city}, do not miss the {event}; doors of the {venue} open early on {day}.",
-    "Tickets for {day} are sold out, says the {venue}, where people in {city} wait for the {event}.",
-    "{day} again: another {event}, another evening at the {venue} of {city}.",
+    "Do not miss the {event} in {city}: {day}, {venue}.",
+    "Tickets for the {event} on {day} at the {venue}, {city}, are on sale.",
+    "{day} brings a {event} to the {venue} of {city}.",
 ]
 
-INSTRUCTION = {
-    "person": 'the keys "name", "age" (a number), "job" and "city", and the key "email" only if the text names one',
-    "order": 'the keys "customer", "item", "quantity" (a number) and "price" (a number)',
-    "event": 'the keys "event", "day" and "place", where "place" is an object with the keys "venue" and "city"',
+FORM = {
+    "person": '{"name": "...", "age": 0, "job": "...", "city": "...", "email": "..."}',
+    "order": '{"customer": "...", "item": "...", "quantity": 0, "price": 0}',
+    "event": '{"event": "...", "day": "...", "place": {"venue": "...", "city": "..."}}',
 }
+OPTION = {"person": ' Leave "email" out if the text names none.'}
 TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
 
 
@@ -163,7 +164,7 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def _row(kind: str, record: dict[str, Any], text: str, reference: str) -> dict[str, Any]:
-    asked = f"Extract from the text one JSON object with {INSTRUCTION[kind]}. Answer with the object alone."
+    asked = f"Answer with one JSON object of this form and nothing else: {FORM[kind]}{OPTION.get(kind, '')}"
     return {
         "prompt": [{"role": "user", "content": f"{asked}\n\nText: {text}"}],
         "record": record,
