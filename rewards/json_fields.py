@@ -26,9 +26,9 @@ def json_fields(
 
     A field is a path of keys to a value that is no object; it is right if the other object has the same path with the
     same value (a whole number equals the same number written 35.0; text and true never equal a number). A key that is
-    missing, invented or given twice lowers the value. A field with the right path and another value earns `named`: with
-    more than 0, the right keys are learned before the right values, nested ones too. If text stands around the object, the first object in the
-    text counts, and the value is multiplied by `surrounded`. Without an object the value is 0.
+    missing, invented or given twice lowers the value. A field with the right path and another value earns `named`:
+    with more than 0, keys are learned before values, nested ones too. If text stands around the object, the first
+    object in the text counts, and the value is multiplied by `surrounded`. Without an object the value is 0.
 
     Details: `exact` (1 if the value is 1), `objects` (1), `right` and `fields`, the two counts of the ratio.
     """

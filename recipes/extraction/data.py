@@ -2,7 +2,7 @@
 
 A row is a text with instructions, and the object that it should become:
 
-    {"prompt": [{"role": "user", "content": "Answer with one JSON object ... \\n\\nText: Ana Silva, 34, works as a nurse in Porto."}],
+    {"prompt": [{"role": "user", "content": "Answer with ... \\n\\nText: Ana Silva, 34, works as a nurse in Porto."}],
      "record": {"name": "Ana Silva", "age": 34, "job": "nurse", "city": "Porto"},
      "schema": {"type": "object", ...}, "references": ['{"name": "Ana Silva", ...}'], "kind": "person"}
 
