@@ -1,8 +1,8 @@
 """Structured output: a short text in, one JSON object out. Rows for `--dataset_name recipes/extraction/data.py`.
 
-A row is a text with instructions, and the object that it should become:
+A row is a text, after an instruction and one example of its kind, and the object that it should become:
 
-    {"prompt": [{"role": "user", "content": "Answer with ... \\n\\nText: Ana Silva, 34, works as a nurse in Porto."}],
+    {"prompt": [..., {"role": "user", "content": "Text: Ana Silva, 34, works as a nurse in Porto."}],
      "record": {"name": "Ana Silva", "age": 34, "job": "nurse", "city": "Porto"},
      "schema": {"type": "object", ...}, "references": ['{"name": "Ana Silva", ...}'], "kind": "person"}
 
@@ -112,12 +112,26 @@ EVENT_HARDER = [
     "{day} brings a {event} to the {venue} of {city}.",
 ]
 
-FORM = {
-    "person": '{"name": "...", "age": 0, "job": "...", "city": "...", "email": "..."}',
-    "order": '{"customer": "...", "item": "...", "quantity": 0, "price": 0}',
-    "event": '{"event": "...", "day": "...", "place": {"venue": "...", "city": "..."}}',
+INSTRUCTION = {
+    "person": 'Answer with one JSON object and nothing else. Leave "email" out if the text names none.',
+    "order": "Answer with one JSON object and nothing else.",
+    "event": "Answer with one JSON object and nothing else.",
 }
-OPTION = {"person": ' Leave "email" out if the text names none.'}
+# Each prompt begins with one of these, so that the keys are shown and not described; no split has their words.
+EXAMPLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "person": (
+        "Zoe Adams, 50, works as a farmer in Rome. Contact: zoe@farm.it.",
+        {"name": "Zoe Adams", "age": 50, "job": "farmer", "city": "Rome", "email": "zoe@farm.it"},
+    ),
+    "order": (
+        "Tom Clark ordered 7 pencils at 2 dollars each.",
+        {"customer": "Tom Clark", "item": "pencils", "quantity": 7, "price": 2},
+    ),
+    "event": (
+        "The garden party takes place on Sunday at the tea house in Rome.",
+        {"event": "garden party", "day": "Sunday", "place": {"venue": "tea house", "city": "Rome"}},
+    ),
+}
 TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
 
 
@@ -164,9 +178,13 @@ def load(split: str) -> list[dict[str, Any]]:
 
 
 def _row(kind: str, record: dict[str, Any], text: str, reference: str) -> dict[str, Any]:
-    asked = f"Answer with one JSON object of this form and nothing else: {FORM[kind]}{OPTION.get(kind, '')}"
+    example, answer = EXAMPLE[kind]
     return {
-        "prompt": [{"role": "user", "content": f"{asked}\n\nText: {text}"}],
+        "prompt": [
+            {"role": "user", "content": f"{INSTRUCTION[kind]}\n\nText: {example}"},
+            {"role": "assistant", "content": json.dumps(answer)},
+            {"role": "user", "content": f"Text: {text}"},
+        ],
         "record": record,
         "schema": SCHEMA[kind],
         "references": [reference],
