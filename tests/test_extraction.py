@@ -51,7 +51,7 @@ def validator_of(schema):
 
 def test_every_value_stands_in_its_text_and_every_record_follows_its_schema(rows):
     for row in (row for split in SPLITS for row in rows[split]):
-        text = row["prompt"][0]["content"].partition("Text: ")[2]
+        text = row["prompt"][-1]["content"].partition("Text: ")[2]
         assert all(str(leaf) in text for leaf in leaves(row["record"])), row
         assert json.loads(row["references"][0]) == row["record"]
         validator_of(json.dumps(row["schema"])).validate(row["record"])
@@ -128,11 +128,23 @@ def test_a_field_with_the_right_keys_and_another_value_earns_what_the_recipe_say
 
 def test_few_shot_prompts_begin_with_training_rows_of_their_kind(rows):
     shown = load_rows(str(ROOT / "recipes" / "extraction" / "few_shot.py"), "harder")
-    train = {row["prompt"][0]["content"]: row for row in rows["train"]}
+    train = {row["prompt"][-1]["content"]: row for row in rows["train"]}
     for row, plain in zip(shown, rows["harder"], strict=True):
         *turns, last = row["prompt"]
-        assert [last] == plain["prompt"] and row["record"] == plain["record"]
-        assert [message["role"] for message in turns] == ["user", "assistant"] * 3
-        for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+        assert [*turns[:2], last] == plain["prompt"] and row["record"] == plain["record"]
+        assert [message["role"] for message in turns] == ["user", "assistant"] * 4
+        for asked, answered in zip(turns[2::2], turns[3::2], strict=True):
             example = train[asked["content"]]
             assert example["kind"] == row["kind"] and answered["content"] == example["references"][0]
+
+
+def test_the_example_of_a_kind_is_a_right_answer_and_its_words_are_of_no_row(rows):
+    for kind in ("person", "order", "event"):
+        mine = [row for split in SPLITS for row in rows[split] if row["kind"] == kind]
+        asked, answered, _ = mine[0]["prompt"]
+        record = json.loads(answered["content"])
+        assert all(row["prompt"][:2] == [asked, answered] for row in mine)
+        assert all(str(leaf) in asked["content"].partition("Text: ")[2] for leaf in leaves(record))
+        validator_of(json.dumps(mine[0]["schema"])).validate(record)
+        texts = {leaf for leaf in leaves(record) if isinstance(leaf, str) and leaf != "Sunday"}
+        assert not texts & {leaf for row in mine for leaf in leaves(row["record"])}

@@ -1,7 +1,7 @@
-"""The rows of data.py after three examples, for `--dataset_name recipes/extraction/few_shot.py`: a longer prompt.
+"""The rows of data.py with three more examples, for `--dataset_name recipes/extraction/few_shot.py`: a longer prompt.
 
-Each prompt begins with three rows of `train` of its own kind with their references, as turns of the conversation, which
-is the strongest prompt that was found on validation rows without training (README.md).
+After the example of data.py, each prompt has three rows of `train` of its own kind with their references, as turns of
+the conversation: what a longer prompt reaches without training.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ _found.loader.exec_module(data)
 
 
 def load(split: str) -> list[dict[str, Any]]:
-    """Return the rows of data.py's split, each prompt after the first `EXAMPLES` training rows of its kind."""
+    """Return the rows of data.py's split, each prompt with the first `EXAMPLES` training rows of its kind."""
     train = data.load("train")
     turns = {
         kind: [
             message
             for row in [row for row in train if row["kind"] == kind][:EXAMPLES]
-            for message in (*row["prompt"], {"role": "assistant", "content": row["references"][0]})
+            for message in (row["prompt"][-1], {"role": "assistant", "content": row["references"][0]})
         ]
         for kind in data.SCHEMA
     }
-    return [{**row, "prompt": [*turns[row["kind"]], *row["prompt"]]} for row in data.load(split)]
+    return [
+        {**row, "prompt": [*row["prompt"][:-1], *turns[row["kind"]], row["prompt"][-1]]} for row in data.load(split)
+    ]
