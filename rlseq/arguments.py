@@ -68,6 +68,11 @@ class EvaluateArguments:
     )
     output_dir: str = _default("runs/contrast", "Where results.json and report.html go.")
     max_new_tokens: int = _default(256, "Longest completion, in tokens.")
+    dtype: str = _default(
+        "float32",
+        "Precision of the models' weights; auto: each checkpoint's own.",
+        choices=["float32", "bfloat16", "float16", "auto"],
+    )
     allow_missing_weights: bool = _default(
         False, "Let weights that a checkpoint lacks be random, and layers that its configuration leaves out be lost."
     )

@@ -65,6 +65,7 @@ def evaluate_or_join(
             **evaluation.contrast_values(arguments.max_new_tokens),
             choose_split=arguments.choose_split,
             choose_rows=arguments.choose_rows,
+            dtype=arguments.dtype,
             allow_missing_weights=arguments.allow_missing_weights,
         ),
         output_dir=arguments.output_dir,

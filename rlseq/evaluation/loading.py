@@ -21,12 +21,17 @@ def load_tokenizer(name: str, path: str) -> Any:
 
 
 def load_checkpoint(
-    name: str, path: str, allow_missing: bool = False, quantization: Mapping[str, Any] | None = None
+    name: str,
+    path: str,
+    allow_missing: bool = False,
+    quantization: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> torch.nn.Module:
-    """A causal model in float32 and eval mode on this process's device; an adapter is inside its base.
+    """A causal model in eval mode on this process's device; an adapter is inside its base.
 
     Args:
         quantization: fields of a `BitsAndBytesConfig` for the model, or an adapter's base; None: not quantised.
+        dtype: of the weights, by name; "auto": that of the checkpoint.
 
     Raises:
         ModelError: it cannot be loaded, or lacks weights and `allow_missing` does not let them be random.
@@ -34,7 +39,7 @@ def load_checkpoint(
     model = pretrained.load_model(
         path,
         what=f"model {name!r}",
-        dtype=torch.float32,
+        dtype=dtype,
         quantization=quantization,
         device=PartialState().device,
         allow_missing=allow_missing,

@@ -32,6 +32,7 @@ from rlseq.evaluation.references import (
     force_references,
     generation_rows,
     likelihood_rows,
+    near_tie_of,
 )
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import (
@@ -91,7 +92,7 @@ def measure_checkpoint(
     chosen: Mapping[str, Strategy] | None = None,
     doing: str = "evaluating",
 ) -> tuple[ModelStatistics, list[Prompt]]:
-    """Load a checkpoint and its tokenizer in float32 and `measure` it, with a progress bar unless `quiet`.
+    """Load a checkpoint and its tokenizer and `measure` it, with a progress bar unless `quiet`.
 
     Args:
         baseline: path of the model that studies compare with; None: this one.
@@ -113,7 +114,7 @@ def measure_checkpoint(
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(column_names(prompts))
     check_answers(settings, prompts)
-    load_options = settings.allow_missing_weights, settings.quantization
+    load_options = settings.allow_missing_weights, settings.quantization, settings.dtype
     model = load_checkpoint(name, path, *load_options)
 
     def first() -> torch.nn.Module:
@@ -135,7 +136,9 @@ def measure_checkpoint(
         options = {"name": name, "path": path, "progress": bar.update, "baseline": first, "parts": parts}
         options["chosen"] = chosen
         statistics = measure(model, prompts, tokenizer, suite, settings, **options)
-    check_agreement(name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts])
+    check_agreement(
+        name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts], near_tie_of(model)
+    )
     if documents:
 
         def coded() -> dict[str, Any]:
@@ -279,7 +282,7 @@ def _measure_rows(
         if isinstance(strategy, Sample):
             more = generation_rows(strategy, forced(), strategies.values(), settings.max_new_tokens)
         elif isinstance(strategy, Greedy):
-            more = agreement_rows(groups, references, forced())
+            more = agreement_rows(groups, references, forced(), near_tie_of(model))
         for mine, found in zip(statistics, more, strict=False):
             mine |= found
         completions = rollouts_as_json(groups)

@@ -28,6 +28,8 @@ NGRAM = 4  # tokens of the n-grams whose repetition is counted
 # A margin (logits) below which rounding may choose another argmax: the sampler's cached steps and one packed pass add
 # up in other orders. In float32 that moves logits by some 1e-5; wrong positions or masks move them by tenths and more.
 NEAR_TIE = 1e-3
+# Of weights in 16 bits: twice the spacing of their logits between 16 and 32.
+NEAR_TIES = {torch.bfloat16: 2 * 2**-3, torch.float16: 2 * 2**-6}
 # What may disagree beyond near ties, the larger of the two: matrix products in TF32, say, round more coarsely than
 # NEAR_TIE allows for. A fault of padding, positions or cache reaches many rows.
 TOLERATED_ROWS, TOLERATED_SHARE = 1, 0.001
@@ -168,10 +170,11 @@ def agreement_rows(
     groups: Sequence[Sequence[Rollout]],
     references: Sequence[Sequence[tuple[int, ...]]],
     forced: Sequence[Sequence[TeacherForced]],
+    near_tie: float = NEAR_TIE,
 ) -> list[RowStatistics]:
     """Whether each row's greedy completion follows its references exactly as far as teacher-forced argmaxes are right.
 
-    Where they part over a margin of at most `NEAR_TIE`, rounding may be the reason, and the row is counted apart. A
+    Where they part over a margin of at most `near_tie`, rounding may be the reason, and the row is counted apart. A
     completion that was cut has followed a reference as far as it goes.
     """
     statistics: list[RowStatistics] = [{} for _ in groups]
@@ -187,8 +190,8 @@ def agreement_rows(
         mine |= {
             _AGREEMENT("rows"): 1.0,
             _AGREEMENT("agree"): float(worst < 0),
-            _AGREEMENT("near_ties"): float(0 <= worst <= NEAR_TIE),
-            _AGREEMENT("disagree"): float(worst > NEAR_TIE),
+            _AGREEMENT("near_ties"): float(0 <= worst <= near_tie),
+            _AGREEMENT("disagree"): float(worst > near_tie),
             _AGREEMENT("reproduced"): float(greedy.completion_ids in ids),
         }
     return statistics
@@ -218,13 +221,19 @@ def agreement(rows: Sequence[RowStatistics]) -> dict[str, int] | None:
     return counts if counts["rows"] else None
 
 
-def check_agreement(name: str, rows: Sequence[RowStatistics], keys: Sequence[str]) -> None:
+def near_tie_of(model: torch.nn.Module) -> float:
+    """The margin of an argmax within which rounding may decide, in a model's precision."""
+    return NEAR_TIES.get(getattr(model, "dtype", torch.float32), NEAR_TIE)
+
+
+def check_agreement(name: str, rows: Sequence[RowStatistics], keys: Sequence[str], near_tie: float = NEAR_TIE) -> None:
     """Raise ConsistencyError if greedy decoding and teacher forcing disagree on more rows than rounding explains.
 
     Args:
         name: of the model.
         rows: the statistics of *all* rows under greedy decoding, so that every process comes to the same end.
         keys: of the rows.
+        near_tie: the margin with which the rows were counted.
     """
     counts = agreement(rows)
     if counts is None or counts["disagree"] <= max(TOLERATED_ROWS, TOLERATED_SHARE * counts["rows"]):
@@ -233,7 +242,7 @@ def check_agreement(name: str, rows: Sequence[RowStatistics], keys: Sequence[str
     raise ConsistencyError(
         f"model {name!r}: greedy decoding and teacher forcing disagree on {counts['disagree']:,} of "
         f"{counts['rows']:,} rows (for example {', '.join(parted[:3])}). Greedy decoding must follow a reference "
-        f"exactly as far as the teacher-forced argmaxes are right; near ties (margins within {NEAR_TIE:g}) aside, "
+        f"exactly as far as the teacher-forced argmaxes are right; near ties (margins within {near_tie:g}) aside, "
         f"at most {TOLERATED_ROWS} row or {TOLERATED_SHARE:.1%} of the rows may differ. The model gives other logits "
         "when it generates than when it is scored, so that no number of this evaluation can be trusted: look for a "
         "fault in how it takes padding, position ids or its KV cache."

@@ -37,6 +37,7 @@ class ContrastSettings:
             configuration, split, column and number of rows (None: all).
         likelihood_stride: tokens by which windows over it slide; None: half the context.
         likelihood_context: longest window, in tokens; None: the model's.
+        dtype: of the models' weights: float32, bfloat16, float16, or auto (each checkpoint's own).
         allow_missing_weights: whether weights that a checkpoint lacks may be random.
         quantization: fields of the `BitsAndBytesConfig` by which models (adapters' bases) are loaded, in JSON's types;
             None: as they were saved.
@@ -66,6 +67,7 @@ class ContrastSettings:
     likelihood_rows: int | None = None
     likelihood_stride: int | None = None
     likelihood_context: int | None = None
+    dtype: str = "float32"
     allow_missing_weights: bool = False
     quantization: Mapping[str, Any] | None = None
 
