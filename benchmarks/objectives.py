@@ -148,8 +148,9 @@ def measure_run(path: Path) -> dict[str, float | list[float]]:
     import torch
 
     from rlseq.data import load_rows
-    from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, matrix, quality_metrics
+    from rlseq.evaluation.aggregate import matrix, quality_metrics
     from rlseq.evaluation.measure import measure_checkpoint
+    from rlseq.evaluation.metrics import LIKELIHOOD_METRICS
     from rlseq.evaluation.settings import ContrastSettings
     from rlseq.evaluation.statistics import COMPLETION
     from rlseq.scoring import load_rewards

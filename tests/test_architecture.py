@@ -36,7 +36,8 @@ TOOLS = {
     "prompts",
     "scoring",
     "evaluation.estimators",
-    "evaluation.metrics",
+    "evaluation.formats",
+    "evaluation.statistics",
     "evaluation.stats",
 }
 DRAWING = {"sampler", "search"}

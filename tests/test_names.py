@@ -12,11 +12,12 @@ from test_during import make_probe, policy
 from rlseq import load_rewards
 from rlseq.errors import ConfigError, RewardError
 from rlseq.evaluation.contrast import check_settings, contrast_and_report
+from rlseq.evaluation.metrics import BUILT_IN
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.plots import file_names
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies import sections
-from rlseq.evaluation.tables import metric, shown
+from rlseq.evaluation.tables import generated, metric, shown
 from rlseq.scoring import CorpusMetric, Ratio, reward
 from rlseq.scoring.corpus import of_completions, statistics_of, value_of
 
@@ -106,6 +107,27 @@ def test_rewards_named_like_parts_of_the_sharpening_study_are_reported_as_reward
     totals = {gap["metric"]: gap["total"]["value"] for gap in results["studies"]["sharpening"]["gaps"]}
     assert {totals[name] for name in names} == {0.0}
     assert len(next(iter(sections(results))).figures) == len(names) + 1  # with exact match
+
+
+def test_a_reward_with_the_name_of_a_metric_is_shown_as_a_reward_by_the_study_of_prefixes(checkpoints):
+    results = quick(checkpoints, [named("exact_match", 100.0)], strategies=("greedy",), studies=("prefixes",))
+    (section,) = sections(results)
+    captions = [table.caption.removesuffix(" of completions begun by k forced tokens") for table in section.tables]
+    assert {"exact_match (reward)", "Exact match"} <= set(captions)
+    gold = results["studies"]["prefixes"]["models"]["one"]["continued"]["1"]["metrics"]
+    assert gold["reward/exact_match"]["gold"]["value"] == 100.0 and gold["exact_match"]["gold"]["value"] <= 1
+
+
+def test_results_say_of_every_metric_all_that_a_report_shows_of_it(checkpoints):
+    results = quick(checkpoints, [acc], strategies=("greedy", "sample"))
+    for name, said in results["metrics"].items():
+        if name in BUILT_IN:
+            assert said == BUILT_IN[name].as_json()
+    assert results["metrics"]["exact_pass_at_k.4"]["label"] == "Exact pass@4"
+    renamed = {**results["metrics"]["length"], "label": "Tokens", "higher_is_better": False, "table": "quality"}
+    changed = {**results, "metrics": {**results["metrics"], "length": renamed}}
+    (_, good), (_, shape) = generated(changed)
+    assert "Tokens" in [info.label for info in good] and "Length" not in [info.label for info in shape]
 
 
 def test_figures_of_two_metrics_have_two_files():

@@ -157,8 +157,8 @@ def test_statistics_count_the_pairs_and_what_they_scored(measured):
             expected[row][PREFIXES("right", length)] += any(ids[:length] == r[:length] for r in REFERENCES[row])
             for side, rollouts in zip(("gold", "own", "spliced", "reference"), scored[4 * place :][:4], strict=True):
                 words = len(rollouts[n].text.split())
-                expected[row][PREFIXES("sum", length, side, "reward:letters")] += words
-                expected[row][PREFIXES("count", length, side, "reward:letters")] += words > 0
+                expected[row][PREFIXES("sum", length, side, "letters")] += words
+                expected[row][PREFIXES("count", length, side, "letters")] += words > 0
                 if side in ("gold", "own"):
                     right = rollouts[n].completion_ids in REFERENCES[row]
                     expected[row][PREFIXES("sum", length, side, "exact_match")] += right
@@ -192,7 +192,7 @@ def test_differences_are_own_less_gold_and_what_is_beyond_the_prefix():
         entry = {PREFIXES("entropy", "gold"): [1.0, 2.0], PREFIXES("entropy", "own"): [1.0, 5.0, 4.0]}
         entry |= {PREFIXES("pairs", 1): pairs, PREFIXES("right", 1): 1.0}
         for side, value in sums.items():
-            entry |= {PREFIXES("sum", 1, side, "reward:r"): value, PREFIXES("count", 1, side, "reward:r"): pairs}
+            entry |= {PREFIXES("sum", 1, side, "r"): value, PREFIXES("count", 1, side, "r"): pairs}
         return entry
 
     settings = dataclasses.replace(SETTINGS, prefix_lengths=(1, 7))
@@ -206,13 +206,13 @@ def test_differences_are_own_less_gold_and_what_is_beyond_the_prefix():
     found = block["models"]["m"]["continued"]
     assert found["7"] == {"rows": 0, "pairs": 0, "metrics": {}}
     assert (found["1"]["rows"], found["1"]["pairs"], found["1"]["right"]["value"]) == (2, 4, 0.5)
-    values = {side: cell["value"] for side, cell in found["1"]["metrics"]["reward:r"].items()}
+    values = {side: cell["value"] for side, cell in found["1"]["metrics"]["r"].items()}
     # 3/4 and 2/4; the prefix alone 3.5/4 − 1 = −1/8; of −1/4 that leaves −1/8
     assert values == {"gold": 0.75, "own": 0.5, "difference": -0.25, "prefix_alone": -0.125, "beyond": -0.125}
-    low, high = found["1"]["metrics"]["reward:r"]["difference"]["ci95"]
+    low, high = found["1"]["metrics"]["r"]["difference"]["ci95"]
     assert (low, high) == (-0.5, 0.0)  # both rows the first, or both the second
     (gap,) = [c for c in block["comparisons"] if (c["side"], c["prefix"]) == ("difference", "1")]
-    assert (gap["a"], gap["b"], gap["metric"], gap["difference"]) == ("m", "n", "reward:r", 0.125)  # −1/8 − (−1/4)
+    assert (gap["a"], gap["b"], gap["metric"], gap["difference"]) == ("m", "n", "r", 0.125)  # −1/8 − (−1/4)
 
 
 @pytest.mark.parametrize(

@@ -11,40 +11,24 @@ import numpy as np
 
 from rlseq.decoding import Greedy, parse_strategy
 from rlseq.evaluation.measure import ModelStatistics
-from rlseq.evaluation.modes import EMPTY, MODE_EMPTY, mode_results, proven_rows
+from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, LIKELIHOOD_METRICS, MODE_EMPTY, Metric
+from rlseq.evaluation.modes import mode_results, proven_rows
 from rlseq.evaluation.names import Names
-from rlseq.evaluation.references import OF_ANSWERS, PASS_AT, agreement, drawn_and_exact
+from rlseq.evaluation.primary import Primary
+from rlseq.evaluation.references import agreement, drawn_and_exact
 from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import (
-    CHANCE,
     COMPLETION,
     CORPUS,
-    LIKELIHOOD,
     REWARD,
     Pair,
     RowStatistics,
-    Statistic,
     rows_matrix,
 )
-from rlseq.evaluation.stats import ExpRatioOfSums, RatioOfSums, bootstrap_many, paired_bootstrap_many
+from rlseq.evaluation.stats import bootstrap_many, paired_bootstrap_many
 from rlseq.scoring import Ratio, RewardSuite
 from rlseq.scoring.corpus import value_of
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number for a set of rows: an aggregate over per-row statistics, and how to read it."""
-
-    statistics: tuple[Statistic, ...]
-    aggregate: Any
-    higher_is_better: bool | None
-    description: str
-    percent: bool = False
-    kind: str = "mean"
-    label: str = ""  # in tables and reports; of rlseq's own metrics `rlseq.evaluation.metrics` knows it
-    counted: Pair | None = None  # completions that have a value, and all
-    sampled: bool = False  # of a distribution that is sampled from: strategies that search or choose have none
 
 
 @dataclass(frozen=True)
@@ -64,172 +48,40 @@ class _CorpusAggregate:
         return np.where(sums[..., -1] > 0, value, np.nan)
 
 
-@dataclass(frozen=True)
-class _BitsPerByte(RatioOfSums):
-    """Σ nats / (ln 2 · Σ bytes)."""
-
-    def from_sums(self, sums: np.ndarray) -> np.ndarray:
-        return super().from_sums(sums) / np.log(2)
-
-
-LIKELIHOOD_METRICS = {
-    "nll_per_token": Metric(
-        Pair(LIKELIHOOD("nll"), LIKELIHOOD("tokens")),
-        RatioOfSums(),
-        False,
-        "mean next-token loss over the references, stop included (nats)",
-    ),
-    "perplexity": Metric(
-        Pair(LIKELIHOOD("nll"), LIKELIHOOD("tokens")), ExpRatioOfSums(), False, "exp of the NLL per token"
-    ),
-    "bits_per_byte": Metric(
-        Pair(LIKELIHOOD("nll"), LIKELIHOOD("bytes")),
-        _BitsPerByte(),
-        False,
-        "bits to code a byte of reference text; free of the tokenizer",
-    ),
-    "sequence_logprob": Metric(
-        Pair(LIKELIHOOD("sequence_logprob"), LIKELIHOOD("references")),
-        RatioOfSums(),
-        True,
-        "mean log-prob of a whole reference (nats)",
-    ),
-    "exact_accuracy": Metric(
-        Pair(LIKELIHOOD("p_correct"), LIKELIHOOD("rows")),
-        RatioOfSums(),
-        True,
-        "chance that one ancestral sample is one of the references: mean Σ exp(log-prob), no sampling noise",
-        percent=True,
-    ),
-    "argmax_accuracy": Metric(
-        Pair(LIKELIHOOD("argmax_tokens"), LIKELIHOOD("tokens")),
-        RatioOfSums(),
-        True,
-        "share of reference tokens that are the argmax given the true tokens before them; ties go to the lowest id",
-        percent=True,
-    ),
-    "argmax_match": Metric(
-        Pair(LIKELIHOOD("argmax_rows"), LIKELIHOOD("rows")),
-        RatioOfSums(),
-        True,
-        "share of rows with a reference whose every token is the argmax: what greedy decoding reproduces, if not cut",
-        percent=True,
-    ),
-    **{
-        f"exact_pass_at_k.{k}": Metric(
-            Pair(LIKELIHOOD("pass_at", k), LIKELIHOOD("rows")),
-            RatioOfSums(),
-            True,
-            f"chance that {k} samples hold a right one",
-            percent=True,
-        )
-        for k in PASS_AT
-    },
-}
-
-# What is measured of any completion; `rlseq.evaluation.names` keeps these names from rewards and corpus metrics.
-COMPLETION_METRICS = {
-    "exact_match": Metric(
-        Pair(COMPLETION("exact_match"), COMPLETION("with_references")),
-        RatioOfSums(),
-        True,
-        "share of completions whose tokens are those of a reference",
-        percent=True,
-        kind="accuracy",
-    ),
-    "length": Metric(
-        Pair(COMPLETION("length"), COMPLETION("samples")), RatioOfSums(), None, "mean tokens, stop included"
-    ),
-    "truncated": Metric(
-        Pair(COMPLETION("truncated"), COMPLETION("samples")),
-        RatioOfSums(),
-        False,
-        "share of completions cut at the limit",
-        percent=True,
-    ),
-    "logprob": Metric(
-        Pair(COMPLETION("logprob"), COMPLETION("samples")),
-        RatioOfSums(),
-        None,
-        "mean log-prob of a completion under its own strategy (nats)",
-    ),
-    "length_ratio": Metric(
-        Pair(COMPLETION("compared_length"), COMPLETION("closest_length")),
-        RatioOfSums(),
-        None,
-        "tokens of the completions over those of the references closest to them in length, stop included",
-    ),
-    "repetition": Metric(
-        Pair(COMPLETION("repeated_ngrams"), COMPLETION("ngrams")),
-        RatioOfSums(),
-        None,
-        "share of the 4-grams of tokens that stood in the same completion before: Σ (all − distinct) / Σ all",
-        percent=True,
-    ),
-}
-
-# Exact chances, from teacher forcing under the distribution that a strategy samples from.
-GENERATION_METRICS = {
-    "p_reference": Metric(
-        Pair(CHANCE("p_reference"), CHANCE("reference_rows")),
-        RatioOfSums(),
-        True,
-        "exact chance that the strategy generates one of the references: mean Σ exp(log-prob) under its distribution",
-        percent=True,
-        kind="accuracy",
-        sampled=True,
-    ),
-    "unreachable": Metric(
-        Pair(CHANCE("unreachable"), CHANCE("reference_rows")),
-        RatioOfSums(),
-        False,
-        "share of rows none of whose references the strategy can ever generate (truncated away, or over the limit)",
-        percent=True,
-        sampled=True,
-    ),
-    "unreachable_references": Metric(
-        Pair(CHANCE("unreachable_references"), CHANCE("references")),
-        RatioOfSums(),
-        False,
-        "share of references that the strategy can never generate (truncated away, or over the limit)",
-        percent=True,
-        sampled=True,
-    ),
-}
-
-
 def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, Metric]:
     """The quality metrics: each reward's mean, the corpus aggregates, then what is measured of any completion.
 
-    Without references there is none of `OF_ANSWERS`; `metrics_under` says which of them a strategy has.
+    Without references there is none that needs them; `metrics_under` says which of them a strategy has.
     """
     metrics: dict[str, Metric] = {}
     names = Names.of(suite)
     for reward, name in names.rewards.items():
         pair = Pair(REWARD("sum", reward), REWARD("count", reward))
         metrics[name] = Metric(
+            name,
+            f"{reward} (reward)",
             pair,
-            RatioOfSums(),
-            True,
             "mean reward over completions",
+            True,
             kind="reward",
-            label=f"{reward} (reward)",
             counted=Pair(pair.denominator, COMPLETION("samples")),
         )
     for given, name in names.corpus.items():
         corpus, count = suite.corpus[given], CORPUS("count", given)
         metrics[name] = Metric(
+            name,
+            corpus.label or given,
             (*(CORPUS("sum", given, key) for key in corpus.statistics), count),
-            _CorpusAggregate(given, corpus),
-            corpus.higher_is_better,
             corpus.description or f"of the details of reward {corpus.reward}",
+            corpus.higher_is_better,
+            _CorpusAggregate(given, corpus),
             percent=isinstance(corpus, Ratio),  # any other has a scale of its own: corpus chrF goes to 100
             kind="corpus",
-            label=corpus.label or given,
+            table="shape" if corpus.higher_is_better is None else "quality",
             counted=Pair(count, COMPLETION("samples")),
         )
-    measured = COMPLETION_METRICS | GENERATION_METRICS
-    return metrics | {name: m for name, m in measured.items() if with_references or name not in OF_ANSWERS}
+    measured = COMPLETION_METRICS | CHANCE_METRICS
+    return metrics | {name: m for name, m in measured.items() if with_references or not m.needs_references}
 
 
 def metrics_under(metrics: Mapping[str, Metric], strategy: str) -> dict[str, Metric]:
@@ -255,6 +107,14 @@ def coverage(metric: Metric, *parts: Sequence[RowStatistics]) -> dict[str, int]:
     return {"completions": present, "of": every} if present < every else {}
 
 
+def put(block: dict[str, Any], metric: Metric, cell: Mapping[str, Any]) -> None:
+    """Put a metric's value where results.json has it."""
+    *outer, last = metric.place
+    for key in outer:
+        block = block.setdefault(key, {})
+    block[last] = cell
+
+
 def model_results(
     found: Mapping[str, ModelStatistics], metrics: Mapping[str, Metric], settings: ContrastSettings
 ) -> dict[str, Any]:
@@ -272,13 +132,11 @@ def model_results(
     for (name, strategy, metric_name), interval in intervals.items():
         model = results.setdefault(name, {"path": found[name].path, "likelihood": {}, "strategies": {}})
         place = model["likelihood"] if strategy is None else model["strategies"].setdefault(strategy, {})
-        if "." in metric_name and strategy is None:
-            metric_name, _, key = metric_name.partition(".")
-            place = place.setdefault(metric_name, {})
-            metric_name = key
-        place[metric_name] = {"value": interval.value, "ci95": list(interval.ci95)}
-        if strategy is not None:
-            place[metric_name] |= coverage(metrics[metric_name], found[name].strategies[strategy])
+        cell = {"value": interval.value, "ci95": list(interval.ci95)}
+        if strategy is None:
+            put(place, LIKELIHOOD_METRICS[metric_name], cell)
+        else:
+            put(place, metrics[metric_name], cell | coverage(metrics[metric_name], found[name].strategies[strategy]))
     for name, statistics in found.items():
         counts = agreement(statistics.strategies.get(Greedy().signature, []))
         if counts is not None:
@@ -305,11 +163,10 @@ def measured_places(
         for name, metric in metrics_under(metrics, strategy).items():
             yield strategy, strategy, name, metric
         if proven_rows(rows) is not None:
-            yield strategy, strategy, EMPTY, MODE_EMPTY
-    if settings.primary and settings.primary_against:
-        name, _, strategy = settings.primary.partition(":")
-        against = parse_strategy(settings.primary_against).signature
-        yield against, parse_strategy(strategy).signature, name, metrics[name]
+            yield strategy, strategy, MODE_EMPTY.name, MODE_EMPTY
+    primary = Primary.of(settings)
+    if primary and settings.primary_against:
+        yield primary.signature_against, primary.signature, primary.metric, metrics[primary.metric]
 
 
 def comparisons(

@@ -19,9 +19,11 @@ from rlseq.data import build_prompts, fingerprint
 from rlseq.decoding import Family, Strategy, parse_strategy
 from rlseq.errors import ConfigError, DataError
 from rlseq.escapes import visible
-from rlseq.evaluation.aggregate import Metric, matrix, metrics_under, quality_metrics
+from rlseq.evaluation.aggregate import matrix, metrics_under, quality_metrics
 from rlseq.evaluation.loading import load_tokenizer
 from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
+from rlseq.evaluation.metrics import Metric
+from rlseq.evaluation.primary import Primary
 from rlseq.evaluation.seeds import methods
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.prompts import prompt_digest
@@ -65,10 +67,9 @@ def chooses_by(settings: ContrastSettings, family: Family, suite: RewardSuite) -
     """The metric that a family is chosen by: that of the primary comparison if it is of it, else the first reward's."""
     metrics = quality_metrics(suite, with_references=True)
     name = next(iter(metrics))
-    if settings.primary is not None:
-        primary, _, strategy = settings.primary.partition(":")
-        if family in (parse_strategy(strategy), parse_strategy(settings.primary_against or strategy)):
-            name = primary
+    primary = Primary.of(settings)
+    if primary and family.signature in (primary.signature, primary.signature_against):
+        name = primary.metric
     return name, metrics[name]
 
 

@@ -19,8 +19,6 @@ from rlseq.errors import ConfigError, DataError
 from rlseq.escapes import visible
 from rlseq.evaluation import tables
 from rlseq.evaluation.aggregate import (
-    LIKELIHOOD_METRICS,
-    Metric,
     comparisons,
     model_results,
     quality_metrics,
@@ -33,7 +31,7 @@ from rlseq.evaluation.fit import check_models
 from rlseq.evaluation.folder import claimed
 from rlseq.evaluation.measure import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.methods import method_comparisons, method_results
-from rlseq.evaluation.metrics import KNOWN
+from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.primary import check_primary, primary_comparison, refuse_oracle_claims, with_primary_name
 from rlseq.evaluation.references import solution_note
 from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
@@ -206,16 +204,7 @@ def assemble(
             *method_comparisons(found, metrics, settings),
             *comparisons(found, metrics, settings),
         ],
-        "metrics": {
-            name: {
-                "higher_is_better": m.higher_is_better,
-                "kind": m.kind,
-                "label": m.label or KNOWN[name.partition(".")[0]][0],
-                "description": m.description,
-                "percent": m.percent,
-            }
-            for name, m in {**metrics, **LIKELIHOOD_METRICS}.items()
-        },
+        "metrics": {name: metric.as_json() for name, metric in {**metrics, **LIKELIHOOD_METRICS}.items()},
         "studies": study_results({name: statistics.studies for name, statistics in found.items()}, settings),
         "primary": primary_comparison(settings, list(methods(found))),
         "oracles": chosen_by,

@@ -25,7 +25,7 @@ class _Family:
     `curves` are (name in results.json, label), in the order of `_LINES`.
     """
 
-    info: tables.Metric
+    info: tables.Shown
     curves: tuple[tuple[str, str], ...]
 
     @property
@@ -86,10 +86,9 @@ def _families(block: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[
             (_EXACT, "at least one right, exact"),
         )
         yield _Family(tables.metric(results, "exact_match"), parts)
-    for curve in curves:
-        kind, _, name = curve.partition(".")
-        if kind == "best_of_k":
-            parts = ((curve, "best of k"), (f"majority.{name}", "majority of k"))
+    for name in results["metrics"]:
+        if f"best_of_k.{name}" in curves:
+            parts = ((f"best_of_k.{name}", "best of k"), (f"majority.{name}", "majority of k"))
             yield _Family(tables.metric(results, name), parts)
 
 

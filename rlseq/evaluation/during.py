@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from rlseq.errors import DataError
-from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, coverage, matrix, quality_metrics
+from rlseq.evaluation.aggregate import coverage, matrix, quality_metrics
 from rlseq.evaluation.measure import measure
+from rlseq.evaluation.metrics import EXACT_ACCURACY, NLL
 from rlseq.evaluation.names import TOTAL, Names
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import COMPLETION, REWARD
@@ -24,7 +25,6 @@ from rlseq.scoring.isolation import kept_random_states
 from rlseq.types import Prompt, column_names
 
 STRATEGIES = ("greedy", "sample")
-LIKELIHOOD = ("nll_per_token", "exact_accuracy")
 STEPS = 10  # logged steps in a row that `learning_warnings` takes for more than chance
 EVALUATIONS = 3
 ZERO_STD_LIMIT = 0.8
@@ -100,7 +100,7 @@ class ValidationProbe:
         self.eval_rewards = tuple(series[name] for name in names if name not in suite.names)
         self.best = f"greedy/{series[[*names, *suite.names][0]]}"
         references = any(prompt.columns.get("references") for prompt in self.prompts)
-        self._likelihood = {name: LIKELIHOOD_METRICS[name] for name in LIKELIHOOD} if references else {}
+        self._likelihood = {metric.name: metric for metric in (NLL, EXACT_ACCURACY)} if references else {}
         quality = quality_metrics(self.suite, with_references=references)
         self._quality = {name: m for name, m in quality.items() if not m.sampled}  # exact_accuracy says it already
         self.metrics: dict[str, bool | None] = {name: m.higher_is_better for name, m in self._likelihood.items()}

@@ -12,7 +12,8 @@ from rlseq.doctor.finding import FAILED, WARNING
 from rlseq.doctor.preflight import load_configs, preflight
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.loading import load_tokenizer
-from rlseq.evaluation.references import OF_ANSWERS
+from rlseq.evaluation.metrics import BUILT_IN
+from rlseq.evaluation.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.model_class import causal_class
 from rlseq.scoring import RewardSuite
@@ -77,8 +78,9 @@ def check_answers(settings: ContrastSettings, prompts: Sequence[Prompt]) -> None
     Raises:
         ConfigError: names the metric.
     """
-    claims_answers = (settings.primary or "").partition(":")[0] in OF_ANSWERS
-    if claims_answers and not any(prompt.columns["references"] for prompt in prompts):
+    primary = Primary.of(settings)
+    metric = BUILT_IN.get(primary.metric) if primary else None
+    if metric and metric.needs_references and not any(prompt.columns["references"] for prompt in prompts):
         raise ConfigError(
             f"--primary is {settings.primary!r}, but the data has no references to match. Name their column "
             "(--reference_column), or another metric."

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlseq.evaluation import tables
+from rlseq.evaluation.metrics import EXACT_ACCURACY, LOGPROB, NLL, PASS_METRICS
 from rlseq.evaluation.tables import Comparison, Results
 
 
@@ -70,14 +71,14 @@ def make_headline(results: Results) -> Headline:
         and c.strategy_a == c.strategy is not None
     ]
     by_name = {c.metric.name: c for c in others if c.strategy is None}
-    likelihood = [by_name[n] for n in ("nll_per_token", "exact_accuracy") if n in by_name]
+    likelihood = [by_name[m.name] for m in (NLL, EXACT_ACCURACY) if m.name in by_name]
     return Headline(
         title=" against ".join(models) if len(models) == 2 else ", ".join(models),
         finding=finding,
         certainty=certainty,
         cost=" ".join(
             [
-                _likelihood_cost(by_name.get("nll_per_token"), by_name.get("exact_accuracy"), lead.verdict == "better"),
+                _likelihood_cost(by_name.get(NLL.name), by_name.get(EXACT_ACCURACY.name), lead.verdict == "better"),
                 *_coverage_cost(by_name),
                 *_diversity_cost(others),
             ]
@@ -118,10 +119,10 @@ def _likelihood_cost(nll: Comparison | None, accuracy: Comparison | None, gained
 
 def _coverage_cost(by_name: Mapping[str, Comparison]) -> list[str]:
     """What the largest k of the exact pass@k says: a gain at k = 1 may be paid for there (Yue et al. 2025)."""
-    ks = [int(name.partition(".")[2]) for name in by_name if name.startswith("exact_pass_at_k.")]
+    ks = [k for k, metric in PASS_METRICS.items() if metric.name in by_name]
     if not ks:
         return []
-    largest = by_name[f"exact_pass_at_k.{max(ks)}"]
+    largest = by_name[PASS_METRICS[max(ks)].name]
     words = {"better": "Coverage rose", "worse": "Coverage fell", "equal": "Coverage is the same"}
     return [
         f"{words.get(largest.verdict, 'Coverage did not clearly change')}{largest.unseen}: {max(ks)} samples hold a "
@@ -131,7 +132,9 @@ def _coverage_cost(by_name: Mapping[str, Comparison]) -> list[str]:
 
 def _diversity_cost(compared: Sequence[Comparison]) -> list[str]:
     """Whether plain samples vary less: minus the mean log-prob of a sample estimates the entropy of a completion."""
-    found = next((c for c in compared if c.metric.name == "logprob" and c.strategy == c.strategy_a == "sample"), None)
+    found = next(
+        (c for c in compared if c.metric.name == LOGPROB.name and c.strategy == c.strategy_a == "sample"), None
+    )
     if found is None or found.raw["difference"] is None:
         return []
     words = {"higher": "Samples are less varied", "lower": "Samples are more varied", "equal": "Samples vary as before"}

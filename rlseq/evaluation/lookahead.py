@@ -256,7 +256,7 @@ def _metrics(distances: Sequence[int]) -> dict[tuple[int, str, str], StudyMetric
 
 def _table(block: Mapping[str, Any], measure: str) -> Table:
     percent = measure == "right"
-    info = tables.Metric("", "", None, percent, "", 1 if percent else 3)
+    info = tables.Shown(percent=percent, decimals=1 if percent else 3)
     rows = []
     for model, entry in block["models"].items():
         for k, found in entry.items():

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.aggregate import LIKELIHOOD_METRICS, Metric, coverage, matrix, measured_places, metrics_under
+from rlseq.evaluation.aggregate import coverage, matrix, measured_places, metrics_under, put
 from rlseq.evaluation.measure import ModelStatistics
+from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.modes import proven_rows
 from rlseq.evaluation.seeds import claim_of, crossed_bootstrap_many, difference, methods
 from rlseq.evaluation.settings import ContrastSettings
@@ -44,12 +45,12 @@ def method_results(
         place = results[method]["likelihood"]
         if strategy is not None:
             place = results[method]["strategies"].setdefault(strategy, {})
-        elif "." in name:
-            outer, _, name = name.partition(".")
-            place = place.setdefault(outer, {})
-        place[name] = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
-        if strategy is not None:
-            place[name] |= coverage(metrics[name], *(found[seed].strategies[strategy] for seed in repeated[method]))
+        cell = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
+        if strategy is None:
+            put(place, LIKELIHOOD_METRICS[name], cell)
+        else:
+            of_seeds = (found[seed].strategies[strategy] for seed in repeated[method])
+            put(place, metrics[name], cell | coverage(metrics[name], *of_seeds))
     return results
 
 

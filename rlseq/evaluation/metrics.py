@@ -1,133 +1,266 @@
-"""The metrics of a contrast in words: what each is called, means and is better at, and how its values are printed."""
+"""The metrics of rlseq itself: of what statistics each is, what it is called and means, and which way is better.
+
+Those of a suite's rewards are made beside them (`rlseq.evaluation.aggregate.quality_metrics`). All that is said of a
+metric is said by its `Metric`: results.json keeps it, and tables and figures read it there.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-NOTHING = "n/a"  # shown where a value is null or was not measured
+import numpy as np
 
-# Of the metrics that are not a user's, name: (label, higher is better, a share shown in percent, definition)
-KNOWN: dict[str, tuple[str, bool | None, bool, str]] = {
-    "nll_per_token": (
-        "NLL per token",
-        False,
-        False,
-        "Negative log-probability of the reference tokens, each given the true prefix (teacher forcing): the "
-        "sum over all rows divided by the number of tokens, in nats.",
-    ),
-    "perplexity": ("Perplexity", False, False, "exp of the NLL per token."),
-    "bits_per_byte": (
-        "Bits per byte",
-        False,
-        False,
-        "The references' total −log2 probability over their UTF-8 bytes; comparable across tokenizers.",
-    ),
-    "sequence_logprob": (
-        "Sequence log-prob",
-        True,
-        False,
-        "Mean over rows of the log-probability of the whole reference, in nats.",
-    ),
-    "exact_accuracy": (
-        "Exact accuracy",
-        True,
-        True,
-        "Mean over rows of p, the summed probability of the distinct references: the exact chance that one "
-        "sample is right where the references list all right answers. No sampling noise.",
-    ),
-    "exact_pass_at_k": (
-        "Exact pass@k",
-        True,
-        True,
-        "Mean over rows of 1 − (1 − p)^k: the exact chance that at least one of k samples is right.",
-    ),
-    "exact_match": (
-        "Exact match",
-        True,
-        True,
-        "Share of completions equal to one of the references.",
-    ),
-    "length": ("Length", None, False, "Mean completion length in tokens, stop token included."),
-    "logprob": ("Own log-prob", None, False, "Mean log-probability of what was generated, in nats."),
-    "mode_empty": ("Empty modes", None, True, "Share of proven modes that are a stop token alone."),
-    "truncated": ("Truncated", False, True, "Share of completions cut at the length limit."),
-    "argmax_accuracy": (
-        "Argmax accuracy",
-        True,
-        True,
-        "Share of reference tokens that are the model's first choice given the true tokens before them.",
-    ),
-    "argmax_match": (
-        "Argmax match",
-        True,
-        True,
-        "Share of rows with a reference whose every token is the model's first choice: what greedy reproduces.",
-    ),
-    "length_ratio": (
-        "Length ratio",
-        None,
-        False,
-        "Tokens of the completions over those of the references closest to them in length.",
-    ),
-    "repetition": ("Repetition", None, True, "Share of 4-grams of tokens that stood in the same completion before."),
-    "p_reference": ("p(reference)", True, True, "Exact chance that the strategy generates one of the references."),
-    "unreachable": ("Unreachable rows", False, True, "Rows none of whose references the strategy can ever generate."),
-    "unreachable_references": (
-        "Unreachable references",
-        False,
-        True,
-        "References that the strategy can never generate.",
-    ),
-}
+from rlseq.evaluation.estimators import ExpRatioOfSums, RatioOfSums
+from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, Pair, Source, Statistic
+
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+MODE = Source("mode")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How one metric is named, read and printed. `better` is True (higher), False (lower) or None."""
+    """A number for a set of rows: an aggregate over per-row statistics, and how to read it.
+
+    Attributes:
+        name: in results.json.
+        label: in tables and figures.
+        higher_is_better: None: neither.
+        percent: whether it is a share.
+        kind: mean, accuracy, reward or corpus.
+        table: of the report: likelihood, curve (over k), quality, shape (of completions), chance or mode.
+        counted: completions that have a value, and all.
+        sampled: whether it is of a distribution that is sampled from; strategies that search or choose have none.
+        needs_references: whether only rows with references have it.
+        fault: whether it is a share of what goes wrong: the terminal leaves it out where that is 0 everywhere.
+        place: keys in a block of results.json.
+    """
 
     name: str
     label: str
-    better: bool | None
-    percent: bool
+    statistics: tuple[Statistic, ...]
     description: str
-    decimals: int
+    higher_is_better: bool | None
+    aggregate: Any = RatioOfSums()
+    percent: bool = False
+    kind: str = "mean"
+    table: str = "quality"
+    counted: Pair | None = None
+    sampled: bool = False
+    needs_references: bool = False
+    fault: bool = False
+    place: tuple[str, ...] = ()
 
-    def value(self, x: float | None) -> str:
-        """A value: `8.2%` or `0.2104`; `n/a` for None, where nothing was measured."""
-        text = number(self._scaled(x), self.decimals)
-        return f"{text}%" if self.percent and text != NOTHING else text
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", self.place or (self.name,))
 
-    def interval(self, ci95: Any) -> str:
-        """An interval: `7.9 to 8.5`; the unit is the value's."""
-        low, high = (number(self._scaled(x), self.decimals) for x in ci95)
-        return f"{low} to {high}"
-
-    def difference(self, x: float | None) -> str:
-        """A signed difference; shares differ by percentage points, one decimal finer than their values."""
-        text = number(self._scaled(x), self.decimals + self.percent, signed=True)
-        return f"{text} pp" if self.percent and text != NOTHING else text
-
-    def difference_interval(self, ci95: Any) -> str:
-        low, high = (self.difference(x).removesuffix(" pp") for x in ci95)
-        return f"{low} to {high}"
-
-    def _scaled(self, x: float | None) -> float | None:
-        return 100 * x if self.percent and x is not None else x
+    def as_json(self) -> dict[str, Any]:
+        """What results.json says of it."""
+        fields = ("higher_is_better", "kind", "label", "description", "percent", "table", "fault")
+        return {name: getattr(self, name) for name in fields}
 
 
-def number(x: float | None, decimals: int, *, signed: bool = False) -> str:
-    """A decimal with a true minus sign and thin groups of thousands; `n/a` for None and NaN."""
-    if x is None or math.isnan(x):
-        return NOTHING
-    text = f"{x:{'+' if signed else ''},.{decimals}f}"
-    if not text.strip("+-0.,"):  # no sign on a zero
-        text = text.lstrip("+-")
-    return text.replace("-", "−")
+@dataclass(frozen=True)
+class _BitsPerByte(RatioOfSums):
+    """Σ nats / (ln 2 · Σ bytes)."""
+
+    def from_sums(self, sums: np.ndarray) -> np.ndarray:
+        return super().from_sums(sums) / np.log(2)
 
 
-def p_text(p: float | None) -> str:
-    if p is None or math.isnan(p):
-        return "n/a"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _by_name(*metrics: Metric) -> dict[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+NLL = Metric(
+    "nll_per_token",
+    "NLL per token",
+    Pair(LIKELIHOOD("nll"), LIKELIHOOD("tokens")),
+    "mean next-token loss over the references, stop included (nats)",
+    False,
+    table="likelihood",
+)
+EXACT_ACCURACY = Metric(
+    "exact_accuracy",
+    "Exact accuracy",
+    Pair(LIKELIHOOD("p_correct"), LIKELIHOOD("rows")),
+    "chance that one ancestral sample is one of the references: mean Σ exp(log-prob), no sampling noise",
+    True,
+    percent=True,
+    table="likelihood",
+)
+PASS_AT_K = "exact_pass_at_k"  # of which there is a metric for each k
+PASS_METRICS = {
+    k: Metric(
+        f"{PASS_AT_K}.{k}",
+        f"Exact pass@{k}",
+        Pair(LIKELIHOOD("pass_at", k), LIKELIHOOD("rows")),
+        f"chance that {k} samples hold a right one",
+        True,
+        percent=True,
+        table="curve",
+        place=(PASS_AT_K, str(k)),
+    )
+    for k in PASS_AT
+}
+LIKELIHOOD_METRICS = _by_name(
+    NLL,
+    Metric(
+        "perplexity",
+        "Perplexity",
+        NLL.statistics,
+        "exp of the NLL per token",
+        False,
+        ExpRatioOfSums(),
+        table="likelihood",
+    ),
+    Metric(
+        "bits_per_byte",
+        "Bits per byte",
+        Pair(LIKELIHOOD("nll"), LIKELIHOOD("bytes")),
+        "bits to code a byte of reference text; free of the tokenizer",
+        False,
+        _BitsPerByte(),
+        table="likelihood",
+    ),
+    Metric(
+        "sequence_logprob",
+        "Sequence log-prob",
+        Pair(LIKELIHOOD("sequence_logprob"), LIKELIHOOD("references")),
+        "mean log-prob of a whole reference (nats)",
+        True,
+        table="likelihood",
+    ),
+    EXACT_ACCURACY,
+    Metric(
+        "argmax_accuracy",
+        "Argmax accuracy",
+        Pair(LIKELIHOOD("argmax_tokens"), LIKELIHOOD("tokens")),
+        "share of reference tokens that are the argmax given the true tokens before them; ties go to the lowest id",
+        True,
+        percent=True,
+        table="likelihood",
+    ),
+    Metric(
+        "argmax_match",
+        "Argmax match",
+        Pair(LIKELIHOOD("argmax_rows"), LIKELIHOOD("rows")),
+        "share of rows with a reference whose every token is the argmax: what greedy decoding reproduces, if not cut",
+        True,
+        percent=True,
+        table="likelihood",
+    ),
+    *PASS_METRICS.values(),
+)
+
+EXACT_MATCH = Metric(
+    "exact_match",
+    "Exact match",
+    Pair(COMPLETION("exact_match"), COMPLETION("with_references")),
+    "share of completions whose tokens are those of a reference",
+    True,
+    percent=True,
+    kind="accuracy",
+    needs_references=True,
+)
+LOGPROB = Metric(
+    "logprob",
+    "Own log-prob",
+    Pair(COMPLETION("logprob"), COMPLETION("samples")),
+    "mean log-prob of a completion under its own strategy (nats)",
+    None,
+    table="shape",
+)
+# What is measured of any completion; `rlseq.evaluation.names` keeps these names from rewards and corpus metrics.
+COMPLETION_METRICS = _by_name(
+    EXACT_MATCH,
+    Metric(
+        "length",
+        "Length",
+        Pair(COMPLETION("length"), COMPLETION("samples")),
+        "mean tokens, stop included",
+        None,
+        table="shape",
+    ),
+    Metric(
+        "truncated",
+        "Truncated",
+        Pair(COMPLETION("truncated"), COMPLETION("samples")),
+        "share of completions cut at the limit",
+        False,
+        percent=True,
+        table="shape",
+        fault=True,
+    ),
+    LOGPROB,
+    Metric(
+        "length_ratio",
+        "Length ratio",
+        Pair(COMPLETION("compared_length"), COMPLETION("closest_length")),
+        "tokens of the completions over those of the references closest to them in length, stop included",
+        None,
+        table="shape",
+        needs_references=True,
+    ),
+    Metric(
+        "repetition",
+        "Repetition",
+        Pair(COMPLETION("repeated_ngrams"), COMPLETION("ngrams")),
+        "share of the 4-grams of tokens that stood in the same completion before: Σ (all − distinct) / Σ all",
+        None,
+        percent=True,
+        table="shape",
+        fault=True,
+    ),
+)
+
+# Exact chances, from teacher forcing under the distribution that a strategy samples from.
+P_REFERENCE = Metric(
+    "p_reference",
+    "p(reference)",
+    Pair(CHANCE("p_reference"), CHANCE("reference_rows")),
+    "exact chance that the strategy generates one of the references: mean Σ exp(log-prob) under its distribution",
+    True,
+    percent=True,
+    kind="accuracy",
+    table="chance",
+    sampled=True,
+    needs_references=True,
+)
+UNREACHABLE = (
+    Metric(
+        "unreachable",
+        "Unreachable rows",
+        Pair(CHANCE("unreachable"), CHANCE("reference_rows")),
+        "share of rows none of whose references the strategy can ever generate (truncated away, or over the limit)",
+        False,
+        percent=True,
+        table="chance",
+        sampled=True,
+        needs_references=True,
+    ),
+    Metric(
+        "unreachable_references",
+        "Unreachable references",
+        Pair(CHANCE("unreachable_references"), CHANCE("references")),
+        "share of references that the strategy can never generate (truncated away, or over the limit)",
+        False,
+        percent=True,
+        table="chance",
+        sampled=True,
+        needs_references=True,
+    ),
+)
+CHANCE_METRICS = _by_name(P_REFERENCE, *UNREACHABLE)
+
+MODE_EMPTY = Metric(
+    "mode_empty",
+    "Empty modes",
+    Pair(MODE("empty"), MODE("proven")),
+    "Share of proven modes that are a stop token alone.",
+    None,
+    percent=True,
+    table="mode",
+)
+
+BUILT_IN = LIKELIHOOD_METRICS | COMPLETION_METRICS | CHANCE_METRICS | _by_name(MODE_EMPTY)

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic, rows_matrix
+from rlseq.evaluation.metrics import MODE, MODE_EMPTY
+from rlseq.evaluation.statistics import Pair, RowStatistics, Statistic, rows_matrix
 from rlseq.evaluation.stats import Interval, RatioOfSums, bootstrap_many
 from rlseq.evaluation.study import StudyMetric
 from rlseq.types import Rollout
 
 LIKELIER = 1e-4  # nats by which a completion is likelier than another beyond rounding
-EMPTY = "mode_empty"  # the share of empty modes, as comparisons call it
-_MODE = Source("mode")
-_SEARCHED, _PROVEN, _LOGPROB, _EMPTY = map(_MODE, ("searched", "proven", "logprob", "empty"))
+_SEARCHED, _PROVEN, _LOGPROB, _EMPTY = map(MODE, ("searched", "proven", "logprob", "empty"))
 
 
 def add_mode_statistics(
@@ -57,16 +56,13 @@ def add_mode_statistics(
             (other,) = groups[row]
             equal = other.completion_ids == best.completion_ids
             likelier = other.finish_reason != "stop" or best.logprob > other.logprob + LIKELIER
-            mine[_MODE("compared", strategy)] = 1.0
-            mine[_MODE("is", strategy)] = float(is_proven and equal)
-            mine[_MODE("error", strategy)] = float(likelier and not equal)
+            mine[MODE("compared", strategy)] = 1.0
+            mine[MODE("is", strategy)] = float(is_proven and equal)
+            mine[MODE("error", strategy)] = float(likelier and not equal)
 
 
 def _ratio(numerator: Statistic, denominator: Statistic) -> StudyMetric:
     return StudyMetric(Pair(numerator, denominator), RatioOfSums())
-
-
-MODE_EMPTY = _ratio(_EMPTY, _PROVEN)
 
 
 def proven_rows(rows: Sequence[RowStatistics]) -> np.ndarray | None:
@@ -89,14 +85,14 @@ def mode_results(
     proven = proven_rows(rows)
     if proven is None:
         return None
-    keys = dict.fromkeys(key for row in rows for key in row if key.source == _MODE.source and key.name == "compared")
+    keys = dict.fromkeys(key for row in rows for key in row if key.source == MODE.source and key.name == "compared")
     others = [key.params[0] for key in keys]
     places = {
         ("proven", None): _ratio(_PROVEN, _SEARCHED),
         ("logprob", None): _ratio(_LOGPROB, _PROVEN),
         ("empty", None): MODE_EMPTY,
-        **{("is_mode", other): _ratio(_MODE("is", other), _PROVEN) for other in others},
-        **{("search_errors", other): _ratio(_MODE("error", other), _SEARCHED) for other in others},
+        **{("is_mode", other): _ratio(MODE("is", other), _PROVEN) for other in others},
+        **{("search_errors", other): _ratio(MODE("error", other), _SEARCHED) for other in others},
     }
     tables = {place: (rows_matrix(rows, metric.statistics), metric.aggregate) for place, metric in places.items()}
     for name, metric in quality.items():

@@ -1,7 +1,7 @@
 """What numbers are called in results and logs. No two can share a name.
 
-The metrics of rlseq itself have the names in `KNOWN`. A reward or corpus metric goes by the name that its user gave it,
-unless another number has that one: then it is `reward/NAME` or `corpus/NAME`.
+The metrics of rlseq itself have the names in `BUILT_IN`. A reward or corpus metric goes by the name that its user gave
+it, unless another number has that one: then it is `reward/NAME` or `corpus/NAME`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from rlseq.errors import ConfigError, did_you_mean
-from rlseq.evaluation.metrics import KNOWN
+from rlseq.evaluation.metrics import BUILT_IN, PASS_AT_K
 from rlseq.scoring import RewardSuite
 
 TOTAL = "reward"  # the mean total of the optimised rewards, in evaluations during training
@@ -30,7 +30,7 @@ class Names:
         counts = Counter([*suite.names, *suite.corpus])
 
         def name(kind: str, given: str) -> str:
-            taken = given.partition(".")[0] in {*KNOWN, TOTAL, *_OF_RESULTS}
+            taken = given in {*BUILT_IN, PASS_AT_K, TOTAL, *_OF_RESULTS}
             return f"{kind}/{given}" if taken or counts[given] > 1 or "/" in given else given
 
         return cls(
@@ -52,11 +52,12 @@ class Names:
         known = [*self.rewards.values(), *self.corpus.values(), *others]
         if given in known:
             return given
-        whole = {f"reward/{given}": name for given, name in self.rewards.items()}
-        whole |= {f"corpus/{given}": name for given, name in self.corpus.items()}
+        named = [*self.rewards.items(), *self.corpus.items()]
+        whole = {f"reward/{own}": name for own, name in self.rewards.items()}
+        whole |= {f"corpus/{own}": name for own, name in self.corpus.items()}
         if given in whole:
             return whole[given]
-        meant = [name for name in known if name.partition("/")[2] == given]
+        meant = [name for own, name in named if own == given]
         if len(meant) == 1:
             return meant[0]
         if meant:

@@ -11,7 +11,8 @@ import torch
 from rlseq.decoding import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.decode import columns_of
-from rlseq.evaluation.prefixes_report import ALONE, BEYOND, EXACT, GAP, GOLD, OWN, REWARD, prefixes_section
+from rlseq.evaluation.names import Names
+from rlseq.evaluation.prefixes_report import ALONE, BEYOND, EXACT, GAP, GOLD, OWN, prefixes_section
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic
 from rlseq.evaluation.stats import RatioOfSums, SumOfRatios
 from rlseq.evaluation.study import Context, Section, StudyMetric, summarise
@@ -168,6 +169,8 @@ def _add_continuations(
     sides[_SPLICED] = _given(sides[OWN], spliced, context.tokenizer)
     sides[_REFERENCE] = _given(sides[OWN], [reference for _, _, reference, _ in pairs], context.tokenizer)
 
+    names = Names.of(context.suite).rewards
+
     def add(row: int, key: Statistic, value: float) -> None:
         statistics[row][key] = statistics[row].get(key, 0.0) + value
 
@@ -176,7 +179,7 @@ def _add_continuations(
         add(row, _PREFIXES("right", length), float(bool(right)))
     for side, rollouts in sides.items():
         values = context.suite.score(rollouts, columns_of(context.prompts, places)).values
-        named = {REWARD + reward: column for reward, column in values.items()}
+        named = {names[reward]: column for reward, column in values.items()}
         if side in (GOLD, OWN):
             named[EXACT] = [
                 float(r.completion_ids in context.references[place]) for place, r in zip(places, rollouts, strict=True)

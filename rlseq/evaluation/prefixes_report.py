@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlseq.evaluation import plots, tables
+from rlseq.evaluation.metrics import EXACT_MATCH
 from rlseq.evaluation.study import Section, Table
 
 GOLD, OWN = "gold", "own"
 GAP, ALONE, BEYOND = "difference", "prefix_alone", "beyond"
-EXACT, REWARD = "exact_match", "reward:"  # a metric, and what the names of the others begin with
+EXACT = EXACT_MATCH.name
 
 
 def prefixes_section(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
@@ -62,7 +63,7 @@ def _entropy_table(block: Mapping[str, Any]) -> Table:
 
 
 def _pairs_table(block: Mapping[str, Any]) -> Table:
-    share = tables.Metric("", "", None, True, "", 1)
+    share = tables.Shown(percent=True)
     rows = [
         [model, length, f"{found['rows']:,}", f"{found['pairs']:,}", _value(share, found.get("right"))]
         for model, entry in block["models"].items()
@@ -72,7 +73,7 @@ def _pairs_table(block: Mapping[str, Any]) -> Table:
 
 
 def _quality_table(block: Mapping[str, Any], results: Mapping[str, Any], name: str) -> Table:
-    info, rows = _info(results, name), []
+    info, rows = tables.metric(results, name), []
     parts = [] if name == EXACT else [ALONE, BEYOND]
     for model, entry in block["models"].items():
         for length, found in entry["continued"].items():
@@ -89,7 +90,7 @@ def _comparison_table(block: Mapping[str, Any], results: Mapping[str, Any]) -> T
     rows = []
     for c in sorted(block["comparisons"], key=lambda c: c["metric"]):  # stable: by prefix within
         if c["side"] == GAP and c["difference"] is not None:
-            info = _info(results, c["metric"])
+            info = tables.metric(results, c["metric"])
             text = f"{info.difference(c['difference'])} ({info.difference_interval(c['ci95'])})"
             rows.append([f"{c['b']} − {c['a']}", info.label, c["prefix"], text])
     return Table(["Models", "Metric", "k", "Difference of own − gold"], rows, "Does the gap differ between models?")
@@ -106,7 +107,7 @@ def _entropy_figure(block: Mapping[str, Any], models: Sequence[str]) -> tuple[st
 
 
 def _quality_figure(block: Mapping[str, Any], results: Mapping[str, Any], name: str) -> tuple[str, str]:
-    info = _info(results, name)
+    info = tables.metric(results, name)
     lines = [
         (f"{model}, {side}", plots.color_of(list(results["models"]), model), style, cells)
         for model, entry in block["models"].items()
@@ -115,13 +116,6 @@ def _quality_figure(block: Mapping[str, Any], results: Mapping[str, Any], name: 
     ]
     figure = plots.curves(lines, x_label="k forced tokens", y_label=info.label, percent=info.percent)
     return f"{info.label} after gold (dashed) and own prefixes, with 95% bands over rows", plots.to_svg(figure)
-
-
-def _info(results: Mapping[str, Any], name: str) -> tables.Metric:
-    """How a metric is shown, as in the rest of the report."""
-    reward = name.removeprefix(REWARD)
-    renamed = name.startswith(REWARD) and f"reward.{reward}" in results.get("metrics", {})
-    return tables.metric(results, f"reward.{reward}" if renamed else reward)
 
 
 def _by_number(cells: Mapping[str, Mapping[str, Any]]) -> dict[float, Mapping[str, Any]]:
@@ -135,11 +129,11 @@ def _plain(cell: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _value(info: tables.Metric, cell: Mapping[str, Any] | None) -> str:
+def _value(info: tables.Shown, cell: Mapping[str, Any] | None) -> str:
     return tables.NOTHING if cell is None else f"{info.value(cell['value'])} ({info.interval(cell['ci95'])})"
 
 
-def _difference(info: tables.Metric, cell: Mapping[str, Any] | None) -> str:
+def _difference(info: tables.Shown, cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return tables.NOTHING
     return f"{info.difference(cell['value'])} ({info.difference_interval(cell['ci95'])})"

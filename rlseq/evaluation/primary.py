@@ -4,13 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rlseq.decoding import parse_strategy
 from rlseq.errors import ConfigError, did_you_mean
-from rlseq.evaluation.aggregate import COMPLETION_METRICS, GENERATION_METRICS
+from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, EXACT_MATCH
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The primary comparison as settings have it.
+
+    Attributes:
+        metric: its name, as the user or (after `with_primary_name`) the results have it.
+        strategy: of the other model and, without `against`, of the first one.
+        against: strategy of the first model.
+    """
+
+    metric: str
+    strategy: str
+    against: str | None
+
+    @classmethod
+    def of(cls, settings: ContrastSettings) -> Primary | None:
+        """That of the settings; None where they declare none.
+
+        Raises:
+            ConfigError: it is no METRIC:STRATEGY.
+        """
+        if settings.primary is None:
+            return None
+        metric, colon, strategy = settings.primary.partition(":")
+        if not colon:
+            raise ConfigError(f"--primary is {settings.primary!r}; expected METRIC:STRATEGY, for example wer:greedy")
+        return cls(metric, strategy, settings.primary_against)
+
+    @property
+    def signature(self) -> str:
+        return parse_strategy(self.strategy).signature
+
+    @property
+    def signature_against(self) -> str:
+        return parse_strategy(self.against or self.strategy).signature
+
+    @property
+    def flags(self) -> tuple[tuple[str, str | None], ...]:
+        """The flags that name strategies, and these."""
+        return ("primary", self.strategy), ("primary_against", self.against)
 
 
 def with_primary_name(settings: ContrastSettings, suite: RewardSuite) -> ContrastSettings:
@@ -19,13 +62,11 @@ def with_primary_name(settings: ContrastSettings, suite: RewardSuite) -> Contras
     Raises:
         ConfigError: it is no METRIC:STRATEGY, or names no metric or two.
     """
-    if settings.primary is None:
+    primary = Primary.of(settings)
+    if primary is None:
         return settings
-    metric, colon, strategy = settings.primary.partition(":")
-    if not colon:
-        raise ConfigError(f"--primary is {settings.primary!r}; expected METRIC:STRATEGY, for example wer:greedy")
-    name = Names.of(suite).find(metric, [*COMPLETION_METRICS, *GENERATION_METRICS], "primary")
-    return dataclasses.replace(settings, primary=f"{name}:{strategy}")
+    name = Names.of(suite).find(primary.metric, [*COMPLETION_METRICS, *CHANCE_METRICS], "primary")
+    return dataclasses.replace(settings, primary=f"{name}:{primary.strategy}")
 
 
 def check_primary(settings: ContrastSettings, measured: Sequence[str]) -> None:
@@ -34,29 +75,28 @@ def check_primary(settings: ContrastSettings, measured: Sequence[str]) -> None:
     Raises:
         ConfigError: it is not.
     """
-    if settings.primary is None:
+    primary = Primary.of(settings)
+    if primary is None:
         if settings.primary_against is not None:
             raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")
         return
-    metric, _, strategy = settings.primary.partition(":")
-    for flag, text in (("primary", strategy), ("primary_against", settings.primary_against)):
+    for flag, text in primary.flags:
         if text is not None and parse_strategy(text).signature not in measured:
             raise ConfigError(
                 f"--{flag} names the strategy {text!r}, which is not among --strategies {' '.join(measured)}."
                 + did_you_mean(text, measured)
             )
-        if text is not None and metric in GENERATION_METRICS and not parse_strategy(text).samples:
+        if text is not None and primary.metric in CHANCE_METRICS and not parse_strategy(text).samples:
             raise ConfigError(
-                f"--{flag} asks for {metric} under {text!r}, which draws from no distribution; name a strategy that "
-                "samples, or the metric exact_match"
+                f"--{flag} asks for {primary.metric} under {text!r}, which draws from no distribution; name a strategy "
+                f"that samples, or the metric {EXACT_MATCH.name}"
             )
 
 
 def refuse_oracle_claims(settings: ContrastSettings, chosen_by: Mapping[str, Sequence[str]]) -> None:
     """Raise ConfigError if the primary comparison is of a strategy that knows the answers."""
-    if settings.primary is None:
-        return
-    for flag, text in (("primary", settings.primary.partition(":")[2]), ("primary_against", settings.primary_against)):
+    primary = Primary.of(settings)
+    for flag, text in primary.flags if primary else ():
         strategy = parse_strategy(text).signature if text else None
         if strategy in chosen_by:
             raise ConfigError(
@@ -67,11 +107,9 @@ def refuse_oracle_claims(settings: ContrastSettings, chosen_by: Mapping[str, Seq
 
 def primary_comparison(settings: ContrastSettings, names: list[str]) -> dict[str, str] | None:
     """Which comparison has the claim, as results.json names it; None where there is none."""
-    if settings.primary is None or len(names) < 2:
+    primary = Primary.of(settings)
+    if primary is None or len(names) < 2:
         return None
-    metric, _, strategy = settings.primary.partition(":")
-    primary = {"metric": metric, "strategy": parse_strategy(strategy).signature, "a": names[0], "b": names[1]}
-    against = primary["strategy"]
-    if settings.primary_against:
-        against = parse_strategy(settings.primary_against).signature
-    return primary if against == primary["strategy"] else {**primary, "strategy_a": against}
+    found = {"metric": primary.metric, "strategy": primary.signature, "a": names[0], "b": names[1]}
+    against = primary.signature_against
+    return found if against == primary.signature else {**found, "strategy_a": against}

@@ -17,13 +17,11 @@ import torch
 from rlseq.decoding import Sample, Strategy
 from rlseq.double import to_double
 from rlseq.errors import ConsistencyError
+from rlseq.evaluation.metrics import PASS_AT
 from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, RowStatistics, Source
 from rlseq.likelihood import TeacherForced, teacher_force
 from rlseq.types import Prompt, Rollout
 
-PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-# The metrics of completions that only rows with references have.
-OF_ANSWERS = ("exact_match", "length_ratio", "p_reference", "unreachable", "unreachable_references")
 NGRAM = 4  # tokens of the n-grams whose repetition is counted
 # A margin (logits) below which rounding may choose another argmax: the sampler's cached steps and one packed pass add
 # up in other orders. In float32 that moves logits by some 1e-5; wrong positions or masks move them by tenths and more.

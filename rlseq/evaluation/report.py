@@ -17,6 +17,7 @@ from markupsafe import Markup
 from rlseq.escapes import visible
 from rlseq.evaluation import compression, plots, tables
 from rlseq.evaluation.headline import make_headline
+from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS
 from rlseq.evaluation.sidebyside import SideBySide, monte_carlo_pass_at_k, side_by_side
 from rlseq.evaluation.studies import sections
 from rlseq.evaluation.tables import Results
@@ -118,7 +119,7 @@ def print_summary(results: Results) -> None:
 
 def _says_something(results: Results, info: Any) -> bool:
     """Whether a share of what goes wrong (truncated, repeated) happens at all: one that is 0 everywhere is left out."""
-    if info.name not in ("truncated", "repetition"):
+    if not info.fault:
         return True
     shown = [
         tables.cell(results, model, s, info.name) for s in tables.strategies(results) for model in results["models"]
@@ -150,12 +151,12 @@ def _context(
         "strategies": tables.strategies(results),
         "generated": tables.generated(results),
         "likelihood": [tables.metric(results, n) for n in tables.likelihood_metrics(results)],
-        "comparisons": [c for c in found if not c.metric.name.startswith("exact_pass_at_k.")],
+        "comparisons": [c for c in found if c.metric.table != "curve"],
         "modes": tables.modes(results),
         "sections": [*sections(results), *compression.sections(results)],
         "pass_curves": curves,
         "pass_ks": [k for k in _PASS_KS_IN_TABLE if any(k in curve for curve in curves.values())],
-        "pass_metric": tables.metric(results, "exact_pass_at_k.1"),
+        "pass_metric": tables.metric(results, PASS_METRICS[1].name),
         "check": _accuracy_check(results),
         "pair": pair,
         "several_pairs": len({(c.a, c.b) for c in found}) > 1,
@@ -188,10 +189,10 @@ def _accuracy_check(results: Results) -> list[dict[str, Any]]:
     rows = []
     for strategy in tables.strategies(results):
         for model in results["models"]:
-            exact, *never = (tables.cell(results, model, strategy, name) for name in tables.GENERATION)
-            drawn = tables.cell(results, model, strategy, "exact_match")
+            exact, *never = (tables.cell(results, model, strategy, name) for name in CHANCE_METRICS)
+            drawn = tables.cell(results, model, strategy, EXACT_MATCH.name)
             if exact and drawn:
-                infos = [tables.metric(results, name) for name in tables.GENERATION]
+                infos = [tables.metric(results, name) for name in CHANCE_METRICS]
                 rows.append(
                     {
                         "model": model,
@@ -244,7 +245,7 @@ def _plane(results: Results) -> tuple[str, Figure] | None:
         (model, strategy): (nll, quality)
         for strategy in tables.fair_strategies(results)
         for model in models
-        if (nll := tables.cell(results, model, None, "nll_per_token"))
+        if (nll := tables.cell(results, model, None, NLL.name))
         and (quality := tables.cell(results, model, strategy, name))
         and quality["value"] is not None
     }

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 _ONE = "1.0"
 _SHAPE = {
-    "entropy": tables.Metric("entropy", "Entropy (nats)", None, False, "", 2),
-    "unique": tables.Metric("unique", "Distinct", None, True, "", 1),
-    "top": tables.Metric("top", "Most frequent", None, True, "", 1),
-    "truncated": tables.Metric("truncated", "Truncated", None, True, "", 1),
+    "entropy": tables.Shown("entropy", "Entropy (nats)", decimals=2),
+    "unique": tables.Shown("unique", "Distinct", percent=True),
+    "top": tables.Shown("top", "Most frequent", percent=True),
+    "truncated": tables.Shown("truncated", "Truncated", percent=True),
 }
 
 
@@ -51,7 +51,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     )
 
 
-def _gap_table(block: Mapping[str, Any], infos: Sequence[tables.Metric], results: Mapping[str, Any]) -> Table:
+def _gap_table(block: Mapping[str, Any], infos: Sequence[tables.Shown], results: Mapping[str, Any]) -> Table:
     by_name = {info.name: info for info in infos}
     rows = []
     for gap in block["gaps"]:
@@ -98,7 +98,7 @@ def _diversity_table(block: Mapping[str, Any]) -> Table:
     )
 
 
-def _temperature_table(block: Mapping[str, Any], infos: Sequence[tables.Metric]) -> Table:
+def _temperature_table(block: Mapping[str, Any], infos: Sequence[tables.Shown]) -> Table:
     rows = []
     shape = [name for name in _SHAPE if name in block["models"][next(iter(block["models"]))][_ONE]]
     for model, points in block["models"].items():
@@ -112,7 +112,7 @@ def _temperature_table(block: Mapping[str, Any], infos: Sequence[tables.Metric])
     return Table(["Model", "T", *labels], rows, "By temperature")
 
 
-def _difference(info: tables.Metric, cell: Mapping[str, Any] | None) -> str:
+def _difference(info: tables.Shown, cell: Mapping[str, Any] | None) -> str:
     if cell is None or cell["value"] is None:
         return tables.NOTHING
     text = f"{info.difference(cell['value'])} ({info.difference_interval(cell['ci95'])})"
@@ -123,7 +123,7 @@ def _partly(cell: Mapping[str, Any]) -> bool:
     return cell["value"] is not None and cell.get("defined", 1) < 1
 
 
-def _curves(block: Mapping[str, Any], info: tables.Metric) -> Figure:
+def _curves(block: Mapping[str, Any], info: tables.Shown) -> Figure:
     """A line a model in order of entropy, its temperatures beside the points, and the gaps at temperature 1."""
     scale = 100.0 if info.percent else 1.0
     models = list(block["models"])

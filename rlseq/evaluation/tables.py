@@ -11,13 +11,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlseq.evaluation.metrics import KNOWN, Metric, p_text
-from rlseq.evaluation.metrics import NOTHING as NOTHING  # these two for the studies' own tables
-from rlseq.evaluation.metrics import number as number
+from rlseq.evaluation.formats import NOTHING as NOTHING  # these two for the studies' own tables
+from rlseq.evaluation.formats import Shown, p_text
+from rlseq.evaluation.formats import number as number
+from rlseq.evaluation.metrics import BUILT_IN, MODE_EMPTY, PASS_AT_K, PASS_METRICS
 
 Results = Mapping[str, Any]
+PASS_OVER_K = Shown(
+    PASS_AT_K,
+    "Exact pass@k",
+    PASS_METRICS[1].higher_is_better,
+    PASS_METRICS[1].percent,
+    "Mean over rows of 1 − (1 − p)^k: the exact chance that at least one of k samples is right.",
+)
 LEVEL = 0.05  # below which p bears out an interval that excludes zero
-GENERATION = ("p_reference", "unreachable", "unreachable_references")  # exact chances, in a table of their own
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Comparison:
     b: str
     strategy: str | None  # of b, and of a unless strategy_a differs; None is teacher forcing
     strategy_a: str | None
-    metric: Metric
+    metric: Shown
     value_a: str
     value_b: str
     difference: str
@@ -75,38 +82,38 @@ class ModeTable:
 
     strategy: str
     columns: list[str]
-    rows: Mapping[str, list[tuple[Metric, Mapping[str, Any]]]]
+    rows: Mapping[str, list[tuple[Shown, Mapping[str, Any]]]]
     counts: Mapping[str, tuple[int, int]]  # rows with a proven mode, rows searched
 
 
-def metric(results: Results, name: str) -> Metric:
-    """The metric by this name: what results say of it, else what is known of it, else its bare name."""
-    said = results.get("metrics", {}).get(name, {})
-    outer, _, k = name.partition(".")
-    label, better, percent, description = KNOWN.get(outer, (name, None, False, ""))
-    if k and outer == "exact_pass_at_k":
-        label = f"Exact pass@{k}"
-    percent = said.get("percent", percent)
-    return Metric(
+def metric(results: Results, name: str) -> Shown:
+    """The metric by this name: what results say of it, else what its own `Metric` says, else its bare name."""
+    said = {"label": name, "higher_is_better": None, "percent": False, "description": "", "fault": False}
+    said |= BUILT_IN[name].as_json() if name in BUILT_IN else {}
+    said |= results.get("metrics", {}).get(name, {})
+    return Shown(
         name=name,
-        label=said.get("label") or label,
-        better=said.get("higher_is_better", better),
-        percent=percent,
-        description=said.get("description") or description,
-        decimals=1 if percent else _decimals(results, name),
+        label=said["label"],
+        better=said["higher_is_better"],
+        percent=said["percent"],
+        description=said["description"],
+        decimals=1 if said["percent"] else _decimals(results, name),
+        table=said.get("table") or ("shape" if said["higher_is_better"] is None else "quality"),
+        fault=said["fault"],
     )
 
 
 def cell(results: Results, model: str, strategy: str | None, name: str) -> Mapping[str, Any] | None:
     """The `{"value", "ci95"}` of a metric; strategy None means likelihood. None when it was not measured.
 
-    A dotted name (`exact_pass_at_k.4`) reaches into a nested block.
+    The exact pass@k has a block of its own within it.
     """
     entry = results["models"].get(model) or results.get("methods", {}).get(model, {})
     if strategy is None:
         block = entry.get("likelihood") or {}
-        outer, _, inner = name.partition(".")
-        return (block.get(outer) or {}).get(inner) if inner else block.get(name)
+        for key in BUILT_IN[name].place if name in BUILT_IN else (name,):
+            block = (block or {}).get(key)
+        return block
     return entry.get("strategies", {}).get(strategy, {}).get(name)
 
 
@@ -152,7 +159,7 @@ def labelled(results: Results, strategy: str) -> str:
 
 def quality_metrics(results: Results) -> list[str]:
     """Names of what is measured of completions."""
-    return [name for name in _strategy_metrics(results) if name not in GENERATION]
+    return [name for name in _strategy_metrics(results) if metric(results, name).table != "chance"]
 
 
 def _strategy_metrics(results: Results) -> list[str]:
@@ -160,10 +167,10 @@ def _strategy_metrics(results: Results) -> list[str]:
     return list(dict.fromkeys(name for block in blocks for name, value in block.items() if is_cell(value)))
 
 
-def generated(results: Results) -> list[tuple[str, list[Metric]]]:
+def generated(results: Results) -> list[tuple[str, list[Shown]]]:
     """The metrics of what is generated, as tables with their captions: how good it is, then what it looks like."""
     infos = [metric(results, name) for name in quality_metrics(results)]
-    good = [info for info in infos if info.better is not None and info.name != "truncated"]
+    good = [info for info in infos if info.table == "quality"]
     return [("", good), ("The shape of the completions", [info for info in infos if info not in good])]
 
 
@@ -173,7 +180,7 @@ def likelihood_metrics(results: Results) -> list[str]:
     return list(dict.fromkeys(n for block in blocks for n, v in block.items() if is_cell(v)))
 
 
-def shown(info: Metric, found: Mapping[str, Any] | None) -> str:
+def shown(info: Shown, found: Mapping[str, Any] | None) -> str:
     """A value as tables have it: with how many completions it is of, where that is not all."""
     return info.value(found["value"]) + of_completions(found) if found else NOTHING
 
@@ -191,7 +198,7 @@ def is_cell(value: Any) -> bool:
 
 def modes(results: Results) -> list[ModeTable]:
     """A table for each exact search."""
-    share, nats = Metric("", "", None, True, "", 1), Metric("", "", None, False, "", 3)
+    share, nats = Shown(percent=True), Shown(decimals=3)
     found = []
     for strategy in strategies(results):
         blocks = {m: e["strategies"].get(strategy, {}).get("modes") for m, e in results["models"].items()}
@@ -199,8 +206,8 @@ def modes(results: Results) -> list[ModeTable]:
         if not blocks:
             continue
         first = next(iter(blocks.values()))
-        quality = [metric(results, name) for name in first.get("quality", ()) if name != "truncated"]
-        quality = [info for info in quality if info.better is not None]
+        quality = [metric(results, name) for name in first.get("quality", ())]
+        quality = [info for info in quality if info.table == "quality"]
         searches = list(first.get("is_mode", ()))
         rows = {}
         for model, block in blocks.items():
@@ -234,7 +241,7 @@ def pass_curves(results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
     """Model -> k -> cell of the exact pass@k."""
     curves = {}
     for name, entry in results["models"].items():
-        curve = (entry.get("likelihood") or {}).get("exact_pass_at_k")
+        curve = (entry.get("likelihood") or {}).get(PASS_AT_K)
         if curve:
             curves[name] = {int(k): v for k, v in curve.items()}
     return curves
@@ -279,13 +286,13 @@ def comparisons(results: Results) -> list[Comparison]:
     return sorted(found, key=lambda c: not c.primary)
 
 
-def definitions(results: Results) -> list[Metric]:
+def definitions(results: Results) -> list[Shown]:
     """Every metric that the report shows, each once."""
     names = [*likelihood_metrics(results), *_strategy_metrics(results)]
-    if pass_curves(results):
-        names.append("exact_pass_at_k")
-    names += [raw["metric"] for raw in results.get("comparisons", ()) if raw["metric"] == "mode_empty"]
-    return [metric(results, name) for name in dict.fromkeys(names)]
+    modes = [raw["metric"] for raw in results.get("comparisons", ()) if raw["metric"] == MODE_EMPTY.name]
+    curve = [PASS_OVER_K] if pass_curves(results) else []
+    found = [metric(results, name) for name in names]
+    return [*found, *curve, *(metric(results, name) for name in dict.fromkeys(modes))]
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -313,7 +320,7 @@ def _verdict(raw: Mapping[str, Any], better: bool | None) -> str:
     return "better" if rose == better else "worse"
 
 
-def _telling(info: Metric, a: float | None, b: float | None) -> Metric:
+def _telling(info: Shown, a: float | None, b: float | None) -> Shown:
     """The metric with the decimals that tell two values apart, up to 4 more; without more where these do not."""
     finer = (dataclasses.replace(info, decimals=info.decimals + more) for more in range(5))
     return next((one for one in finer if one.value(a) != one.value(b)), info)
