@@ -195,7 +195,7 @@ def with_probe(folder, **settings):
 
 @pytest.mark.parametrize(
     ("rank", "owner", "name"),
-    [("1", "probe.suite", "_table"), ("0", "callback_handler", "on_evaluate"), ("0", None, "_save")],
+    [("1", "probe.suite", "_table"), ("0", "callback_handler", "on_evaluate"), ("0", "model", "save_pretrained")],
 )
 def test_what_a_script_calls_outside_of_training_ends_on_both_with_it(rank, owner, name, tmp_path, monkeypatch):
     monkeypatch.setenv(FAILING, rank)

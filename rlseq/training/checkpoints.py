@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def earlier_of(checkpoint: Path) -> Path:
 
 
 @contextlib.contextmanager
-def through_to_disk(state: Any, checkpoint: Path) -> Iterator[None]:
+def through_to_disk(state: Any, checkpoint: Path, *, wait: Callable[[], None]) -> Iterator[None]:
     """Let the mark of a whole checkpoint, which the body writes, hold after a loss of power too.
 
     The kernel writes files to the disk in an order of its own. So all of the checkpoint's files and folders are
@@ -36,10 +36,12 @@ def through_to_disk(state: Any, checkpoint: Path) -> Iterator[None]:
     Args:
         state: the trainer's; the body calls its `save_to_json` once every rank's files are written.
         checkpoint: the folder that the body writes.
+        wait: returns once every process has written its files; the others call it after their last.
     """
     write = state.save_to_json
 
     def save_to_json(json_path: str) -> None:
+        wait()
         for path in (*checkpoint.rglob("*"), checkpoint):
             flush(path)
         write(json_path)

@@ -20,22 +20,12 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlseq.errors import ConfigError
-from rlseq.training.checkpoints import newest_whole_checkpoint
 from rlseq.training.resume import ResumeMixin
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "exact_state"
 REFERENCE_FILE = "reference.safetensors"
-
-
-class EpochSampler(RepeatSampler):
-    """TRL's RepeatSampler with the order of an epoch a function of (seed, epoch), so that any epoch can be resumed."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Name the epoch whose order comes next."""
-        if self.shuffle:
-            self.generator.manual_seed((self.seed or 0) + 1_000_003 * epoch)  # the first is TRL's
 
 
 class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
@@ -49,14 +39,6 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
                 "or DeepSpeed"
             )
         self.add_callback(_Restore(self))
-
-    def train(self, resume_from_checkpoint=None, **kwargs: Any):
-        """Train, from the start or from where a checkpoint was written."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint, _ = newest_whole_checkpoint(Path(self.args.output_dir))
-        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        given = None if self.resumed_from is None else str(self.resumed_from)
-        return super().train(resume_from_checkpoint=given, **kwargs)
 
     def exact_state(self) -> dict[str, Any]:
         """This rank's state as tensors and plain values."""
@@ -115,28 +97,37 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
             logs = logs | {"train_loss": self._total_loss_scalar / max(steps, 1)}
         super().log(logs, start_time)
 
-    def _get_train_sampler(self, dataset=None):
-        given = super()._get_train_sampler(dataset)
-        names = ("data_source", "mini_repeat_count", "batch_size", "repeat_count", "shuffle", "seed")
-        self._sampler = EpochSampler(**{name: getattr(given, name) for name in names})
-        return self._sampler
-
     def _run_epoch(self, **kwargs: Any) -> None:
-        # A data loader that skips what was trained already does not hand the epoch on to its sampler.
-        self._sampler.set_epoch(kwargs["epoch"])
+        begin_epoch(sampler_of(kwargs["train_dataloader"]), kwargs["epoch"])
         super()._run_epoch(**kwargs)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        folder = Path(output_dir) / FOLDER
+    def save_beside(self, checkpoint: Path) -> None:
+        super().save_beside(checkpoint)
+        if self.args.save_only_model:
+            return
+        folder = checkpoint / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.exact_state(), folder / f"rank-{self.accelerator.process_index}.pt")
         if self.args.sync_ref_model and self.args.should_save:
             reference = {name: p.detach().contiguous().cpu() for name, p in self.ref_model.named_parameters()}
-            save_file(reference, Path(output_dir) / FOLDER / REFERENCE_FILE)
+            save_file(reference, folder / REFERENCE_FILE)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "save_into") and self.args.should_save:
-                callback.save_into(Path(output_dir))
+                callback.save_into(checkpoint)
+
+
+def begin_epoch(sampler: RepeatSampler, epoch: int) -> None:
+    """Make the order of an epoch a function of (seed, epoch) alone, so that any epoch can be resumed."""
+    if sampler.shuffle:
+        sampler.generator.manual_seed((sampler.seed or 0) + 1_000_003 * epoch)  # the first is TRL's
+
+
+def sampler_of(loader: Any) -> RepeatSampler:
+    """TRL's sampler of prompts inside a data loader, whatever accelerate has wrapped around it."""
+    inner = loader.batch_sampler
+    while not isinstance(inner, RepeatSampler):
+        inner = getattr(inner, "batch_sampler", None) or inner.sampler
+    return inner
 
 
 class _Restore(TrainerCallback):

@@ -485,10 +485,6 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def predict(self, *_: Any, **__: Any):
-        """Refused: a trainer on rollouts predicts no labels."""
-        raise ConfigError("predict has nothing to say of rollouts: draw by rlseq.sample, or measure by rlseq.contrast")
-
     # -- references ----------------------------------------------------------------------------------------------
 
     def _references_of(self, prompt: Prompt) -> list[Ids]:

@@ -1,7 +1,7 @@
 """Around a trainer's step: what is not finite moves nothing, what fails for want of memory or disk says so.
 
 training_step      a failed allocation names the update and what to lower
-  compute_loss     the micro-batch is remembered until the optimizer has stepped
+  _prepare_inputs  the micro-batch is remembered until the optimizer has stepped
 _get_grad_norm     the last call before the optimizer: here a step is refused, on all ranks or on none
 _save_checkpoint   a checkpoint is whole, or is not there
 """
@@ -43,7 +43,8 @@ class GuardMixin(Trainer):
 
     step_was_refused = False
     _refused_in_a_row = 0
-    _micro_batches: tuple[tuple[Mapping[str, Any], torch.Tensor], ...] = ()
+    _micro_batches: tuple[Mapping[str, Any], ...] = ()
+    _losses: tuple[torch.Tensor, ...] = ()
 
     # What a script calls by itself, too: a process that fails leaves no other waiting.
 
@@ -57,27 +58,26 @@ class GuardMixin(Trainer):
             return super().evaluate(*args, **kwargs)
 
     @raise_on_all_ranks(exchange=False)
-    def save_model(self, *args, **kwargs):
-        return super().save_model(*args, **kwargs)
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         with memory_for("the update", self._memory_advice):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses += (loss,)
         # NaN would stay in transformers' running sum for good; the log says it another way.
         return torch.where(loss.isfinite(), loss, 0.0)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        kept = dict(inputs)  # SFT's loss takes what it needs out of `inputs`
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        self._micro_batches += ((kept, loss.detach()),)
-        return result
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if self.model.training:
+            self._micro_batches += (dict(inputs),)  # SFT's loss takes what it needs out of `inputs`
+        return inputs
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        batches, self._micro_batches = self._micro_batches, ()
+        batches = tuple(zip(self._micro_batches, self._losses, strict=True))
+        self._micro_batches, self._losses = (), ()
         losses = torch.stack([loss for _, loss in batches]) if batches else torch.zeros(1)
         norm = NAN if grad_norm is None else float(grad_norm)
         bad = not losses.isfinite().all().item()
@@ -145,14 +145,14 @@ class GuardMixin(Trainer):
 
     def _save_checkpoint(self, model, trial):
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        whole = saving(checkpoint, main_process=self.args.should_save, wait=self.accelerator.wait_for_everyone)
-        with whole, through_to_disk(self.state, checkpoint):
+        wait, saves = self.accelerator.wait_for_everyone, self.args.should_save
+        whole = saving(checkpoint, main_process=saves, wait=wait)
+        # The trainer's state marks the checkpoint as whole: the process that writes it waits for every rank's part.
+        with whole, through_to_disk(self.state, checkpoint, wait=wait):
+            self.save_beside(checkpoint)
             super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        # What follows, the trainer's state, marks the checkpoint as whole: every rank's part is there by then.
-        self.accelerator.wait_for_everyone()
+            if not saves:
+                wait()
 
 
 class RolloutGuardMixin(GuardMixin):
@@ -160,10 +160,6 @@ class RolloutGuardMixin(GuardMixin):
 
     prompts: list[Prompt]
     _scored: list[ScoredRollout]
-
-    def _prepare_inputs(self, generation_batch):
-        with memory_for("scoring the rollouts (log-probs, the reference, values)", self._memory_advice):
-            return super()._prepare_inputs(generation_batch)
 
     def _generate_single_turn(self, *args, **kwargs):
         with memory_for("drawing rollouts", self._rollout_advice):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from rlseq.pretrained import load_into
 from rlseq.ranks import raise_on_all_ranks
+from rlseq.training.checkpoints import newest_whole_checkpoint
 from rlseq.training.sharded_weights import check_sharded
 
 
@@ -23,10 +24,20 @@ class ResumeMixin(Trainer):
     its first step at the rate of the checkpoint.
     """
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        if resume_from_checkpoint is not None:
-            self._check_sharded(self.model, resume_from_checkpoint)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+    resumed_from: Path | None = None  # the checkpoint that training went on from
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any):
+        """Train, from the start or from where a checkpoint was written; True: the newest whole one of the run."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, _ = newest_whole_checkpoint(Path(self.args.output_dir))
+        self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.resumed_from is None:
+            return super().train(**kwargs)
+        self._check_sharded(self.model, self.resumed_from)
+        return super().train(resume_from_checkpoint=str(self.resumed_from), **kwargs)
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Write what transformers leaves out of a checkpoint, on every process, before the rest is written."""
 
     def _check_sharded(self, model: Any, checkpoint: str | Path) -> None:
         """Where FSDP or DeepSpeed load it: the first process looks, and all of them hear of it."""

@@ -16,11 +16,13 @@ from trl.trainer.utils import split_tensor_dict
 
 from rlseq.data import reference_ids
 from rlseq.decoding import Greedy, Sample
+from rlseq.errors import ConfigError
 from rlseq.ranks import raise_on_all_ranks
 from rlseq.sampler import sample
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.suite import Begun
 from rlseq.training.environment import check_group_prompts, environment_rewards
+from rlseq.training.faults import memory_for
 from rlseq.training.forward import Ids
 from rlseq.training.sharding import whole_weights
 from rlseq.types import ABSENT, Prompt, Rollout, ScoredRollout, column_names
@@ -58,9 +60,12 @@ class RolloutMixin(trl.GRPOTrainer):
         # TRL shuffles single rows, which would tear prompts from their samples; groups are shuffled whole, by a
         # generator of their own, so that no other draw of the run moves.
         if not self.model.training:
-            return self._generate_and_score_completions(generation_batch)
+            raise ConfigError(
+                "rollouts are not predicted: draw by rlseq.sample, or measure by evaluate or rlseq.contrast"
+            )
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = self._generate_and_score_completions(generation_batch)
+            with memory_for("scoring the rollouts (log-probs, the reference, values)", self._memory_advice):
+                batch = self._generate_and_score_completions(generation_batch)
             if self.args.steps_per_generation > 1:
                 batch = self._shuffle_groups(batch)
             self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
