@@ -13,7 +13,7 @@ from trl.trainer import utils
 
 import rlseq
 
-LIMIT = 23
+LIMIT = 21
 SEAMS = {
     "_generate_and_score_completions": ["inputs"],
     "_generate_single_turn": [

@@ -4,7 +4,7 @@ How a step flows (TRL's method, and what happens there):
 
     _prepare_inputs                      a generation batch in; shuffles whole groups, hands out micro-batches
       _generate_and_score_completions    keeps the rows; afterwards sets the advantages and logs the rollouts
-        _generate_single_turn            rows -> rollouts, by rlseq.sampler
+        _generate                        rows -> rollouts, by rlseq.sampler
         _calculate_rewards               rollouts -> values, by the reward suite
     _compute_loss                        TRL's losses or one of rlseq's objectives, plus the reference loss
       _get_per_token_logps_and_entropies one packed forward a micro-batch, positions explicit
@@ -211,17 +211,11 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
     def _add_critic(self, critic: torch.nn.Module) -> None:
         """Put what `_build_critic` built into the wrapped model."""
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """As `build_prompts` made them, which TRL's own does not where a prompt begins the answer."""
-        if isinstance(prompts[0], str) or self.tools or self.environment_factories is not None:
-            return super()._tokenize_prompts(prompts)
-        return tokenize_prompts(prompts, self.processing_class, self.chat_template_kwargs), None, {}
-
     def _check_rendering(self) -> None:
         """Refuse prompts with other tokens than the update would score: those of a template otherwise filled, say."""
         if self.tools or self.environment_factories is not None:
             return  # TRL draws, from what it renders itself
-        (ids,), _, _ = self._tokenize_prompts([self.prompts[0].messages_or_text])
+        (ids,) = tokenize_prompts([self.prompts[0].messages_or_text], self.processing_class, self.chat_template_kwargs)
         if tuple(ids) != tuple(self.prompts[0].prompt_ids):
             raise ConfigError(
                 "the prompts were rendered otherwise than the trainer renders them, whose update would score other "
@@ -484,6 +478,10 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *_: Any, **__: Any):
+        """Refused: a trainer on rollouts predicts no labels."""
+        raise ConfigError("predict has nothing to say of rollouts: draw by rlseq.sample, or measure by rlseq.contrast")
 
     # -- references ----------------------------------------------------------------------------------------------
 

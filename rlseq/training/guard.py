@@ -161,10 +161,6 @@ class RolloutGuardMixin(GuardMixin):
     prompts: list[Prompt]
     _scored: list[ScoredRollout]
 
-    def _generate_single_turn(self, *args, **kwargs):
-        with memory_for("drawing rollouts", self._rollout_advice):
-            return super()._generate_single_turn(*args, **kwargs)
-
     def _evaluation_advice(self) -> str:
         return "Lower --probe_rows or --max_completion_length."
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import trl
 from accelerate.utils import gather_object
+from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict
 
@@ -96,15 +97,69 @@ class RolloutMixin(trl.GRPOTrainer):
         index = [row for group in order for row in group]
         return {key: value[index] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        if self.args.sampled_by_trl or self.tools or images is not None:
+    def _generate(self, prompts):
+        """TRL's: with tools and a `rollout_func` its own, else completions of `Prompt`s as they were rendered."""
+        self._asked = prompts
+        if self.environments and self.use_vllm and self.vllm_mode == "server":
+            check_group_prompts([row["index"] for row in self._rows], prompts)
+        with memory_for("drawing rollouts", self._rollout_advice):
+            if self.tools or self.rollout_func is not None:
+                self._rollouts = None
+                found = super()._generate(prompts)
+            else:
+                found = self._draw(prompts)
+        self._tool_mask = found[2]
+        return found
+
+    def _draw(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """Complete the local prompts by rlseq's sampler or a generator of TRL's; what TRL's `_generate` returns."""
+        prompt_ids = [list(self.prompts[row["index"]].prompt_ids) for row in self._rows]
+        num_generations = self.num_generations if self.model.training else self.num_generations_eval
+        if self.args.sampled_by_trl:
             self._rollouts = None
-            found = super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-            if not self.tools and images is None:  # else a turn is not the whole
-                self._begin_rewards(self._drawn_by_trl(self._rows, found[0]))
-            return found
+            completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, num_generations)
+            self._begin_rewards(self._drawn_by_trl(self._rows, completion_ids))
+        else:
+            self._rollouts = self._sample(num_generations)
+            self._begin_rewards(self._rollouts)
+            completion_ids = [list(rollout.completion_ids) for rollout in self._rollouts]
+            logprobs = [list(rollout.logprobs) for rollout in self._rollouts]
+        completions = self._as_completions(prompts, prompt_ids, completion_ids)
+        self._log_lengths(prompt_ids, completion_ids)
+        return prompt_ids, completion_ids, None, completions, logprobs, {}, None, []
+
+    def _as_completions(self, prompts: list[Any], prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Any:
+        """Completions as TRL hands them over: text, or the assistant's message, parsed where the tokenizer says how."""
+        tokenizer = self.processing_class
+        if isinstance(prompts[0], str):
+            return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+            pairs = zip(prompt_ids, completion_ids, strict=True)
+            return [[parse_response(tokenizer, ids, prefix=prompt, tools=[])] for prompt, ids in pairs]
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _log_lengths(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
+        """Log the lengths of the round's completions, over all processes, by TRL's names."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
+        sizes = torch.tensor(
+            [(len(p), len(c), c[-1] in ends) for p, c in zip(prompt_ids, completion_ids, strict=True)],
+            device=self.accelerator.device,
+        )
+        asked, lengths, ended = self.accelerator.gather(sizes).unbind(1)  # (B,) each
+        if self.model.training:
+            self.state.num_input_tokens_seen += (asked.sum() + lengths.sum()).item()
+        metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        metrics["completions/clipped_ratio"].append((ended == 0).float().mean().item())
+        finished = lengths[ended.bool()] if ended.any() else torch.zeros_like(lengths[:1])
+        for name, of in {"": lengths, "terminated_": finished}.items():
+            metrics[f"completions/mean_{name}length"].append(of.float().mean().item())
+            metrics[f"completions/min_{name}length"].append(of.float().min().item())
+            metrics[f"completions/max_{name}length"].append(of.float().max().item())
+
+    def _sample(self, num_generations: int) -> list[Rollout]:
+        """The local rows' rollouts by rlseq's sampler, and the greedy ones where those are the baseline."""
         # A group may straddle ranks: the sample index follows from the row's place in the global batch.
         first = self.accelerator.process_index * len(self._rows)
         starts = [self._prefix(row["index"], (first + i) % num_generations) for i, row in enumerate(self._rows)]
@@ -135,9 +190,7 @@ class RolloutMixin(trl.GRPOTrainer):
         for rows, group in zip(places.values(), groups, strict=True):
             for i, rollout in zip(rows, group, strict=True):
                 rollouts[i] = rollout
-        self._rollouts = rollouts
-        self._begin_rewards(rollouts)
-        return [list(r.completion_ids) for r in rollouts], [list(r.logprobs) for r in rollouts]
+        return rollouts
 
     @contextlib.contextmanager
     def _model_to_generate(self) -> Iterator[torch.nn.Module]:
@@ -161,14 +214,6 @@ class RolloutMixin(trl.GRPOTrainer):
         self.reward_funcs, self.reward_func_names = self.reward_funcs[:count], self.reward_func_names[:count]
         self.reward_processing_classes = self.reward_processing_classes[:count]
         self.reward_weights = self.reward_weights[:count]
-
-    def _generate(self, prompts):
-        self._asked = prompts
-        if self.environments and self.use_vllm and self.vllm_mode == "server":
-            check_group_prompts([row["index"] for row in self._rows], prompts)
-        found = super()._generate(prompts)
-        self._tool_mask = found[2]
-        return found
 
     def _begin_rewards(self, rollouts: list[Rollout]) -> None:
         """Let the rewards that run apart score the rollouts while TRL computes the reference model's log-probs."""
