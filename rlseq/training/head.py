@@ -122,7 +122,8 @@ def add_cpu_head(model: PreTrainedModel, temperature: float) -> None:
     def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any):
         head = model.get_output_embeddings()
         plain = head.weight.device.type == "cpu" and not isinstance(head.weight, DTensor)
-        if not fused_lm_head or labels is None or not plain or getattr(config, "output_router_logits", False):
+        routed = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
+        if not fused_lm_head or labels is None or not plain or routed:
             return of_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         states = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]  # (R, S-1, H)
         targets = labels[:, 1:]
