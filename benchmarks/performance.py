@@ -152,7 +152,7 @@ def steps_of(make: Callable[..., Any], folder: str, steps: int, layout: int) -> 
 
 
 PHASES = {
-    "_generate_single_turn": "rollouts",
+    "_generate": "rollouts",
     "_calculate_rewards": "rewards",
     "_get_per_token_logps_and_entropies": "log-probs of the old policy",
     "_compute_loss": "forward and loss",

@@ -96,14 +96,14 @@ def train(side: str, seed: int, layout: int, args: argparse.Namespace, folder: P
     watch = Watch(
         folder / "curve.jsonl", validation(trainer, tokenizer, reward, args), args.level, args.every, resident_peak
     )
-    generate = trainer._generate_single_turn
+    generate = trainer._generate
 
-    def counted(prompt_ids: Any, *rest: Any, **more: Any) -> Any:
-        found = generate(prompt_ids, *rest, **more)
-        watch.count(prompt_ids, found[0])
+    def counted(prompts: Any) -> Any:
+        found = generate(prompts)
+        watch.count(found[0], found[1])
         return found
 
-    trainer._generate_single_turn = counted
+    trainer._generate = counted
 
     class Steps(transformers.TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:

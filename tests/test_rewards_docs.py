@@ -63,7 +63,8 @@ def test_the_yaml_of_the_page_loads(page_folder):
     assert [load_rewards(block).names for block in blocks] == [["error_rate", "short"], ["llm_judge"]]
 
 
-def test_the_commands_of_the_page_print_what_it_shows(page_folder, capsys):
+def test_the_commands_of_the_page_print_what_it_shows(page_folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "110")  # the page's; the rule under a table's head is no wider than the terminal
     commands = [block.split("\n", 1) for kind, block in BLOCKS if kind == "console"]
     assert len(commands) == 2
     for line, expected in commands:
