@@ -1,5 +1,5 @@
 # make install   .venv with everything pinned (constraints.txt)
-# make demo      install, recipes/grpo.py with its default settings (recipes/g2p/grpo.yaml: GRPO on sampled rollouts),
+# make demo      install, recipes/grpo.py with no other settings (recipes/g2p/grpo.yaml: GRPO on sampled rollouts),
 #                evaluation on validation words; report in runs/g2p-grpo/
 # make demo-llm  install, model, GRPO with LoRA on SmolLM2-135M-Instruct (recipes/extraction): structured output;
 #                reports in runs/extraction/
@@ -17,8 +17,7 @@ FLOOR := .venv-floor/bin/python
 VLLM := .venv-vllm/bin/python
 VLLM_STAMP := .venv-vllm/.installed
 WORKERS ?= 2
-# How the demonstrations run: one process where there is a GPU, else two, which keep two cores busier than one process with
-# two threads does. Rollouts and updates are the same.
+# How the real model is trained: one process where there is a GPU, else two, with the same rollouts and updates.
 ifeq (,$(shell command -v nvidia-smi))
 WORLD := --config_file recipes/accelerate/cpu-2proc.yaml
 PROCESSES := 2
@@ -26,7 +25,7 @@ else
 WORLD := --config_file accelerate_config.yaml
 PROCESSES := 1
 endif
-LAUNCH = PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch $(WORLD)
+LAUNCH := PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch
 # What `make floor` runs: the trainers, adapters, the sampler, the losses, the scores and the data, without launching recipes.
 CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams adapters grpo ppo packing sampler losses likelihood scoring data contrast))
 
@@ -42,13 +41,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Evaluates on validation words; the test words are left for `--eval_split test`. An earlier run is moved aside, not lost.
 demo: install
-	$(LAUNCH) recipes/grpo.py --per_device_train_batch_size $$((512 / $(PROCESSES))) --overwrite_output_dir
+	$(LAUNCH) --config_file accelerate_config.yaml recipes/grpo.py --overwrite_output_dir
 	@echo "open runs/g2p-grpo/evaluation/report.html"
 
 # The same on a real language model, evaluated on validation rows and on those of other sentences and words.
 demo-llm: model
-	$(LAUNCH) recipes/grpo.py --config recipes/extraction/grpo.yaml --per_device_train_batch_size $$((64 / $(PROCESSES))) --overwrite_output_dir
-	$(LAUNCH) recipes/evaluate.py --config recipes/extraction/evaluate.yaml --eval_split harder --models start=models/smollm2-135m-instruct rl=runs/extraction --output_dir runs/extraction/harder
+	$(LAUNCH) $(WORLD) recipes/grpo.py --config recipes/extraction/grpo.yaml --per_device_train_batch_size $$((64 / $(PROCESSES))) --overwrite_output_dir
+	$(LAUNCH) $(WORLD) recipes/evaluate.py --config recipes/extraction/evaluate.yaml --eval_split harder --models start=models/smollm2-135m-instruct rl=runs/extraction --output_dir runs/extraction/harder
 	@echo "open runs/extraction/evaluation/report.html and runs/extraction/harder/report.html"
 
 # A file's tests stay in one process, with the fixtures that they share; each process and what it launches has one thread.
