@@ -266,7 +266,7 @@ def _whole(*ends: sympy.Basic) -> bool:
 
 
 def _alike(gold: sympy.Basic | sympy.MatrixBase, guess: sympy.Basic | sympy.MatrixBase) -> bool:
-    """Whether two long expressions are written alike, or have equal values at two points; neither is simplified."""
+    """Whether two long expressions are the same text, or have equal values at two points; neither is simplified."""
     if gold == guess:
         return True
     if isinstance(guess, sympy.core.relational.Relational) and type(gold) is type(guess.reversed) is not type(guess):

@@ -1,4 +1,4 @@
-"""Settings that would come to nothing: each is refused, in one line, and never just accepted."""
+"""Settings without effect: each is refused in one line."""
 
 from __future__ import annotations
 
