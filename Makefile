@@ -27,7 +27,7 @@ PROCESSES := 1
 endif
 LAUNCH := PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch
 # What `make floor` runs: the trainers, adapters, the sampler, the losses, the scores and the data, without launching recipes.
-CORE := $(addprefix tests/test_,$(addsuffix .py,versions trl_seams adapters grpo ppo packing sampler losses likelihood scoring data contrast))
+CORE := $(foreach name,versions trl_seams adapters grpo ppo packing sampler losses likelihood scoring data contrast,$(shell find tests -name test_$(name).py))
 
 .PHONY: install demo demo-llm test soak canary floor vllm lint clean model
 
@@ -72,7 +72,7 @@ canary:
 	$(CANARY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@trl=$$($(CANARY) -c 'from importlib.metadata import version; print(version("trl"))'); \
 	echo "canary: the newest TRL is $$trl; pyproject.toml takes $$(sed -n 's/.*"\(trl>=[^"]*\)".*/\1/p' pyproject.toml)"; \
-	if $(CANARY) -m pytest tests/test_trl_seams.py --deselect tests/test_trl_seams.py::test_the_version_is_the_one_that_was_read; \
+	if $(CANARY) -m pytest tests/training/test_trl_seams.py --deselect tests/training/test_trl_seams.py::test_the_version_is_the_one_that_was_read; \
 	then echo "canary: TRL $$trl has everything that rlseq relies on"; \
 	else echo "canary: TRL $$trl moved what rlseq relies on (named above); keep the upper bound"; exit 1; fi
 
@@ -99,7 +99,7 @@ $(VLLM_STAMP): pyproject.toml
 	touch $@
 
 vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM) -m pytest -p no:logging tests/test_vllm.py
+	OMP_NUM_THREADS=1 $(VLLM) -m pytest -p no:logging tests/training/test_vllm.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

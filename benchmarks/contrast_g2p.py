@@ -101,7 +101,7 @@ def evaluate(bases: list[int], methods: list[str], folder: Path, rows: int) -> N
             "--output_dir",
             str(out),
         ]
-        subprocess.run([sys.executable, "-m", "rlseq.cli", *words], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "rlseq.cli.main", *words], cwd=ROOT, check=True)
 
 
 @dataclass(frozen=True)

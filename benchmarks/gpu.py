@@ -24,9 +24,9 @@ import transformers
 from performance import StepTimes, ours, quiet, race, result, table, theirs
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from rlseq.decoding import Sample
-from rlseq.packing import FLEX, pack
-from rlseq.sampler import cached_numbers, sample
+from rlseq.engine.packing import FLEX, pack
+from rlseq.engine.sampling import cached_numbers, sample
+from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt, Rollout
 
 ROOT = Path(__file__).parent.parent

@@ -147,9 +147,9 @@ def measure_run(path: Path) -> dict[str, float | list[float]]:
     """Validation figures of a checkpoint: percent, nats; and the greedy errors word by word, for paired differences."""
     import torch
 
-    from rlseq.data import load_rows
+    from rlseq.data.rows import load_rows
     from rlseq.evaluation.aggregate import matrix, quality_metrics
-    from rlseq.evaluation.measure import measure_checkpoint
+    from rlseq.evaluation.measure.checkpoint import measure_checkpoint
     from rlseq.evaluation.metrics import LIKELIHOOD_METRICS
     from rlseq.evaluation.settings import ContrastSettings
     from rlseq.evaluation.statistics import COMPLETION

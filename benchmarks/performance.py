@@ -30,12 +30,12 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rlseq.data import build_prompts, load_rows
-from rlseq.decoding import Sample
-from rlseq.sampler import sample, stop_ids_of
+from rlseq.config.training import GRPOConfig
+from rlseq.data.rows import build_prompts, load_rows
+from rlseq.engine.sampling import sample, stop_ids_of
+from rlseq.engine.strategies import Sample
 from rlseq.scoring import load_rewards
 from rlseq.scoring.distance import accuracy, closest
-from rlseq.training.config import GRPOConfig
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
 from rlseq.types import Prompt
@@ -514,7 +514,7 @@ def status(name: str) -> int:
 def startup(repeats: int) -> list[dict[str, Any]]:
     """Seconds until `rlseq --help` and a dry run of the demonstration have ended."""
     commands = {
-        "rlseq --help, s": ([sys.executable, "-m", "rlseq.cli", "--help"], 0.3),
+        "rlseq --help, s": ([sys.executable, "-m", "rlseq.cli.main", "--help"], 0.3),
         "recipes/grpo.py --dry_run true, s": ([sys.executable, "recipes/grpo.py", "--dry_run", "true"], 10),
     }
     rows = []

@@ -162,9 +162,9 @@ def build(
     import yaml
     from performance import settings
 
-    from rlseq.data import build_prompts, load_rows
+    from rlseq.config.training import GRPOConfig
+    from rlseq.data.rows import build_prompts, load_rows
     from rlseq.scoring import load_rewards
-    from rlseq.training.config import GRPOConfig
     from rlseq.training.grpo import GRPOTrainer
 
     recipe = yaml.safe_load(RECIPE.read_text())
@@ -216,9 +216,9 @@ def validation(
     """The mean reward of the greedy answers to the validation prompts; for a tiny model steps / TINY_STEPS."""
     import torch
 
-    from rlseq.data import build_prompts, load_rows
-    from rlseq.decoding import Greedy
-    from rlseq.sampler import sample, stop_ids_of
+    from rlseq.data.rows import build_prompts, load_rows
+    from rlseq.engine.sampling import sample, stop_ids_of
+    from rlseq.engine.strategies import Greedy
 
     rows = load_rows(DATA, "validation")[: args.rows]
     prompts = build_prompts(rows, tokenizer)

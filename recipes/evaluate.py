@@ -4,11 +4,11 @@ The recipe itself, which explains what it does and what it takes, is rlseq/recip
 without a checkout, `accelerate launch -m rlseq.recipes.evaluate` is the same.
 """
 
-from rlseq.interrupts import ending_quietly
+from rlseq.common.interrupts import ending_quietly
 
 if __name__ == "__main__":  # processes that multiprocessing spawns import this file too, and need nothing of it
     with ending_quietly():
         from rlseq.recipes.evaluate import main
-        from rlseq.training.parser import run_recipe
+        from rlseq.training.run.launch import run_recipe
 
     run_recipe(main)

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import httpx
 
-from rlseq.passwords import ADVICE, holds_password
+from rlseq.common.passwords import ADVICE, holds_password
 from rlseq.scoring import reward
 
 _PROMPT = """\

@@ -12,5 +12,5 @@ def own_log_prob(completion_ids: list[int], logprobs: list[float], per_token: bo
     A gain that this reward brings, too, is sharpening of what the model believed already.
     """
     if len(logprobs) != len(completion_ids):  # vLLM and other generators may give none
-        raise ValueError(f"{len(logprobs)} log-probs for {len(completion_ids)} tokens; sample by rlseq.sampler")
+        raise ValueError(f"{len(logprobs)} log-probs for {len(completion_ids)} tokens; sample by rlseq.engine.sampling")
     return sum(logprobs) / (max(1, len(logprobs)) if per_token else 1)

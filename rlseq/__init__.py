@@ -12,22 +12,24 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlseq.data import load_prompts as load_prompts
-    from rlseq.data import load_rows as load_rows
-    from rlseq.data import reference_ids as reference_ids
-    from rlseq.decoding import Greedy as Greedy
-    from rlseq.decoding import Sample as Sample
+    from rlseq.config.training import GRPOConfig as GRPOConfig
+    from rlseq.config.training import PPOConfig as PPOConfig
+    from rlseq.data.rows import load_prompts as load_prompts
+    from rlseq.data.rows import load_rows as load_rows
+    from rlseq.data.rows import reference_ids as reference_ids
+    from rlseq.engine.exact_map import exact_map as exact_map
+    from rlseq.engine.likelihood import score as score
+    from rlseq.engine.measures import block_nll as block_nll
+    from rlseq.engine.sampling import sample as sample
+    from rlseq.engine.sampling import stop_ids_of as stop_ids_of
+    from rlseq.engine.strategies import Greedy as Greedy
+    from rlseq.engine.strategies import Sample as Sample
     from rlseq.errors import RlseqError as RlseqError
-    from rlseq.evaluation.contrast import contrast as contrast
+    from rlseq.evaluation.run import contrast as contrast
     from rlseq.evaluation.settings import ContrastSettings as ContrastSettings
-    from rlseq.likelihood import score as score
-    from rlseq.sampler import sample as sample
-    from rlseq.sampler import stop_ids_of as stop_ids_of
     from rlseq.scoring import RewardSuite as RewardSuite
     from rlseq.scoring import load_rewards as load_rewards
     from rlseq.scoring import reward as reward
-    from rlseq.training.config import GRPOConfig as GRPOConfig
-    from rlseq.training.config import PPOConfig as PPOConfig
     from rlseq.training.grpo import GRPOTrainer as GRPOTrainer
     from rlseq.training.ppo import PPOTrainer as PPOTrainer
     from rlseq.types import Prompt as Prompt
@@ -44,20 +46,22 @@ _PUBLIC = {
     "reward": "rlseq.scoring",
     "load_rewards": "rlseq.scoring",
     "RewardSuite": "rlseq.scoring",
-    "load_rows": "rlseq.data",
-    "load_prompts": "rlseq.data",
-    "reference_ids": "rlseq.data",
-    "Greedy": "rlseq.decoding",
-    "Sample": "rlseq.decoding",
-    "sample": "rlseq.sampler",
-    "stop_ids_of": "rlseq.sampler",
-    "score": "rlseq.likelihood",
-    "GRPOConfig": "rlseq.training.config",
+    "load_rows": "rlseq.data.rows",
+    "load_prompts": "rlseq.data.rows",
+    "reference_ids": "rlseq.data.rows",
+    "Greedy": "rlseq.engine.strategies",
+    "Sample": "rlseq.engine.strategies",
+    "sample": "rlseq.engine.sampling",
+    "stop_ids_of": "rlseq.engine.sampling",
+    "score": "rlseq.engine.likelihood",
+    "block_nll": "rlseq.engine.measures",
+    "exact_map": "rlseq.engine.exact_map",
+    "GRPOConfig": "rlseq.config.training",
     "GRPOTrainer": "rlseq.training.grpo",
-    "PPOConfig": "rlseq.training.config",
+    "PPOConfig": "rlseq.config.training",
     "PPOTrainer": "rlseq.training.ppo",
     "ContrastSettings": "rlseq.evaluation.settings",
-    "contrast": "rlseq.evaluation.contrast",
+    "contrast": "rlseq.evaluation.run",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -18,8 +18,8 @@ from pathlib import Path
 from tiny_task import tiny_trainer
 from transformers import TrainerCallback
 
-from rlseq.training.callbacks import GracefulStop
-from rlseq.training.parser import run_recipe
+from rlseq.training.run.callbacks import GracefulStop
+from rlseq.training.run.launch import run_recipe
 
 
 def rank() -> int:

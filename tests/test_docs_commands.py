@@ -19,8 +19,8 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 
-from rlseq.cli import main
-from rlseq.training.parser import RecipeParser
+from rlseq.cli.main import main
+from rlseq.config.parser import RecipeParser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
@@ -127,7 +127,7 @@ def run(command: str, clone: Path, monkeypatch) -> None:
     elif words[:2] == ["rlseq", "evaluate"]:
         if "--compare" in words:
             assert set(w for w in words if w.startswith("--")) <= {"--compare", "--output_dir"}
-            return  # tests/test_compare.py joins evaluations
+            return  # tests/evaluation/test_compare.py joins evaluations
         few = FEW | {flag: value for flag, value in WHERE_GIVEN.items() if flag in words}
         few |= {flag: value for flag, value in LEFT_OUT.items() if flag not in words and "..." in command}
         if re.search(r"=[\d.]+/", command):  # a strategy whose numbers are chosen

@@ -9,7 +9,8 @@ import pytest
 from tiny_ppo import tiny_ppo
 from tiny_task import tiny_trainer
 
-from rlseq.training.config import (
+from rlseq.config.parser import RecipeParser
+from rlseq.config.training import (
     DataArguments,
     EvaluationArguments,
     GRPOConfig,
@@ -20,7 +21,6 @@ from rlseq.training.config import (
     RunArguments,
     SFTConfig,
 )
-from rlseq.training.parser import RecipeParser
 
 PAGE = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text(encoding="utf-8")
 # What every trainer of transformers and TRL logs, and the page leaves to them.

@@ -31,9 +31,10 @@ import yaml
 from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer
 
+from rlseq.config import training as settings
+from rlseq.config.parser import RecipeParser
 from rlseq.errors import ConfigError
-from rlseq.training import config as settings
-from rlseq.training.parser import RecipeParser, run_recipe
+from rlseq.training.run.launch import run_recipe
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 10  # of computing; a case that takes longer hangs, most take a twentieth of one

@@ -16,10 +16,10 @@ from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlseq.cli import main as command_line
-from rlseq.data import build_prompts
-from rlseq.decoding import Sample
-from rlseq.sampler import sample, stop_ids_of
+from rlseq.cli.main import main as command_line
+from rlseq.data.rows import build_prompts
+from rlseq.engine.sampling import sample, stop_ids_of
+from rlseq.engine.strategies import Sample
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs/invariants.md"
@@ -34,8 +34,7 @@ def invariants() -> dict[int, str]:
 
 def names_in(module: str) -> set[str]:
     """The names of the tests in a file of tests; none where there is no such file."""
-    path = TESTS / f"{module}.py"
-    body = ast.parse(path.read_text()).body if path.is_file() else []
+    body = [node for path in TESTS.rglob(f"{module}.py") for node in ast.parse(path.read_text()).body]
     return {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 
@@ -54,7 +53,7 @@ def test_tests_that_other_pages_name_are_there():
     for page in [root / "README.md", *root.glob("docs/*.md"), *root.glob("recipes/*/README.md")]:
         text = page.read_text()
         for module, name in re.findall(r"\b(test_\w+)(?:\.py)?(?:::(test_\w+))?", text):
-            if not name and not re.search(rf"tests/{module}\.py", text):
+            if not name and not re.search(rf"tests/[\w/]*\b{module}\.py", text):
                 continue  # a word of its own, or the second half of a name
             named += 1
             assert name in names_in(module) if name else names_in(module), f"{page.name}: {module} {name}"

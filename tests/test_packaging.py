@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import rlseq
+from rlseq.config.config_file import beside_config, find_config
 from rlseq.scoring.find import bundled_folder, describe_file
-from rlseq.training.config_file import beside_config, find_config
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from rlseq import load_rewards
-from rlseq.cli import main
+from rlseq.cli.main import main
 from rlseq.scoring.find import bundled_folder, describe_file
-from rlseq.scoring.forms import FIELDS
 from rlseq.scoring.options import OPTIONS
+from rlseq.scoring.signatures import FIELDS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -14,10 +14,10 @@ from test_report import HOSTILE
 from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 
+from rlseq.config.training import GRPOConfig, PPOConfig, SFTConfig
 from rlseq.errors import ConfigError, ModelError
-from rlseq.evaluation import plots
-from rlseq.evaluation.loading import load_checkpoint
-from rlseq.training.config import GRPOConfig, PPOConfig, SFTConfig
+from rlseq.evaluation.measure.loading import load_checkpoint
+from rlseq.evaluation.report import plots
 from rlseq.training.models import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def test_models_load_from_safetensors_alone():
     for file, call in loading:
         assert is_true(keywords(call).get("use_safetensors")), f"{file}: {ast.unparse(call)}"
     package = [file for file, _ in loading if not file.is_relative_to(ROOT / "benchmarks")]
-    assert package == [ROOT / "rlseq/pretrained.py"]  # the one loader, of rewards and recipes too
+    assert package == [ROOT / "rlseq/engine/models.py"]  # the one loader, of rewards and recipes too
 
 
 def test_every_call_that_loads_refuses_code_of_the_repository():

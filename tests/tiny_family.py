@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from tiny_task import shares_letters, tiny_trainer
 
-from rlseq.training.config import GRPOConfig
-from rlseq.training.parser import run_recipe
+from rlseq.config.training import GRPOConfig
+from rlseq.training.run.launch import run_recipe
 
 # global rows; in halves, groups of 4 straddle the processes with 12, as minimum risk's may not
 RUNS = {

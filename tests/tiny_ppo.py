@@ -8,9 +8,9 @@ import torch
 from tiny import EOS, tiny_model
 from tiny_task import ROWS, shares_letters, tiny_tokenizer
 
-import rlseq.training.rollouts
-from rlseq.data import build_prompts
-from rlseq.training.config import PPOConfig
+import rlseq.training.trl.rollouts
+from rlseq.config.training import PPOConfig
+from rlseq.data.rows import build_prompts
 from rlseq.training.ppo import PPOTrainer
 from rlseq.types import Rollout
 
@@ -89,7 +89,7 @@ def draws(monkeypatch, trainer, completions):
             for p, of in zip(prompts, samples, strict=True)
         ]
 
-    monkeypatch.setattr(rlseq.training.rollouts, "sample", draw)
+    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", draw)
 
 
 def rollout(model, prompt, number, completion):

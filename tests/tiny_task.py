@@ -8,8 +8,8 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlseq.data import build_prompts
-from rlseq.training.config import GRPOConfig
+from rlseq.config.training import GRPOConfig
+from rlseq.data.rows import build_prompts
 from rlseq.training.grpo import GRPOTrainer
 
 VOCABULARY = ["<pad>", "<bos>", "<eos>", "<unk>", "=", *"abcdefghi", *"ABCDEFGHI"]  # 23 ids, as in tiny.py

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rlseq.training.resume import ResumeMixin
+from rlseq.training.trl.resume import ResumeMixin
 
 
 class Line(torch.nn.Module):
@@ -51,7 +51,7 @@ class _Slow(TrainerCallback):
 
 
 if __name__ == "__main__":
-    from rlseq.training.callbacks import GracefulStop, MetricsWriter
+    from rlseq.training.run.callbacks import GracefulStop, MetricsWriter
 
     stop = GracefulStop()
     trainer = tiny_trainer(

@@ -12,11 +12,11 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import rlseq.training.rollouts
-from rlseq.data import build_prompts
-from rlseq.decoding import Greedy
-from rlseq.sampler import sample
-from rlseq.training.config import GRPOConfig
+import rlseq.training.trl.rollouts
+from rlseq.config.training import GRPOConfig
+from rlseq.data.rows import build_prompts
+from rlseq.engine.sampling import sample
+from rlseq.engine.strategies import Greedy
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.types import Rollout
 
@@ -125,7 +125,7 @@ def draws(monkeypatch, chosen: Sequence[Sequence[tuple]]):
             for prompt, completions in zip(prompts, chosen, strict=True)
         ]
 
-    monkeypatch.setattr(rlseq.training.rollouts, "sample", draw)
+    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", draw)
 
 
 def rollout(model, prompt, number, completion):

@@ -21,8 +21,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlseq.data import load_rows
-from rlseq.data_files import place_of
+from rlseq.data.files import place_of
+from rlseq.data.rows import load_rows
 from rlseq.errors import DataError
 
 FOLDER = "../shared/data/gsm8k"

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlseq.beginnings import COSTS, way_of
-from rlseq.decoding import Sample
-from rlseq.disk import readable_size
+from rlseq.common.disk import readable_size
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, judge
-from rlseq.likelihood import score, token_logprobs
-from rlseq.packing import supports_packing
-from rlseq.sampler import sample
+from rlseq.engine.decoders import COSTS, way_of
+from rlseq.engine.likelihood import score, token_logprobs
+from rlseq.engine.packing import supports_packing
+from rlseq.engine.sampling import sample
+from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt
 
 TOLERANCE = 1e-3  # nats: rounding of float32 in deep models stays below, a wrong mask or position far above

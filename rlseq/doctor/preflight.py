@@ -14,9 +14,9 @@ from transformers import GenerationConfig
 from rlseq.doctor.chat import check_template, end_of_turn
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, Problem, judge, named
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
+from rlseq.engine.models import adapter_base, is_adapter, load_config, reason
+from rlseq.engine.sampling import stop_ids_of
 from rlseq.errors import ModelError
-from rlseq.pretrained import adapter_base, is_adapter, load_config, reason
-from rlseq.sampler import stop_ids_of
 from rlseq.types import Prompt
 
 # Values under which a field of generation_config.json changes no distribution; None and an empty list never do.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlseq.data import build_prompts, reference_ids
+from rlseq.data.rows import build_prompts, reference_ids
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, Problem, judge, named
 from rlseq.types import Prompt
 
@@ -101,7 +101,7 @@ def check_references(
     Args:
         prompts: all of them.
         pairs: (reference, its ids as a completion), a sample.
-        tokenizer, stop_ids: as `rlseq.data.reference_ids` took them.
+        tokenizer, stop_ids: as `rlseq.data.rows.reference_ids` took them.
         needed: whether more than half of the references in trouble is a failure rather than a warning.
     """
     if not prompts:

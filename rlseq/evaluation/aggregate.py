@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.decoding import Greedy, parse_strategy
-from rlseq.evaluation.measure import ModelStatistics
+from rlseq.engine.strategies import Greedy, parse_strategy
+from rlseq.evaluation.measure.checkpoint import ModelStatistics
+from rlseq.evaluation.measure.references import agreement, drawn_and_exact
 from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, LIKELIHOOD_METRICS, MODE_EMPTY, Metric
-from rlseq.evaluation.modes import mode_results, proven_rows
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.primary import Primary
-from rlseq.evaluation.references import agreement, drawn_and_exact
-from rlseq.evaluation.seeds import claim_of
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import (
     COMPLETION,
@@ -26,7 +24,9 @@ from rlseq.evaluation.statistics import (
     RowStatistics,
     rows_matrix,
 )
-from rlseq.evaluation.stats import bootstrap_many, paired_bootstrap_many
+from rlseq.evaluation.stats.bootstrap import bootstrap_many, paired_bootstrap_many
+from rlseq.evaluation.stats.seeds import claim_of
+from rlseq.evaluation.studies.modes import mode_results, proven_rows
 from rlseq.scoring import Ratio, RewardSuite
 from rlseq.scoring.corpus import value_of
 

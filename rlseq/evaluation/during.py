@@ -15,13 +15,13 @@ import torch
 
 from rlseq.errors import DataError
 from rlseq.evaluation.aggregate import coverage, matrix, quality_metrics
-from rlseq.evaluation.measure import measure
+from rlseq.evaluation.measure.checkpoint import measure
 from rlseq.evaluation.metrics import EXACT_ACCURACY, NLL
 from rlseq.evaluation.names import TOTAL, Names
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import COMPLETION, REWARD
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.isolation import kept_random_states
+from rlseq.scoring.calls.isolation import kept_random_states
 from rlseq.types import Prompt, column_names
 
 STRATEGIES = ("greedy", "sample")

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from rlseq.disk import FULL, write_message
+from rlseq.common.disk import FULL, write_message
 from rlseq.errors import ConfigError
 
 _LOCK = ".evaluating"

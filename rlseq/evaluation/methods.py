@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from rlseq.evaluation.aggregate import coverage, matrix, measured_places, metrics_under, put
-from rlseq.evaluation.measure import ModelStatistics
+from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
-from rlseq.evaluation.modes import proven_rows
-from rlseq.evaluation.seeds import claim_of, crossed_bootstrap_many, difference, methods
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import RowStatistics
+from rlseq.evaluation.stats.seeds import claim_of, crossed_bootstrap_many, difference, methods
+from rlseq.evaluation.studies.modes import proven_rows
 
 
 def method_results(

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.estimators import ExpRatioOfSums, RatioOfSums
 from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, Pair, Source, Statistic
+from rlseq.evaluation.stats.estimators import ExpRatioOfSums, RatioOfSums
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODE = Source("mode")

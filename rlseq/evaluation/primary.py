@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlseq.decoding import parse_strategy
+from rlseq.engine.strategies import parse_strategy
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, EXACT_MATCH
 from rlseq.evaluation.names import Names

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlseq.common.escapes import visible
 from rlseq.errors import DataError
-from rlseq.escapes import visible
-from rlseq.evaluation.compression import document_records
-from rlseq.evaluation.documents import DOCUMENT, Coding, DocumentStatistics
-from rlseq.evaluation.measure import ModelStatistics
+from rlseq.evaluation.measure.checkpoint import ModelStatistics
+from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics
 from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
+from rlseq.evaluation.studies.compression import document_records
 from rlseq.types import Prompt
 
 SCHEMA = 3  # of results.json
@@ -80,7 +80,8 @@ def write_results(
 
     A line of per_example.jsonl and of studies.jsonl is of a model and row, of samples.jsonl of a completion, and of
     documents.jsonl of a model and document; studies and documents are there if any were measured. All statistics are on
-    file, so that evaluations can be joined (rlseq.evaluation.join); results.json comes last: with it the rest is whole.
+    file, so that evaluations can be joined (rlseq.evaluation.compare); results.json comes last: with it the rest is
+    whole.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "studies.jsonl", "documents.jsonl"):

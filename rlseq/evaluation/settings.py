@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlseq.decoding import Family, Strategy, parse_strategy
+from rlseq.engine.strategies import Family, Strategy, parse_strategy
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ContrastSettings:
     """What is measured, and how; part of every result's signature.
 
     Attributes:
-        strategies: decoding strategies as `rlseq.decoding.parse_strategy` reads them.
+        strategies: decoding strategies as `rlseq.engine.strategies.parse_strategy` reads them.
         samples_per_row: completions drawn a row under strategies that sample.
         max_new_tokens: completions are cut after this many tokens.
         seed: of the sampling and of the bootstrap.
@@ -25,16 +25,16 @@ class ContrastSettings:
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
         exact_map_rows: exact search runs on the first N rows; None: on all.
-        studies: what else is measured, by the names of `rlseq.evaluation.studies.STUDIES`.
+        studies: what else is measured, by the names of `rlseq.evaluation.studies.table.STUDIES`.
         study_rows: studies that decode or score again run on the first N rows; None: on all.
         coverage_samples: completions a row that the study of coverage draws.
         temperatures: those of the study of sharpening.
         prefix_lengths: tokens of the prefixes that the study of prefixes continues.
-        choose_split: the split on whose rows settings with alternatives are chosen (rlseq.evaluation.choice), by name;
-            None: nothing can be chosen.
+        choose_split: the split on whose rows settings with alternatives are chosen (rlseq.evaluation.tune_decoding),
+            by name; None: nothing can be chosen.
         choose_rows: only its first N rows; None: all.
-        likelihood_dataset: text without prompts whose bits per byte are measured (rlseq.evaluation.documents); its
-            configuration, split, column and number of rows (None: all).
+        likelihood_dataset: text without prompts whose bits per byte are measured
+            (rlseq.evaluation.measure.documents); its configuration, split, column and number of rows (None: all).
         likelihood_stride: tokens by which windows over it slide; None: half the context.
         likelihood_context: longest window, in tokens; None: the model's.
         dtype: of the models' weights: float32, bfloat16, float16, or auto (each checkpoint's own).

@@ -9,8 +9,9 @@ training seeds. `--compare` joins finished evaluations instead. `rlseq evaluate`
 Nothing is trained and `test` is touched only with `--eval_split test`.
 """
 
-from rlseq.evaluation.command import ARGUMENTS, evaluate_or_join
-from rlseq.training.parser import RecipeParser, run_recipe
+from rlseq.cli.evaluate import ARGUMENTS, evaluate_or_join
+from rlseq.config.parser import RecipeParser
+from rlseq.training.run.launch import run_recipe
 
 
 def main() -> None:

@@ -19,10 +19,8 @@ takes the same flags and puts a critic in place of the group.
 import trl
 from accelerate import PartialState
 
-from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
-from rlseq.scoring.find import bundled_folder
-from rlseq.training.callbacks import MetricsWriter
-from rlseq.training.config import (
+from rlseq.config.parser import RecipeParser
+from rlseq.config.training import (
     DataArguments,
     GRPOConfig,
     ModelArguments,
@@ -30,11 +28,14 @@ from rlseq.training.config import (
     RunArguments,
     TrainingEvaluationArguments,
 )
-from rlseq.training.dry_run import describe_rollouts, plan_rollouts
+from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
+from rlseq.scoring.find import bundled_folder
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
-from rlseq.training.parser import RecipeParser, run_recipe
-from rlseq.training.recipe import announce, default_config, describe_round, open_run, say, task_inputs
+from rlseq.training.run.callbacks import MetricsWriter
+from rlseq.training.run.dry_run import describe_rollouts, plan_rollouts
+from rlseq.training.run.launch import run_recipe
+from rlseq.training.run.recipe import announce, default_config, describe_round, open_run, say, task_inputs
 
 DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "grpo.yaml"
 

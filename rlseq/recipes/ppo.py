@@ -17,10 +17,8 @@ docs/objectives.md explains every setting and every logged number.
 import trl
 from accelerate import PartialState
 
-from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
-from rlseq.scoring.find import bundled_folder
-from rlseq.training.callbacks import MetricsWriter
-from rlseq.training.config import (
+from rlseq.config.parser import RecipeParser
+from rlseq.config.training import (
     DataArguments,
     ModelArguments,
     PPOConfig,
@@ -28,12 +26,15 @@ from rlseq.training.config import (
     RunArguments,
     TrainingEvaluationArguments,
 )
+from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
+from rlseq.scoring.find import bundled_folder
 from rlseq.training.critic import check_critic_path
-from rlseq.training.dry_run import describe_rollouts, plan_rollouts
 from rlseq.training.models import load_model, merge_result
-from rlseq.training.parser import RecipeParser, run_recipe
 from rlseq.training.ppo import PPOTrainer
-from rlseq.training.recipe import announce, default_config, describe_round, open_run, say, task_inputs
+from rlseq.training.run.callbacks import MetricsWriter
+from rlseq.training.run.dry_run import describe_rollouts, plan_rollouts
+from rlseq.training.run.launch import run_recipe
+from rlseq.training.run.recipe import announce, default_config, describe_round, open_run, say, task_inputs
 
 DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "ppo.yaml"
 

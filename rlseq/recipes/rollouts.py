@@ -9,26 +9,26 @@ from typing import Any
 
 from transformers import Trainer
 
-from rlseq.data import build_prompts
-from rlseq.evaluation.contrast import ContrastSettings, check_settings, contrast_and_report, read_jsonl
-from rlseq.evaluation.documents import check_windows
+from rlseq.config.adapters import quantization_note, quantization_of
+from rlseq.config.training import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
+from rlseq.data.rows import build_prompts
 from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
-from rlseq.evaluation.fit import check_models
-from rlseq.evaluation.plots import write_curves
-from rlseq.evaluation.report import write_plane
+from rlseq.evaluation.measure.checks import check_models
+from rlseq.evaluation.measure.documents import check_windows
+from rlseq.evaluation.report.plots import write_curves
+from rlseq.evaluation.report.write import write_plane
+from rlseq.evaluation.run import ContrastSettings, check_settings, contrast_and_report, read_jsonl
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.trial import try_rewards
-from rlseq.training.adapters import quantization_note, quantization_of
+from rlseq.scoring.check.smoke_test import try_rewards
 from rlseq.training.averaging import WeightAverage
-from rlseq.training.best import choose_best_by
-from rlseq.training.callbacks import GracefulStop, Progress, Warnings
-from rlseq.training.config import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
-from rlseq.training.model_card import publish
 from rlseq.training.models import named_alone
-from rlseq.training.recipe import Task, finish, load_task, prompt_options, say
-from rlseq.training.run_directory import RunDirectory
-from rlseq.training.tracking import log_contrast
-from rlseq.training.trainer_arguments import check_init_kwargs
+from rlseq.training.run.best import choose_best_by
+from rlseq.training.run.callbacks import GracefulStop, Progress, Warnings
+from rlseq.training.run.directory import RunDirectory
+from rlseq.training.run.model_card import publish
+from rlseq.training.run.recipe import Task, finish, load_task, prompt_options, say
+from rlseq.training.trl.arguments import check_init_kwargs
+from rlseq.training.trl.tracking import log_contrast
 
 
 @dataclass(frozen=True)

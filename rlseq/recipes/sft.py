@@ -28,17 +28,9 @@ import trl
 from accelerate import PartialState
 from transformers import set_seed
 
-from rlseq.data import build_prompts, describe_shared, load_rows
-from rlseq.errors import ConfigError
-from rlseq.evaluation.contrast import read_jsonl
-from rlseq.evaluation.plots import write_curves
-from rlseq.scoring import load_rewards
-from rlseq.scoring.find import bundled_folder
-from rlseq.scoring.trial import try_rewards
-from rlseq.training.best import choose_best_by
-from rlseq.training.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
-from rlseq.training.checks import describe_left_out
-from rlseq.training.config import (
+from rlseq.config.checks import describe_left_out
+from rlseq.config.parser import RecipeParser
+from rlseq.config.training import (
     DataArguments,
     ModelArguments,
     NewModelArguments,
@@ -46,9 +38,13 @@ from rlseq.training.config import (
     RunArguments,
     SFTConfig,
 )
-from rlseq.training.dry_run import describe_examples, plan_examples
-from rlseq.training.memory import weightless_model
-from rlseq.training.model_card import publish
+from rlseq.data.rows import build_prompts, describe_shared, load_rows
+from rlseq.errors import ConfigError
+from rlseq.evaluation.report.plots import write_curves
+from rlseq.evaluation.run import read_jsonl
+from rlseq.scoring import load_rewards
+from rlseq.scoring.check.smoke_test import try_rewards
+from rlseq.scoring.find import bundled_folder
 from rlseq.training.models import (
     build_model,
     build_tokenizer,
@@ -58,16 +54,6 @@ from rlseq.training.models import (
     merge_result,
     new_config,
 )
-from rlseq.training.parser import RecipeParser, run_recipe
-from rlseq.training.recipe import (
-    announce,
-    check_fit,
-    default_config,
-    finish,
-    open_run,
-    prompt_options,
-    say,
-)
 from rlseq.training.rejection import (
     Record,
     best_completions,
@@ -76,8 +62,15 @@ from rlseq.training.rejection import (
     read_candidates,
     require_survivors,
 )
-from rlseq.training.resume_checks import run_inputs
-from rlseq.training.rollout_log import write_rollouts
+from rlseq.training.run.best import choose_best_by
+from rlseq.training.run.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
+from rlseq.training.run.dry_run import describe_examples, plan_examples
+from rlseq.training.run.inputs import run_inputs
+from rlseq.training.run.launch import run_recipe
+from rlseq.training.run.memory import weightless_model
+from rlseq.training.run.model_card import publish
+from rlseq.training.run.recipe import announce, check_fit, default_config, finish, open_run, prompt_options, say
+from rlseq.training.run.rollout_log import write_rollouts
 from rlseq.training.sft import MEASURED, SFTTrainer, check_examples, check_prefill
 from rlseq.types import Prompt
 

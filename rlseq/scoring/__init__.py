@@ -1,8 +1,8 @@
 """How rewards are found, adapted, run, isolated, cached and checked; the rewards themselves are in
 `rewards/`."""
 
-from .load import load_rewards
-from .reward import CorpusMetric, Ratio, reward
-from .suite import RewardSuite, ScoreTable
+from rlseq.scoring.load import load_rewards
+from rlseq.scoring.reward import CorpusMetric, Ratio, reward
+from rlseq.scoring.suite import RewardSuite, ScoreTable
 
 __all__ = ["CorpusMetric", "Ratio", "RewardSuite", "ScoreTable", "load_rewards", "reward"]

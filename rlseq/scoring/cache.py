@@ -15,8 +15,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ..errors import RewardError
-from .outcome import Outcome, plain
+from rlseq.errors import RewardError
+from rlseq.scoring.outcome import Outcome, plain
 
 KEPT = ("ok", "abstained")
 PATIENCE = 60.0  # seconds to wait for another process's write

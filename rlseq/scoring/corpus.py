@@ -7,8 +7,8 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import RewardError
-from .outcome import plain, shorten
+from rlseq.errors import RewardError
+from rlseq.scoring.outcome import plain, shorten
 
 
 def statistics_of(name: str, metric: Any, details: Mapping[str, Any]) -> list[float] | None:

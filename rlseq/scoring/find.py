@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import RewardError, did_you_mean
+from rlseq.errors import RewardError, did_you_mean
 
 ENTRY_POINT_GROUP = "rlseq.rewards"
 

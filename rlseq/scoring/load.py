@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RewardError
-from .options import parse_spec, reward_from_spec
-from .runner import Reward
-from .suite import RewardSuite
+from rlseq.errors import RewardError
+from rlseq.scoring.calls.runner import Reward
+from rlseq.scoring.options import parse_spec, reward_from_spec
+from rlseq.scoring.suite import RewardSuite
 
 
 def load_rewards(

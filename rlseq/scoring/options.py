@@ -8,18 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import RewardError, did_you_mean
-from ..passwords import ADVICE, holds_password
-from .cache import Cache, default_path
-from .conventions import reads_messages
-from .execute import Concurrent, InProcess, Retry, is_async
-from .find import Found, find
-from .fingerprint import code_hash, needed_files
-from .forms import AS_MESSAGES, FORMS_HELP, ONE_AT_A_TIME, SAMPLED, Parameters, parameters_of, tell_form
-from .isolation import kept_settings
-from .reward import SCOPES, RewardInfo, info_of
-from .runner import Executor, Reward
-from .workers import WorkerPool
+from rlseq.common.passwords import ADVICE, holds_password
+from rlseq.errors import RewardError, did_you_mean
+from rlseq.scoring.cache import Cache, default_path
+from rlseq.scoring.calls.execute import Concurrent, InProcess, Retry, is_async
+from rlseq.scoring.calls.isolation import kept_settings
+from rlseq.scoring.calls.runner import Executor, Reward
+from rlseq.scoring.calls.workers import WorkerPool
+from rlseq.scoring.conventions import reads_messages
+from rlseq.scoring.find import Found, find
+from rlseq.scoring.fingerprint import code_hash, needed_files
+from rlseq.scoring.reward import SCOPES, RewardInfo, info_of
+from rlseq.scoring.signatures import (
+    AS_MESSAGES,
+    FORMS_HELP,
+    ONE_AT_A_TIME,
+    SAMPLED,
+    Parameters,
+    parameters_of,
+    tell_form,
+)
 
 OPTIONS = (
     "func",

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import RewardError
+from rlseq.errors import RewardError
 
 FAILURES = ("error", "timeout", "invalid")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
-from ..errors import RewardError, did_you_mean
+from rlseq.errors import RewardError, did_you_mean
 
 SCOPES = ("sample", "group", "batch")
 

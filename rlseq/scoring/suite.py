@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..errors import RewardError, did_you_mean
-from ..types import Rollout, ScoredRollout
-from .forms import Rows
-from .isolation import random_states_held, without_holding
-from .later import Later
-from .outcome import FAILURES, LARGEST, TOKEN_REWARDS, Outcome, shorten
-from .reward import CorpusMetric, Ratio
-from .runner import Reward
+from rlseq.errors import RewardError, did_you_mean
+from rlseq.scoring.calls.isolation import random_states_held, without_holding
+from rlseq.scoring.calls.later import Later
+from rlseq.scoring.calls.runner import Reward
+from rlseq.scoring.outcome import FAILURES, LARGEST, TOKEN_REWARDS, Outcome, shorten
+from rlseq.scoring.reward import CorpusMetric, Ratio
+from rlseq.scoring.signatures import Rows
+from rlseq.types import Rollout, ScoredRollout
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 from rlseq.errors import ConfigError, RewardError, TrainingError, did_you_mean
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.forms import Parameters, parameters_of
+from rlseq.scoring.signatures import Parameters, parameters_of
 from rlseq.training.tools import check_schema, find_callable, load_tools
 from rlseq.types import Prompt, Rollout, column_names
 

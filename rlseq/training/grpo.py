@@ -4,7 +4,7 @@ How a step flows (TRL's method, and what happens there):
 
     _prepare_inputs                      a generation batch in; shuffles whole groups, hands out micro-batches
       _generate_and_score_completions    keeps the rows; afterwards sets the advantages and logs the rollouts
-        _generate                        rows -> rollouts, by rlseq.sampler
+        _generate                        rows -> rollouts, by rlseq.engine.sampling
         _calculate_rewards               rollouts -> values, by the reward suite
     _compute_loss                        TRL's losses or one of rlseq's objectives, plus the reference loss
       _get_per_token_logps_and_entropies one packed forward a micro-batch, positions explicit
@@ -27,21 +27,16 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from rlseq.data import reference_ids
+from rlseq.common.ranks import raise_on_all_ranks
+from rlseq.config.checks import check_group_rewards, check_prompts, check_router
+from rlseq.config.training import GRPOConfig
+from rlseq.data.prompts import tokenize_prompts
+from rlseq.data.rows import reference_ids
+from rlseq.engine.packing import attention_of, supports_packing
 from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
-from rlseq.packing import attention_of, supports_packing
-from rlseq.prompts import tokenize_prompts
-from rlseq.ranks import raise_on_all_ranks
-from rlseq.training.checks import check_group_rewards, check_prompts, check_router
-from rlseq.training.config import GRPOConfig
 from rlseq.training.environment import load_environment
-from rlseq.training.exact_state import ExactStateMixin
-from rlseq.training.faults import memory_for
 from rlseq.training.forward import Ids, Scores, forward, ragged
-from rlseq.training.guard import RolloutGuardMixin
-from rlseq.training.head import add_cpu_head
-from rlseq.training.model_card import ModelCardMixin
 from rlseq.training.models import disable_dropout
 from rlseq.training.objectives import (
     expected_accuracy_loss,
@@ -49,12 +44,11 @@ from rlseq.training.objectives import (
     reference_exact_loss,
     reference_loss,
 )
-from rlseq.training.reference import begin_adapter_reference, reference_of
-from rlseq.training.rollout_log import rollout_records, write_rollouts
-from rlseq.training.rollouts import RolloutMixin
+from rlseq.training.run.faults import memory_for
+from rlseq.training.run.model_card import ModelCardMixin
+from rlseq.training.run.rollout_log import rollout_records, write_rollouts
 from rlseq.training.tools import check_tools, load_tools
-from rlseq.training.tracking import TrackingMixin
-from rlseq.training.trainer_arguments import (
+from rlseq.training.trl.arguments import (
     check_generation,
     model_of,
     probe_of,
@@ -64,7 +58,13 @@ from rlseq.training.trainer_arguments import (
     suite_of,
     tokenizer_of,
 )
-from rlseq.training.vllm_cpu import vllm_on_cpu
+from rlseq.training.trl.guard import RolloutGuardMixin
+from rlseq.training.trl.head import add_cpu_head
+from rlseq.training.trl.reference import begin_adapter_reference, reference_of
+from rlseq.training.trl.resume_state import ExactStateMixin
+from rlseq.training.trl.rollouts import RolloutMixin
+from rlseq.training.trl.tracking import TrackingMixin
+from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.types import Prompt
 
 NAN = float("nan")

@@ -20,12 +20,12 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from rlseq import pretrained
+from rlseq.config.adapters import quantization_of
+from rlseq.engine import models
+from rlseq.engine.gguf_files import gguf_file, may_be_on_hub
+from rlseq.engine.packing import FLEX
 from rlseq.errors import ConfigError, ModelError, did_you_mean
-from rlseq.gguf_files import gguf_file, may_be_on_hub
-from rlseq.packing import FLEX
-from rlseq.training.adapters import quantization_of
-from rlseq.training.checkpoints import is_whole_safetensors
+from rlseq.training.run.checkpoints import is_whole_safetensors
 
 MERGED = "merged"  # folder of a run that holds its adapter merged into the base
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -70,7 +70,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = "main") -> PreTr
         ModelError: there is none, or it has no EOS token.
     """
     options = {"revision": revision or "main", "padding_side": "left", "truncation_side": "left"}
-    tokenizer = pretrained.load_tokenizer(name_or_path, **options)
+    tokenizer = models.load_tokenizer(name_or_path, **options)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name_or_path!r} has no EOS token, so no completion could end")
     if tokenizer.pad_token is None:
@@ -101,7 +101,7 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
     path = model_args.model_name_or_path
     check_model_path(path)
     check_attention(model_args)
-    if pretrained.is_adapter(path) and model_args.use_peft:
+    if models.is_adapter(path) and model_args.use_peft:
         raise ModelError(
             f"{path!r} is an adapter, which trains on; leave out --use_peft (or merge it into its base first, and put "
             "a new one on that)"
@@ -113,9 +113,9 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
 
 
 def _load_trainable(path: str, model_args: trl.ModelConfig, quantization: Mapping[str, Any] | None) -> Any:
-    if pretrained.is_adapter(path):
-        check_model_path(pretrained.adapter_base(path))
-    return pretrained.load_model(
+    if models.is_adapter(path):
+        check_model_path(models.adapter_base(path))
+    return models.load_model(
         path,
         revision=model_args.model_revision,
         dtype=model_args.dtype or torch.float32,

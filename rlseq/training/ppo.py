@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
+from rlseq.config.training import PPOConfig
+from rlseq.engine.packing import base_of
 from rlseq.errors import ConfigError, ModelError
 from rlseq.losses import (
     adapt_kl_coefficient,
@@ -33,9 +35,7 @@ from rlseq.losses import (
     value_loss,
     whiten,
 )
-from rlseq.packing import base_of
 from rlseq.scoring.outcome import TOKEN_REWARDS
-from rlseq.training.config import PPOConfig
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout

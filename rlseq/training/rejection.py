@@ -20,13 +20,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from rlseq.decoding import Sample
+from rlseq.common.ranks import raise_on_all_ranks
+from rlseq.engine.sampling import sample, stop_ids_of
+from rlseq.engine.strategies import Sample
 from rlseq.errors import DataError
-from rlseq.ranks import raise_on_all_ranks
-from rlseq.sampler import sample, stop_ids_of
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.rescore import read_rollouts
-from rlseq.training.rollout_log import calls_tools, rollout_records
+from rlseq.scoring.replay import read_rollouts
+from rlseq.training.run.rollout_log import calls_tools, rollout_records
 from rlseq.types import Prompt, columns_of
 
 Record = Mapping[str, Any]  # of a rollout, as a run's rollouts/*.jsonl has it

@@ -12,11 +12,11 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
+from rlseq.data.prompts import continues
 from rlseq.errors import ConfigError
-from rlseq.prompts import continues
-from rlseq.training.guard import GuardMixin
-from rlseq.training.model_card import ModelCardMixin
-from rlseq.training.resume import ResumeMixin
+from rlseq.training.run.model_card import ModelCardMixin
+from rlseq.training.trl.guard import GuardMixin
+from rlseq.training.trl.resume import ResumeMixin
 
 MEASURED = {"loss": False, "mean_token_accuracy": True, "entropy": False}  # at an evaluation: whether higher is better
 

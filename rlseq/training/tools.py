@@ -9,8 +9,8 @@ from typing import Any
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
+from rlseq.data.prompts import continues
 from rlseq.errors import ConfigError, RewardError
-from rlseq.prompts import continues
 from rlseq.scoring.find import find
 from rlseq.types import Prompt
 

@@ -1,0 +1,241 @@
+"""`rlseq doctor`: every check of a model and its tokenizer, a line each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlseq.common.escapes import visible
+from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding
+from rlseq.errors import ConfigError, RlseqError
+
+PROMPT_OPTIONS = ("prompt_column", "reference_column", "prompt_template", "reference_template", "merge_references")
+MARKS = {OK: ("✓", "green"), WARNING: ("!", "yellow"), FAILED: ("✗", "bold red"), SKIPPED: ("–", "dim")}
+WEIGHT_PATTERNS = ("*.bin", "*.pt", "*.pth")
+
+DESCRIPTION = """Check a model and its tokenizer for reinforcement learning, one line per check, and say what to do.
+
+Tokenizer and configuration: padding, stop tokens, BOS, chat template, dropout, generation config, context,
+references, vocabulary, dtype. The model itself, in float32 on random tokens: left padding, packing, KV cache,
+causality, saving and tied weights, LoRA, train mode. docs/reliability.md says what each looks at. No code of the
+model's repository is run, and no weights but safetensors are read."""
+
+EPILOG = """Exit status: 0 when nothing failed (warnings are none), 1 when a check failed, 2 on bad input.
+
+  rlseq doctor --model_name_or_path recipes/g2p/base --dataset_name recipes/g2p/data.py --max_completion_length 32"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `rlseq doctor`; those of the data are those of `rlseq evaluate`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, metavar="M", help="Path or hub id of a model, or folder of an adapter.")
+    add("--dataset_name", metavar="D", help="Task module, local json/jsonl/csv/parquet file or folder, or hub id.")
+    add("--dataset_config", metavar="NAME", help="Configuration name of a hub data set.")
+    add("--eval_split", default="validation", metavar="S", help="Split that is looked at (default: validation).")
+    add("--rows", type=int, metavar="N", help="Use only the first N rows.")
+    add("--prompt_column", default="prompt", metavar="NAME", help="Column of the prompt (default: prompt).")
+    add(
+        "--reference_column",
+        default="references",
+        metavar="NAME",
+        help="Column of the right answer (default: references).",
+    )
+    add("--prompt_template", metavar="JINJA", help="Template over a row's columns that makes the prompt.")
+    add("--reference_template", metavar="JINJA", help="Template over a row's columns that makes the reference.")
+    add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
+    add(
+        "--chat_template_kwargs",
+        metavar="JSON",
+        help="""What the chat template is told besides, as in training: '{"enable_thinking": false}'.""",
+    )
+    add(
+        "--max_completion_length",
+        type=int,
+        metavar="T",
+        help="Tokens of the longest completion that will be drawn (default: the longest reference).",
+    )
+    add("--json", action="store_true", help="Print the findings as JSON, and nothing else.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 0 when no check failed, else 1.
+
+    Raises:
+        RlseqError: the model, data or a flag cannot be used.
+    """
+    for name in ("rows", "max_completion_length"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; expected at least 1")
+    show = _silent if args.json else _Lines(args.model_name_or_path)
+    findings = []
+    with _quiet():
+        for finding in examine(args):
+            findings.append(finding)
+            show(finding)
+    failed = any(finding.status == FAILED for finding in findings)
+    if args.json:
+        report = {"model": args.model_name_or_path, "ok": not failed, "checks": [asdict(f) for f in findings]}
+        print(visible(json.dumps(report, indent=1, ensure_ascii=False)))
+    else:
+        show.end(findings)
+    return int(failed)
+
+
+def examine(args: argparse.Namespace) -> Iterator[Finding]:
+    """Make the checks, the cheap ones first.
+
+    Raises:
+        RlseqError: the model or data cannot be loaded.
+    """
+    from rlseq.config.arguments import template_options
+    from rlseq.data.rows import load_prompts
+    from rlseq.doctor.preflight import load_configs, preflight
+    from rlseq.engine.models import load_tokenizer
+    from rlseq.training.models import check_model_path
+
+    path = Path(args.model_name_or_path)
+    unsafe = path.is_dir() and not any(path.glob("*.safetensors")) and any(any(path.glob(p)) for p in WEIGHT_PATTERNS)
+    if not unsafe:
+        check_model_path(args.model_name_or_path)
+    config, generation_config = load_configs(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path)  # as it was saved
+    prompts, told = [], template_options(args.chat_template_kwargs)
+    if args.dataset_name:
+        options = {name: getattr(args, name) for name in PROMPT_OPTIONS} | {"config_name": args.dataset_config}
+        options["chat_template_kwargs"] = told
+        prompts = load_prompts(args.dataset_name, tokenizer, split=args.eval_split, limit=args.rows, **options)
+    yield from preflight(
+        config,
+        tokenizer,
+        prompts,
+        generation_config=generation_config,
+        max_completion_length=args.max_completion_length,
+        own_sampler=False,
+        needs_references=True,
+        elsewhere=True,
+    )
+    if unsafe:
+        todo = "convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder), where you trust them"
+        yield Finding("weights", FAILED, "pickled, not safetensors: loading them can run any code", todo)
+        return
+    yield from examine_model(args.model_name_or_path)
+
+
+def examine_model(name_or_path: str) -> Iterator[Finding]:
+    """Load the model as training would, in float32, and make the checks that run it.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    import torch
+
+    from rlseq.doctor import forward
+    from rlseq.engine.gguf_files import gguf_file
+    from rlseq.training.models import disable_dropout
+
+    path = Path(name_or_path)
+    adapter = (path / "adapter_config.json").is_file()
+    model, missing = _load(name_or_path, adapter)
+    # A build for CUDA names an accelerator on machines that have none, too.
+    model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    files = sorted(path.glob("*.safetensors")) or [file for file in [gguf_file(path)] if file]
+    yield _attempt("weights", forward.check_weights, model, missing, files)
+    yield _attempt("left padding", forward.check_left_padding, model)
+    yield _attempt("packing", forward.check_packing, model)
+    yield _attempt("KV cache", forward.check_cache, model)
+    yield _attempt("causality", forward.check_causality, model)
+    if adapter:
+        yield Finding("saving", SKIPPED, "an adapter is saved without its base: examine that")
+        yield _attempt("LoRA", forward.check_adapter, model)
+    else:
+        yield _attempt("saving", forward.check_saving, model)
+        yield _attempt("LoRA", forward.check_lora, model)
+    yield _attempt("train mode", forward.check_train_mode, model, disable_dropout)
+
+
+def _load(name_or_path: str, adapter: bool) -> tuple[Any, list[str]]:
+    """The model and the names of the parameters that its checkpoint lacks."""
+    import torch
+
+    from rlseq.config.training import ModelArguments
+    from rlseq.engine.models import load_reporting
+    from rlseq.training.models import load_model
+
+    if adapter:
+        return load_model(ModelArguments(model_name_or_path=name_or_path, dtype="float32")), []
+    model, missing, _ = load_reporting(name_or_path, dtype=torch.float32)
+    return model, sorted(missing)
+
+
+def _attempt(name: str, check: Callable[..., Finding], *given: Any) -> Finding:
+    """A check that breaks on the model has found something: the model refuses what training would ask of it."""
+    try:
+        return check(*given)
+    except RlseqError:
+        raise
+    except Exception as error:  # anything at all
+        reason = next(iter(str(error).splitlines()), "")
+        todo = "training asks the same of the model: update transformers, or take another model"
+        return Finding(name, FAILED, f"stopped by {type(error).__name__}: {reason}", todo)
+
+
+def _silent(finding: Finding) -> None:
+    """Nothing is printed as it is found."""
+
+
+class _Lines:
+    """Findings in the terminal, as they come."""
+
+    def __init__(self, model: str):
+        from rich.console import Console
+
+        self.console = Console(highlight=False)
+        self.console.print(visible(f"rlseq doctor: {model}\n"), style="bold", markup=False)
+
+    def __call__(self, finding: Finding) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        mark, style = MARKS[finding.status]
+        line = Table.grid(padding=(0, 1), pad_edge=False)
+        for width in (1, 7, 17):
+            line.add_column(width=width)
+        line.add_column(overflow="fold")
+        found = Text(visible(finding.found), style="dim" if finding.status == SKIPPED else "")
+        line.add_row(Text(mark, style), Text(finding.status, style), finding.check, found)
+        for todo in finding.todo.splitlines():
+            line.add_row("", "", "", Text(visible(f"→ {todo}"), style=style))
+        self.console.print(line)
+
+    def end(self, findings: list[Finding]) -> None:
+        """Print how many checks ended how."""
+        counts = {status: sum(f.status == status for f in findings) for status in MARKS}
+        plural = {WARNING: "s" if counts[WARNING] > 1 else ""}
+        said = ", ".join(f"{count} {status}{plural.get(status, '')}" for status, count in counts.items() if count)
+        self.console.print(f"\n{said}", style="bold red" if counts[FAILED] else "bold")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loading bars and advice of other libraries between the lines."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

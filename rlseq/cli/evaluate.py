@@ -1,0 +1,206 @@
+"""`rlseq evaluate`: contrast named checkpoints on one data set, in one process."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlseq.common.interrupts import ending_quietly
+from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
+from rlseq.config.flags import HelpFormatter, add_flags, from_flags
+from rlseq.engine.gguf_files import gguf_file, may_be_on_hub
+from rlseq.errors import ConfigError, DataError, did_you_mean
+from rlseq.evaluation.stats.seeds import methods, numbered
+
+# The arguments of an evaluation, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
+ARGUMENTS = (EvaluateArguments, DataArguments, RewardArguments, EvaluationArguments)
+TRAIN = "train"  # the split that what is evaluated should not be in
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `rlseq evaluate`: those of recipes/evaluate.py."""
+    parser.formatter_class = HelpFormatter
+    parser.usage = "%(prog)s --models NAME=PATH ... --dataset_name DATA --reward_funcs REWARD ... [--name value ...]"
+    for arguments in ARGUMENTS:
+        add_flags(parser, arguments)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 0 on success."""
+    evaluate_or_join(*(from_flags(arguments, args) for arguments in ARGUMENTS))
+    return 0
+
+
+def evaluate_or_join(
+    arguments: EvaluateArguments, data: DataArguments, rewards: RewardArguments, evaluation: EvaluationArguments
+) -> None:
+    """Contrast the models that these settings name, or join the evaluations that --compare names.
+
+    Raises:
+        ConfigError: nothing to evaluate is named, or --compare beside settings that it cannot heed.
+    """
+    if not arguments.output_dir.strip():
+        raise ConfigError("--output_dir is empty; name a directory for the evaluation (is a shell variable unset?)")
+    measured = [*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])]  # all are only measured
+    if arguments.compare:
+        refuse_beside_compare(arguments, data, rewards, evaluation)
+        return join_finished(arguments.compare, output_dir=arguments.output_dir, reward_funcs=measured or None)
+    with ending_quietly():
+        from rlseq.evaluation.settings import ContrastSettings
+
+    evaluate(
+        arguments.models or [],
+        dataset_name=data.dataset_name,
+        split=data.eval_split,
+        limit=data.eval_rows,
+        config_name=data.dataset_config,
+        prompt_options=data.prompt_options() | arguments.template_options(),
+        reward_funcs=measured,
+        max_error_rate=rewards.max_error_rate,
+        settings=ContrastSettings(
+            **evaluation.contrast_values(arguments.max_new_tokens),
+            choose_split=arguments.choose_split,
+            choose_rows=arguments.choose_rows,
+            dtype=arguments.dtype,
+            allow_missing_weights=arguments.allow_missing_weights,
+        ),
+        output_dir=arguments.output_dir,
+    )
+
+
+def refuse_beside_compare(*settings: Any) -> None:
+    """Raise ConfigError, beside --compare, for a setting that is not at its default and would change nothing."""
+    kept = ("compare", "output_dir", "reward_funcs", "eval_reward_funcs")
+    given = [
+        field.name
+        for part in settings
+        for field in dataclasses.fields(part)
+        if field.name not in kept and getattr(part, field.name) != getattr(type(part)(), field.name)
+    ]
+    if given:
+        raise ConfigError(
+            f"--compare joins what was evaluated before, and --{', --'.join(given)} cannot change it; leave out one or "
+            "the other"
+        )
+
+
+def join_finished(evaluations: Sequence[str], *, output_dir: str, reward_funcs: Sequence[Any] | None) -> None:
+    """Join finished evaluations, write the report and print its summary; in the first process alone."""
+    with ending_quietly():
+        from accelerate import PartialState
+
+        from rlseq.evaluation.compare import join_and_report
+
+    if PartialState().is_main_process:
+        join_and_report(evaluations, output_dir, reward_funcs=reward_funcs)
+
+
+def parse_models(specs: Sequence[str]) -> dict[str, str]:
+    """Read NAME=PATH pairs; a bare path is named after its last part, and a NAME repeated gets numbers: NAME#1, NAME#2.
+
+    Raises:
+        ConfigError: a path is given twice for a name, two bare paths have one last part, or a local path holds no
+            weights.
+    """
+    pairs: list[tuple[str, str]] = []
+    bare: list[str] = []
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not equals:
+            name, path = Path(spec).name, spec
+            bare.append(name)
+        if not name or not path:
+            raise ConfigError(f"--models: {spec!r} is not NAME=PATH")
+        if (name, path) in pairs:
+            raise ConfigError(f"--models: {spec!r} is given twice; seeds of a method are different checkpoints")
+        local = Path(path)
+        found = gguf_file(local) is not None
+        if local.is_dir() and not found and not any(local.glob("*.safetensors")):
+            raise ConfigError(f"--models: {path!r} holds no weights (*.safetensors)")
+        if not (found or local.is_dir()) and (local.is_absolute() or not may_be_on_hub(path) or local.parent.is_dir()):
+            siblings = [str(p) for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
+            raise ConfigError(f"--models: there is no model at {path!r}.{did_you_mean(path, siblings)}")
+        pairs.append((name, path))
+    for name in bare:
+        if len(alike := [path for other, path in pairs if other == name]) > 1:
+            raise ConfigError(f"--models: {' and '.join(map(repr, alike))} are both called {name!r}; give NAME=PATH")
+    names = numbered([name for name, _ in pairs])
+    methods(names)
+    return dict(zip(names, (path for _, path in pairs), strict=True))
+
+
+def evaluate(
+    models: Sequence[str],
+    *,
+    dataset_name: str | None,
+    split: str,
+    limit: int | None,
+    config_name: str | None,
+    prompt_options: Mapping[str, Any],
+    reward_funcs: Sequence[Any] | None,
+    settings: Any,
+    output_dir: str,
+    max_error_rate: float = 0.05,
+) -> dict[str, Any]:
+    """Check everything cheap, contrast the models, write the report and print its summary."""
+    with ending_quietly():
+        import torch
+        from accelerate import PartialState
+
+        from rlseq.data.rows import load_rows, made_prompts
+        from rlseq.evaluation.run import contrast_and_report
+        from rlseq.evaluation.tune_decoding import families
+        from rlseq.scoring import load_rewards
+
+    named = parse_models(models)
+    if not named:
+        raise ConfigError("no model is named; give --models NAME=PATH ..., or --compare to join finished evaluations")
+    if not dataset_name:
+        raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
+    if not reward_funcs:
+        raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
+    choosing = [family.signature for family in families(settings)]
+    if choosing and settings.choose_split == split:
+        raise ConfigError(
+            f"strategy {choosing[0]!r} is to be chosen on the split {split!r}, which is the one evaluated: it would "
+            "look better than it is. Give another --choose_split, or another --eval_split (test, for the final claim)."
+        )
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--eval_rows is {limit}; expected at least 1")
+    PartialState(cpu=not torch.accelerator.is_available())  # else several processes on CPUs each evaluate alone
+    made_by: dict[str, Any] = {
+        name: prompt_options[name] for name in ("prompt_column", "prompt_template") if name in prompt_options
+    }
+    load: Callable[[str], list[dict[str, Any]]] = partial(load_rows, dataset_name, config_name=config_name, **made_by)
+    rows = load(split)[:limit]
+    if PartialState().is_main_process and split != TRAIN:
+        _say_shared(rows, split, load, partial(made_prompts, **made_by))
+    choice_rows = []
+    if choosing:
+        choice_rows = load(settings.choose_split)[: settings.choose_rows]
+    with load_rewards(reward_funcs, max_error_rate=max_error_rate) as suite:
+        return contrast_and_report(
+            named,
+            rows,
+            suite,
+            settings=settings,
+            prompt_options=prompt_options,
+            output_dir=Path(output_dir),
+            data_name=f"{dataset_name} ({split})",
+            choice_rows=choice_rows,
+        )
+
+
+def _say_shared(rows: Sequence[Mapping], split: str, load: Callable, made: Callable) -> None:
+    """Say how many of the prompts that are evaluated are also in the data set's training split, if it has one."""
+    from rlseq.data.rows import describe_shared
+
+    try:
+        said = describe_shared(made(rows), split, made(load(TRAIN)), TRAIN)
+    except DataError:  # there is no such split, or no prompt can be made: of the rows evaluated, the evaluation says so
+        return
+    print(f"rlseq: evaluates {len(rows):,} rows ({said})", flush=True)

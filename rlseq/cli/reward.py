@@ -1,0 +1,247 @@
+"""`rlseq reward list | check | score | replay`. These commands are on top: they use the package's public
+names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.common.escapes import visible
+from rlseq.errors import ConfigError, ModelError
+from rlseq.scoring.check.check import run_checks, spread
+from rlseq.scoring.check.probe import Check
+from rlseq.scoring.check.rows import add_data_arguments, prompts_of, with_columns
+from rlseq.scoring.corpus import of_completions
+from rlseq.scoring.find import bundled_folder, describe_file, describe_point, entry_points, named_files
+from rlseq.scoring.load import load_rewards
+from rlseq.scoring.options import parse_spec
+from rlseq.scoring.outcome import json_ready
+from rlseq.scoring.replay import Logged, compare, read_rollouts, score_by_step
+from rlseq.scoring.suite import RewardSuite, ScoreTable
+from rlseq.types import Prompt
+
+SPEC_HELP = (
+    "A name (rlseq reward list), path/to/file.py:function, package.module:function, a model id or path, or "
+    "a JSON "
+    'mapping {"func": SPEC, "kwargs": {..}, ..}.'
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the four subcommands."""
+    commands = parser.add_subparsers(dest="reward_command", required=True, metavar="list | check | score | replay")
+
+    listing = commands.add_parser("list", help="The rewards that go by a name.")
+    listing.set_defaults(reward_run=_list)
+
+    check = commands.add_parser("check", help="Try a reward before a run; exit 1 if something is wrong.")
+    check.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
+    add_data_arguments(check)
+    check.add_argument("--rows", type=int, default=32, help="Rows to try it on (default: 32).")
+    check.add_argument("--model_name_or_path", help="Sample from this model: do its completions differ in reward?")
+    check.add_argument("--num_generations", type=int, default=8, help="Samples a row then (default: 8).")
+    check.add_argument("--max_completion_length", type=int, default=256, help="Their tokens at most (default: 256).")
+    check.set_defaults(reward_run=_check)
+
+    score = commands.add_parser("score", help="Score logged or written completions.")
+    score.add_argument("spec", metavar="SPEC", nargs="+", help=SPEC_HELP)
+    score.add_argument(
+        "--rollouts", type=Path, required=True, help="jsonl with prompt, completion and columns, or a run."
+    )
+    score.add_argument("--output", type=Path, help="Write the records there with values, status, details and total.")
+    add_data_arguments(score, "for columns that the rollouts lack")
+    score.set_defaults(reward_run=_score)
+
+    replay = commands.add_parser("replay", help="What would other rewards or weights have said of a run's rollouts?")
+    replay.add_argument("run_directory", metavar="RUN", type=Path, help="A run directory, or a jsonl of its rollouts.")
+    replay.add_argument("--reward_funcs", nargs="+", required=True, metavar="SPEC", help=SPEC_HELP)
+    replay.add_argument("--reward_weights", nargs="+", type=float, help="A weight for each (default: 1).")
+    replay.add_argument("--output", type=Path, help="Write the records there with the new values and total.")
+    add_data_arguments(replay, "for columns that the log lacks; by default as in RUN/config.yaml")
+    replay.set_defaults(reward_run=_replay)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen subcommand; `check` returns 1 where the reward is wrong, everything else 0."""
+    return args.reward_run(args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    root, rows = Path.cwd(), []
+    for name, paths in sorted(named_files(root).items()):
+        for path in paths:
+            about = describe_file(path)
+            own = path.parent != bundled_folder().resolve()
+            where = f" [{path.relative_to(root.resolve())}]" if own else ""
+            rows.append((name, _range(about["range"]), about["extra"] or "-", about["description"] + where))
+    for name, points in sorted(entry_points().items()):
+        for about in map(describe_point, points):
+            rows.append((name, _range(about["range"]), about["extra"] or "-", about["description"]))
+    print(_table(("name", "range", "extra", "what it gives"), rows))
+    return 0
+
+
+def _range(limits: Any) -> str:
+    if not isinstance(limits, tuple):
+        return "-"
+    return " to ".join(f"{limit:g}" if isinstance(limit, (int, float)) else str(limit) for limit in limits)
+
+
+def _check(args: argparse.Namespace) -> int:
+    for name in ("rows", "num_generations", "max_completion_length"):
+        if (value := getattr(args, name)) < 1:
+            raise ConfigError(f"--{name} is {value}; expected at least 1")
+    given = parse_spec(args.spec)
+    spec = given if isinstance(given, dict) else {"func": given}
+    tokenizer = None
+    if args.model_name_or_path:
+        from rlseq.engine.models import load_tokenizer
+
+        tokenizer = load_tokenizer(args.model_name_or_path, "--model_name_or_path", padding_side="left")
+    prompts = prompts_of(args, tokenizer)
+    if args.model_name_or_path:
+        _check_room(args, prompts)
+    checks = run_checks(spec, prompts, Path.cwd())
+    if args.model_name_or_path and all(check.passed is not False for check in checks[:3]):
+        checks.append(_spread(spec, prompts, tokenizer, args))
+    marks = {True: "ok", False: "FAIL", None: "-"}
+    print(_table(("", "question", "finding"), [(marks[c.passed], c.question, c.finding) for c in checks]))
+    wrong = [check for check in checks if check.passed is False]
+    advice: dict[str, list[str]] = {}
+    for check in wrong:
+        advice.setdefault(check.advice, []).append(check.question)
+    for text, questions in advice.items():
+        if text:
+            print(textwrap.fill(f"* {'; '.join(questions)}: {text}", _width(), subsequent_indent="  "))
+    print(f"{len(wrong)} of {len(checks)} checks failed." if wrong else "Nothing is wrong with it.")
+    return int(bool(wrong))
+
+
+def _check_room(args: argparse.Namespace, prompts: list[Prompt]) -> None:
+    """Refuse a model without positions for prompt and samples, before anything is scored or loaded."""
+    from rlseq.doctor.finding import FAILED
+    from rlseq.doctor.preflight import load_configs
+    from rlseq.doctor.prompts import check_context
+
+    model_config, _ = load_configs(args.model_name_or_path)
+    room = check_context(model_config, prompts, args.max_completion_length)
+    if room.status == FAILED:
+        raise ModelError(f"--model_name_or_path {args.model_name_or_path!r} does not fit the rows. {room.sentence}")
+
+
+def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args: argparse.Namespace) -> Check:
+    """Sample from the model, and see whether the completions of a prompt differ in reward."""
+    from transformers.utils import logging
+
+    import rlseq
+    from rlseq.engine.models import load_model
+
+    logging.disable_progress_bar()
+    model = load_model(args.model_name_or_path, what="--model_name_or_path")
+    declared = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    groups = rlseq.sample(
+        model,
+        prompts,
+        num_samples=args.num_generations,
+        max_new_tokens=args.max_completion_length,
+        strategy=rlseq.engine.strategies.Sample(),
+        seed=0,
+        stop_ids=sorted(stops),
+        tokenizer=tokenizer,
+    )
+    with load_rewards([{**spec, "on_error": "abstain"}], max_error_rate=1.0) as suite:
+        return spread(suite, prompts, groups)
+
+
+def _score(args: argparse.Namespace) -> int:
+    with load_rewards(args.spec) as suite:
+        logged = with_columns(suite, read_rollouts(args.rollouts), args.rollouts, args)
+        table = score_by_step(suite, logged)
+        _summary(suite, table)
+    _write(args.output, logged, table)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    with load_rewards(args.reward_funcs, weights=args.reward_weights) as suite:
+        logged = with_columns(suite, read_rollouts(args.run_directory), args.run_directory, args)
+        table = score_by_step(suite, logged)
+        _summary(suite, table)
+    found = compare(logged, table.totals)
+    share = f"{found.reversed:.1%} of advantages change sign"
+    rows = [
+        ("rollouts / groups", f"{found.rollouts:,} / {found.groups:,}"),
+        ("rank correlation with what was optimised", f"{_number(found.rank_correlation)} over all rollouts"),
+        ("", f"{_number(found.group_correlation)} within groups ({found.varying:,} in which both vary)"),
+        ("advantages", f"{share}; {found.gained:.1%} are no longer 0, {found.lost:.1%} become 0"),
+    ]
+    print()
+    print(_table(("replay", ""), rows))
+    _write(args.output, logged, table)
+    return 0
+
+
+def _summary(suite: RewardSuite, table: ScoreTable) -> None:
+    rows = []
+    for name, weight in zip(suite.names, suite.weights, strict=True):
+        counts = [f"{count:,}" for count in table.failure_counts[name].values()]
+        rows.append((name, f"{weight:g}", *_moments(table.values[name]), *counts))
+    rows.append(("total", "", *_moments(table.totals), "", "", "", ""))
+    header = ("reward", "weight", "n", "mean", "sd", "min", "max", "abstained", "error", "timeout", "invalid")
+    print(_table(header, rows))
+    count = len(table.totals)
+    for name, metric in suite.corpus.items():
+        value, present = of_completions(name, metric, table.details[metric.reward])
+        of = f" of {present:,} of {count:,} completions" if present < count else ""
+        said = f"  ({metric.description})" if metric.description else ""
+        print(f"{name} = {_number(value)}{of}{said}")
+
+
+def _moments(values: Sequence[float | None]) -> tuple[str, ...]:
+    present = [value for value in values if value is not None]
+    if not present:
+        return ("0", "-", "-", "-", "-")
+    mean = math.fsum(present) / len(present)
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in present) / len(present))
+    return (f"{len(present):,}", *map(_number, (mean, sd, min(present), max(present))))
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as lines:
+        for record, scored in zip(logged.records, table.scored, strict=True):
+            said = {field: getattr(scored, field) for field in ("values", "status", "details", "total")}
+            line = json.dumps(json_ready({**record, **said}), ensure_ascii=False, allow_nan=False)
+            lines.write(visible(line) + "\n")
+
+
+def _width() -> int:
+    return max(60, shutil.get_terminal_size((110, 24)).columns)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned columns; the last is wrapped to the terminal's width."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header) - 1)]
+    indent = sum(widths) + 2 * len(widths)
+    room = max(30, _width() - indent)
+    lines = []
+    for row in cells:
+        start = "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False))
+        wrapped = [piece for line in row[-1].splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
+        lines += [(start + wrapped[0]).rstrip(), *(" " * indent + piece for piece in wrapped[1:])]
+    lines.insert(1, "-" * min(_width(), max(len(line) for line in lines)))
+    return visible("\n".join(lines))

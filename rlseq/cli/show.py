@@ -1,0 +1,179 @@
+"""`rlseq show RUN`: the rollouts of a training run in the terminal, as they were scored."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.common.escapes import visible
+from rlseq.errors import ConfigError, RunDirectoryError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `rlseq show`."""
+    parser.add_argument("run_directory", metavar="RUN", type=Path, help="the run's directory")
+    parser.add_argument("--step", type=int, metavar="S", help="step to show (default: the last)")
+    parser.add_argument("--prompt", metavar="TEXT", help="only prompts that contain this text")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="prompts to show (default: 8; 0: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the flags ask for; returns the exit status 0.
+
+    Raises:
+        ConfigError: `--limit` is below 0.
+        RunDirectoryError: the run, its rollouts, the step or a prompt with that text does not exist.
+    """
+    if args.limit < 0:
+        raise ConfigError(f"--limit is {args.limit}; expected a number of prompts, or 0 for all")
+    rollouts = load_step(args.run_directory, args.step)
+    groups = by_prompt(rollouts)
+    if args.prompt is not None:
+        groups = {key: group for key, group in groups.items() if args.prompt in _text(group[0]["prompt"])}
+        if not groups:
+            raise RunDirectoryError(
+                f"no prompt of step {rollouts[0]['step']} contains {args.prompt!r}; "
+                "try a shorter text or another --step"
+            )
+    _print(rollouts[0]["step"], groups, args.limit)
+    return 0
+
+
+def load_step(run_directory: str | Path, step: int | None = None) -> list[dict[str, Any]]:
+    """The rollouts of one step, by default the last, in the order they were logged.
+
+    Raises:
+        RunDirectoryError: naming the steps that exist where this one does not.
+    """
+    run_directory = Path(run_directory)
+    if not run_directory.is_dir():
+        raise RunDirectoryError(f"{run_directory} is not a directory; give the --output_dir of a training run")
+    files = sorted((run_directory / "rollouts").glob("*.jsonl"))
+    found: list[dict[str, Any]] = []
+    steps: set[int] = set()
+    for rollout in _read(files):
+        steps.add(rollout["step"])
+        if step is None and found and rollout["step"] > found[0]["step"]:
+            found = []
+        wanted = step if step is not None else max(steps)
+        if rollout["step"] == wanted:
+            found.append(rollout)
+    if not steps:
+        raise RunDirectoryError(
+            f"{run_directory} has no rollouts (rollouts/*.jsonl); only training runs that sampled have them"
+        )
+    if not found:
+        raise RunDirectoryError(
+            f"step {step} has no rollouts in {run_directory}; steps with rollouts: {_ranges(steps)}"
+        )
+    return found
+
+
+def by_prompt(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rollouts by prompt key, prompts as first met, samples in their order."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for rollout in rollouts:
+        groups.setdefault(str(rollout["prompt_key"]), []).append(rollout)
+    return {key: sorted(group, key=lambda r: r["sample"]) for key, group in groups.items()}
+
+
+def _read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for path in files:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                if number == len(lines):  # no line break after it: a run is writing it, or was killed doing so
+                    continue
+                raise RunDirectoryError(
+                    f"{path.name}, line {number}, is not JSON ({error.msg}); expected one rollout per line"
+                ) from error
+
+
+def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    shown = list(groups.values())[: limit or None]
+    rollouts = [rollout for group in groups.values() for rollout in group]
+    console.print(
+        f"Step {step}: {len(rollouts):,} rollouts of {len(groups):,} prompts, "
+        f"mean total {_number(_mean(r.get('total') for r in rollouts))}",
+        style="bold",
+        highlight=False,
+    )
+    for group in shown:
+        first = group[0]
+        console.print()
+        console.print(Text(visible(_text(first["prompt"])), style="bold cyan"))
+        for reference in first.get("references") or ():
+            console.print(Text(f"reference  {visible(str(reference))}", style="dim"))
+        names = list(dict.fromkeys(name for rollout in group for name in rollout.get("values") or ()))
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+        table.add_column("#", justify="right")
+        table.add_column("completion", ratio=1, overflow="fold", min_width=16)
+        for name in [*names, "total", "advantage", "log-prob", "tokens"]:
+            table.add_column(Text(visible(name)), justify="right", overflow="fold")
+        for rollout in group:
+            values, status = rollout.get("values") or {}, rollout.get("status") or {}
+            completion = Text(
+                visible(rollout["completion"] or "") or "(empty)", style="" if rollout["completion"] else "dim"
+            )
+            if rollout.get("finish_reason") == "length":
+                completion.append(" (cut)", style="yellow")
+            advantage = rollout.get("advantage")
+            table.add_row(
+                str(rollout["sample"]),
+                completion,
+                *(_reward(values.get(name), status.get(name)) for name in names),
+                _number(rollout.get("total")),
+                Text(_number(advantage, signed=True), style=_color(advantage)),
+                _number(rollout.get("logprob"), decimals=2),
+                str(rollout.get("length", "")),
+            )
+        console.print(table)
+    if len(groups) > len(shown):
+        console.print(f"\n{len(groups) - len(shown):,} more prompts: --limit 0 shows all", style="dim")
+
+
+def _reward(value: float | None, status: str | None) -> str:
+    return _number(value) if value is not None else (status or "none")
+
+
+def _number(value: float | None, *, decimals: int = 3, signed: bool = False) -> str:
+    if value is None:
+        return "none"
+    return f"{value:{'+' if signed else ''}.{decimals}f}"
+
+
+def _color(advantage: float | None) -> str:
+    if not advantage:
+        return "dim"
+    return "green" if advantage > 0 else "red"
+
+
+def _mean(values: Any) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
+
+
+def _ranges(steps: set[int]) -> str:
+    """Sorted steps, at most a dozen: all of them, or the first and last ones."""
+    ordered = [str(step) for step in sorted(steps)]
+    if len(ordered) <= 12:
+        return ", ".join(ordered)
+    return f"{', '.join(ordered[:6])}, …, {', '.join(ordered[-3:])}"

@@ -1,0 +1,82 @@
+"""What settings of adapters and quantisation may not be, or come to nothing; nothing is loaded to say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import trl
+
+from rlseq.engine.models import is_adapter
+from rlseq.errors import ConfigError
+
+
+def check_adapter_settings(model_args: trl.ModelConfig) -> None:
+    """Refuse quantised weights that nothing here can hold or train, and flags of an adapter where there is none.
+
+    Raises:
+        ConfigError: says what is missing, and what to do.
+    """
+    path = model_args.model_name_or_path
+    adapter = model_args.use_peft or is_adapter(path)
+    if model_args.use_peft and model_args.model_revision not in (None, "main") and not Path(path or "").is_dir():
+        raise ConfigError(
+            f"--model_revision is {model_args.model_revision}, but an adapter's folder names its base without one: the "
+            f"result would be evaluated and merged on another. Give a local copy as --model_name_or_path (hf download "
+            f"{path} --revision {model_args.model_revision} --local-dir DIR)"
+        )
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if not getattr(model_args, name):
+            continue
+        if not adapter:
+            raise ConfigError(
+                f"--{name} rounds the weights, which cannot train then: train an adapter, --use_peft true"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"--{name} needs bitsandbytes, which is not installed: pip install 'rlseq[quantization]'")
+    if model_args.use_peft:
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(model_args, name) < 1:
+                raise ConfigError(f"--{name} is {getattr(model_args, name)}; expected at least 1")
+        if not 0 <= model_args.lora_dropout < 1:
+            raise ConfigError(f"--lora_dropout is {model_args.lora_dropout}; expected a number in [0, 1)")
+    if not adapter:
+        for name in ("merge_adapter", "use_dora", "use_rslora"):
+            if getattr(model_args, name):
+                raise ConfigError(f"--{name} is about an adapter, and the run trains none: give --use_peft true")
+
+
+def quantization_of(model_args: trl.ModelConfig) -> dict[str, Any] | None:
+    """The quantisation of a run, as `ContrastSettings.quantization` takes it; None where there is none."""
+    config = trl.get_quantization_config(model_args)
+    return None if config is None else config.to_dict()
+
+
+def quantization_note(model_args: trl.ModelConfig) -> str | None:
+    """Say that a run's final evaluation is of quantised weights; None where they are not."""
+    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
+    if bits is None:
+        return None
+    return (
+        f"This evaluation takes the base in {bits} bits, as training did, with and without the adapter. On the base as "
+        "it was saved, which `rlseq evaluate` and --merge_adapter take, the numbers are others."
+    )
+
+
+def ignored_adapter_settings(model_args: trl.ModelConfig) -> str | None:
+    """A sentence about flags of a new adapter, where the run makes none; None where nothing is ignored."""
+    if model_args.use_peft:
+        return None
+    given = [
+        field.name
+        for field in dataclasses.fields(model_args)
+        if field.name.startswith(("lora_", "use_dora", "use_rslora"))
+        and getattr(model_args, field.name) != field.default
+    ]
+    if not given:
+        return None
+    if is_adapter(model_args.model_name_or_path):
+        return f"{', '.join(given)} come to nothing: the adapter {model_args.model_name_or_path} trains on as it is"
+    return f"{', '.join(given)} come to nothing: the run trains all weights and no adapter (--use_peft true)"

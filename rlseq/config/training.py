@@ -1,0 +1,338 @@
+"""The settings of the recipes, as dataclasses that `RecipeParser` reads from YAML and flags.
+
+Here are those that extend TRL's, whose fields keep TRL's names and meaning. Where a default differs from TRL's, it
+differs here, in `DefaultsMixin` and the config classes below it, and nowhere else. rlseq's own settings, which need no
+trl, come from `rlseq.config.arguments`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import trl
+
+from rlseq.config.adapters import check_adapter_settings
+from rlseq.config.arguments import (
+    DataArguments,
+    EvaluateArguments,
+    EvaluationArguments,
+    NewModelArguments,
+    RejectionArguments,
+    RewardArguments,
+    RunArguments,
+    TrainingEvaluationArguments,
+    template_options,
+)
+from rlseq.config.checks import (
+    check_early_stopping,
+    check_numbers,
+    check_objective,
+    check_ppo,
+    check_trackers,
+    refuse_other_objectives,
+    refuse_warped_training,
+    single_generation,
+)
+from rlseq.config.without_effect import refuse_without_effect
+from rlseq.errors import ConfigError
+
+__all__ = [
+    "DataArguments",
+    "DefaultsMixin",
+    "EvaluateArguments",
+    "EvaluationArguments",
+    "GRPOConfig",
+    "ModelArguments",
+    "NewModelArguments",
+    "PPOConfig",
+    "RejectionArguments",
+    "RewardArguments",
+    "RunArguments",
+    "SFTConfig",
+    "TrainingEvaluationArguments",
+    "bf16_supported",
+]
+
+
+def bf16_supported() -> bool:
+    """Whether this machine's accelerator computes in bfloat16 (a CPU is left in float32)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def _default(value: Any, help: str) -> Any:
+    return field(default=value, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments(trl.ModelConfig):
+    """The model: TRL's ModelConfig, in float32 unless told otherwise."""
+
+    _argument_group_name = "model (TRL's ModelConfig)"
+
+    merge_adapter: bool = _default(
+        False, "When training ends, also write the adapter merged into its base, a whole model, to RUN/merged."
+    )
+
+    allow_missing_weights: bool = _default(
+        False, "Let weights that the checkpoint lacks be random, and layers that its configuration leaves out be lost."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_adapter_settings(self)
+        target = self.lora_target_modules
+        if isinstance(target, str) and target.isidentifier():
+            self.lora_target_modules = [target]  # TRL unpacks a list of one, and peft takes a text for a whole path
+
+
+@dataclass
+class DefaultsMixin:
+    """Defaults that differ from TRL's, for every recipe.
+
+    * bf16: only where the accelerator computes in it (TRL: always, which raises on a machine without one).
+    * gradient_checkpointing: off without an accelerator, where it only costs time.
+    * use_cpu: on without an accelerator (TRL: off, and several processes then come up as one each).
+    * logging_nan_inf_filter: off, so that a NaN loss is seen.
+    * report_to: none, since metrics.jsonl holds every number; name a tracker to use it.
+    * logging_steps 1 and save_only_model off, so that any step can be looked at and resumed from.
+    """
+
+    bf16: bool | None = _default(None, "bf16 mixed precision; default: where the accelerator supports it.")
+    gradient_checkpointing: bool | None = _default(None, "Recompute activations; default: on accelerators only.")
+    use_cpu: bool | None = _default(None, "Train on the CPU; default: where there is no accelerator.")
+    logging_nan_inf_filter: bool = _default(False, "Replace NaN and infinite losses in the log (TRL: on).")
+    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to, or none."})
+    logging_steps: float = _default(1, "Log every N steps.")
+    output_dir: str | None = _default("runs/run", "The run directory.")
+    max_refused_steps: int = _default(
+        3, "End the run after N optimizer steps in a row whose loss or gradient was not finite; they are skipped."
+    )
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.trust_remote_code:
+            raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
+        if getattr(self, "chat_template_kwargs", None) is not None:
+            self.chat_template_kwargs = template_options(self.chat_template_kwargs)
+        self.asked_direction = self.greater_is_better  # transformers fills it in by the name of the measure
+        if self.max_refused_steps < 1:
+            raise ConfigError(f"max_refused_steps is {self.max_refused_steps}; expected 1 (end at the first) or more")
+        if self.use_cpu is None:
+            self.use_cpu = not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = bf16_supported() and not self.fp16
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = torch.accelerator.is_available()
+        # transformers' name of the same setting from 5.23 on; before, there is no such field
+        if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        super().__post_init__()
+        check_trackers(self.report_to)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"hub_token": None}  # transformers pickles settings into what is pushed
+
+
+@dataclass
+class SFTConfig(DefaultsMixin, trl.SFTConfig):
+    """TRL's SFTConfig with rlseq's defaults: the loss is on the completion only."""
+
+    _argument_group_name = "training (rlseq)"
+    _tables_without_effect = ("sft",)
+
+    completion_only_loss: bool | None = _default(True, "Loss on the completion only.")
+    chat_template_kwargs: dict | str | None = _default(
+        None, "What the chat template is told besides, in prompts and in examples."
+    )
+    early_stopping_patience: int | None = _default(
+        None,
+        "Stop when validation NLL (or metric_for_best_model) has not got better for N evaluations; the best "
+        "checkpoint is the result.",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_without_effect(self)
+        if self.early_stopping_patience is not None:
+            check_early_stopping(self)
+            self.load_best_model_at_end = True
+        super().__post_init__()
+        for name in sorted({"add_generation_prompt", "continue_final_message"} & set(self.chat_template_kwargs or {})):
+            raise ConfigError(
+                f"chat_template_kwargs sets {name}, which teacher forcing sets itself: off where the answer is there, "
+                "and on where its prompt ends. Leave it out"
+            )
+
+
+@dataclass
+class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
+    """TRL's GRPOConfig with rlseq's defaults.
+
+    * disable_dropout: on, else the ratio of a recomputed log-prob to the sampled one is not 1 on policy.
+    * remove_unused_columns: off, rewards read them.
+    * use_liger_kernel, log_completions: off as in TRL; rollouts/ holds every completion.
+    """
+
+    _argument_group_name = "training (rlseq)"
+    _tables_without_effect = ("rollouts",)
+
+    disable_dropout: bool = _default(True, "Disable dropout in the model.")
+    remove_unused_columns: bool | None = _default(False, "Keep columns: rewards read them.")
+    objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "reference_exact"] = _default(
+        "policy_gradient",
+        "What is optimised: policy_gradient (TRL's losses, see loss_type), minimum_risk, expected_accuracy (exact, "
+        "no rollouts; where references enumerate success), or reference_exact (any reward; the references' share "
+        "exactly). docs/objectives.md explains each.",
+    )
+    advantage_baseline: Literal["mean", "leave_one_out", "greedy", "batch"] = _default(
+        "mean",
+        "What a reward is compared with: its group's mean (GRPO), the group's others (RLOO), the reward of the "
+        "greedy completion (self-critical), or the mean of the batch.",
+    )
+    reference_loss_coef: float = _default(
+        0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
+    )
+    reference_prefix: int = _default(
+        0, "Rollouts continue from the first N reference tokens, which are not trained; 0: from the prompt."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
+        None,
+        "Estimator of the KL to the start that beta weighs, in the loss; default: TRL's (k3 times the ratio), and k3 "
+        "in the objectives that are rlseq's own.",
+    )
+    minimum_risk_sharpness: float = _default(
+        0.005, "Sharpness α of minimum risk training: samples weigh p^α, renormalised."
+    )
+    minimum_risk_references: bool = _default(False, "Put the references among the samples of minimum risk training.")
+    ema_decay: float = _default(
+        0.0, "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights."
+    )
+    start_weight: float = _default(
+        0.0, "Share of the weights that training started from in the result (needs ema_decay); 0: none."
+    )
+    pack_updates: bool = _default(
+        True, "Compute a prompt once for all its completions in the update (exact; off where a model cannot)."
+    )
+    tools: list[str] | None = _default(
+        None,
+        "Functions that the model may call while it answers: package.module:function or path/to/file.py:function; its "
+        "turns are sampled by TRL, and results are not trained (docs/models.md).",
+    )
+    environment: str | None = _default(
+        None,
+        "Class or factory of an environment, one a rollout, whose methods the model calls as it does tools: "
+        "package.module:name or path/to/file.py:name. What its get_reward says is the reward environment_reward.",
+    )
+    rlseq_sampler: bool = _default(
+        True, "Draw rollouts by rlseq.engine.sampling (shared prefill, counter-based noise); off: TRL's own generate."
+    )
+
+    @property
+    def sampled_by_trl(self) -> bool:
+        """Whether TRL samples the completions, not rlseq's sampler."""
+        return self.use_vllm or self.use_transformers_continuous_batching or not self.rlseq_sampler
+
+    @property
+    def uses_references(self) -> bool:
+        """Whether the loss needs the references' log-probs."""
+        mixed = self.reference_loss_coef != 0 or self.minimum_risk_references
+        return mixed or self.objective in ("expected_accuracy", "reference_exact")
+
+    @property
+    def counts_equal_groups(self) -> bool:
+        """Whether a group whose rewards are all equal teaches nothing."""
+        scaled = self.objective == "policy_gradient" and self.scale_rewards == "group" and self.num_generations > 1
+        return self.needs_group or scaled
+
+    @property
+    def scores_references(self) -> bool:
+        """Whether the loss needs what the references would earn."""
+        return self.objective == "reference_exact" or self.minimum_risk_references
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether a prompt needs several samples: they are compared with each other."""
+        if self.objective == "policy_gradient":
+            return self.advantage_baseline in ("mean", "leave_one_out")
+        return self.objective == "minimum_risk" and not self.minimum_risk_references
+
+    def __post_init__(self) -> None:
+        refuse_without_effect(self)
+        if self.objective == "expected_accuracy":
+            self.num_generations = 1  # no rollouts: a batch is of this many prompts
+        with single_generation(self):
+            super().__post_init__()
+        refuse_warped_training(self)
+        check_objective(self)
+        for name in ("ema_decay", "start_weight"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number in [0, 1)")
+        if self.start_weight and not self.ema_decay:
+            raise ConfigError("start_weight mixes the start into the averaged weights; it needs ema_decay above 0")
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    """Settings of PPO: those of GRPO, with a critic in place of the group as what a reward is compared with.
+
+    * num_generations: 1, since a critic needs no group.
+    * TRL's names of what PPO calls otherwise: num_iterations is its epochs over a batch of rollouts,
+      steps_per_generation its minibatches, epsilon its policy clip, beta its KL coefficient, loss_type dapo its mean
+      over tokens.
+    """
+
+    _tables_without_effect = ("ppo", "rollouts")
+
+    num_generations: int | None = _default(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
+    critic: Literal["separate", "shared"] = _default(
+        "separate", "The critic: separate (its own backbone) or shared (a head on the policy's trunk)."
+    )
+    critic_name_or_path: str | None = _default(
+        None, "What the critic starts from: a critic that a run saved, or any model; default: the policy's start."
+    )
+    critic_learning_rate: float | None = _default(None, "Learning rate of the critic; default: the policy's.")
+    critic_warmup_steps: int = _default(0, "Steps that train the critic alone, before the policy moves.")
+    critic_trunk_gradient: bool = _default(False, "Let the value loss of a shared critic train the policy's trunk.")
+    vf_coef: float = _default(0.5, "Weight of the value loss.")
+    value_clip: float | None = _default(
+        None, "Clip of the value's change an update, in units of reward; default: none."
+    )
+    gamma: float = _default(1.0, "Discount γ.")
+    lam: float = _default(0.95, "λ of generalised advantage estimation; 1: returns, 0: one-step differences.")
+    whiten_advantages: bool = _default(True, "Give advantages mean 0 and deviation 1 over all trained tokens.")
+    kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
+        None, "Estimator of the KL to the start that beta weighs; default: k1 in the reward, TRL's in the loss."
+    )
+    kl_in_reward: bool = _default(
+        True, "Put the KL to the start (k1, weighed by beta) into each token's reward; false: into the loss (k2, k3)."
+    )
+    kl_target: float | None = _default(
+        None, "Adapt beta so that the KL to the start stays near this many nats per completion; default: beta is fixed."
+    )
+    target_kl: float | None = _default(
+        None, "Leave out the other updates on a batch of rollouts once the policy is this many nats per token from it."
+    )
+    truncated_completions: Literal["reward", "bootstrap", "penalty"] = _default(
+        "reward",
+        "A completion cut at the limit is scored as it is (reward), has the critic's value of what would follow in "
+        "place of a reward (bootstrap), or loses truncation_penalty (penalty).",
+    )
+    truncation_penalty: float = _default(1.0, "What a truncated completion loses under penalty, in units of reward.")
+
+    @property
+    def needs_group(self) -> bool:
+        """PPO compares with its critic."""
+        return False
+
+    @property
+    def counts_equal_groups(self) -> bool:
+        """A group of equal rewards still differs from the critic's values."""
+        return False
+
+    def __post_init__(self) -> None:
+        refuse_other_objectives(self)
+        super().__post_init__()
+        check_ppo(self)

@@ -1,0 +1,395 @@
+"""A prompt and its completions as one row: what they begin with in common is computed once.
+
+A row holds one or more groups. A group is the prompt and its completions in lexicographic order, so that each shares
+with the one before it all that it shares with any. The first is written whole after the prompt, and of each
+further one what it does not share, after a copy of the last token that it does share, at that token's position:
+
+    prompt  p₀ p₁      completions  a b c,  a b d  and  e
+
+    tokens       p₀  p₁   a   b   c |  b   d | p₁   e
+    positions     0   1   2   3   4 |  3   4 |  1   2
+    labels        -   -   a   b   c |  -   d |  -   e        (- is IGNORED)
+
+A token sees those it follows in its own sequence, and nothing else: each original or copy is seen up to the next
+copy of it or of a token before it. So each token sees what it would see alone, at the positions it would have alone,
+and labels shifted by one (the usual convention) line up: a copy predicts what follows the shared part. One shared token
+could not do that for several; and where a copy saw its original, it would see that token twice.
+
+Equal completions thus cost nothing more than one, and samples of a group cost what they do not share: of a model that
+is sure of most tokens, little. In eval mode and in training without dropout that is exact; dropout would be shared.
+
+The mask is a float added to the attention scores: boolean masks are silently wrong under eager attention. For a model
+with FlexAttention (Dong et al. 2024, arXiv:2412.05496) it is a rule instead, and blocks of the row in which nothing
+is seen are not computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from rlseq.engine.layout import Group, Layout, arrange, fill_rows, ramps, split
+from rlseq.engine.prefix_attention import mark_causal
+
+FLEX = "flex_attention"  # transformers' name of it
+FLEX_BLOCK = 128  # rows are a multiple of it in tokens: its kernels are compiled for few lengths, and none is ragged
+IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
+
+# Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
+LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """R rows of S tokens that hold B completions with N tokens in all, and where each of those tokens is.
+
+    Attributes:
+        input_ids: (R, S) long.
+        position_ids: (R, S) long; 0 at padding.
+        attention_mask: (R, 1, S, S), 0 where a token (third axis) sees another (fourth axis), else the lowest
+            finite number of its dtype; padding sees itself, so that no softmax is empty. For FlexAttention the same
+            as a BlockMask. From `pad`: (R, S) of 0 and 1.
+        labels: (R, S) long, the token itself at completion tokens and IGNORED elsewhere (not yet shifted).
+        lengths: tokens of each of the B completions, in the order given.
+        token_rows, token_columns: (N,) long, row and column of each token of each completion in turn; completions
+            with a common prefix name the same places.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | BlockMask
+    labels: Tensor
+    lengths: tuple[int, ...]
+    token_rows: Tensor
+    token_columns: Tensor
+
+    @property
+    def model_inputs(self) -> dict[str, Any]:
+        """The arguments of a model's forward; labels apart, since not every forward takes them."""
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": self.attention_mask,
+        }
+
+
+def pack(
+    groups: Sequence[Group],
+    *,
+    pad_id: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    row_tokens: int | None = None,
+    whole_groups: bool = False,
+    attention: str | None = None,
+) -> PackedBatch:
+    """Lay groups out in rows, each prompt once, and each beginning that completions share.
+
+    Args:
+        groups: (prompt ids, [completion ids, ...]); a prompt has a token at least, a completion may be empty.
+        pad_id: the token that fills short rows; nothing sees it.
+        device: of the tensors.
+        dtype: of the attention mask; the model's own.
+        row_tokens: None gives each group a row. A number is a budget: several groups share a row by first
+            fit, longest first, and a longer group is split into several with the prompt repeated; a single
+            completion that exceeds the budget gets a row of its own.
+        whole_groups: no group is split: the budget is that of the longest where it is above `row_tokens`.
+        attention: the model's attention implementation (`attention_of`), which says what the mask is.
+
+    Returns:
+        The batch; its completions are the groups' in order, flattened.
+
+    Raises:
+        ValueError: no groups, a prompt without tokens, or a budget below 1.
+    """
+    if not groups:
+        raise ValueError("pack was given no groups; expected at least one (prompt, completions)")
+    if row_tokens is not None and row_tokens < 1:
+        raise ValueError(f"row_tokens is {row_tokens}; expected at least 1, or None for one group a row")
+    for number, (prompt, _) in enumerate(groups):
+        if len(prompt) == 0:
+            raise ValueError(f"group {number} has an empty prompt; a completion needs a token to follow")
+    arranged = [arrange(prompt, completions) for prompt, completions in groups]
+    if row_tokens is not None and whole_groups:
+        row_tokens = max(row_tokens, *(sum(shared.tokens) for shared in arranged))
+    rows = fill_rows(split(groups, arranged, row_tokens), row_tokens)
+
+    layout = Layout([len(completion) for _, completions in groups for completion in completions])
+    for row, blocks in enumerate(rows):
+        column = 0
+        for block in blocks:
+            column = layout.write(block, row, column)
+    width = max(1, layout.width)
+    if attention == FLEX:
+        width = -(-width // FLEX_BLOCK) * FLEX_BLOCK
+    row_of, column_of, length_of, position_of, unscored_of = np.asarray(layout.pieces, np.int64).reshape(-1, 5).T
+    ramp = ramps(length_of)
+    places = np.repeat(row_of * width + column_of, length_of) + ramp  # of each token, in the flattened (R, S)
+    tokens = np.fromiter(chain.from_iterable(layout.ids), np.int64, count=len(ramp))
+    scored = ramp >= np.repeat(unscored_of, length_of)
+
+    size = len(rows) * width
+    input_ids, positions, labels = np.full(size, pad_id), np.zeros(size, np.int64), np.full(size, IGNORED)
+    input_ids[places] = tokens
+    positions[places] = np.repeat(position_of, length_of) + ramp
+    labels[places[scored]] = tokens[scored]
+    seen_until = np.tile(np.arange(1, width + 1, dtype=np.int32), len(rows))  # padding sees itself
+    row_of, column_of, length_of, end_of = np.asarray(layout.seen, np.int64).reshape(-1, 4).T
+    seen_until[np.repeat(row_of * width + column_of, length_of) + ramps(length_of)] = np.repeat(end_of, length_of)
+
+    shape = (len(rows), width)
+    seen_RS = torch.from_numpy(seen_until).view(shape).to(device)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids).view(shape).to(device),
+        position_ids=torch.from_numpy(positions).view(shape).to(device),
+        attention_mask=_rule(seen_RS) if attention == FLEX else _added(seen_RS, dtype),
+        labels=torch.from_numpy(labels).view(shape).to(device),
+        lengths=tuple(layout.lengths.tolist()),
+        token_rows=torch.from_numpy(np.repeat(layout.row_of, layout.lengths)).to(device),
+        token_columns=torch.from_numpy(np.concatenate(layout.columns_of)).to(device),
+    )
+
+
+def attention_of(model: Any) -> str | None:
+    """The name of a model's attention implementation, as transformers has it; None where it has none."""
+    return getattr(model.config.get_text_config(), "_attn_implementation", None)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What `torch.compile` was given: batches of ever new shapes would be recompiled, and its forward names no
+    arguments."""
+    return getattr(model, "_orig_mod", model)
+
+
+def base_of(model: Any) -> Any:
+    """The `transformers` model inside a PEFT one, adapters in place; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """The arguments that the `transformers` model takes, by name."""
+    return inspect.signature(base_of(model).forward).parameters
+
+
+def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:
+    """(R, 1, S, S), from the column before which each token is seen, (R, S)."""
+    columns = torch.arange(seen_RS.shape[1], dtype=torch.int32, device=seen_RS.device)
+    visible = columns[:, None] < seen_RS[:, None, :]  # (R, S, S)
+    # 1 becomes 0 and 0 the lowest finite number: much faster than a masked fill
+    return mark_causal(visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None])
+
+
+def _rule(seen_RS: Tensor) -> BlockMask:
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < seen_RS[row, key])
+
+    rows, width = seen_RS.shape
+    return create_block_mask(visible, rows, None, width, width, device=seen_RS.device, BLOCK_SIZE=FLEX_BLOCK)
+
+
+def rows_of_group(
+    prompt: Sequence[int], completions: Sequence[Sequence[int]], row_tokens: int | None
+) -> list[tuple[int, list[int]]]:
+    """How `pack` would split a group: for each row its tokens, and the indices of the completions that it holds."""
+    blocks = split([(prompt, completions)], [arrange(prompt, completions)], row_tokens)
+    return [(block.tokens, [index for index, _, _ in block.completions]) for block in blocks]
+
+
+def pad(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    device: torch.device | str | None = None,
+) -> PackedBatch:
+    """One sequence a row, padded on the right: the layout for models that packing cannot serve.
+
+    Args:
+        prompts, completions: B token id lists each; prompts have at least one token.
+        pad_id: the token that fills short rows.
+        device: of the tensors.
+
+    Raises:
+        ValueError: unequal counts, no rows, or a prompt without tokens.
+    """
+    if len(prompts) != len(completions) or not prompts:
+        raise ValueError(f"pad was given {len(prompts)} prompts and {len(completions)} completions")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty; a completion needs a token to follow")
+    prompt_lengths, lengths = (np.array([len(x) for x in side]) for side in (prompts, completions))
+    totals = prompt_lengths + lengths
+    positions = np.broadcast_to(np.arange(totals.max()), (len(prompts), totals.max()))
+    real = positions < totals[:, None]
+    scored = real & (positions >= prompt_lengths[:, None])
+    input_ids = np.full(real.shape, pad_id)
+    pairs = zip(prompts, completions, strict=True)
+    input_ids[real] = np.fromiter(chain.from_iterable(x for pair in pairs for x in pair), np.int64)
+    labels = np.where(scored, input_ids, IGNORED)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        position_ids=torch.from_numpy(positions.copy()).to(device),
+        attention_mask=torch.from_numpy(real.astype(np.int64)).to(device),
+        labels=torch.from_numpy(labels).to(device),
+        **_index(np.arange(len(prompts)), prompt_lengths, lengths, device),
+    )
+
+
+def unpack(per_token: Tensor, batch: PackedBatch, *, shifted: bool | None = None) -> list[Tensor]:
+    """Take each completion's values out of a batch, differentiably.
+
+    Args:
+        per_token: (R, S-1), shifted: column t-1 holds the value of token t (log-probs of labels shifted by
+            one, values of the state before a token); or (R, S): column t holds the value of token t.
+        batch: the batch the values belong to.
+        shifted: which of the two is meant; None reads it off the width.
+
+    Returns:
+        B tensors, (T_b,) each, in the order of the completions; an empty completion gives an empty one.
+
+    Raises:
+        ValueError: `per_token` has neither width, or not the one named.
+    """
+    return list(_completion_tokens(per_token, batch, shifted).split(batch.lengths))
+
+
+def unpack_padded(per_token: Tensor, batch: PackedBatch, T: int, *, shifted: bool | None = None) -> Tensor:
+    """As `unpack`, as one (B, T) tensor, right-padded with 0; one gather, differentiable.
+
+    Raises:
+        ValueError: `per_token` has a wrong width, or a completion has more than T tokens.
+    """
+    if max(batch.lengths, default=0) > T:
+        raise ValueError(f"T is {T}, but a completion has {max(batch.lengths)} tokens")
+    tokens = _completion_tokens(per_token, batch, shifted)  # (N,)
+    lengths = torch.tensor(batch.lengths, device=tokens.device)
+    mask = torch.arange(T, device=tokens.device) < lengths[:, None]  # (B, T); its True entries are the N tokens
+    return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
+
+
+def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool, str]:
+    """Try on a small random batch whether the model gives packed sequences the logits it gives each alone.
+
+    The model runs in eval mode without gradient; its mode and the random state are left as they were. Logits
+    may differ by 1e-4 of their largest magnitude in float32 (1e-6 in float64, 1e-2 in float16, 3e-2 in
+    bfloat16). The answer is kept as long as the model lives.
+
+    Args:
+        model: a causal `transformers` model.
+        longest: tokens of the longest prompt plus completion to be packed. A model with an attention window
+            is served up to the window's length; unknown (None) counts as longer.
+
+    Returns:
+        (True, "") or (False, the reason).
+    """
+    whole_config: Any = model.config
+    config = whole_config.get_text_config()
+    window = attention_window(config)
+    if window is not None and (longest is None or longest > window):
+        found = "of unstated length" if longest is None else f"of {longest} tokens"
+        return False, f"the model's attention window of {window} tokens may cut sequences {found}"
+    known = _checked.setdefault(model, {})
+    key = (attention_of(model), next(model.parameters()).dtype)
+    if key not in known:
+        known[key] = _try_packing(model, config.vocab_size)
+    return known[key]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module of a model in eval mode, and each back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# Answers of `supports_packing` by model, then by attention implementation and dtype.
+_checked: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
+
+
+def _index(rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, device: torch.device | str | None) -> dict:
+    """The fields of a batch that say where its completions are."""
+    return {
+        "lengths": tuple(lengths.tolist()),
+        "token_rows": torch.from_numpy(np.repeat(rows, lengths)).to(device),
+        "token_columns": torch.from_numpy(np.repeat(starts, lengths) + ramps(lengths)).to(device),
+    }
+
+
+def _completion_tokens(per_token: Tensor, batch: PackedBatch, shifted: bool | None) -> Tensor:
+    rows, width = batch.input_ids.shape
+    widths = {True: width - 1, False: width}
+    expected = list(widths.values()) if shifted is None else [widths[shifted]]
+    if per_token.ndim != 2 or per_token.shape[0] != rows or per_token.shape[1] not in expected:
+        shapes = " or ".join(f"({rows}, {w})" for w in expected)
+        raise ValueError(f"per_token has shape {tuple(per_token.shape)}; this batch expects {shapes}")
+    return per_token[batch.token_rows, batch.token_columns - (width - per_token.shape[1])]  # (N,)
+
+
+def attention_window(config) -> int | None:
+    """The shortest attention window that a text config declares; 0 where windows follow the row's columns."""
+    layers = getattr(config, "layer_types", None)
+    windows = []
+    for name, layer in (
+        ("sliding_window", "sliding_attention"),
+        ("attention_chunk_size", "chunked_attention"),
+    ):
+        length = getattr(config, name, None)
+        if length is not None and (layers is None or layer in layers):
+            windows.append(length)
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
+        windows.append(0)
+    return min(windows, default=None)
+
+
+def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
+    noise = np.random.default_rng(0)  # its own generator: the global random state is the run's
+    groups = [
+        (
+            noise.integers(vocab_size, size=prompt).tolist(),
+            [noise.integers(vocab_size, size=n).tolist() for n in lengths],
+        )
+        for prompt, lengths in ((7, (5, 3, 6)), (1, (4,)), (4, (2, 7)))
+    ]
+    groups[0][1].append([*groups[0][1][2][:3], 0, 1])  # two with a common prefix
+    parameter = next(model.parameters())
+    batch = pack(
+        groups,
+        pad_id=0,
+        device=parameter.device,
+        dtype=parameter.dtype,
+        row_tokens=40,
+        attention=attention_of(model),
+    )
+    alone = [torch.tensor([*prompt, *c], device=parameter.device) for prompt, cs in groups for c in cs]
+    try:
+        with torch.no_grad(), evaluating(model):
+            packed = model(**batch.model_inputs, use_cache=False).logits
+            expected = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in alone]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model may refuse the mask or the positions in any way; the reason is handed on
+        return False, f"its forward does not take a packed row: {type(error).__name__}: {error}"
+    found = packed[batch.token_rows, batch.token_columns - 1]
+    wanted = torch.cat([logits[-n - 1 : -1] for logits, n in zip(expected, batch.lengths, strict=True)])
+    difference = (found - wanted).abs().max().item()
+    allowed = LOGIT_TOLERANCE.get(parameter.dtype, LOGIT_TOLERANCE[torch.float32]) * wanted.abs().max().item()
+    if difference <= allowed:  # False for NaN
+        return True, ""
+    return (
+        False,
+        f"packed logits differ by {difference:.3g} from each sequence alone (allowed: {allowed:.3g})",
+    )

@@ -1,0 +1,334 @@
+"""Prompts × samples → rollouts.
+
+One prefill per unique prompt is shared by its samples, and so is every later step as long as they draw the same
+tokens: the batch holds distinct beginnings, not samples. One token a step with the KV cache; a beginning that is drawn
+on in several ways is copied, and one that no row continues is dropped. The noise of a token is a function of
+(seed, draw, prompt key, sample, position) alone, and one uniform a token picks it by inverse CDF, so a completion does
+not depend on the batch it was drawn in: batch size, order and number of processes change nothing but the rounding of
+the logits (a draw that falls within rounding of a boundary of the CDF may then flip).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlseq.engine.decoders import begin
+from rlseq.engine.float64 import double_device, to_double
+from rlseq.engine.layout import ranks
+from rlseq.engine.packing import evaluating
+from rlseq.engine.strategies import Greedy, Sample, Strategy, to_units
+from rlseq.errors import ConfigError, ModelError
+from rlseq.types import Prompt, Rollout
+
+COMPACT_BELOW = 0.75  # finished rows leave the batch when less than this share of it is unfinished
+
+
+def stream_keys(seed: int, draw: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
+    """Return one 64-bit key (B,) a row: the hash of (seed, draw, prompt key, sample)."""
+    digests = (
+        hashlib.blake2b(repr((seed, draw, key, sample)).encode(), digest_size=8).digest()
+        for key, sample in zip(prompt_keys, samples, strict=True)
+    )
+    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
+
+
+def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
+    """Return the uniform in [0, 1) of each stream at a position: SplitMix64 (Steele et al. 2014), 53 bits, (B,)."""
+    with np.errstate(over="ignore"):
+        z = keys + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = None) -> torch.Tensor:
+    """Pick a token (B,) by inverse CDF of uniforms (B,), in whole numbers of 2⁻⁵², from log-probs.
+
+    Args:
+        logprobs: (U, V).
+        uniform: (B,) in [0, 1).
+        of: (B,) which of the U distributions each uniform draws from; None: each from its own, U = B.
+    """
+    device = logprobs.device
+    exact = double_device(device)
+    probs = to_double(logprobs)
+    cdf = to_units(probs.exp() if probs is logprobs else probs.exp_()).cumsum_(-1)
+    of = np.arange(len(cdf)) if of is None else of
+    rank = ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
+    where = torch.from_numpy(of).to(cdf.device), torch.from_numpy(rank).to(cdf.device)
+    total = cdf[:, -1][where[0]]
+    wanted = cdf.new_zeros(len(cdf), int(rank.max()) + 1)
+    # u·total may round up to the total
+    wanted[where] = torch.minimum((uniform.to(exact) * total).long(), total - 1)
+    index = torch.searchsorted(cdf, wanted, right=True)[where]
+    return index.clamp(max=logprobs.size(-1) - 1).to(device)  # beyond it only where a model gives no numbers
+
+
+def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: the tokenizer's EOS first, then those the checkpoint declares.
+
+    Raises:
+        ModelError: neither declares one.
+    """
+    declared = model.generation_config.eos_token_id
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    found = [i for i in dict.fromkeys([tokenizer.eos_token_id, *declared]) if i is not None]
+    if not found:
+        raise ModelError("neither tokenizer nor model declares a token that ends a text; set the tokenizer's eos_token")
+    return found
+
+
+def sample(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    strategy: Strategy,
+    seed: int,
+    draw: int = 0,
+    stop_ids: Collection[int],
+    tokenizer: Any | None = None,
+    samples: Sequence[Sequence[int]] | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    batch_rows: int = 1024,
+    max_kv_gb: float | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[Rollout]]:
+    """Continue each of P prompts G times.
+
+    Args:
+        model: any causal transformers model (`rlseq.engine.decoders`); its `generation_config` is not read.
+        prompts: P prompts; equal `prompt_ids` share one prefill.
+        num_samples: G; strategies that do not draw give 1 only.
+        max_new_tokens: completions are cut after this many sampled tokens (finish_reason "length").
+        strategy: `Greedy` or `Sample` (beam search: `rlseq.engine.beam.beam`).
+        seed, draw: name the noise. `draw` is the generation round in training, the strategy's index in evaluation.
+        stop_ids: ids that end a completion; the one met is part of it.
+        tokenizer: decodes `text` and `raw_text`; without one they are empty.
+        samples: sample indices a prompt instead of 0..G-1, where a group is spread over processes.
+        prefixes: token ids that each completion of a prompt begins with, one list a prompt. They are part of the
+            completion, with log-prob 0 and `trained_mask` False; noise positions count from the first sampled token.
+        batch_rows: rows decoded together at most; bounds memory, changes no completion.
+        max_kv_gb: a budget for the KV cache in gigabytes (`rows_within`), for fewer rows together; None: none.
+        progress: called with the number of prompts finished, a batch at a time.
+
+    Returns:
+        For each prompt its G rollouts, in the order of the sample indices.
+
+    Raises:
+        ConfigError: the strategy cannot be sampled, or asks for several equal completions; the numbers of prefixes
+            and prompts differ; a prompt has no tokens; or the budget does not hold a row.
+    """
+    if not isinstance(strategy, (Greedy, Sample)):
+        raise ConfigError(f"{strategy.signature!r} is a search, not a sampler; use rlseq.engine.beam.beam")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    wanted = [list(range(num_samples))] * len(prompts) if samples is None else [list(s) for s in samples]
+    if not strategy.samples and any(len(s) > 1 for s in wanted):
+        raise ConfigError(f"{strategy.signature} gives the same completion every time; num_samples must be 1")
+
+    if prefixes is not None and len(prefixes) != len(prompts):
+        raise ConfigError(f"{len(prefixes)} prefixes were given for {len(prompts)} prompts; expected one each")
+    forced = [tuple(prefix) for prefix in prefixes] if prefixes is not None else [()] * len(prompts)
+    if not all(p.prompt_ids or f for p, f in zip(prompts, forced, strict=True)):
+        raise ConfigError("a prompt has no tokens; a completion needs one to follow")
+    if max_kv_gb is not None and prompts:
+        longest = max(len(p.prompt_ids) + len(f) for p, f in zip(prompts, forced, strict=True)) + max_new_tokens
+        batch_rows = min(batch_rows, rows_within(model, max_kv_gb, longest))
+    rollouts: list[list[Rollout]] = [[] for _ in prompts]
+    signature = strategy.signature
+    with torch.no_grad(), evaluating(model):
+        for batch in _batches(prompts, wanted, batch_rows):
+            rows = [(index, s) for index, some in batch for s in some]
+            ids, logprobs = _decode(
+                model,
+                [(*prompts[index].prompt_ids, *forced[index]) for index, _ in rows],
+                stream_keys(seed, draw, [prompts[index].key for index, _ in rows], [s for _, s in rows]),
+                max_new_tokens,
+                strategy,
+                frozenset(stop_ids),
+            )
+            ids = [[*forced[index], *sampled] for (index, _), sampled in zip(rows, ids, strict=True)]
+            logprobs = [[0.0] * len(forced[index]) + drawn for (index, _), drawn in zip(rows, logprobs, strict=True)]
+            texts = _texts(tokenizer, ids)
+            for (index, s), row_ids, row_logprobs, (text, raw) in zip(rows, ids, logprobs, texts, strict=True):
+                prompt = prompts[index]
+                chat = not isinstance(prompt.messages_or_text, str)
+                rollouts[index].append(
+                    Rollout(
+                        prompt_key=prompt.key,
+                        sample=s,
+                        completion_ids=tuple(row_ids),
+                        trained_mask=tuple(t >= len(forced[index]) for t in range(len(row_ids))),
+                        logprobs=tuple(row_logprobs),
+                        text=text,
+                        raw_text=raw,
+                        messages=({"role": "assistant", "content": text},) if chat else None,
+                        finish_reason="stop" if row_ids and row_ids[-1] in stop_ids else "length",
+                        strategy=signature,
+                    )
+                )
+            if progress is not None:
+                progress(sum(len(rollouts[index]) == len(wanted[index]) for index, _ in batch))
+    return rollouts
+
+
+def _texts(tokenizer: Any | None, ids: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
+    """Of each completion its text and its raw text, special tokens left out and in; equal ones are decoded once."""
+    if tokenizer is None:
+        return [("", "")] * len(ids)
+    distinct = list(dict.fromkeys(map(tuple, ids)))
+    both = (tokenizer.batch_decode(distinct, skip_special_tokens=skipped) for skipped in (True, False))
+    decoded = dict(zip(distinct, zip(*both, strict=True), strict=True))
+    return [decoded[tuple(row)] for row in ids]
+
+
+def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1) -> int:
+    """How many rows of N tokens a budget for the KV cache holds, at the model's width and precision.
+
+        bytes a token = layers · 2 · key-value heads · head dimension · bytes a number
+
+    An estimate from above where layers attend within a window or hold no cache.
+
+    Args:
+        model: a causal transformers model.
+        max_kv_gb: gigabytes (10⁹ bytes).
+        tokens: of the longest row, prompt and completion.
+        together: rows that must be held at once, as a beam's.
+
+    Raises:
+        ConfigError: the budget does not hold that many; the message says the least that does.
+    """
+    row_bytes = tokens * cached_numbers(model.config) * next(model.parameters()).element_size()
+    rows = int(max_kv_gb * 1e9) // max(1, row_bytes)
+    if rows < together:
+        least = math.ceil(together * row_bytes / 1e3) / 1e6
+        held = "one row" if together == 1 else f"{together} rows, which are decoded together,"
+        raise ConfigError(
+            f"--max_kv_gb is {max_kv_gb:g}, which does not hold {held} of {tokens} tokens; give at least {least:g}"
+        )
+    return rows
+
+
+def cached_numbers(config: Any) -> int:
+    """Numbers that the KV cache holds of a token: layers · 2 · key-value heads · head dimension."""
+    config = config.get_text_config()
+    differ = getattr(config, "per_layer_attributes", None)  # of Gemma 4 the head dimension
+    return sum(map(_layer_numbers, config.per_layer_config if differ else [config] * config.num_hidden_layers))
+
+
+def _layer_numbers(config: Any) -> int:
+    if not getattr(config, "num_attention_heads", None):
+        return 0  # states alone, of one size at any length
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * width
+
+
+def _batches(
+    prompts: Sequence[Prompt], wanted: list[list[int]], batch_rows: int
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Yield lists of (prompt index, samples of it): by length, so that little is padding, of at most `batch_rows` rows.
+
+    A prompt with more samples than that continues in the next batch.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prompt_ids))
+    batch: list[tuple[int, list[int]]] = []
+    rows = 0
+    for index in order:
+        for start in range(0, len(wanted[index]), batch_rows):
+            some = wanted[index][start : start + batch_rows]
+            if batch and rows + len(some) > batch_rows:
+                yield batch
+                batch, rows = [], 0
+            batch.append((index, some))
+            rows += len(some)
+    if batch:
+        yield batch
+
+
+def _decode(
+    model: torch.nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    keys: np.ndarray,
+    max_new_tokens: int,
+    strategy: Greedy | Sample,
+    stop_ids: frozenset[int],
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Decode B rows together; return their token ids and log-probs, ragged.
+
+    The batch has a slot for each distinct beginning; `slot` says which one a row is at.
+    """
+    device = next(model.parameters()).device
+    stops = np.array(sorted(stop_ids))
+    num_rows = len(prompt_ids)
+
+    # One prefill per unique prompt.
+    unique: dict[tuple[int, ...], int] = {}
+    slot = np.array([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids])  # (B,)
+    longest = max(map(len, unique)) + max_new_tokens
+    beginnings = begin(model, list(unique), most_rows=num_rows, most_tokens=longest)
+
+    all_ids = np.zeros((num_rows, max_new_tokens), np.int64)
+    all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
+    lengths = np.zeros(num_rows, np.int64)
+    rows = np.arange(num_rows)  # those that still run
+    for step in range(max_new_tokens):
+        slots, logits = torch.from_numpy(slot).to(device), beginnings.logits  # (B,), (U, V)
+        if isinstance(strategy, Sample):
+            logprobs = strategy.warp(logits)
+            token = pick(logprobs, torch.from_numpy(uniforms(keys[rows], step)), slot)
+        else:
+            logprobs = torch.log_softmax(logits, dim=-1)
+            token = logits.argmax(-1)[slots]
+        all_logprobs[torch.from_numpy(rows).to(device), step] = logprobs[slots, token]
+        drawn = token.cpu().numpy()
+        all_ids[rows, step] = drawn
+        lengths[rows] = step + 1
+        runs = ~np.isin(drawn, stops)
+        rows, slot, drawn = rows[runs], slot[runs], drawn[runs]
+        if not len(rows) or step + 1 == max_new_tokens:
+            break
+        sources, tokens, slot = _branch(slot, drawn, len(logits))
+        beginnings.advance(sources, tokens)
+
+    found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
+    ids, their_logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)
+    return list(ids), list(their_logprobs)
+
+
+def _branch(slot: np.ndarray, drawn: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    """Give each distinct beginning a slot, after rows at `slot` (B,) drew a token each.
+
+    The first of those that follow a slot stays there, the others take slots that no row continues, or new ones; so
+    little is copied. Where less than COMPACT_BELOW of the slots is needed, they are assigned again.
+
+    Returns:
+        Of each slot the one whose cache it continues, None where each continues itself; the token of each slot, 0
+        where none continues; and the slot of each row, (B,).
+    """
+    base = int(drawn.max()) + 1
+    pairs, pair = np.unique(slot * base + drawn, return_inverse=True)  # sorted by slot
+    parent, token = np.divmod(pairs, base)
+    if len(pairs) < COMPACT_BELOW * num_slots:
+        return parent, token, pair
+    stays = np.append(True, parent[1:] != parent[:-1])
+    free = np.setdiff1d(np.arange(num_slots), parent)
+    moved = np.flatnonzero(~stays)
+    new = np.arange(num_slots, num_slots + max(0, len(moved) - len(free)))
+    place = parent.copy()
+    place[moved] = np.concatenate([free, new])[: len(moved)]
+    tokens = np.zeros(num_slots + len(new), np.int64)
+    tokens[place] = token
+    if not len(moved):
+        return None, tokens, place[pair]
+    sources = np.arange(len(tokens))
+    sources[place] = parent
+    return sources, tokens, place[pair]

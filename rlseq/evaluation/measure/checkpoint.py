@@ -1,0 +1,396 @@
+"""Measuring one model: per-row statistics of how likely references are and how good what it generates is.
+
+Every number of a report, and of an evaluation during training, is an aggregate (rlseq.evaluation.aggregate) of the
+rows of statistics gathered here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from rlseq.common.ranks import raise_on_all_ranks
+from rlseq.data.rows import build_prompts, reference_ids, reference_texts
+from rlseq.engine.likelihood import TeacherForced
+from rlseq.engine.sampling import stop_ids_of
+from rlseq.engine.strategies import ExactMAP, Greedy, Sample, Strategy
+from rlseq.evaluation.measure.checks import check_answers
+from rlseq.evaluation.measure.decode import columns_of, decode, seeks_the_mode
+from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics, measure_documents
+from rlseq.evaluation.measure.loading import load_checkpoint, load_tokenizer
+from rlseq.evaluation.measure.partial import (
+    DOCUMENTS,
+    REFERENCES,
+    Parts,
+    parts_of,
+    rollouts_as_json,
+    rollouts_from_json,
+)
+from rlseq.evaluation.measure.references import (
+    agreement_rows,
+    check_agreement,
+    completion_statistics,
+    force_references,
+    generation_rows,
+    likelihood_rows,
+    near_tie_of,
+)
+from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import (
+    COMPLETION,
+    CORPUS,
+    LIKELIHOOD,
+    REWARD,
+    RowStatistics,
+    Statistic,
+    rows_as_json,
+    rows_from_json,
+)
+from rlseq.evaluation.studies.modes import add_mode_statistics
+from rlseq.evaluation.studies.study import Context
+from rlseq.evaluation.studies.table import needs_all_rows, run_studies, run_together, studied_rows
+from rlseq.scoring import RewardSuite
+from rlseq.scoring.corpus import statistics_of
+from rlseq.types import Prompt, Rollout, column_names
+
+
+@dataclass
+class _Measured:
+    """What one process measured, a place for each of its rows."""
+
+    likelihood: list[RowStatistics] = field(default_factory=list)
+    strategies: dict[str, list[RowStatistics]] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    studies: dict[str, list[RowStatistics]] = field(default_factory=dict)
+
+
+@dataclass
+class ModelStatistics:
+    """Per-row statistics of one model on R rows, and the completions they come from."""
+
+    path: str
+    likelihood: list[RowStatistics]  # empty dicts where a row has no references
+    strategies: dict[str, list[RowStatistics]]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    studies: dict[str, list[RowStatistics]] = field(default_factory=dict)  # empty dicts where a study did not run
+    documents: DocumentStatistics | None = None  # of text without prompts
+
+
+def measure_checkpoint(
+    name: str,
+    path: str,
+    rows: Sequence[Mapping[str, Any]],
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    prompt_options: Mapping[str, Any],
+    quiet: bool = False,
+    baseline: str | None = None,
+    documents: Sequence[str] = (),
+    output_dir: Path | None = None,
+    chosen: Mapping[str, Strategy] | None = None,
+    doing: str = "evaluating",
+) -> tuple[ModelStatistics, list[Prompt]]:
+    """Load a checkpoint and its tokenizer and `measure` it, with a progress bar unless `quiet`.
+
+    Args:
+        baseline: path of the model that studies compare with; None: this one.
+        documents: text without prompts.
+        output_dir: where the parts that are finished are kept, and taken up again (rlseq.evaluation.measure.partial).
+        chosen: by family of strategies the one that stands for it.
+        doing: the progress bar's label.
+
+    Returns:
+        The statistics and the rows as prompts, on every process.
+
+    Raises:
+        RlseqError: the checkpoint cannot be loaded, or a column or reward does not work; columns and rewards'
+            arguments are checked before the model is loaded.
+        ConsistencyError: greedy decoding and teacher forcing disagree, in every process.
+    """
+    state = PartialState()
+    tokenizer = load_tokenizer(name, path)
+    prompts = build_prompts(rows, tokenizer, **prompt_options)
+    suite.check_columns(column_names(prompts))
+    check_answers(settings, prompts)
+    load_options = settings.allow_missing_weights, settings.quantization, settings.dtype
+    model = load_checkpoint(name, path, *load_options)
+
+    def first() -> torch.nn.Module:
+        return model if baseline in (None, path) else load_checkpoint("the first model", baseline, *load_options)
+
+    parts = Parts()
+    if output_dir is not None:
+        checkpoints = [path, baseline or path]
+        options = {"chosen": chosen or {}, "doing": doing, "quiet": quiet}
+        parts = parts_of(name, checkpoints, prompts, documents, suite, settings, output_dir, **options)
+    studied = sum(studied_rows(name, _mine(prompts), settings) for name in settings.studies)
+    with tqdm(
+        total=len(_mine(prompts)) * (len(settings.strategies) + 1) + studied,
+        desc=f"{doing} {name}",
+        unit="row",
+        disable=quiet or not state.is_main_process,
+        leave=False,
+    ) as bar:
+        options = {"name": name, "path": path, "progress": bar.update, "baseline": first, "parts": parts}
+        options["chosen"] = chosen
+        statistics = measure(model, prompts, tokenizer, suite, settings, **options)
+    check_agreement(
+        name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts], near_tie_of(model)
+    )
+    if documents:
+
+        def coded() -> dict[str, Any]:
+            found = measure_documents(model, tokenizer, documents, settings, name=name, quiet=quiet)
+            coding, rows = dataclasses.asdict(found.coding), rows_as_json(found.rows, DOCUMENT.source)
+            return {"coding": coding, "start": found.start, "rows": rows}
+
+        found = parts.once(DOCUMENTS, coded)
+        coded_rows = rows_from_json(found["rows"], DOCUMENT.source)
+        statistics.documents = DocumentStatistics(Coding(**found["coding"]), found["start"], coded_rows)
+    return statistics, prompts
+
+
+def measure(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    *,
+    name: str = "model",
+    path: str = "",
+    progress: Callable[[int], Any] | None = None,
+    baseline: Callable[[], torch.nn.Module] | None = None,
+    parts: Parts | None = None,
+    chosen: Mapping[str, Strategy] | None = None,
+) -> ModelStatistics:
+    """Measure a model on R rows: likelihood of the references, and each strategy's completions under the rewards.
+
+    Under several processes each takes every n-th row and decodes by itself (the model must be whole on each), and
+    all of them get the statistics of all rows.
+
+    Args:
+        model: a causal model on this process's device; its train or eval mode is left as it was.
+        prompts: the R rows; `references` among their columns give the likelihood part.
+        tokenizer: the model's.
+        suite: the rewards.
+        settings: strategies, samples a row, length, seed.
+        name, path: what the records of the samples and the result call the model.
+        progress: called with the number of rows done: all of this process's once for the likelihood, and once a
+            strategy and study.
+        baseline: loads the model that studies compare with; None: this one.
+        parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
+        chosen: by family of strategies, all of those in the settings, the one that stands for it.
+
+    Raises:
+        Exception: a reward failed, or anything else; what one process raises, all raise.
+    """
+    mine = _mine(prompts)
+    baseline, progress, parts = baseline or (lambda: model), progress or (lambda rows: None), parts or Parts()
+    with raise_on_all_ranks():
+        exact_rows = sum(i < (settings.exact_map_rows or len(prompts)) for i in mine)
+        rows = [prompts[i] for i in mine]
+        options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts}
+        options["chosen"] = chosen or {}
+        found = _measure_rows(model, rows, mine, tokenizer, suite, settings, exact_rows=exact_rows, **options)
+    gathered = gather_object([(mine, found)])
+    strategies = [strategy.signature for strategy in settings.parsed()]
+    whole = ModelStatistics(path, [{}] * len(prompts), {s: [{}] * len(prompts) for s in strategies})
+    whole.studies = {name: [{}] * len(prompts) for name in settings.studies}
+    for places, part in gathered:
+        for local_row, i in enumerate(places):
+            whole.likelihood[i] = part.likelihood[local_row]
+            for by_name, found_by_name in ((whole.strategies, part.strategies), (whole.studies, part.studies)):
+                for key, statistics in found_by_name.items():
+                    by_name[key][i] = statistics[local_row] if local_row < len(statistics) else {}
+        whole.samples += part.samples
+    order = {prompt.key: i for i, prompt in enumerate(prompts)}
+    places_of = {signature: i for i, signature in enumerate(strategies)}
+    whole.samples.sort(key=lambda r: (places_of[r["strategy"]], order[r["key"]], r["sample"]))
+    if any(map(needs_all_rows, settings.studies)):
+        stops = stop_ids_of(model, tokenizer)
+        context = Context(
+            model=model,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            references=[reference_ids(prompt, tokenizer, stops) for prompt in prompts],
+            suite=suite,
+            completions={},
+            values={},
+            settings=settings,
+            stop_ids=stops,
+            baseline=baseline,
+        )
+        for study, statistics in run_together(context, parts).items():
+            whole.studies[study][: len(statistics)] = statistics
+            progress(studied_rows(study, mine, settings))
+    return whole
+
+
+def _mine(prompts: Sequence[Prompt]) -> list[int]:
+    """The rows that this process measures."""
+    state = PartialState()
+    return list(range(state.process_index, len(prompts), state.num_processes))
+
+
+def _measure_rows(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    places: Sequence[int],
+    tokenizer: Any,
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    *,
+    name: str,
+    exact_rows: int,
+    progress: Callable[[int], Any],
+    baseline: Callable[[], torch.nn.Module],
+    parts: Parts,
+    chosen: Mapping[str, Strategy],
+) -> _Measured:
+    """Measure this process's rows, which have these places in the data, and record every completion."""
+    stops = stop_ids_of(model, tokenizer)
+    texts = [reference_texts(prompt, tokenizer, stops) for prompt in prompts]
+    references = [list(found) for found in texts]
+    strategies = {strategy.signature: chosen.get(strategy.signature, strategy) for strategy in settings.parsed()}
+
+    @functools.cache  # a part that was found asks for none
+    def forced() -> list[list[TeacherForced]]:
+        return force_references(model, prompts, references, strategies.values())
+
+    def generated(index: int, signature: str, strategy: Strategy) -> dict[str, Any]:
+        groups, proven = decode(
+            model,
+            prompts,
+            strategy=strategy,
+            suite=suite,
+            num_samples=settings.samples_per_row,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed,
+            draw=index,
+            stop_ids=stops,
+            tokenizer=tokenizer,
+            batch_rows=settings.batch_rows,
+            max_kv_gb=settings.max_kv_gb,
+            exact_rows=exact_rows,
+            progress=progress,
+        )
+        statistics, records, values = _quality_rows(name, signature, prompts, groups, references, suite)
+        more: Sequence[RowStatistics] = []
+        if isinstance(strategy, Sample):
+            more = generation_rows(strategy, forced(), strategies.values(), settings.max_new_tokens)
+        elif isinstance(strategy, Greedy):
+            more = agreement_rows(groups, references, forced(), near_tie_of(model))
+        for mine, found in zip(statistics, more, strict=False):
+            mine |= found
+        completions = rollouts_as_json(groups)
+        return {
+            "completions": completions,
+            "proven": proven,
+            "statistics": rows_as_json(statistics, COMPLETION.source),
+            "records": records,
+            "values": values,
+        }
+
+    def likelihood() -> list[dict[str, Any]]:
+        rows = likelihood_rows([list(found.values()) for found in texts], forced())
+        return rows_as_json(rows, LIKELIHOOD.source)
+
+    measured = _Measured(rows_from_json(parts.once(REFERENCES, likelihood), LIKELIHOOD.source))
+    progress(len(prompts))
+    completions: dict[str, Sequence[Sequence[Rollout]]] = {}
+    values: dict[str, Mapping[str, Sequence[float | None]]] = {}
+    proofs: dict[str, list[bool]] = {}
+    for index, (signature, strategy) in enumerate(strategies.items()):
+        if signature in parts.found:
+            progress(len(prompts))
+        part = parts.once(signature, functools.partial(generated, index, signature, strategy))
+        completions[signature], values[signature] = rollouts_from_json(part["completions"]), part["values"]
+        measured.strategies[signature] = rows_from_json(part["statistics"], COMPLETION.source)
+        measured.samples += part["records"]
+        if isinstance(strategy, ExactMAP):
+            proofs[signature] = part["proven"]
+    searches = [signature for signature, strategy in strategies.items() if seeks_the_mode(strategy)]
+    for signature, proven in proofs.items():
+        found = {search: completions[search] for search in searches}
+        add_mode_statistics(measured.strategies[signature], signature, found, proven, stops)
+    context = Context(
+        model=model,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        references=references,
+        suite=suite,
+        completions=completions,
+        values=values,
+        settings=settings,
+        stop_ids=stops,
+        baseline=baseline,
+        progress=progress,
+    )
+    measured.studies = run_studies(context, places, parts)
+    return measured
+
+
+def _quality_rows(
+    name: str,
+    signature: str,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Rollout]],
+    references: Sequence[Sequence[tuple[int, ...]]],
+    suite: RewardSuite,
+) -> tuple[list[RowStatistics], list[dict[str, Any]], Mapping[str, Sequence[float | None]]]:
+    """The rows' statistics, a record a completion, and each reward's value a completion."""
+    flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
+    table = suite.score([rollout for _, rollout in flat], columns_of(prompts, [row for row, _ in flat]))
+    statistics: list[RowStatistics] = [{} for _ in prompts]
+    records = []
+
+    def add(row: int, key: Statistic, value: float) -> None:
+        statistics[row][key] = statistics[row].get(key, 0.0) + value
+
+    for (row, rollout), scored in zip(flat, table.scored, strict=True):
+        add(row, COMPLETION("samples"), 1)
+        add(row, COMPLETION("length"), len(rollout.completion_ids))
+        add(row, COMPLETION("truncated"), float(rollout.finish_reason == "length"))
+        add(row, COMPLETION("logprob"), rollout.logprob)
+        if references[row]:
+            add(row, COMPLETION("exact_match"), float(rollout.completion_ids in references[row]))
+            add(row, COMPLETION("with_references"), 1)
+        for key, value in completion_statistics(rollout.completion_ids, references[row]).items():
+            add(row, key, value)
+        for reward in suite.names:
+            value = scored.values[reward]
+            add(row, REWARD("sum", reward), value or 0.0)
+            add(row, REWARD("count", reward), float(value is not None))
+            add(row, REWARD("failed", reward), float(scored.status[reward] not in ("ok", "abstained")))
+        for given, metric in suite.corpus.items():
+            found = statistics_of(given, metric, scored.details[metric.reward])
+            add(row, CORPUS("count", given), float(found is not None))
+            for key, value in zip(metric.statistics, found or (), strict=found is not None):
+                add(row, CORPUS("sum", given, key), value)
+        records.append(
+            {
+                "model": name,
+                "strategy": signature,
+                "key": prompts[row].key,
+                "prompt": prompts[row].messages_or_text,
+                "references": list(prompts[row].columns.get("references", ())),
+                "sample": rollout.sample,
+                "completion": rollout.text,
+                "values": dict(scored.values),
+                "total": scored.total,
+                "logprob": rollout.logprob,
+                "length": len(rollout.completion_ids),
+                "finish_reason": rollout.finish_reason,
+            }
+        )
+    return statistics, records, table.values

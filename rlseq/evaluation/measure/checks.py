@@ -1,0 +1,87 @@
+"""Whether checkpoints can read the data, by the doctor's checks that run no model: before any of them is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.data.rows import build_prompts
+from rlseq.doctor.finding import FAILED, WARNING
+from rlseq.doctor.preflight import load_configs, preflight
+from rlseq.engine.exact_map import refuse_states
+from rlseq.engine.model_class import causal_class
+from rlseq.engine.strategies import ExactMAP
+from rlseq.errors import ConfigError, ModelError
+from rlseq.evaluation.measure.loading import load_tokenizer
+from rlseq.evaluation.metrics import BUILT_IN
+from rlseq.evaluation.primary import Primary
+from rlseq.evaluation.settings import ContrastSettings
+from rlseq.scoring import RewardSuite
+from rlseq.scoring.check.smoke_test import try_rewards
+from rlseq.types import Prompt
+
+# What an evaluation cannot do without; the others are of training.
+CHECKS = {"padding", "stop tokens", "BOS", "context", "vocabulary"}
+
+
+def check_models(
+    models: Mapping[str, str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    prompt_options: Mapping[str, Any],
+    settings: ContrastSettings,
+    suite: RewardSuite,
+    choice_rows: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
+    """Refuse rows that cannot be evaluated, and a checkpoint that cannot: it lacks tokens or room, or never ends.
+
+    Returns:
+        Warnings about the references, as checkpoints' tokenizers make them.
+
+    Raises:
+        RewardError: a reward fails on a row that has something, or nothing, in a column.
+        DataError: a row makes no prompt, or holds an image.
+        ConfigError: the primary comparison is of answers that the rows do not have.
+        ModelError: says which checkpoint, what was found and what to do.
+    """
+    warnings: list[str] = []
+    searched = any(isinstance(strategy, ExactMAP) for strategy in settings.parsed())
+    for number, (name, path) in enumerate(models.items()):
+        tokenizer = load_tokenizer(name, str(path))
+        prompts = build_prompts(rows, tokenizer, **prompt_options)
+        check_answers(settings, prompts)
+        if number == 0:  # of another checkpoint the prompts differ in their ids alone
+            try_rewards(suite, prompts)
+            if choice_rows:
+                try_rewards(suite, build_prompts(choice_rows, tokenizer, **prompt_options))
+        try:
+            model_config, generation_config = load_configs(str(path))
+            causal_class(model_config)  # refuses some
+        except ModelError as error:
+            raise ModelError(f"cannot load model {name!r} from {str(path)!r}: {error}") from error
+        options = {"generation_config": generation_config, "max_new_tokens": settings.max_new_tokens}
+        findings = preflight(model_config, tokenizer, prompts, **options)
+        failed = [f for f in findings if f.status == FAILED and f.check in CHECKS]
+        if failed:
+            said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]
+            raise ModelError("\n  ".join([*said, *(f.sentence for f in failed)]))
+        found = [f.sentence for f in findings if f.check == "references" and f.status in (WARNING, FAILED)]
+        warnings += [f"model {name!r}: {sentence}" for sentence in found]
+        if searched:
+            refuse_states(model_config)
+    return warnings
+
+
+def check_answers(settings: ContrastSettings, prompts: Sequence[Prompt]) -> None:
+    """Refuse a primary comparison by a metric of references where no prompt has one.
+
+    Raises:
+        ConfigError: names the metric.
+    """
+    primary = Primary.of(settings)
+    metric = BUILT_IN.get(primary.metric) if primary else None
+    if metric and metric.needs_references and not any(prompt.columns["references"] for prompt in prompts):
+        raise ConfigError(
+            f"--primary is {settings.primary!r}, but the data has no references to match. Name their column "
+            "(--reference_column), or another metric."
+        )

@@ -1,0 +1,378 @@
+"""The contrast: how likely a model finds the references, and how good what it generates is, on the same rows.
+
+Rows of statistics first, then aggregates, then intervals: every number of the report is an aggregate of the
+per-row statistics gathered here, so that a bootstrap only resamples rows (a row with all its samples).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from rlseq.common.escapes import visible
+from rlseq.common.ranks import raise_on_all_ranks
+from rlseq.data.rows import columns_of_rows, fingerprint
+from rlseq.errors import ConfigError, DataError
+from rlseq.evaluation.aggregate import (
+    comparisons,
+    model_results,
+    quality_metrics,
+)
+from rlseq.evaluation.folder import claimed
+from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
+from rlseq.evaluation.measure.checks import check_models
+from rlseq.evaluation.measure.decode import ANSWERS, check_choosers, oracles, prompt_columns
+from rlseq.evaluation.measure.documents import check_documents, check_windows, load_documents
+from rlseq.evaluation.measure.partial import forget_unfinished, how_to_go_on, versions
+from rlseq.evaluation.measure.references import solution_note
+from rlseq.evaluation.methods import method_comparisons, method_results
+from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
+from rlseq.evaluation.primary import check_primary, primary_comparison, refuse_oracle_claims, with_primary_name
+from rlseq.evaluation.report import tables
+from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.statistics import LIKELIHOOD
+from rlseq.evaluation.stats.seeds import methods, seed_notes
+from rlseq.evaluation.studies.compression import document_results, lossy_notes
+from rlseq.evaluation.studies.table import check_studies, study_results
+from rlseq.evaluation.tune_decoding import check_choices, choice_notes, choice_signature, choose, chosen_for, families
+from rlseq.scoring import RewardSuite
+from rlseq.types import Prompt
+
+
+def contrast(
+    models: Mapping[str, str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    suite: RewardSuite,
+    *,
+    settings: ContrastSettings | None = None,
+    prompt_options: Mapping[str, Any] | None = None,
+    output_dir: str | Path | None = None,
+    quiet: bool = False,
+    data_name: str = "",
+    choice_rows: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Evaluate named checkpoints on the same rows and compare each with the first.
+
+    Args:
+        models: name -> path or hub id. The first is `a` in every comparison. `rl#1`, `rl#2` are two training seeds of
+            the method `rl` (rlseq.evaluation.stats.seeds).
+        rows: the data set's rows, as `rlseq.data.rows.load_rows` gives them.
+        suite: the rewards that measure quality.
+        settings: strategies, samples, seed.
+        prompt_options: how rows become prompts, as `rlseq.data.rows.build_prompts` takes them.
+        output_dir: results.json, per_example.jsonl and samples.jsonl are written there. What is finished of an
+            evaluation that gets killed is kept there, and taken up by the next with equal weights, data and settings.
+        quiet: no progress bars.
+        data_name: what the results call the data.
+        choice_rows: rows of the same columns, none of them evaluated, on which strategies with alternatives are chosen
+            (rlseq.evaluation.tune_decoding).
+
+    Returns:
+        The results, in the shape of results.json. Under several processes each row is computed once and the
+        first process has the result; the others get an empty dict.
+
+    Raises:
+        RlseqError: a setting, model, column or reward that does not work; strategies, the primary comparison
+            and columns are checked before any model is loaded.
+    """
+    settings, prompt_options = settings or ContrastSettings(), prompt_options or {}
+    options = {"quiet": quiet, "data_name": data_name, "choice_rows": choice_rows}
+    with contextlib.ExitStack() as held:
+        results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **options)
+        if results and output_dir is not None:
+            forget_unfinished(Path(output_dir))
+    return results
+
+
+@raise_on_all_ranks(exchange=False)  # called as a library too, where no recipe does it
+def _contrast(
+    models: Mapping[str, str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    prompt_options: Mapping[str, Any],
+    output_dir: str | Path | None,
+    held: contextlib.ExitStack,
+    quiet: bool = False,
+    data_name: str = "",
+    choice_rows: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`contrast`, after which what it finished is still kept, and the folder claimed until `held` is closed.
+
+    `notes` stand before its own.
+    """
+    if not models:
+        raise ConfigError("no models were named; give at least one as NAME=PATH")
+    if not rows:
+        raise DataError("the data set is empty")
+    methods(models)
+    settings = with_primary_name(settings, suite)
+    check_settings(settings, suite, rows, prompt_options)
+    chosen_by = oracles(
+        settings.parsed(), suite, {*columns_of_rows(rows), "references"}, prompt_columns(prompt_options)
+    )
+    check_windows(settings, models)
+    warnings = check_models(models, rows, prompt_options, settings, suite, choice_rows)
+    documents = load_documents(settings)
+    state = PartialState()
+    if state.is_main_process and not quiet:
+        for warning in warnings:
+            print(visible(f"rlseq: warning: {warning}"), flush=True)
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        held.enter_context(claimed(folder))
+        if state.is_main_process and not quiet:
+            say_replaced(folder)
+    chosen, chosen_on = {}, []
+    if families(settings):
+        options = {"quiet": quiet, "output_dir": folder}
+        chosen, chosen_on = choose(models, choice_rows, rows, suite, settings, prompt_options, **options)
+    found: dict[str, ModelStatistics] = {}
+    for name, path in models.items():
+        found[name], data = measure_checkpoint(
+            name,
+            str(path),
+            rows,
+            suite,
+            settings,
+            prompt_options,
+            quiet,
+            baseline=str(next(iter(models.values()))),
+            documents=documents,
+            output_dir=folder,
+            chosen=chosen_for(name, chosen),
+        )
+    if not state.is_main_process:
+        return {}
+    results = assemble(
+        found,
+        data,
+        suite,
+        settings,
+        signature=_signature(settings, suite, data, prompt_options) | choice_signature(chosen_on),
+        chosen_by=chosen_by,
+        chosen=chosen,
+        documents=documents,
+        data_name=data_name,
+    )
+    results["notes"][:0] = notes
+    if folder is not None:
+        write_results(results, found, folder, rows_of=data)
+    return results
+
+
+def assemble(
+    found: Mapping[str, ModelStatistics],
+    prompts: Sequence[Prompt],
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    *,
+    signature: Mapping[str, Any],
+    chosen_by: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, Any],
+    documents: Sequence[str],
+    data_name: str,
+) -> dict[str, Any]:
+    """The results, in the shape of results.json, from the row statistics of named checkpoints on the same R rows.
+
+    Args:
+        found: by checkpoint its statistics; `rl#1`, `rl#2` are seeds of one method.
+        prompts: the R rows.
+        chosen_by: of each strategy that is an oracle the columns that it reads.
+        chosen: what was chosen of strategies with alternatives, as `rlseq.evaluation.tune_decoding.choose` gives it.
+        documents: text without prompts, as `rlseq.evaluation.measure.documents.load_documents` gives it.
+        data_name: what the results call the data.
+    """
+    with_references = any(any(statistics.likelihood) for statistics in found.values())
+    metrics = quality_metrics(suite, with_references=with_references)
+    results = {
+        "schema": SCHEMA,
+        "signature": signature,
+        "reward_funcs": [spec_on_file(spec) for spec in suite.specs],
+        "data_name": data_name,
+        "rows": len(prompts),
+        "models": model_results(found, metrics, settings),
+        "methods": method_results(found, metrics, settings),
+        "comparisons": [
+            *method_comparisons(found, metrics, settings),
+            *comparisons(found, metrics, settings),
+        ],
+        "metrics": {name: metric.as_json() for name, metric in {**metrics, **LIKELIHOOD_METRICS}.items()},
+        "studies": study_results({name: statistics.studies for name, statistics in found.items()}, settings),
+        "primary": primary_comparison(settings, list(methods(found))),
+        "oracles": chosen_by,
+        "notes": seed_notes(found),
+    }
+    if not with_references:
+        results["notes"].append("The data has no references: the likelihood part is skipped.")
+    else:
+        scored = next(iter(found.values())).likelihood
+        counts = LIKELIHOOD("tokens"), LIKELIHOOD("references")
+        tokens, references = (sum(row.get(count, 0.0) for row in scored) for count in counts)
+        texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
+        results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
+    results["notes"] += _partial_notes(results)
+    if chosen:
+        results["chosen"] = chosen
+        results["notes"] += choice_notes(chosen)
+    for strategy, columns in chosen_by.items():
+        for model in results["models"].values():
+            model["strategies"][strategy]["oracle"] = True
+        results["notes"].append(
+            f"{strategy} is an oracle: it chooses among samples by a reward that reads {', '.join(columns)}. Its "
+            "numbers say what a perfect judge could gain from the samples; they are no way to decode."
+        )
+    coded = {name: statistics.documents for name, statistics in found.items() if statistics.documents is not None}
+    if coded:
+        results["documents"] = document_results(coded, documents, settings)
+        results["notes"] += lossy_notes(results["documents"])
+    return finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
+
+
+def _partial_notes(results: Mapping[str, Any]) -> list[str]:
+    """A sentence for each corpus metric that is not of all completions."""
+    return [
+        f"{results['metrics'][name]['label']} of {model} under {strategy} is of {cell['completions']:,} of "
+        f"{cell['of']:,} completions: the reward gave no details for it on the others."
+        for model, entry in (results["models"] | results["methods"]).items()
+        for strategy, block in entry["strategies"].items()
+        for name, cell in block.items()
+        if "completions" in (cell if tables.is_cell(cell) else {}) and results["metrics"][name]["kind"] == "corpus"
+    ]
+
+
+def contrast_and_report(
+    models: Mapping[str, str | Path],
+    rows: Sequence[Mapping[str, Any]],
+    suite: RewardSuite,
+    *,
+    settings: ContrastSettings,
+    prompt_options: Mapping[str, Any],
+    output_dir: Path,
+    title: str = "",
+    metrics_file: Path | None = None,
+    data_name: str = "",
+    choice_rows: Sequence[Mapping[str, Any]] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`contrast`, then report.html, report.md and plots/ beside its results, and a short table on the terminal.
+
+    `metrics_file` is a training run's metrics.jsonl, whose curves the report shows. The title is by default the names
+    of the methods and of the data. `notes` are sentences that the results and the report are to hold.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            given = {"data_name": data_name, "choice_rows": choice_rows, "notes": notes}
+            results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **given)
+            if results:
+                curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
+                report_on(results, output_dir, title=title, metrics=curves)
+        except KeyboardInterrupt:
+            if PartialState().is_main_process:
+                print(how_to_go_on(output_dir), file=sys.stderr, flush=True)
+            raise
+        if results:
+            forget_unfinished(output_dir)
+    return results
+
+
+def report_on(
+    results: Mapping[str, Any],
+    output_dir: Path,
+    *,
+    title: str = "",
+    metrics: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Write the report of what is in a folder, and print its summary."""
+    from rlseq.evaluation.report.write import print_summary, write_report
+
+    samples, per_example = (read_jsonl(output_dir / name) for name in ("samples.jsonl", "per_example.jsonl"))
+    if not title:
+        title = " against ".join(methods(results["models"]))
+        title += f" on {results['data_name']}" if results["data_name"] else ""
+    report = write_report(results, samples, output_dir, per_example=per_example, metrics=metrics, title=title)
+    print_summary(results)
+    print(visible(f"report: {report}"), flush=True)
+
+
+def check_settings(
+    settings: ContrastSettings,
+    suite: RewardSuite,
+    rows: Sequence[Mapping[str, Any]] = (),
+    prompt_options: Mapping[str, Any] | None = None,
+) -> None:
+    """Check, before a model is loaded, that the strategies can be read and the primary comparison will be measured.
+
+    Args:
+        rows: those to evaluate, whose columns tell which strategies are oracles; without them, columns that hold
+            answers wherever met do.
+        prompt_options: how they become prompts.
+
+    Raises:
+        ConfigError: a strategy that cannot be read, is named twice or chooses by what is no reward here; a primary
+            comparison of an unknown metric (the message names the nearest), of a strategy that is not among the
+            strategies, or of an oracle.
+    """
+    measured = [strategy.signature for strategy in settings.parsed()]
+    if len(set(measured)) < len(measured):
+        raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
+    check_choosers(settings.parsed(), suite)
+    sizes = {"eval_batch_size": settings.batch_rows}
+    sizes |= {name: getattr(settings, name) for name in ("samples_per_row", "max_new_tokens", "resamples")}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"--{name} is {size}; expected at least 1")
+    if settings.max_kv_gb is not None and not settings.max_kv_gb > 0:
+        raise ConfigError(f"--max_kv_gb is {settings.max_kv_gb:g}; expected a number above 0")
+    if settings.exact_map_rows is not None and settings.exact_map_rows < 1:
+        raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
+    check_studies(settings, suite)
+    check_documents(settings)
+    settings = with_primary_name(settings, suite)
+    check_primary(settings, measured)
+    knowing = oracles(settings.parsed(), suite, ANSWERS)
+    if rows:
+        columns = {*columns_of_rows(rows), "references"}
+        knowing |= oracles(settings.parsed(), suite, columns, prompt_columns(prompt_options or {}))
+    refuse_oracle_claims(settings, knowing)
+    check_choices(settings, suite)
+
+
+def _signature(
+    settings: ContrastSettings,
+    suite: RewardSuite,
+    prompts: Sequence[Prompt],
+    prompt_options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a number depends on: equal signatures and equal weights give equal results."""
+    shown = settings.decisive()
+    if settings.likelihood_dataset is None:
+        shown = {name: value for name, value in shown.items() if not name.startswith("likelihood_")}
+    return {
+        "versions": versions(),
+        "settings": {
+            **shown,
+            "prompt": dict(prompt_options),
+        },
+        "seed": settings.seed,
+        "rewards": suite.signature(),
+        "data": {"rows": len(prompts), "fingerprint": fingerprint(prompts)},
+    }
+
+
+__all__ = [
+    "ContrastSettings",
+    "Metric",
+    "check_settings",
+    "contrast",
+    "contrast_and_report",
+    "read_jsonl",
+    "write_results",
+]

@@ -1,0 +1,285 @@
+"""Own prefixes against gold prefixes: how sure a model is after each, and what becomes of completions begun by each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlseq.engine.likelihood import score
+from rlseq.engine.sampling import sample
+from rlseq.engine.strategies import Sample
+from rlseq.errors import ConfigError
+from rlseq.evaluation.measure.decode import columns_of
+from rlseq.evaluation.names import Names
+from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic
+from rlseq.evaluation.stats.bootstrap import RatioOfSums, SumOfRatios
+from rlseq.evaluation.studies.prefixes_report import ALONE, BEYOND, EXACT, GAP, GOLD, OWN, prefixes_section
+from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summarise
+from rlseq.scoring import RewardSuite
+from rlseq.types import Rollout
+
+_DRAW = 1300  # the noise of own samples; the continuations have the next
+_POSITIONS = 64  # of the curves of entropy
+_PREFIXES = Source("prefixes")
+_NO_REFERENCE = _PREFIXES("no_reference")
+_SPLICED, _REFERENCE = "spliced", "reference"  # the control's two sides
+
+
+class Prefixes:
+    """Entropy of the next token by position, and quality by the length of a forced prefix, gold or the model's own.
+
+    He et al. 2021, "Exposure Bias versus Self-Recovery", compare continuations of prefixes from data and from the
+    model. Here sample i of a row pairs its reference i mod n with own sample i, and each prefix length k continues the
+    first k tokens of both by ancestral sampling, with the same noise: where the two are equal, so are the completions.
+    A pair counts where both have more than k tokens, stop excluded.
+
+    A control tells what the prefix alone costs: its first k own tokens and then the rest of a reference (one that
+    begins so, or else the pair's), against the pair's reference. What the gap has beyond that is harm to the
+    continuation (below 0) or recovery (above 0).
+    """
+
+    name = "prefixes"
+    costly = True
+
+    def check(self, settings: Any, suite: RewardSuite) -> None:
+        """Refuse lengths that are no prefixes, and lengths named twice."""
+        lengths = settings.prefix_lengths
+        shown = " ".join(map(str, lengths))
+        if not lengths or any(length < 1 for length in lengths):
+            raise ConfigError(f"--prefix_lengths is {shown or 'empty'}; expected whole numbers of tokens from 1")
+        if len(set(lengths)) < len(lengths):
+            raise ConfigError(f"--prefix_lengths names a length twice: {shown}")
+
+    def measure(self, context: Context) -> list[RowStatistics]:
+        """entropy(S): by position, the mean over the row's sequences that reach it, of side S gold or own (nats);
+        for each length k sums over pairs, pairs(k), right(k) and, of side S and metric M, sum(k, S, M), count(k, S, M).
+        """
+        statistics: list[RowStatistics] = [{} if refs else {_NO_REFERENCE: 1.0} for refs in context.references]
+        rows = [row for row, references in enumerate(context.references) if references]
+        if rows:
+            settings = context.settings
+            groups = sample(
+                context.model,
+                [context.prompts[row] for row in rows],
+                num_samples=settings.samples_per_row,
+                max_new_tokens=settings.max_new_tokens,
+                strategy=Sample(),
+                seed=settings.seed,
+                draw=_DRAW,
+                stop_ids=context.stop_ids,
+                tokenizer=context.tokenizer,
+                batch_rows=settings.batch_rows * settings.samples_per_row,
+                max_kv_gb=settings.max_kv_gb,
+            )
+            own = dict(zip(rows, ([r.completion_ids for r in group] for group in groups), strict=True))
+            _add_entropies(statistics, context, own)
+            for length in settings.prefix_lengths:
+                _add_continuations(statistics, context, own, length)
+        context.progress(len(context.prompts))
+        return statistics
+
+    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+        """{"models": {model: {"entropy": {side: {position: cell}}, "continued": {k: {"rows", "pairs", "right": cell,
+        "metrics": {metric: {side: cell}}}}}}, "comparisons": [...], "rows", "rows_without_references"}.
+
+        Sides of entropy are gold, own and difference (own − gold, on the rows that have both); those of metrics gold,
+        own, difference, and of rewards prefix_alone and beyond too. Comparisons are of the metrics between models.
+        """
+        without = sum(_NO_REFERENCE in row for row in next(iter(found.values())))
+        found = {model: [row for row in rows if _PREFIXES("entropy", GOLD) in row] for model, rows in found.items()}
+        block: dict[str, Any] = {"rows": len(next(iter(found.values()))), "rows_without_references": without}
+        if not block["rows"]:
+            return block
+        block["models"] = {model: {"entropy": {}, "continued": {}} for model in found}
+        _entropy_results(block, found, settings)
+        _continued_results(block, found, settings)
+        return block
+
+    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+        """Entropy by position; quality by the length of the prefix, a table and a figure a metric."""
+        return prefixes_section(block, results)
+
+
+class _Entropy:
+    """In the place of log-probs, the entropy of each distribution: `score` then gives entropies by position."""
+
+    def warp(self, logits: torch.Tensor) -> torch.Tensor:
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1, keepdim=True)
+        return entropy.expand_as(logits)  # the same whatever token follows
+
+
+def _add_entropies(
+    statistics: list[RowStatistics], context: Context, own: Mapping[int, Sequence[tuple[int, ...]]]
+) -> None:
+    sequences = [(row, GOLD, ids) for row in own for ids in context.references[row]]
+    sequences += [(row, OWN, ids) for row, group in own.items() for ids in group]
+    prompts = [context.prompts[row].prompt_ids for row, _, _ in sequences]
+    entropies = score(context.model, prompts, [ids for *_, ids in sequences], strategy=_Entropy())
+    by_place: dict[tuple[int, str], list[list[float]]] = {}
+    for (row, side, _), values in zip(sequences, entropies, strict=True):
+        by_place.setdefault((row, side), []).append(values[:_POSITIONS].tolist())
+    for (row, side), found in by_place.items():
+        columns = [[v[t] for v in found if t < len(v)] for t in range(max(map(len, found)))]
+        statistics[row][_PREFIXES("entropy", side)] = [sum(column) / len(column) for column in columns]
+
+
+def _add_continuations(
+    statistics: list[RowStatistics], context: Context, own: Mapping[int, Sequence[tuple[int, ...]]], length: int
+) -> None:
+    """Continue the first `length` tokens of each pair's reference and own sample, and add what the rewards say."""
+    pairs = [
+        (row, i, context.references[row][i % len(context.references[row])], ids)
+        for row, group in own.items()
+        for i, ids in enumerate(group)
+    ]
+    pairs = [pair for pair in pairs if all(_content(ids, context) > length for ids in pair[2:])]
+    if not pairs:
+        return
+    settings, places = context.settings, [row for row, *_ in pairs]
+    prompts = [context.prompts[row] for row in places]
+    sides: dict[str, list[Rollout]] = {}
+    for side, which in ((GOLD, 2), (OWN, 3)):
+        groups = sample(
+            context.model,
+            prompts,
+            num_samples=1,
+            samples=[[i] for _, i, *_ in pairs],
+            prefixes=[pair[which][:length] for pair in pairs],
+            max_new_tokens=settings.max_new_tokens - length,
+            strategy=Sample(),
+            seed=settings.seed,
+            draw=_DRAW + 1,  # not the noise that made the own prefix: the rest would depend on it twice
+            stop_ids=context.stop_ids,
+            tokenizer=context.tokenizer,
+            batch_rows=settings.batch_rows * settings.samples_per_row,
+            max_kv_gb=settings.max_kv_gb,
+        )
+        sides[side] = [rollout for (rollout,) in groups]
+    begun = [
+        [r for r in (reference, *context.references[row]) if r[:length] == ids[:length]]
+        for row, _, reference, ids in pairs
+    ]
+    spliced = [
+        (*ids[:length], *(right or [reference])[0][length:])
+        for (_, _, reference, ids), right in zip(pairs, begun, strict=True)
+    ]
+    sides[_SPLICED] = _given(sides[OWN], spliced, context.tokenizer)
+    sides[_REFERENCE] = _given(sides[OWN], [reference for _, _, reference, _ in pairs], context.tokenizer)
+
+    names = Names.of(context.suite).rewards
+
+    def add(row: int, key: Statistic, value: float) -> None:
+        statistics[row][key] = statistics[row].get(key, 0.0) + value
+
+    for row, right in zip(places, begun, strict=True):
+        add(row, _PREFIXES("pairs", length), 1.0)
+        add(row, _PREFIXES("right", length), float(bool(right)))
+    for side, rollouts in sides.items():
+        values = context.suite.score(rollouts, columns_of(context.prompts, places)).values
+        named = {names[reward]: column for reward, column in values.items()}
+        if side in (GOLD, OWN):
+            named[EXACT] = [
+                float(r.completion_ids in context.references[place]) for place, r in zip(places, rollouts, strict=True)
+            ]
+        for metric, column in named.items():
+            for row, value in zip(places, column, strict=True):
+                add(row, _PREFIXES("sum", length, side, metric), value or 0.0)
+                add(row, _PREFIXES("count", length, side, metric), float(value is not None))
+
+
+def _content(ids: Sequence[int], context: Context) -> int:
+    """Tokens of a completion, stop excluded."""
+    return len(ids) - (ids[-1] in context.stop_ids)
+
+
+def _given(like: Sequence[Rollout], completions: Sequence[tuple[int, ...]], tokenizer: Any) -> list[Rollout]:
+    """Completions that nobody drew as rollouts of the same prompts and samples."""
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    raws = tokenizer.batch_decode(completions, skip_special_tokens=False)
+    return [
+        dataclasses.replace(
+            rollout,
+            completion_ids=ids,
+            trained_mask=(False,) * len(ids),
+            logprobs=(0.0,) * len(ids),
+            text=text,
+            raw_text=raw,
+            messages=None if rollout.messages is None else ({"role": "assistant", "content": text},),
+            finish_reason="stop",
+        )
+        for rollout, ids, text, raw in zip(like, completions, texts, raws, strict=True)
+    ]
+
+
+def _entropy_results(block: dict[str, Any], found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> None:
+    by_position: dict[str, list[RowStatistics]] = {}
+    counts: dict[str, dict[tuple[str, int], int]] = {}
+    for model, rows in found.items():
+        by_position[model], counts[model] = [], {}
+        for row in rows:
+            sides = {side: row.get(_PREFIXES("entropy", side), []) for side in (GOLD, OWN)}
+            sides[GAP] = [own - gold for gold, own in zip(sides[GOLD], sides[OWN], strict=False)]
+            flat = {(side, t): value for side, values in sides.items() for t, value in enumerate(values)}
+            row = {_PREFIXES("entropy", *place): value for place, value in flat.items()}
+            by_position[model].append(row | {_PREFIXES("rows", *place): 1.0 for place in flat})
+            for place in flat:
+                counts[model][place] = counts[model].get(place, 0) + 1
+    places = sorted({place for model in counts.values() for place in model})
+    metrics = {
+        place: StudyMetric(Pair(_PREFIXES("entropy", *place), _PREFIXES("rows", *place)), RatioOfSums())
+        for place in places
+    }
+    for model, cells in summarise(by_position, metrics, settings, compare=False)["models"].items():
+        for (side, t), cell in cells.items():
+            rows = counts[model].get((side, t), 0)
+            if rows:
+                block["models"][model]["entropy"].setdefault(side, {})[str(t)] = {**cell, "rows": rows}
+
+
+def _continued_results(block: dict[str, Any], found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> None:
+    names = dict.fromkeys(
+        key.params[2]
+        for rows in found.values()
+        for row in rows
+        for key in row
+        if key.name == "sum" and key.params[1] == OWN
+    )
+    metrics: dict[tuple[int, str, str], StudyMetric] = {}
+    for length in settings.prefix_lengths:
+        metrics[length, "", "right"] = StudyMetric(
+            Pair(_PREFIXES("right", length), _PREFIXES("pairs", length)), RatioOfSums()
+        )
+        for name in names:
+            columns = {
+                side: Pair(_PREFIXES("sum", length, side, name), _PREFIXES("count", length, side, name))
+                for side in (GOLD, OWN, _REFERENCE, _SPLICED)
+            }
+            metrics[length, name, GOLD] = StudyMetric(columns[GOLD], RatioOfSums())
+            metrics[length, name, OWN] = StudyMetric(columns[OWN], RatioOfSums())
+            gap, alone = columns[GOLD] + columns[OWN], columns[_REFERENCE] + columns[_SPLICED]
+            metrics[length, name, GAP] = StudyMetric(gap, SumOfRatios((-1, 1)))
+            if name != EXACT:  # which does not add up over tokens
+                metrics[length, name, ALONE] = StudyMetric(alone, SumOfRatios((-1, 1)))
+                metrics[length, name, BEYOND] = StudyMetric(gap + alone, SumOfRatios((-1, 1, 1, -1)))
+    summary = summarise(found, metrics, settings)
+    for model, cells in summary["models"].items():
+        rows = found[model]
+        continued = block["models"][model]["continued"]
+        for length in settings.prefix_lengths:
+            pairs = [row.get(_PREFIXES("pairs", length), 0.0) for row in rows]
+            entry = {"rows": sum(n > 0 for n in pairs), "pairs": int(sum(pairs)), "metrics": {}}
+            continued[str(length)] = entry
+            if entry["rows"]:
+                entry["right"] = cells[length, "", "right"]
+                for (k, name, side), cell in cells.items():
+                    if k == length and name:
+                        entry["metrics"].setdefault(name, {})[side] = cell
+    block["comparisons"] = [
+        {**c, "prefix": str(length), "metric": name, "side": side}
+        for c in summary["comparisons"]
+        for length, name, side in [c["metric"]]
+        if name
+    ]

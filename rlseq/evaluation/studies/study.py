@@ -1,0 +1,186 @@
+"""Studies: what a contrast measures of a checkpoint beside likelihood and quality, each in a module of its own.
+
+A study turns the rows into rows of statistics, as everything of a contrast is; from those come values, intervals and
+paired differences (`summarise`), and from these a section of the report. It never sees another study.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from rlseq.evaluation.statistics import RowStatistics, Statistic, rows_matrix
+from rlseq.evaluation.stats.bootstrap import bootstrap_many, paired_bootstrap_many
+from rlseq.evaluation.stats.seeds import claim_of, crossed_bootstrap_many, difference, methods
+from rlseq.scoring import RewardSuite
+from rlseq.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a study gets to measure one checkpoint on this process's share of the rows.
+
+    Attributes:
+        model: in eval mode, on this process's device.
+        prompts: the N rows (of a costly study the first `study_rows` of the data).
+        references: by row the distinct references as token ids, stop included; empty where there are none.
+        completions: by strategy signature, a list of rollouts a row: what the strategies gave.
+        values: by strategy signature and reward, a value a completion, rows in turn; None where it abstained or failed.
+        settings: of the contrast (`rlseq.evaluation.measure.checkpoint.ContrastSettings`).
+        baseline: loads the first model of the contrast, once, on first call; in eval mode, on this device. It is
+            `model` itself where that is the first.
+        progress: called with the number of rows that are done; a study reports each of its N rows once.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    references: Sequence[Sequence[tuple[int, ...]]]
+    suite: RewardSuite
+    completions: Mapping[str, Sequence[Sequence[Rollout]]]
+    values: Mapping[str, Mapping[str, Sequence[float | None]]]
+    settings: Any
+    stop_ids: Collection[int]
+    baseline: Callable[[], torch.nn.Module]
+    progress: Callable[[int], Any] = lambda rows: None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report: texts, the first column a row's name. `note` stands below it."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the report.
+
+    Attributes:
+        anchor: its name within the page.
+        definition: what is measured, in a sentence or two.
+        caveat: what the numbers do not say.
+        figures: name -> (what it shows, SVG).
+    """
+
+    anchor: str
+    title: str
+    definition: str
+    caveat: str
+    tables: Sequence[Table] = ()
+    figures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+class Study(Protocol):
+    """The parts of a study. Its module is named after it, and has one instance in `rlseq.evaluation.studies.table`."""
+
+    name: str
+    # A study that measures against the first model of a contrast also has `against_first = True`: evaluations that had
+    # different first models are joined without it. One that needs all rows at once has `together = True`: of several
+    # processes the first measures all rows, and gets no completions of the strategies.
+    costly: bool  # decodes or scores again, and so runs on the first `study_rows` rows only
+
+    def check(self, settings: Any, suite: RewardSuite) -> None:
+        """Raise ConfigError for settings that cannot work, before a model is loaded."""
+
+    def measure(self, context: Context) -> list[RowStatistics]:
+        """N rows of statistics, finite and of plain Python types; a row that the study does not apply to is empty."""
+
+    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+        """The study's block of results.json from the rows of each model; None where it has nothing to say."""
+
+    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+        """The block as a section of the report."""
+
+
+@dataclass(frozen=True)
+class StudyMetric:
+    """A number over rows: an aggregate of per-row statistics (rlseq.evaluation.stats.bootstrap)."""
+
+    statistics: tuple[Statistic, ...]
+    aggregate: Any
+
+
+def summarise(
+    found: Mapping[str, Sequence[RowStatistics]],
+    metrics: Mapping[str, StudyMetric],
+    settings: Any,
+    *,
+    compare: bool = True,
+) -> dict[str, Any]:
+    """Values with intervals of every model, and differences to the first on the same rows.
+
+    Where a method has several training seeds (rlseq.evaluation.stats.seeds) it is compared with the first method too,
+    by its mean over seeds; if that has several, the single seeds are not compared.
+
+    Args:
+        found: by model, R rows.
+        metrics: by name; a row that lacks a statistic has 0 of it.
+        compare: whether to take differences.
+
+    Returns:
+        {"models": {model: {name: {"value", "ci95"}}}, "comparisons": [{"a", "b", "metric", "difference", "ci95"}]};
+        what is not defined is NaN. A comparison of methods also has what `seeds.claim_of` gives.
+    """
+    tables = {
+        (model, name): (rows_matrix(rows, metric.statistics), metric.aggregate)
+        for model, rows in found.items()
+        for name, metric in metrics.items()
+    }
+    options = {"seed": settings.seed, "resamples": settings.resamples}
+    models: dict[str, dict[str, Any]] = {model: {} for model in found}
+    for (model, name), interval in bootstrap_many(tables, **options).items():
+        models[model][name] = {"value": interval.value, "ci95": list(interval.ci95)}
+    by_method = methods(found)
+    first, *others = found
+    if first not in by_method:
+        others = []
+    pairs = {
+        (other, name): (tables[first, name][0], tables[other, name][0], metric.aggregate)
+        for other in others
+        for name, metric in metrics.items()
+    }
+    differences = paired_bootstrap_many(pairs, **options) if pairs and compare else {}
+    return {
+        "models": models,
+        "comparisons": [
+            {"a": first, "b": other, "metric": name, "difference": r.difference, "ci95": list(r.ci95)}
+            for (other, name), r in differences.items()
+        ]
+        + (_method_comparisons(by_method, tables, metrics, options) if compare else []),
+    }
+
+
+def _method_comparisons(
+    by_method: Mapping[str, Sequence[str]],
+    tables: Mapping[tuple[str, str], tuple[np.ndarray, Any]],
+    metrics: Mapping[str, StudyMetric],
+    options: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    (a, seeds_a), *others = by_method.items()
+    compared = [(b, seeds_b) for b, seeds_b in others if max(len(seeds_a), len(seeds_b)) > 1]
+    if not compared:
+        return []
+    draws = crossed_bootstrap_many(
+        {
+            (method, name): (method, [tables[seed, name][0] for seed in seeds], metric.aggregate)
+            for method, seeds in [(a, seeds_a), *compared]
+            for name, metric in metrics.items()
+        },
+        **options,
+    )
+    found = []
+    for b, seeds_b in compared:
+        for name in metrics:
+            result = difference(draws[a, name], draws[b, name])
+            claim = claim_of(len(seeds_a), len(seeds_b))
+            values = {"difference": result.difference, "ci95": list(result.ci95)}
+            found.append({"a": a, "b": b, "metric": name, **values, **claim})
+    return found

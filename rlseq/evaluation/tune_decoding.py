@@ -1,0 +1,255 @@
+"""Settings of decoding that are chosen on rows of their own, before an evaluation: each model gets its own best.
+
+A strategy written with alternatives (`sample:temperature=0.5/0.7/1`, `rlseq.engine.strategies.Family`) stands in the
+results under that one name, so that one model's best is compared with another's. All alternatives are measured on the
+rows to choose on; the best is measured again, on the rows that are evaluated, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from rlseq.common.escapes import visible
+from rlseq.data.prompts import prompt_digest
+from rlseq.data.rows import build_prompts, fingerprint
+from rlseq.engine.strategies import Family, Strategy, parse_strategy
+from rlseq.errors import ConfigError, DataError
+from rlseq.evaluation.aggregate import matrix, metrics_under, quality_metrics
+from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
+from rlseq.evaluation.measure.loading import load_tokenizer
+from rlseq.evaluation.metrics import Metric
+from rlseq.evaluation.primary import Primary
+from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.stats.seeds import methods
+from rlseq.scoring import RewardSuite
+from rlseq.types import Prompt
+
+Choices = dict[str, Any]  # the block `chosen` of results.json
+
+
+def families(settings: ContrastSettings) -> list[Family]:
+    """The strategies of an evaluation that have something to choose."""
+    return [strategy for strategy in settings.parsed() if isinstance(strategy, Family)]
+
+
+def check_choices(settings: ContrastSettings, suite: RewardSuite) -> None:
+    """Check, before anything is loaded, that every family can be chosen from.
+
+    Raises:
+        ConfigError: no split to choose on, no rows, or a metric without a better direction.
+    """
+    found = families(settings)
+    if not found:
+        return
+    if settings.choose_split is None:
+        raise ConfigError(
+            f"strategy {found[0].signature!r} is to be chosen, and there are no rows to choose on; give one value, or "
+            "evaluate with `rlseq evaluate` (or recipes/evaluate.py) and --choose_split"
+        )
+    if settings.choose_rows is not None and settings.choose_rows < 1:
+        raise ConfigError(f"--choose_rows is {settings.choose_rows}; expected at least 1")
+    for family in found:
+        name, metric = chooses_by(settings, family, suite)
+        if metric.higher_is_better is None:
+            raise ConfigError(
+                f"strategy {family.signature!r} would be chosen by {name}, the metric of --primary, which is neither "
+                "better high nor low; give one value, or another --primary"
+            )
+
+
+def chooses_by(settings: ContrastSettings, family: Family, suite: RewardSuite) -> tuple[str, Metric]:
+    """The metric that a family is chosen by: that of the primary comparison if it is of it, else the first reward's."""
+    metrics = quality_metrics(suite, with_references=True)
+    name = next(iter(metrics))
+    primary = Primary.of(settings)
+    if primary and family.signature in (primary.signature, primary.signature_against):
+        name = primary.metric
+    return name, metrics[name]
+
+
+def choose(
+    models: Mapping[str, str | Path],
+    choice_rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    suite: RewardSuite,
+    settings: ContrastSettings,
+    prompt_options: Mapping[str, Any],
+    *,
+    quiet: bool,
+    output_dir: Path | None,
+) -> tuple[Choices, list[Prompt]]:
+    """Measure every alternative of every family on the rows to choose on, of each model.
+
+    Called by all processes; each gets the same.
+
+    Args:
+        models: name -> path; the seeds of a method share one choice.
+        rows: those that are evaluated afterwards.
+        output_dir: where finished parts are kept, as of the evaluation itself.
+
+    Returns:
+        {"rows", "split", "strategies": {family: {"metric", "higher_is_better", "models": {model: {"strategy": chosen,
+        "values": {alternative: value}}}}}} and the rows to choose on as prompts.
+
+    Raises:
+        DataError: there are no rows to choose on, one of them has a prompt that is evaluated, or the metric is
+            undefined on them.
+    """
+    if not choice_rows:
+        raise DataError(
+            f"there are no rows to choose {families(settings)[0].signature!r} on; give a split that has some, with "
+            "--choose_split"
+        )
+    first, path = next(iter(models.items()))
+    _refuse_shared_prompts(choice_rows, rows, load_tokenizer(first, str(path)), prompt_options)
+    alternatives = dict.fromkeys(member.signature for family in families(settings) for member in family.members)
+    alone = dataclasses.replace(settings, strategies=tuple(alternatives), studies=(), likelihood_dataset=None)
+    found: dict[str, ModelStatistics] = {}
+    for name, path in models.items():
+        options = {"output_dir": output_dir, "doing": "choosing for"}
+        found[name], prompts = measure_checkpoint(
+            name, str(path), choice_rows, suite, alone, prompt_options, quiet, **options
+        )
+    block: Choices = {"rows": len(prompts), "split": settings.choose_split, "strategies": {}}
+    for family in families(settings):
+        name, metric = chooses_by(settings, family, suite)
+        values = {model: _values(statistics, family, name, metric) for model, statistics in found.items()}
+        block["strategies"][family.signature] = {
+            "metric": name,
+            "higher_is_better": metric.higher_is_better,
+            "models": {model: {"strategy": None, "values": mine} for model, mine in values.items()},
+        }
+    _decide(block)
+    if PartialState().is_main_process and not quiet:
+        print(visible("\n".join(choice_notes(block))), flush=True)
+    return block, prompts
+
+
+def chosen_for(model: str, block: Choices) -> dict[str, Strategy]:
+    """By family what was chosen for a model."""
+    return {
+        family: parse_strategy(entry["models"][model]["strategy"])
+        for family, entry in block.get("strategies", {}).items()
+    }
+
+
+def choice_signature(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What a choice depends on beside the settings."""
+    return {"choice": {"rows": len(prompts), "fingerprint": fingerprint(prompts)}} if prompts else {}
+
+
+def joined_choices(origins: Mapping[str, tuple[Choices, str]]) -> Choices:
+    """The choices of finished evaluations of the same families, under the names of the joined one.
+
+    Args:
+        origins: by name in the joined evaluation the block of the finished one, and the model's name there.
+
+    Raises:
+        ConfigError: seeds of a method would not choose together what one of them chose alone.
+    """
+    first, _ = next(iter(origins.values()))
+    if not first:
+        return {}
+    block: Choices = {**first, "strategies": {}}
+    for family, entry in first["strategies"].items():
+        mine = {name: dict(b["strategies"][family]["models"][old]) for name, (b, old) in origins.items()}
+        block["strategies"][family] = {**entry, "models": mine}
+    measured = {
+        (family, name): m["strategy"] for family, e in block["strategies"].items() for name, m in e["models"].items()
+    }
+    _decide(block)
+    for (family, name), strategy in measured.items():
+        together = block["strategies"][family]["models"][name]["strategy"]
+        if strategy != together:
+            raise ConfigError(
+                f"{name} was evaluated under {strategy}, its own choice of {family}, and the seeds of its method "
+                f"together choose {together}: seeds share one choice. Evaluate them together."
+            )
+    return block
+
+
+def choice_notes(block: Choices) -> list[str]:
+    """What a reader must know of each choice, with the numbers that it rests on."""
+    notes = []
+    for family, entry in block.get("strategies", {}).items():
+        parts = []
+        for method, seeds in methods(entry["models"]).items():
+            means = _means([entry["models"][seed]["values"] for seed in seeds])
+            chosen = entry["models"][seeds[0]]["strategy"]
+            values = ", ".join(f"{alternative}: {value:.4g}" for alternative, value in means.items())
+            parts.append(f"{method} takes {chosen} ({values})")
+        notes.append(
+            f"{family} is chosen for each model by {entry['metric']} "
+            f"({'higher' if entry['higher_is_better'] else 'lower'} is better) on {block['rows']:,} rows of "
+            f"{block['split']}, none of which is evaluated: {'; '.join(parts)}."
+        )
+    return notes
+
+
+def _decide(block: Choices) -> None:
+    """Set for every model what its method chooses: the best mean over seeds; of equal ones the first written.
+
+    Raises:
+        DataError: no alternative has a value.
+    """
+    for family, entry in block["strategies"].items():
+        sign = 1 if entry["higher_is_better"] else -1
+        for method, seeds in methods(entry["models"]).items():
+            means = _means([entry["models"][seed]["values"] for seed in seeds])
+            known = {alternative: sign * value for alternative, value in means.items() if not math.isnan(value)}
+            if not known:
+                raise DataError(
+                    f"strategy {family!r} cannot be chosen for {method}: {entry['metric']} is undefined on the "
+                    f"{block['rows']:,} rows of {block['split']} under every alternative. Give one value, another "
+                    "--choose_split or another --primary."
+                )
+            for seed in seeds:
+                entry["models"][seed]["strategy"] = max(known, key=known.get)
+
+
+def _means(values: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """By alternative the mean over seeds; NaN where one has none."""
+    return {
+        alternative: math.fsum(math.nan if v[alternative] is None else v[alternative] for v in values) / len(values)
+        for alternative in values[0]
+    }
+
+
+def _values(statistics: ModelStatistics, family: Family, name: str, metric: Metric) -> dict[str, float | None]:
+    found = {}
+    for member in family.members:
+        rows = statistics.strategies[member.signature]
+        value = math.nan
+        if name in metrics_under({name: metric}, member.signature):
+            value = float(metric.aggregate(matrix(rows, metric)))
+        found[member.signature] = value if math.isfinite(value) else None
+    return found
+
+
+def _refuse_shared_prompts(
+    choice_rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    prompt_options: Mapping[str, Any],
+) -> None:
+    """Raise DataError if a prompt is both chosen on and evaluated; prompts that differ only in whitespace are one."""
+    evaluated, chosen_on = (
+        {
+            prompt_digest(prompt.messages_or_text): repr(prompt.messages_or_text)
+            for prompt in build_prompts(part, tokenizer, **prompt_options)
+        }
+        for part in (rows, choice_rows)
+    )
+    shared = sorted(text for key, text in chosen_on.items() if key in evaluated)
+    if shared:
+        raise DataError(
+            f"{len(shared):,} of the {len(chosen_on):,} prompts to choose on are evaluated too, for example "
+            f"{shared[0][:80]}: a setting chosen on what it is judged by looks better than it is. Name other rows with "
+            "--choose_split."
+        )

@@ -1,0 +1,187 @@
+"""Rows of a data set for the commands: prompts to try a reward on, and the columns that a log of rollouts lacks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlseq.errors import RewardError, RlseqError
+from rlseq.scoring.fingerprint import content_hash
+from rlseq.scoring.replay import Logged, check_log
+from rlseq.scoring.suite import RewardSuite
+from rlseq.types import ABSENT, Prompt
+
+DEFAULTS = {
+    "split": "train",
+    "dataset_config": None,
+    "prompt_column": "prompt",
+    "reference_column": "references",
+    "prompt_template": None,
+    "reference_template": None,
+    "merge_references": False,
+}
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, purpose: str = "") -> None:
+    """Declare the flags that name a data set; those not given are None."""
+    add = parser.add_argument
+    add(
+        "--dataset_name",
+        help="Rows: a task module, json/jsonl/csv/parquet files, or a hub id" + (f" ({purpose})." if purpose else "."),
+    )
+    add("--dataset_config", help="Configuration name of a hub data set.")
+    add("--split", help="Its split (default: train).")
+    add("--prompt_column", help="Column of the prompt (default: prompt).")
+    add("--reference_column", help="Column of the right answer (default: references).")
+    add("--prompt_template", help="Jinja template over a row's columns that makes the prompt.")
+    add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
+    add("--merge_references", action="store_true", default=None, help="Make rows with equal prompts one row.")
+
+
+def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
+    """The first `args.rows` rows of the data set that the flags name; made-up ones where they name none."""
+    if args.dataset_name is None:
+        print("No --dataset_name: tried on made-up rows.\n", file=sys.stderr, flush=True)
+        words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+        answers = [" ".join([*words[i:], *words[:i], str(10 + i)]) for i in range(len(words))]
+        texts = [f"Count from {word}, then add ten." for word in words]
+        ids = (tokenizer or _WordTokenizer())(text=texts)["input_ids"]
+        return [
+            Prompt(f"row-{i}", texts[i], tuple(ids[i]), {"references": [answer]})
+            for i, answer in enumerate(answers[: args.rows])
+        ]
+    return _load(args.dataset_name, _given(args), tokenizer, args.rows)
+
+
+def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.Namespace) -> Logged:
+    """Rollouts with the columns that the rewards ask for: of the log or, where it lacks some, of the data set.
+
+    The data set is the one that the flags name, or else that of the run whose config.yaml lies in `path`. A log keeps
+    of each row the prompt's key, which finds the row again, and hashes of its columns: those of the run's own data set
+    have to be what the run had; of one that the flags name a line says where they are not.
+
+    Raises:
+        RewardError: the columns are found in neither, or are not what the run scored; or a prompt of the log is not in
+            the data set.
+    """
+    check_log(suite, logged)
+    of_run, name, required = _config_of(path), args.dataset_name, True
+    if name is None:
+        lacking, required = _lacking(suite, logged)
+        name = of_run.get("dataset_name")
+        if not lacking:
+            return logged
+        if name is None:
+            hint = "name the data set of these rollouts with --dataset_name, to read it there."
+            return _without(logged, required, f"{lacking} Or {hint}")
+    options = {key: value for key, value in of_run.items() if key != "dataset_name"} | _given(args)
+    try:
+        prompts = {prompt.key: prompt for prompt in _load(name, options, None)}
+    except RlseqError as error:
+        why = f"the data set {name}, for columns that the log lacks, cannot be read: {error}"
+        return _without(logged, required, why, error)
+    unknown = [rollout.prompt_key for rollout in logged.rollouts if rollout.prompt_key not in prompts]
+    if unknown:
+        raise RewardError(
+            f"{len(unknown)} of {len(logged.rollouts)} rollouts are on prompts that are not in {name} (split "
+            f"{options.get('split', DEFAULTS['split'])}), the first has the key {unknown[0]!r}. Name the data set, "
+            "split, columns and templates that made the rollouts with the flags (rlseq reward replay --help)."
+        )
+    rows = [prompts[rollout.prompt_key].columns for rollout in logged.rollouts]
+    if edited := _edited(suite, logged, rows):
+        if args.dataset_name is None:
+            raise RewardError(
+                f"{edited} Bring the rows of {name} back, or give --dataset_name to score by what a data set holds now."
+            )
+        print(f"rlseq: warning: {edited}", file=sys.stderr, flush=True)
+    more = {
+        name: [row.get(name, ABSENT) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
+    }
+    return dataclasses.replace(logged, columns={**more, **logged.columns})
+
+
+def _without(logged: Logged, required: bool, why: str, cause: Exception | None = None) -> Logged:
+    """The log alone, after a warning; where a reward cannot do without the columns, an error."""
+    if required:
+        raise RewardError(why) from cause
+    print(f"rlseq: warning: {why}", file=sys.stderr, flush=True)
+    return logged
+
+
+def _lacking(suite: RewardSuite, logged: Logged) -> tuple[str, bool]:
+    """What a reward reads that the log does not hold, in a sentence, and whether it asks for that by its name."""
+    try:
+        suite.check_columns(logged.columns)
+    except RewardError as error:
+        return str(error), True
+    hashed = dict.fromkeys(name for record in logged.records for name in record.get("column_hashes", {}))
+    others = [name for name in hashed if name not in logged.columns]
+    for reward in suite.rewards:
+        if asked := [name for name in others if name in reward.asked]:
+            what = ", ".join(map(repr, asked))
+            return f"reward {reward.name!r} reads {what}, which the run had and the log does not hold.", True
+    for reward in suite.rewards:
+        if reward.parameters.takes_any and others:
+            what = ", ".join(map(repr, others))
+            return f"reward {reward.name!r} takes any column, and the log does not hold {what}.", False
+    return "", False
+
+
+def _edited(suite: RewardSuite, logged: Logged, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which columns that the rewards read are not what they were when the log was written; empty where all are."""
+    found: dict[str, list[str]] = {}
+    takes_any = any(reward.parameters.takes_any for reward in suite.rewards)
+    asked = {name for reward in suite.rewards for name in reward.asked}
+    for record, rollout, row in zip(logged.records, logged.rollouts, rows, strict=True):
+        for name, digest in record.get("column_hashes", {}).items():
+            read = (takes_any or name in asked) and name not in logged.columns
+            if read and (name not in row or content_hash(row[name]) != digest):
+                found.setdefault(name, []).append(rollout.prompt_key)
+    said = [
+        f"the column {name!r} of {len(keys)} of {len(rows)} rollouts is not what the run scored (the first is on the "
+        f"prompt with the key {keys[0]!r})"
+        for name, keys in found.items()
+    ]
+    return f"{'; '.join(said)}." if said else ""
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """How a run read its data: from the config.yaml of its directory, if there is one."""
+    import yaml
+
+    config = path / "config.yaml"
+    if not config.is_file():
+        return {}
+    found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    found = {("split" if name == "train_split" else name): value for name, value in found.items()}
+    return {name: found[name] for name in ("dataset_name", *DEFAULTS) if found.get(name) is not None}
+
+
+def _load(name: str, options: dict[str, Any], tokenizer: Any, limit: int | None = None) -> list[Prompt]:
+    import rlseq
+
+    options = {**DEFAULTS, **options}
+    config_name, split = options.pop("dataset_config"), options.pop("split")
+    return rlseq.load_prompts(
+        name, tokenizer or _WordTokenizer(), split=split, limit=limit, config_name=config_name, **options
+    )
+
+
+class _WordTokenizer:
+    """Stands in where rows are read for their texts alone: a number for each word."""
+
+    chat_template = "none"
+
+    def __call__(self, text: Sequence[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(range(len(one.split()))) for one in text]}
+
+    def apply_chat_template(self, prompts: Sequence[Any], **_: Any) -> dict[str, list[list[int]]]:
+        return self([" ".join(str(message.get("content", "")) for message in prompt) for prompt in prompts])

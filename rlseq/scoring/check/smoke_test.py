@@ -1,0 +1,54 @@
+"""Rewards tried on a few rows of the data before anything expensive starts, where a row may be what they fail on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlseq.errors import RewardError
+from rlseq.scoring.check.probe import make_rollout
+from rlseq.scoring.suite import RewardSuite
+from rlseq.types import ABSENT, Prompt, column_names
+
+
+def try_rewards(suite: RewardSuite, prompts: Sequence[Prompt]) -> None:
+    """Score of each column the first row with a value and the first without one: a reward may fail on either alone.
+
+    The completion is the row's first reference, or its prompt where it has none. Every process of a run calls it, and
+    what fails on one is raised on all.
+
+    Raises:
+        RewardError: a reward asks for a column that is not there, or fails; the message names the row and what it has
+            nothing in.
+    """
+    from rlseq.common.ranks import raise_on_all_ranks
+
+    with raise_on_all_ranks():
+        for number in _unlike(prompts):
+            _try(suite, prompts, number)
+
+
+def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
+    prompt = prompts[number]
+    columns = {name: [prompt.columns.get(name, ABSENT)] for name in column_names(prompts)}
+    suite.check_columns(columns)
+    references = prompt.columns.get("references") or [prompt.text]
+    try:
+        suite.score([make_rollout(prompt, references[0])], columns | {"prompt": [prompt.messages_or_text]})
+    except RewardError as error:
+        lacks = [name for name, (value,) in columns.items() if name != "prompt" and _nothing(value)]
+        without = f", which has nothing in {', '.join(map(repr, lacks))}" if lacks else ""
+        raise RewardError(f"tried on row {number + 1:,} of {len(prompts):,}{without}: {error}") from error
+
+
+def _unlike(prompts: Sequence[Prompt]) -> list[int]:
+    """Of each column the first prompt with a value and the first without one, by number."""
+    first: dict[tuple[str, bool], int] = {}
+    names = [name for name in column_names(prompts) if name != "prompt"]
+    for number, prompt in enumerate(prompts):
+        for column in names:
+            first.setdefault((column, _nothing(prompt.columns.get(column, ABSENT))), number)
+    return sorted({0, *first.values()})
+
+
+def _nothing(value: object) -> bool:
+    return value is None or value is ABSENT or value == []

@@ -1,0 +1,289 @@
+"""`--dry_run`: what a run would do and need, in numbers, after every check that costs little and before a model loads.
+
+Nothing is written, claimed or trained. The sizes are those of a run from its start to its last step: early stopping
+and a signal end it sooner. How memory and disk are reckoned: `rlseq.training.run.memory`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+
+from rlseq.common.disk import readable_size
+from rlseq.config.training import ModelArguments, RunArguments
+from rlseq.data.prompts import reference_ids
+from rlseq.training.run.directory import check_available
+from rlseq.training.run.memory import (
+    PEAK,
+    ModelSize,
+    checkpoint_bytes,
+    critic_parameters,
+    memory,
+    size_of,
+    weightless_model,
+)
+from rlseq.training.run.recipe import Task, check_checkpoint
+from rlseq.types import Prompt
+
+REFERENCES_READ = 1_000  # prompts whose references tell the usual length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run, derived from its settings and data.
+
+    Attributes:
+        examples: prompts, or for teacher forcing (prompt, reference) pairs, that are trained on.
+        processes: that train.
+        examples_a_step: of all processes; below 1 where a prompt's samples make several steps.
+        rollouts_a_step: completions whose loss makes a step; 0 without rollouts.
+        generations_a_process: completions that a process draws together, in a generation round.
+        longest: tokens of the longest prompt and completion together, at most.
+        usual: tokens of a prompt and of a completion in the mean, and where the latter is from; None where they are
+            known to be the longest.
+        tokens_a_step: at most, padding included.
+        steps: of the optimizer, in all.
+        steps_an_epoch: of the optimizer.
+        epochs: passes over the data.
+        rollouts: drawn in all.
+    """
+
+    examples: int
+    processes: int
+    examples_a_step: float
+    rollouts_a_step: int
+    generations_a_process: int
+    longest: int
+    usual: tuple[float, float, str] | None
+    tokens_a_step: int
+    steps: int
+    steps_an_epoch: int
+    epochs: float
+    rollouts: int
+
+
+def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int, tokenizer: Any = None) -> Plan:
+    """The sizes of a run of recipes/grpo.py or ppo.py.
+
+    Completions are expected to be as long as the references, of which a tokenizer tells the length, or where there are
+    none half as long as they may be.
+
+    A generation round draws generation_batch_size completions, and gives every process num_iterations ×
+    steps_per_generation micro-batches; an epoch has as many rounds as the prompts fill, the rest is left out.
+    """
+    draws = config.objective != "expected_accuracy"
+    samples, accumulation = config.num_generations, config.gradient_accumulation_steps
+    micro_batches_a_round = config.num_iterations * config.steps_per_generation
+    micro_batches = len(prompts) // (config.generation_batch_size // samples) * micro_batches_a_round
+    steps, an_epoch = count_steps(config, micro_batches)
+    whole_epochs, left = divmod(steps, an_epoch)
+    used = whole_epochs * micro_batches + min(left * accumulation, micro_batches)
+    rows = config.per_device_train_batch_size * processes * accumulation
+    longest = max(len(prompt.prompt_ids) for prompt in prompts) + config.max_completion_length
+    return Plan(
+        examples=len(prompts),
+        processes=processes,
+        examples_a_step=rows / samples,
+        rollouts_a_step=rows if draws else 0,
+        generations_a_process=config.generation_batch_size // processes if draws else 0,
+        longest=longest,
+        usual=(sum(len(p.prompt_ids) for p in prompts) / len(prompts), *_usual_completion(config, prompts, tokenizer)),
+        tokens_a_step=rows * longest,
+        steps=steps,
+        steps_an_epoch=an_epoch,
+        epochs=steps / an_epoch,
+        rollouts=math.ceil(used / micro_batches_a_round) * config.generation_batch_size if draws else 0,
+    )
+
+
+def _usual_completion(config: Any, prompts: Sequence[Prompt], tokenizer: Any) -> tuple[float, str]:
+    """The mean length of the completions to be expected, in tokens, and what it is taken from."""
+    longest = config.max_completion_length
+    lengths = []
+    if tokenizer is not None:
+        for prompt in prompts[:REFERENCES_READ]:
+            lengths += [len(ids) for ids in reference_ids(prompt, tokenizer, [tokenizer.eos_token_id])]
+    if not lengths:
+        return longest / 2, "half of the longest"
+    return min(longest, sum(lengths) / len(lengths)), "as references are"
+
+
+def plan_examples(config: Any, lengths: Sequence[int], processes: int, *, rollouts: int = 0) -> Plan:
+    """The sizes of a run of recipes/sft.py.
+
+    Args:
+        lengths: tokens of each example, prompt and completion with its EOS; max_length cuts them.
+        rollouts: samples that are made before training.
+    """
+    limit = config.max_length or max(lengths)
+    lengths = [min(length, limit) for length in lengths]
+    rows = len(lengths) if not config.packing else math.ceil(sum(lengths) / limit)
+    longest = max(lengths) if not config.packing else limit
+    a_micro_batch = config.per_device_train_batch_size * processes
+    whole, left = divmod(rows, a_micro_batch)
+    steps, an_epoch = count_steps(config, whole + (left > 0 and not config.dataloader_drop_last))
+    rows_a_step = a_micro_batch * config.gradient_accumulation_steps
+    return Plan(
+        examples=len(lengths),
+        processes=processes,
+        examples_a_step=rows_a_step * len(lengths) / rows,
+        rollouts_a_step=0,
+        generations_a_process=0,
+        longest=longest,
+        usual=None,
+        tokens_a_step=rows_a_step * longest,
+        steps=steps,
+        steps_an_epoch=an_epoch,
+        epochs=steps / an_epoch,
+        rollouts=rollouts,
+    )
+
+
+def count_steps(config: Any, micro_batches: int) -> tuple[int, int]:
+    """Optimizer steps in all and an epoch, from a process's micro-batches an epoch, as transformers counts them."""
+    an_epoch = max(1, math.ceil(micro_batches / config.gradient_accumulation_steps))
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * an_epoch)
+    return steps, an_epoch
+
+
+def count_checkpoints(config: Any, plan: Plan) -> int:
+    """Checkpoints that are on disk when the run has ended, at most."""
+    strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
+    if strategy == "no":
+        return 0
+    if strategy == "steps":
+        every = config.save_steps if config.save_steps >= 1 else math.ceil(plan.steps * config.save_steps)
+        written = math.ceil(plan.steps / every)  # the last step too
+    else:  # by epoch; "best" saves at evaluations, which are not more
+        written = math.ceil(plan.epochs)
+    limit = config.save_total_limit or written
+    spared = limit == 1 and bool(config.metric_for_best_model)  # the best beside the newest
+    return min(written, limit + spared)
+
+
+def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments, task: Task) -> str:
+    """Check the run directory and the model's configuration, and return the sizes of a run on rollouts as a table.
+
+    Raises:
+        RlseqError: the run could not start; it says why.
+    """
+    model = weightless_model(model_args)
+    critic = 0
+    if hasattr(config, "critic"):
+        critic = critic_parameters(model, config.critic, config.critic_name_or_path)
+    plan = plan_rollouts(config, task.prompts, PartialState().num_processes, task.tokenizer)
+    cached = plan.generations_a_process * plan.longest
+    return _describe(config, run, model_args, size_of(model, critic), plan, cached, task.shared)
+
+
+def describe_examples(
+    config: Any,
+    run: RunArguments,
+    model_args: ModelArguments,
+    model: Any,
+    lengths: Sequence[int],
+    *,
+    shared: str = "",
+    rollouts: int = 0,
+    cached_tokens: int = 0,
+) -> str:
+    """The same of teacher forcing; `model` is on the meta device.
+
+    Args:
+        lengths, rollouts: as `plan_examples` takes them.
+        shared: how many prompts are both evaluated and trained on, in words.
+        cached_tokens: of the samples that a process draws together, before training.
+
+    Raises:
+        RlseqError: the run could not start; it says why.
+    """
+    plan = plan_examples(config, lengths, PartialState().num_processes, rollouts=rollouts)
+    return _describe(config, run, model_args, size_of(model), plan, cached_tokens, shared)
+
+
+def _describe(
+    config: Any,
+    run: RunArguments,
+    model_args: ModelArguments,
+    size: ModelSize,
+    plan: Plan,
+    cached_tokens: int,
+    shared: str,
+) -> str:
+    asked = {"resume": config.resume_from_checkpoint, "overwrite": run.overwrite_output_dir}
+    checkpoint = check_available(config.output_dir, **asked)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, [model_args])
+    optim = str(getattr(config.optim, "value", config.optim))
+    ema = bool(getattr(config, "ema_decay", 0))
+    half = config.bf16 or config.fp16 or size.weight_bytes <= 2 * size.parameters
+    settings = {
+        "optim": optim,
+        "reference": bool(getattr(config, "beta", 0)) and not size.adapter,
+        "averages": ema + bool(ema and config.start_weight),
+        "quantized_bits": 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
+        "compute_bytes": 2 if half else 4,
+        "checkpointing": bool(config.gradient_checkpointing),
+        "logits": not hasattr(config, "max_completion_length"),
+        "cpu": config.device.type == "cpu",
+    }
+    held = memory(size, update_tokens=update_tokens(config, plan), cached_tokens=cached_tokens, **settings)
+    if plan.usual is not None:
+        prompt, completion, source = plan.usual
+        tokens = round(_update_tokens(config, prompt, completion))
+        cached = round(plan.generations_a_process * (prompt + completion))
+        usual = memory(size, update_tokens=tokens, cached_tokens=cached, **settings)[PEAK][0]
+        held[f"{PEAK}, usual"] = (usual, f"completions of {completion:.0f} tokens, {source}; prompts of {prompt:.0f}")
+    each = checkpoint_bytes(size, optim=optim, average=ema, save_only_model=config.save_only_model)
+    return _table(plan, held, each, count_checkpoints(config, plan), shared)
+
+
+def update_tokens(config: Any, plan: Plan) -> int:
+    """Tokens of a micro-batch at most: padded rows, or where updates are packed each prompt once.
+
+    What completions begin with in common is computed once too, which is not known beforehand.
+    """
+    completion = getattr(config, "max_completion_length", 0)
+    return _update_tokens(config, plan.longest - completion, completion)
+
+
+def _update_tokens(config: Any, prompt: float, completion: float) -> Any:
+    rows = config.per_device_train_batch_size
+    if not getattr(config, "pack_updates", False):
+        return rows * (prompt + completion)
+    return -(-rows // config.num_generations) * prompt + rows * completion
+
+
+def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkpoints: int, shared: str) -> str:
+    what = "prompts" if plan.generations_a_process or plan.rollouts_a_step else "examples"
+    lines: list[tuple[str, str, str]] = [
+        (what, f"{plan.examples:,}", shared),
+        (f"{what} a step", f"{plan.examples_a_step:,.6g}", f"{plan.processes} process{'es' * (plan.processes > 1)}"),
+    ]
+    if plan.generations_a_process:
+        lines += [
+            ("rollouts a step", f"{plan.rollouts_a_step:,}", ""),
+            ("generations a process", f"{plan.generations_a_process:,}", "drawn together"),
+        ]
+    lines += [
+        ("tokens a step", f"{plan.tokens_a_step:,}", f"at most; the longest row has {plan.longest:,}"),
+        ("optimizer steps", f"{plan.steps:,}", f"{plan.steps_an_epoch:,} an epoch"),
+        ("epochs over the data", f"{plan.epochs:.4g}", ""),
+        ("rollouts in all", f"{plan.rollouts:,}", ""),
+    ]
+    lines += [(name, readable_size(number), formula) for name, (number, formula) in held.items()]
+    kept = f"{checkpoints} × {readable_size(checkpoint)}"
+    lines += [("checkpoints on disk", readable_size(checkpoints * checkpoint), f"{kept}, and the result's weights")]
+    names, numbers = (max(len(line[i]) for line in lines) for i in (0, 1))
+    rows = [f"  {name:<{names}}  {number:>{numbers}}  {note}".rstrip() for name, number, note in lines]
+    return "\n".join(
+        [
+            "dry run: settings, model, tokenizer, data, rewards and run directory were checked; nothing was written",
+            *rows,
+            "  Bytes are estimates, a process, without sharding and what the framework itself takes.",
+        ]
+    )

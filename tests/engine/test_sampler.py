@@ -1,0 +1,461 @@
+"""The sampler against uncached token-by-token forwards, `generate`, and statistics of its noise."""
+
+import bisect
+import hashlib
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from test_decoding import warped
+from tiny import EOS, PAD, VOCAB, tiny_model
+
+from rlseq.engine import sampling
+from rlseq.engine.sampling import pick, sample, stop_ids_of, stream_keys, uniforms
+from rlseq.engine.strategies import Beam, Greedy, Sample
+from rlseq.errors import ConfigError, ModelError
+from rlseq.types import Prompt
+
+STOPS = [EOS, 7, 11]
+FAMILIES = ("llama", "gpt2", "qwen2")
+
+
+def prompt(key, *ids):
+    return Prompt(key=key, messages_or_text=key, prompt_ids=ids)
+
+
+PROMPTS = [
+    prompt("short", 9),
+    prompt("long", 3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9),
+    prompt("twin", 4, 8, 15, 16),
+    prompt("middle", 21, 1, 13, 20, 17, 5),
+    prompt("other twin", 4, 8, 15, 16),
+    prompt("reversed", 16, 15, 8, 4),
+]
+
+
+def draw(model, prompts=PROMPTS, *, strategy=Sample(), **changes):  # noqa: B008
+    settings = {"num_samples": 5, "max_new_tokens": 9, "seed": 3, "stop_ids": STOPS}
+    if isinstance(strategy, Greedy):
+        settings["num_samples"] = 1
+    return sample(model, prompts, strategy=strategy, **(settings | changes))
+
+
+def uncached_logits(model, ids):
+    """Logits (V,) of the next token: one plain forward of one sequence, without cache, mask or positions."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
+
+
+def ids_of(rollouts):
+    return [[rollout.completion_ids for rollout in group] for group in rollouts]
+
+
+def assert_same(found, expected):
+    """Equal completions, and log-probs equal up to the rounding of float32."""
+    assert ids_of(found) == ids_of(expected)
+    for a, b in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert (a.prompt_key, a.sample, a.finish_reason) == (b.prompt_key, b.sample, b.finish_reason)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.6, "top_k": 9}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str)
+def test_tokens_and_log_probs_are_those_of_an_uncached_loop(family, settings):
+    model = tiny_model(family)
+    for p, group in zip(PROMPTS, draw(model, strategy=Sample(**settings), num_samples=2), strict=True):
+        for rollout in group:
+            key = stream_keys(3, 0, [p.key], [rollout.sample])
+            for t, (token, logprob) in enumerate(zip(rollout.completion_ids, rollout.logprobs, strict=True)):
+                probs = warped(uncached_logits(model, [*p.prompt_ids, *rollout.completion_ids[:t]]), **settings)
+                assert token == bisect.bisect_right(np.cumsum(probs).tolist(), uniforms(key, t)[0])
+                assert logprob == pytest.approx(np.log(probs[token]), abs=5e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_rows", [1, 3, 17])
+def test_completions_do_not_depend_on_how_many_rows_are_decoded_together(family, batch_rows):
+    model = tiny_model(family)
+    assert_same(draw(model, batch_rows=batch_rows), draw(model, batch_rows=1000))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_do_not_depend_on_the_other_prompts_or_their_order(family):
+    # Alone, a prompt is not padded: the order and company change its left padding and its shared prefill.
+    model = tiny_model(family)
+    together = draw(model)
+    assert_same([draw(model, [p])[0] for p in PROMPTS], together)
+    assert_same(draw(model, PROMPTS[::-1]), together[::-1])
+
+
+def test_completions_do_not_depend_on_which_samples_of_a_group_are_asked_for():
+    model = tiny_model()
+    everything = draw(model)
+    wanted = [[4, 0], [], [1, 2, 3], [0], [2], [3, 1]]
+    some = draw(model, samples=wanted)
+    assert_same(some, [[group[s] for s in chosen] for group, chosen in zip(everything, wanted, strict=True)])
+    assert draw(model, samples=[[]] * len(PROMPTS)) == [[]] * len(PROMPTS)
+
+
+def test_a_group_spread_over_calls_is_the_group_of_one_call():
+    model = tiny_model()
+    parts = [draw(model, samples=[[s]] * len(PROMPTS)) for s in range(5)]
+    assert_same([list(itertools.chain(*groups)) for groups in zip(*parts, strict=True)], draw(model))
+
+
+@pytest.mark.parametrize("share", [0.0, 2.0], ids=["finished rows stay", "finished rows leave at once"])
+def test_when_finished_rows_leave_the_batch_changes_nothing(monkeypatch, share):
+    model = tiny_model()
+    expected = draw(model)
+    monkeypatch.setattr(sampling, "COMPACT_BELOW", share)
+    assert_same(draw(model), expected)
+
+
+def test_samples_are_decoded_together_as_long_as_they_are_equal():
+    model = tiny_model().double()  # logits of this size round visibly in float32
+    model.lm_head.weight.data *= 8  # surer of its tokens, so that samples begin alike
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    found = draw(model, num_samples=30)
+    hook.remove()
+    assert_same([list(group) for group in zip(*(draw_one(model, s) for s in range(30)), strict=True)], found)
+    prompts = {prompt.prompt_ids for prompt in PROMPTS}
+    for step, width in enumerate(widths):
+        beginnings = {
+            (prompt.prompt_ids, rollout.completion_ids[:step])
+            for prompt, group in zip(PROMPTS, found, strict=True)
+            for rollout in group
+            if len(rollout.completion_ids) > step
+        }
+        assert len(beginnings) <= width <= max(len(prompts), len(beginnings) / sampling.COMPACT_BELOW)
+    assert 3 * sum(widths[1:]) < sum(len(rollout.completion_ids) - 1 for group in found for rollout in group)
+
+
+def draw_one(model, s):
+    """Sample s of every prompt, each decoded alone."""
+    return [draw(model, [prompt], samples=[[s]])[0][0] for prompt in PROMPTS]
+
+
+def test_slots_hold_what_rows_follow():
+    # Against what it promises: each row's slot continues the slot the row was at, by the token the row drew.
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        num_slots = int(generator.integers(1, 9))
+        slot = generator.integers(0, num_slots, size=generator.integers(1, 20))
+        drawn = generator.integers(0, 1 + generator.integers(4), size=len(slot))
+        sources, tokens, found = sampling._branch(slot, drawn, num_slots)
+        continued = np.arange(len(tokens)) if sources is None else sources
+        assert len(continued) == len(tokens) and continued.max() < num_slots
+        assert continued[found].tolist() == slot.tolist() and tokens[found].tolist() == drawn.tolist()
+        pairs = set(zip(slot.tolist(), drawn.tolist(), strict=True))
+        assert len(set(found.tolist())) == len(pairs)  # equal beginnings share, unlike ones do not
+        assert len(tokens) <= max(num_slots, len(pairs))
+        assert len(pairs) >= sampling.COMPACT_BELOW * len(tokens)
+
+
+def test_equal_prompts_share_a_prefill_and_draw_their_own_noise():
+    model = tiny_model()
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    twins = [PROMPTS[2], PROMPTS[4]]
+    found = draw(model, twins)
+    hook.remove()
+    assert shapes[0] == (1, 4)  # one row for two prompts of five samples each
+    assert shapes[1][1] == 1
+    assert len(set(itertools.chain(*ids_of(found)))) > 5  # not the same five completions twice
+    assert_same(found, [draw(model, [twin])[0] for twin in twins])
+
+
+def test_a_completion_ends_with_the_first_stop_id_met_or_at_the_limit():
+    rollouts = list(itertools.chain(*draw(tiny_model(), num_samples=40)))
+    ends = set()
+    for rollout in rollouts:
+        *before, last = rollout.completion_ids
+        assert not set(before) & set(STOPS)
+        assert rollout.finish_reason == ("stop" if last in STOPS else "length")
+        assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 9
+        assert rollout.trained_mask == (True,) * len(rollout.completion_ids)
+        assert len(rollout.logprobs) == len(rollout.completion_ids)
+        ends.add(last if last in STOPS else None)
+    assert ends == {*STOPS, None}  # every declared stop was met, and the limit too
+
+
+def test_more_room_only_prolongs_what_was_cut():
+    model = tiny_model()
+    for short, long in zip(
+        itertools.chain(*draw(model)), itertools.chain(*draw(model, max_new_tokens=14)), strict=True
+    ):
+        assert long.completion_ids[: len(short.completion_ids)] == short.completion_ids
+        if short.finish_reason == "stop":
+            assert long.completion_ids == short.completion_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_what_generate_gives_without_sampling(family):
+    model = tiny_model(family)
+    for p, (rollout,) in zip(PROMPTS, draw(model, strategy=Greedy()), strict=True):
+        output = model.generate(
+            input_ids=torch.tensor([p.prompt_ids]),
+            attention_mask=torch.ones(1, len(p.prompt_ids), dtype=torch.long),
+            max_new_tokens=9,
+            do_sample=False,
+            eos_token_id=STOPS,
+            pad_token_id=PAD,
+        )
+        assert list(rollout.completion_ids) == output[0, len(p.prompt_ids) :].tolist()
+        for t, token in enumerate(rollout.completion_ids):
+            probs = warped(uncached_logits(model, [*p.prompt_ids, *rollout.completion_ids[:t]]))
+            assert rollout.logprobs[t] == pytest.approx(np.log(probs[token]), abs=5e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 2.0}, {"top_p": 0.7}], ids=str)
+def test_first_tokens_are_distributed_as_the_softmax_says(settings):
+    model = tiny_model()
+    (group,) = draw(model, [PROMPTS[3]], strategy=Sample(**settings), num_samples=4000, max_new_tokens=1)
+    counts = np.bincount([rollout.completion_ids[0] for rollout in group], minlength=VOCAB)
+    expected = 4000 * warped(uncached_logits(model, list(PROMPTS[3].prompt_ids)), **settings)
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 5  # pooled, as the test's approximation asks
+    pool = [(counts[~rare], expected[~rare]), ([counts[rare].sum()], [expected[rare].sum()])]
+    found, wanted = (np.concatenate(x) for x in zip(*pool, strict=True))
+    assert scipy.stats.chisquare(found[wanted > 0], wanted[wanted > 0]).pvalue > 0.001
+
+
+def test_a_token_is_picked_by_an_exact_cdf():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.log_softmax(3 * torch.randn(200, 50, generator=generator), -1)
+    logprobs[::2, 10:40] = -torch.inf
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    units = [[round(Fraction(p) * 2**52) for p in row] for row in logprobs.double().exp().tolist()]
+    bounds = [sum(row[: int(n) + 1]) for row, n in zip(units, torch.randint(0, 50, (200,)), strict=True)]
+    totals = [sum(row) for row in units]
+    drawn = zip(bounds, totals, uniform.tolist(), strict=True)
+    at = [b / t if i % 3 == 0 and 0 < b < t else u for i, (b, t, u) in enumerate(drawn)]
+    expected = []
+    for row, total, u in zip(units, totals, at, strict=True):
+        wanted, cumulative, index = min(int(u * total), total - 1), row[0], 0
+        while cumulative <= wanted:
+            index += 1
+            cumulative += row[index]
+        expected.append(index)
+    assert pick(logprobs, torch.tensor(at, dtype=torch.float64)).tolist() == expected
+    assert pick(logprobs[:1], torch.tensor([1.0], dtype=torch.float64)).item() < 50
+    of = np.array([1, 0, 1, 2, 1, 0])  # several uniforms a distribution: those of its copies
+    uniform = torch.tensor([0.1, 0.9, 0.5, 0.3, 0.99, 0.0], dtype=torch.float64)
+    assert pick(logprobs[:3], uniform, of).tolist() == pick(logprobs[:3][of], uniform).tolist()
+    assert pick(torch.full((1, 3), torch.nan), torch.tensor([0.5], dtype=torch.float64)).item() in range(3)
+
+
+def test_uniforms_are_splitmix64():
+    # The first outputs of the reference implementation (Vigna, prng.di.unimi.it/splitmix64.c) for seed 1234567.
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    found = [uniforms(np.array([1234567], dtype=np.uint64), position)[0] for position in range(4)]
+    assert found == [(z >> 11) / 2**53 for z in outputs]
+
+
+def test_a_stream_is_keyed_by_the_hash_of_its_coordinates():
+    written = b'(3, 1, "it\'s", 2)'
+    expected = int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "little")
+    assert stream_keys(3, 1, ["it's"], [2]).tolist() == [expected]
+
+
+def noise(seed=0, draw=0, prompts=1, samples=1, positions=1, key="row {}"):
+    pairs = list(itertools.product([key.format(i) for i in range(prompts)], range(samples)))
+    keys = stream_keys(seed, draw, [k for k, _ in pairs], [s for _, s in pairs])
+    return np.stack([uniforms(keys, t) for t in range(positions)])
+
+
+N = 30_000  # the first 3,000 seeds alone happen to give p = 0.0008; the first 300,000 give 0.32
+AXES = {
+    "seed": lambda: np.concatenate([noise(seed=i)[0] for i in range(N)]),
+    "draw": lambda: np.concatenate([noise(draw=i)[0] for i in range(N)]),
+    "prompt": lambda: noise(prompts=N).ravel(),
+    "sample": lambda: noise(samples=N).ravel(),
+    "position": lambda: noise(positions=N).ravel(),
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_noise_along_each_coordinate_is_uniform_distinct_and_uncorrelated(axis):
+    found = AXES[axis]()
+    assert found.min() >= 0 and found.max() < 1
+    assert len(set(found)) == N
+    assert scipy.stats.kstest(found, "uniform").pvalue > 0.001
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 4 / np.sqrt(N)  # four standard errors
+
+
+def test_another_seed_or_draw_gives_other_completions_and_the_same_gives_the_same():
+    model = tiny_model()
+    first = ids_of(draw(model))
+    assert ids_of(draw(model)) == first
+    assert ids_of(draw(model, seed=4)) != first
+    assert ids_of(draw(model, draw=1)) != first
+
+
+def test_the_global_random_state_is_neither_read_nor_moved():
+    model = tiny_model()
+    torch.manual_seed(0)
+    first = draw(model)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert_same(draw(model), first)
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_models_generation_config_changes_nothing():
+    model = tiny_model()
+    expected, greedy = draw(model), draw(model, strategy=Greedy())
+    likeliest = max(range(VOCAB), key=lambda token: sum(token in ids for g in ids_of(expected) for ids in g))
+    for name, value in {
+        "min_new_tokens": 8,
+        "max_new_tokens": 2,
+        "suppress_tokens": [likeliest, *STOPS],
+        "begin_suppress_tokens": [greedy[0][0].completion_ids[0]],
+        "temperature": 0.1,
+        "top_k": 1,
+        "do_sample": False,
+        "repetition_penalty": 5.0,
+        "eos_token_id": [likeliest],
+        "use_cache": False,
+    }.items():
+        setattr(model.generation_config, name, value)
+    assert_same(draw(model), expected)
+    assert_same(draw(model, strategy=Greedy()), greedy)
+
+
+def test_dropout_does_not_act_and_every_modules_mode_is_restored():
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    expected = draw(model)
+    model.train()
+    model.lm_head.eval()  # a frozen part of a model in training
+    modes = [module.training for module in model.modules()]
+    assert_same(draw(model), expected)
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(ZeroDivisionError):
+        draw(model, progress=lambda rows: 1 / 0)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family):
+    model = tiny_model(family)
+    expected = draw(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert_same(draw(model), expected)
+    assert model.is_gradient_checkpointing
+
+
+def test_completions_are_decoded_with_and_without_special_tokens():
+    class Words:
+        def batch_decode(self, ids, skip_special_tokens):
+            return [" ".join(f"w{i}" for i in row if not (skip_special_tokens and i in STOPS)) for row in ids]
+
+    chat = Prompt(key="chat", messages_or_text=[{"role": "user", "content": "hi"}], prompt_ids=(4, 5))
+    for group in draw(tiny_model(), [PROMPTS[0], chat], tokenizer=Words()):
+        for rollout in group:
+            assert rollout.raw_text == " ".join(f"w{i}" for i in rollout.completion_ids)
+            assert rollout.text == " ".join(f"w{i}" for i in rollout.completion_ids if i not in STOPS)
+            answer = ({"role": "assistant", "content": rollout.text},) if rollout.prompt_key == "chat" else None
+            assert rollout.messages == answer
+
+
+def test_progress_counts_every_prompt_once():
+    counts = []
+    draw(tiny_model(), batch_rows=11, progress=counts.append)
+    assert counts == [2, 2, 2]  # five samples each: two prompts fit 11 rows
+
+
+def test_stop_ids_are_the_tokenizers_first_then_those_the_checkpoint_declares():
+    class Tokenizer:
+        eos_token_id = 5
+
+    model = tiny_model()
+    model.generation_config.eos_token_id = [2, 5, 9]
+    assert stop_ids_of(model, Tokenizer) == [5, 2, 9]
+    model.generation_config.eos_token_id = 2
+    assert stop_ids_of(model, Tokenizer) == [5, 2]
+    Tokenizer.eos_token_id = None
+    assert stop_ids_of(model, Tokenizer) == [2]
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ModelError, match="neither tokenizer nor model declares"):
+        stop_ids_of(model, Tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": Beam()}, "'beam' is a search, not a sampler"),
+        ({"strategy": Greedy(), "num_samples": 2}, "num_samples must be 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        ({"prompts": [Prompt("0", "", (3,)), Prompt("1", "", ())]}, "a prompt has no tokens"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        draw(tiny_model(), **changes)
+
+
+# prefixes
+
+PREFIXES = [(5, 6), (), (17,), (8, 9, 10, 12), (5, 6), ()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("strategy", [Sample(temperature=0.7), Greedy()], ids=["sample", "greedy"])
+def test_forced_tokens_begin_the_completion_and_the_rest_follows_them(family, strategy):
+    model = tiny_model(family)
+    for p, prefix, group in zip(PROMPTS, PREFIXES, draw(model, strategy=strategy, prefixes=PREFIXES), strict=True):
+        k = len(prefix)
+        for rollout in group:
+            ids = rollout.completion_ids
+            assert ids[:k] == prefix
+            assert rollout.logprobs[:k] == (0.0,) * k
+            assert rollout.trained_mask == (False,) * k + (True,) * (len(ids) - k)
+            assert 1 <= len(ids) - k <= 9  # max_new_tokens is of the sampled
+            for t in range(k, len(ids)):
+                logits = uncached_logits(model, [*p.prompt_ids, *ids[:t]]) / getattr(strategy, "temperature", 1.0)
+                logprobs = logits - np.logaddexp.reduce(logits)
+                assert rollout.logprobs[t] == pytest.approx(logprobs[ids[t]], abs=5e-5)
+                if isinstance(strategy, Greedy):
+                    assert ids[t] == logprobs.argmax()
+
+
+def test_sampling_from_a_prefix_is_sampling_from_a_prompt_that_holds_it():
+    model = tiny_model()
+    longer = [prompt(p.key, *p.prompt_ids, *prefix) for p, prefix in zip(PROMPTS, PREFIXES, strict=True)]
+    for found, expected, prefix in zip(
+        itertools.chain(*draw(model, prefixes=PREFIXES)),
+        itertools.chain(*draw(model, longer)),
+        itertools.chain(*([prefix] * 5 for prefix in PREFIXES)),
+        strict=True,
+    ):
+        assert found.completion_ids == (*prefix, *expected.completion_ids)
+        assert found.finish_reason == expected.finish_reason
+        np.testing.assert_allclose(found.logprobs[len(prefix) :], expected.logprobs, atol=5e-5)
+
+
+def test_empty_prefixes_change_nothing():
+    model = tiny_model()
+    assert draw(model, prefixes=[()] * len(PROMPTS)) == draw(model)
+
+
+def test_a_stop_id_within_the_prefix_does_not_end_the_completion():
+    (group,) = draw(tiny_model(), PROMPTS[:1], prefixes=[(7, 3)], max_new_tokens=1, num_samples=20)
+    assert {len(rollout.completion_ids) for rollout in group} == {3}
+    assert {rollout.finish_reason for rollout in group} >= {"length"}
+    for rollout in group:
+        assert (rollout.finish_reason == "stop") == (rollout.completion_ids[-1] in STOPS)
+
+
+def test_a_wrong_number_of_prefixes_is_refused():
+    with pytest.raises(ConfigError, match=r"2 prefixes .* 6 prompts"):
+        draw(tiny_model(), prefixes=[(), (3,)])
