@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# A password, or over HTTP a user name alone, which is a token.
+# A password, or over HTTP a user name alone, which is a token. Each pattern begins at "://" or with a few letters: one that
+# began with a scheme of any length took the square of a long text's length.
 _USER = re.compile(
-    r"[a-z][a-z0-9+.-]*://[^\s/?#@:]*:([^\s/?#]+)@|\b(?:https?|wss?)://([^\s/?#@:\"',<>]+):?@", re.IGNORECASE
+    r"(?<=[a-z0-9+.-])://[^\s/?#@:]*:([^\s/?#]+)@|\b(?:https?|wss?)://([^\s/?#@:\"',<>]+):?@", re.IGNORECASE
 )
-_QUERY = re.compile(r"://[^\s\"'?]*\?([^\s\"'#]+)")
+_WORD = re.compile(r"[^\s\"']+")
 _KEY = re.compile(
-    r"(?:^|[&;])[^=&;]*(?:key|token|secret|password|pwd|auth|sig|signature|credential)=([^&;]+)", re.IGNORECASE
+    r"(?:^|[&;#])[^=&;#]*(?:key|token|secret|password|pwd|auth|sig|signature|credential)=([^&;#]+)", re.IGNORECASE
 )
 ADVICE = (
     "in a reward's arguments an environment variable can stand for it: http://USER:${VARIABLE}@HOST/... or "
@@ -23,5 +24,7 @@ def holds_password(value: Any) -> bool:
     """Whether a value, or anything in it, is a URL with a password or key; an environment variable's name is none."""
     text = str(value)
     found = [password or token for password, token in _USER.findall(text)]
-    found += [key for query in _QUERY.findall(text) for key in _KEY.findall(query)]
+    for word in _WORD.findall(text):
+        _, _, url = word.partition("://")
+        found += _KEY.findall(url.partition("?")[2])
     return any(not secret.startswith("$") for secret in found)
