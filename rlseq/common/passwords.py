@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# A password, or over HTTP a user name alone, which is a token. Each pattern begins at "://" or with a few letters: one that
-# began with a scheme of any length took the square of a long text's length.
+# A password, or over HTTP a user name alone, which is a token. Each pattern begins at "://" or with a few letters: one
+# that began with a scheme of any length took the square of a long text's length.
 _USER = re.compile(
     r"(?<=[a-z0-9+.-])://[^\s/?#@:]*:([^\s/?#]+)@|\b(?:https?|wss?)://([^\s/?#@:\"',<>]+):?@", re.IGNORECASE
 )
