@@ -153,7 +153,7 @@ def evaluate(
 
         from rlseq.data.rows import load_rows, made_prompts
         from rlseq.evaluation.run import contrast_and_report
-        from rlseq.evaluation.tune_decoding import families
+        from rlseq.evaluation.tune_decoding import sweeps
         from rlseq.scoring import load_rewards
 
     named = parse_models(models)
@@ -163,7 +163,7 @@ def evaluate(
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if not reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
-    choosing = [family.signature for family in families(settings)]
+    choosing = [sweep.signature for sweep in sweeps(settings)]
     if choosing and settings.choose_split == split:
         raise ConfigError(
             f"strategy {choosing[0]!r} is to be chosen on the split {split!r}, which is the one evaluated: it would "

@@ -131,7 +131,7 @@ def sample(
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     wanted = [list(range(num_samples))] * len(prompts) if samples is None else [list(s) for s in samples]
-    if not strategy.samples and any(len(s) > 1 for s in wanted):
+    if not strategy.is_stochastic and any(len(s) > 1 for s in wanted):
         raise ConfigError(f"{strategy.signature} gives the same completion every time; num_samples must be 1")
 
     if prefixes is not None and len(prefixes) != len(prompts):

@@ -27,7 +27,7 @@ class Strategy:
     """Base of the decoding strategies; `name` is how a user calls one."""
 
     name: ClassVar[str] = ""
-    samples: ClassVar[bool] = False  # whether it draws, so that several completions a prompt make sense
+    is_stochastic: ClassVar[bool] = False  # whether it draws, so that several completions a prompt make sense
 
     @property
     def signature(self) -> str:
@@ -39,12 +39,12 @@ class Strategy:
 
     @property
     def members(self) -> tuple[Strategy, ...]:
-        """What is to be chosen among: of a `Family` its alternatives, else the strategy alone."""
+        """What is to be chosen among: of a `Sweep` its alternatives, else the strategy alone."""
         return (self,)
 
 
 @dataclass(frozen=True)
-class Family(Strategy):
+class Sweep(Strategy):
     """Strategies of one kind that differ in numbers, one of which is to be chosen: `sample:temperature=0.5/0.7/1`.
 
     It decodes nothing by itself (rlseq.evaluation.tune_decoding).
@@ -68,9 +68,9 @@ class Family(Strategy):
         return self.alternatives
 
     @property
-    def samples(self) -> bool:  # type: ignore[override]  # the class's own for others, of the alternatives here
+    def is_stochastic(self) -> bool:  # type: ignore[override]  # the class's own for others, of the alternatives here
         """Whether the alternatives draw."""
-        return self.alternatives[0].samples
+        return self.alternatives[0].is_stochastic
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Sample(Strategy):
     """
 
     name: ClassVar[str] = "sample"
-    samples: ClassVar[bool] = True
+    is_stochastic: ClassVar[bool] = True
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -249,7 +249,7 @@ STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Greedy, Sampl
 def parse_strategy(text: str) -> Strategy:
     """Read a strategy as a user writes it: `greedy`, `beam:width=10`, `best_of:n=8,by=phoneme_accuracy`.
 
-    A setting with several numbers, `sample:temperature=0.5/0.7/1`, makes it a `Family`.
+    A setting with several numbers, `sample:temperature=0.5/0.7/1`, makes it a `Sweep`.
 
     Raises:
         ConfigError: the name or a setting is unknown (the message names the nearest), or a value is of a wrong type.
@@ -287,10 +287,10 @@ def parse_strategy(text: str) -> Strategy:
         example = ",".join(setting for key, setting in examples.items() if key in fields)
         raise ConfigError(f"strategy {text!r} does not say {' and '.join(missing)}; give {name}:{example}, for example")
     made = [cls(**dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
-    return made[0] if len(made) == 1 else _family(text, made, values)
+    return made[0] if len(made) == 1 else _sweep(text, made, values)
 
 
-def _family(text: str, made: Sequence[Strategy], values: Mapping[str, Sequence[int | float | str]]) -> Family:
+def _sweep(text: str, made: Sequence[Strategy], values: Mapping[str, Sequence[int | float | str]]) -> Sweep:
     """The strategies made of every combination of these values, under one name."""
     if len(set(made)) < len(made):
         raise ConfigError(f"strategy {text!r} names an alternative twice")
@@ -302,7 +302,7 @@ def _family(text: str, made: Sequence[Strategy], values: Mapping[str, Sequence[i
         for key in defaults
         if key in values and list(values[key]) != [defaults[key]]
     ]
-    return Family(f"{made[0].name}:{','.join(written)}", tuple(made))
+    return Sweep(f"{made[0].name}:{','.join(written)}", tuple(made))
 
 
 def _renormalise(logprobs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

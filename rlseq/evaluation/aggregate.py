@@ -86,7 +86,7 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
 
 def metrics_under(metrics: Mapping[str, Metric], strategy: str) -> dict[str, Metric]:
     """Those of the metrics that a strategy, named by its signature, has."""
-    draws = parse_strategy(strategy).samples
+    draws = parse_strategy(strategy).is_stochastic
     return {name: metric for name, metric in metrics.items() if draws or not metric.sampled}
 
 

@@ -40,7 +40,7 @@ from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.stats.seeds import methods, seed_notes
 from rlseq.evaluation.studies.compression import document_results, lossy_notes
 from rlseq.evaluation.studies.table import check_studies, study_results
-from rlseq.evaluation.tune_decoding import check_choices, choice_notes, choice_signature, choose, chosen_for, families
+from rlseq.evaluation.tune_decoding import check_choices, choice_notes, choice_signature, choose, chosen_for, sweeps
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
@@ -131,7 +131,7 @@ def _contrast(
         if state.is_main_process and not quiet:
             say_replaced(folder)
     chosen, chosen_on = {}, []
-    if families(settings):
+    if sweeps(settings):
         options = {"quiet": quiet, "output_dir": folder}
         chosen, chosen_on = choose(models, choice_rows, rows, suite, settings, prompt_options, **options)
     found: dict[str, ModelStatistics] = {}

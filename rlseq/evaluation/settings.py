@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlseq.engine.strategies import Family, Strategy, parse_strategy
+from rlseq.engine.strategies import Strategy, Sweep, parse_strategy
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ContrastSettings:
         """The settings that decide numbers, by name, in JSON's types: those of memory and time alone are left out."""
         shown = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         without = ["batch_rows", "max_kv_gb"]
-        if not any(isinstance(strategy, Family) for strategy in self.parsed()):
+        if not any(isinstance(strategy, Sweep) for strategy in self.parsed()):
             without += ["choose_split", "choose_rows"]
         without += [name for name in ("allow_missing_weights", "quantization") if not getattr(self, name)]
         return {name: value for name, value in shown.items() if name not in without}

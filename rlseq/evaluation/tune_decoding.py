@@ -1,6 +1,6 @@
 """Settings of decoding that are chosen on rows of their own, before an evaluation: each model gets its own best.
 
-A strategy written with alternatives (`sample:temperature=0.5/0.7/1`, `rlseq.engine.strategies.Family`) stands in the
+A strategy written with alternatives (`sample:temperature=0.5/0.7/1`, `rlseq.engine.strategies.Sweep`) stands in the
 results under that one name, so that one model's best is compared with another's. All alternatives are measured on the
 rows to choose on; the best is measured again, on the rows that are evaluated, and nothing else is.
 """
@@ -18,7 +18,7 @@ from accelerate import PartialState
 from rlseq.common.escapes import visible
 from rlseq.data.prompts import prompt_digest
 from rlseq.data.rows import build_prompts, fingerprint
-from rlseq.engine.strategies import Family, Strategy, parse_strategy
+from rlseq.engine.strategies import Strategy, Sweep, parse_strategy
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import matrix, metrics_under, quality_metrics
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
@@ -33,18 +33,18 @@ from rlseq.types import Prompt
 Choices = dict[str, Any]  # the block `chosen` of results.json
 
 
-def families(settings: ContrastSettings) -> list[Family]:
+def sweeps(settings: ContrastSettings) -> list[Sweep]:
     """The strategies of an evaluation that have something to choose."""
-    return [strategy for strategy in settings.parsed() if isinstance(strategy, Family)]
+    return [strategy for strategy in settings.parsed() if isinstance(strategy, Sweep)]
 
 
 def check_choices(settings: ContrastSettings, suite: RewardSuite) -> None:
-    """Check, before anything is loaded, that every family can be chosen from.
+    """Check, before anything is loaded, that every sweep can be chosen from.
 
     Raises:
         ConfigError: no split to choose on, no rows, or a metric without a better direction.
     """
-    found = families(settings)
+    found = sweeps(settings)
     if not found:
         return
     if settings.choose_split is None:
@@ -54,21 +54,21 @@ def check_choices(settings: ContrastSettings, suite: RewardSuite) -> None:
         )
     if settings.choose_rows is not None and settings.choose_rows < 1:
         raise ConfigError(f"--choose_rows is {settings.choose_rows}; expected at least 1")
-    for family in found:
-        name, metric = chooses_by(settings, family, suite)
+    for sweep in found:
+        name, metric = chooses_by(settings, sweep, suite)
         if metric.higher_is_better is None:
             raise ConfigError(
-                f"strategy {family.signature!r} would be chosen by {name}, the metric of --primary, which is neither "
+                f"strategy {sweep.signature!r} would be chosen by {name}, the metric of --primary, which is neither "
                 "better high nor low; give one value, or another --primary"
             )
 
 
-def chooses_by(settings: ContrastSettings, family: Family, suite: RewardSuite) -> tuple[str, Metric]:
-    """The metric that a family is chosen by: that of the primary comparison if it is of it, else the first reward's."""
+def chooses_by(settings: ContrastSettings, sweep: Sweep, suite: RewardSuite) -> tuple[str, Metric]:
+    """The metric that a sweep is chosen by: that of the primary comparison if it is of it, else the first reward's."""
     metrics = quality_metrics(suite, with_references=True)
     name = next(iter(metrics))
     primary = Primary.of(settings)
-    if primary and family.signature in (primary.signature, primary.signature_against):
+    if primary and sweep.signature in (primary.signature, primary.signature_against):
         name = primary.metric
     return name, metrics[name]
 
@@ -84,7 +84,7 @@ def choose(
     quiet: bool,
     output_dir: Path | None,
 ) -> tuple[Choices, list[Prompt]]:
-    """Measure every alternative of every family on the rows to choose on, of each model.
+    """Measure every alternative of every sweep on the rows to choose on, of each model.
 
     Called by all processes; each gets the same.
 
@@ -94,7 +94,7 @@ def choose(
         output_dir: where finished parts are kept, as of the evaluation itself.
 
     Returns:
-        {"rows", "split", "strategies": {family: {"metric", "higher_is_better", "models": {model: {"strategy": chosen,
+        {"rows", "split", "strategies": {sweep: {"metric", "higher_is_better", "models": {model: {"strategy": chosen,
         "values": {alternative: value}}}}}} and the rows to choose on as prompts.
 
     Raises:
@@ -103,12 +103,12 @@ def choose(
     """
     if not choice_rows:
         raise DataError(
-            f"there are no rows to choose {families(settings)[0].signature!r} on; give a split that has some, with "
+            f"there are no rows to choose {sweeps(settings)[0].signature!r} on; give a split that has some, with "
             "--choose_split"
         )
     first, path = next(iter(models.items()))
     _refuse_shared_prompts(choice_rows, rows, load_tokenizer(first, str(path)), prompt_options)
-    alternatives = dict.fromkeys(member.signature for family in families(settings) for member in family.members)
+    alternatives = dict.fromkeys(member.signature for sweep in sweeps(settings) for member in sweep.members)
     alone = dataclasses.replace(settings, strategies=tuple(alternatives), studies=(), likelihood_dataset=None)
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
@@ -117,10 +117,10 @@ def choose(
             name, str(path), choice_rows, suite, alone, prompt_options, quiet, **options
         )
     block: Choices = {"rows": len(prompts), "split": settings.choose_split, "strategies": {}}
-    for family in families(settings):
-        name, metric = chooses_by(settings, family, suite)
-        values = {model: _values(statistics, family, name, metric) for model, statistics in found.items()}
-        block["strategies"][family.signature] = {
+    for sweep in sweeps(settings):
+        name, metric = chooses_by(settings, sweep, suite)
+        values = {model: _values(statistics, sweep, name, metric) for model, statistics in found.items()}
+        block["strategies"][sweep.signature] = {
             "metric": name,
             "higher_is_better": metric.higher_is_better,
             "models": {model: {"strategy": None, "values": mine} for model, mine in values.items()},
@@ -132,10 +132,10 @@ def choose(
 
 
 def chosen_for(model: str, block: Choices) -> dict[str, Strategy]:
-    """By family what was chosen for a model."""
+    """By sweep what was chosen for a model."""
     return {
-        family: parse_strategy(entry["models"][model]["strategy"])
-        for family, entry in block.get("strategies", {}).items()
+        sweep: parse_strategy(entry["models"][model]["strategy"])
+        for sweep, entry in block.get("strategies", {}).items()
     }
 
 
@@ -145,7 +145,7 @@ def choice_signature(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def joined_choices(origins: Mapping[str, tuple[Choices, str]]) -> Choices:
-    """The choices of finished evaluations of the same families, under the names of the joined one.
+    """The choices of finished evaluations of the same sweeps, under the names of the joined one.
 
     Args:
         origins: by name in the joined evaluation the block of the finished one, and the model's name there.
@@ -157,18 +157,18 @@ def joined_choices(origins: Mapping[str, tuple[Choices, str]]) -> Choices:
     if not first:
         return {}
     block: Choices = {**first, "strategies": {}}
-    for family, entry in first["strategies"].items():
-        mine = {name: dict(b["strategies"][family]["models"][old]) for name, (b, old) in origins.items()}
-        block["strategies"][family] = {**entry, "models": mine}
+    for sweep, entry in first["strategies"].items():
+        mine = {name: dict(b["strategies"][sweep]["models"][old]) for name, (b, old) in origins.items()}
+        block["strategies"][sweep] = {**entry, "models": mine}
     measured = {
-        (family, name): m["strategy"] for family, e in block["strategies"].items() for name, m in e["models"].items()
+        (sweep, name): m["strategy"] for sweep, e in block["strategies"].items() for name, m in e["models"].items()
     }
     _decide(block)
-    for (family, name), strategy in measured.items():
-        together = block["strategies"][family]["models"][name]["strategy"]
+    for (sweep, name), strategy in measured.items():
+        together = block["strategies"][sweep]["models"][name]["strategy"]
         if strategy != together:
             raise ConfigError(
-                f"{name} was evaluated under {strategy}, its own choice of {family}, and the seeds of its method "
+                f"{name} was evaluated under {strategy}, its own choice of {sweep}, and the seeds of its method "
                 f"together choose {together}: seeds share one choice. Evaluate them together."
             )
     return block
@@ -177,7 +177,7 @@ def joined_choices(origins: Mapping[str, tuple[Choices, str]]) -> Choices:
 def choice_notes(block: Choices) -> list[str]:
     """What a reader must know of each choice, with the numbers that it rests on."""
     notes = []
-    for family, entry in block.get("strategies", {}).items():
+    for sweep, entry in block.get("strategies", {}).items():
         parts = []
         for method, seeds in methods(entry["models"]).items():
             means = _means([entry["models"][seed]["values"] for seed in seeds])
@@ -185,7 +185,7 @@ def choice_notes(block: Choices) -> list[str]:
             values = ", ".join(f"{alternative}: {value:.4g}" for alternative, value in means.items())
             parts.append(f"{method} takes {chosen} ({values})")
         notes.append(
-            f"{family} is chosen for each model by {entry['metric']} "
+            f"{sweep} is chosen for each model by {entry['metric']} "
             f"({'higher' if entry['higher_is_better'] else 'lower'} is better) on {block['rows']:,} rows of "
             f"{block['split']}, none of which is evaluated: {'; '.join(parts)}."
         )
@@ -198,14 +198,14 @@ def _decide(block: Choices) -> None:
     Raises:
         DataError: no alternative has a value.
     """
-    for family, entry in block["strategies"].items():
+    for sweep, entry in block["strategies"].items():
         sign = 1 if entry["higher_is_better"] else -1
         for method, seeds in methods(entry["models"]).items():
             means = _means([entry["models"][seed]["values"] for seed in seeds])
             known = {alternative: sign * value for alternative, value in means.items() if not math.isnan(value)}
             if not known:
                 raise DataError(
-                    f"strategy {family!r} cannot be chosen for {method}: {entry['metric']} is undefined on the "
+                    f"strategy {sweep!r} cannot be chosen for {method}: {entry['metric']} is undefined on the "
                     f"{block['rows']:,} rows of {block['split']} under every alternative. Give one value, another "
                     "--choose_split or another --primary."
                 )
@@ -221,9 +221,9 @@ def _means(values: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     }
 
 
-def _values(statistics: ModelStatistics, family: Family, name: str, metric: Metric) -> dict[str, float | None]:
+def _values(statistics: ModelStatistics, sweep: Sweep, name: str, metric: Metric) -> dict[str, float | None]:
     found = {}
-    for member in family.members:
+    for member in sweep.members:
         rows = statistics.strategies[member.signature]
         value = math.nan
         if name in metrics_under({name: metric}, member.signature):

@@ -130,7 +130,7 @@ def compare(model, prompts, found):
 @torch.no_grad()
 def drawn(model, strategy, **changes):
     prompts = [Prompt(str(i), "", tuple(range(3, 4 + i)), {}) for i in range(4)]
-    settings = {"num_samples": 5 if strategy.samples else 1, "max_new_tokens": 30, "seed": 0, "stop_ids": [2]}
+    settings = {"num_samples": 5 if strategy.is_stochastic else 1, "max_new_tokens": 30, "seed": 0, "stop_ids": [2]}
     return prompts, sample(model, prompts, strategy=strategy, **settings | changes)
 
 

@@ -9,7 +9,7 @@ from test_data import VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
 from rlseq.cli.evaluate import evaluate
-from rlseq.engine.strategies import BestOf, Family, Sample, parse_strategy
+from rlseq.engine.strategies import BestOf, Sample, Sweep, parse_strategy
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.compare import join
 from rlseq.evaluation.measure import checkpoint
@@ -17,12 +17,12 @@ from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, con
 from rlseq.evaluation.tune_decoding import joined_choices
 from rlseq.scoring import load_rewards
 
-FAMILY = "sample:temperature=0.25/1.0/4.0"
+SWEEP = "sample:temperature=0.25/1.0/4.0"
 COLD, PLAIN, HOT = "sample:temperature=0.25", "sample", "sample:temperature=4.0"
 ROWS = [{"prompt": f"{a} {b} = ", "references": ["A"]} for a in "abcd" for b in "efgh"]
 CHOICE = [{"prompt": f"{b} {a} = ", "references": ["A"]} for a in "abcd" for b in "efgh"] * 3
 SETTINGS = ContrastSettings(
-    strategies=("greedy", FAMILY), max_new_tokens=1, resamples=50, choose_split="validation", choose_rows=None
+    strategies=("greedy", SWEEP), max_new_tokens=1, resamples=50, choose_split="validation", choose_rows=None
 )
 
 
@@ -61,13 +61,13 @@ def measured(models, *, settings=SETTINGS, rows=ROWS, choice_rows=CHOICE, output
         return contrast(models, rows, suite, **options)
 
 
-def test_alternatives_make_a_family_of_every_combination():
-    family = parse_strategy("sample: temperature=0.5/1, top_k=3")
-    assert isinstance(family, Family) and family.samples
-    assert family.signature == "sample:temperature=0.5/1.0,top_k=3"
-    assert family.members == (Sample(0.5, 3), Sample(1.0, 3))
+def test_alternatives_make_a_sweep_of_every_combination():
+    sweep = parse_strategy("sample: temperature=0.5/1, top_k=3")
+    assert isinstance(sweep, Sweep) and sweep.is_stochastic
+    assert sweep.signature == "sample:temperature=0.5/1.0,top_k=3"
+    assert sweep.members == (Sample(0.5, 3), Sample(1.0, 3))
     both = parse_strategy("best_of:n=2/4,by=loud,temperature=1/2")
-    assert both.members == tuple(BestOf(n, "loud", t) for n in (2, 4) for t in (1.0, 2.0)) and not both.samples
+    assert both.members == tuple(BestOf(n, "loud", t) for n in (2, 4) for t in (1.0, 2.0)) and not both.is_stochastic
     assert parse_strategy(both.signature) == both
     assert parse_strategy("sample:temperature=1").members == (Sample(),)
 
@@ -96,7 +96,7 @@ def test_each_model_gets_its_own_best_and_is_measured_as_if_that_were_written(mo
         results = contrast_and_report(pair, ROWS, suite, **options)
     block = results["chosen"]
     assert (block["rows"], block["split"]) == (len(CHOICE), "validation")
-    entry = block["strategies"][FAMILY]
+    entry = block["strategies"][SWEEP]
     assert (entry["metric"], entry["higher_is_better"]) == ("likes_a", True)
     assert {name: m["strategy"] for name, m in entry["models"].items()} == {"base": HOT, "rl": COLD}
     # The values are those of an evaluation of the alternatives, on the rows to choose on.
@@ -110,16 +110,16 @@ def test_each_model_gets_its_own_best_and_is_measured_as_if_that_were_written(mo
     # What is evaluated is what the strategy alone gives, in its place of the list.
     for name, best in (("base", HOT), ("rl", COLD)):
         alone = measured({name: pair[name]}, settings=dataclasses.replace(SETTINGS, strategies=("greedy", best)))
-        assert results["models"][name]["strategies"][FAMILY] == alone["models"][name]["strategies"][best]
+        assert results["models"][name]["strategies"][SWEEP] == alone["models"][name]["strategies"][best]
     compared = {(c["strategy"], c["metric"]): c["difference"] for c in results["comparisons"]}
-    values = [results["models"][name]["strategies"][FAMILY]["likes_a"]["value"] for name in pair]
-    assert compared[FAMILY, "likes_a"] == pytest.approx(values[1] - values[0])
+    values = [results["models"][name]["strategies"][SWEEP]["likes_a"]["value"] for name in pair]
+    assert compared[SWEEP, "likes_a"] == pytest.approx(values[1] - values[0])
     assert results["signature"]["settings"]["choose_split"] == "validation"
     assert results["signature"]["choice"]["rows"] == len(CHOICE)
     (note,) = [note for note in results["notes"] if "is chosen" in note]
     assert f"on {len(CHOICE)} rows of validation" in note and f"rl takes {COLD} (" in note
     report = (tmp_path / "report.md").read_text()
-    assert f"{FAMILY} (chosen)" in report and note.replace("_", r"\_") in report
+    assert f"{SWEEP} (chosen)" in report and note.replace("_", r"\_") in report
 
 
 def test_seeds_of_a_method_share_the_choice_that_is_best_in_their_mean(models):
@@ -127,19 +127,19 @@ def test_seeds_of_a_method_share_the_choice_that_is_best_in_their_mean(models):
     means = {t: (expected(LOGITS["hot"], t) + expected(LOGITS["weak"], t)) / 2 for t in (0.25, 1.0, 4.0)}
     assert max(means, key=means.get) == 4.0 and expected(LOGITS["weak"], 0.25) > 0.5
     results = measured({"base": models["weak"], "rl#1": models["hot"], "rl#2": models["weak"]})
-    chosen = {name: m["strategy"] for name, m in results["chosen"]["strategies"][FAMILY]["models"].items()}
+    chosen = {name: m["strategy"] for name, m in results["chosen"]["strategies"][SWEEP]["models"].items()}
     assert chosen == {"base": COLD, "rl#1": HOT, "rl#2": HOT}
 
 
-def test_the_primary_metric_of_the_family_chooses_and_its_direction_counts(models):
-    worse = dataclasses.replace(SETTINGS, primary=f"truncated:{FAMILY}")  # lower is better: fewest without a stop
-    entry = measured({"base": models["cold"]}, settings=worse)["chosen"]["strategies"][FAMILY]
+def test_the_primary_metric_of_the_sweep_chooses_and_its_direction_counts(models):
+    worse = dataclasses.replace(SETTINGS, primary=f"truncated:{SWEEP}")  # lower is better: fewest without a stop
+    entry = measured({"base": models["cold"]}, settings=worse)["chosen"]["strategies"][SWEEP]
     assert (entry["metric"], entry["higher_is_better"]) == ("truncated", False)
     values = entry["models"]["base"]["values"]
     assert values[COLD] == 1.0 and values[HOT] < 1.0  # a stop has the chance 1 / (e^(3/T) + |V| − 1)
     assert entry["models"]["base"]["strategy"] == min(values, key=values.get) != COLD
     other = dataclasses.replace(SETTINGS, primary="truncated:greedy")
-    assert measured({"base": models["cold"]}, settings=other)["chosen"]["strategies"][FAMILY]["metric"] == "likes_a"
+    assert measured({"base": models["cold"]}, settings=other)["chosen"]["strategies"][SWEEP]["metric"] == "likes_a"
 
 
 def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypatch):
@@ -179,17 +179,17 @@ def test_evaluations_are_joined_with_their_choices_if_these_were_made_on_the_sam
 def test_joined_seeds_that_would_choose_otherwise_together_are_refused():
     def alone(values, chosen):
         models = {"rl": {"strategy": chosen, "values": values}}
-        strategies = {FAMILY: {"metric": "likes_a", "higher_is_better": True, "models": models}}
+        strategies = {SWEEP: {"metric": "likes_a", "higher_is_better": True, "models": models}}
         return {"rows": 2, "split": "validation", "strategies": strategies}
 
     one, two = alone({COLD: 0.2, HOT: 0.1}, COLD), alone({COLD: 0.1, HOT: 0.9}, HOT)
     block = joined_choices({"base": (one, "rl"), "rl": (two, "rl")})  # two methods: each keeps its own
-    assert {name: m["strategy"] for name, m in block["strategies"][FAMILY]["models"].items()} == {
+    assert {name: m["strategy"] for name, m in block["strategies"][SWEEP]["models"].items()} == {
         "base": COLD,
         "rl": HOT,
     }
     block = joined_choices({"rl#1": (two, "rl"), "rl#2": (two, "rl")})
-    assert {m["strategy"] for m in block["strategies"][FAMILY]["models"].values()} == {HOT}
+    assert {m["strategy"] for m in block["strategies"][SWEEP]["models"].values()} == {HOT}
     with pytest.raises(ConfigError, match=r"rl#1 was evaluated under sample:temperature=0.25.*together choose"):
         joined_choices({"rl#1": (one, "rl"), "rl#2": (two, "rl")})
 
@@ -200,7 +200,7 @@ def test_a_choice_that_is_none_is_refused_before_a_model_loads(models, tmp_path,
         for changes, message in (
             ({"choose_split": None}, "no rows to choose on; give one value, or evaluate with `rlseq evaluate`"),
             ({"choose_rows": 0}, "--choose_rows is 0"),
-            ({"primary": f"logprob:{FAMILY}"}, "neither better high nor low"),
+            ({"primary": f"logprob:{SWEEP}"}, "neither better high nor low"),
         ):
             with pytest.raises(ConfigError, match=message):
                 check_settings(dataclasses.replace(SETTINGS, **changes), suite)

@@ -79,7 +79,7 @@ def decode(
     if isinstance(strategy, Beam):
         return beam(model, prompts, strategy=strategy, batch_rows=batch_rows, **common), []
     reranks = isinstance(strategy, Rerank)
-    num_samples = strategy.n if reranks else num_samples if strategy.samples else 1
+    num_samples = strategy.n if reranks else num_samples if strategy.is_stochastic else 1
     groups = sample(
         model,
         prompts,
