@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 from rlseq.errors import RewardError, did_you_mean
+from rlseq.scoring.calls.background import submit
 from rlseq.scoring.calls.isolation import random_states_held, without_holding
-from rlseq.scoring.calls.later import Later
 from rlseq.scoring.calls.runner import Reward
 from rlseq.scoring.outcome import FAILURES, LARGEST, TOKEN_REWARDS, Outcome, shorten
 from rlseq.scoring.reward import CorpusMetric, Ratio
@@ -52,11 +53,11 @@ class ScoreTable:
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Rewards that score already, by name; made by `RewardSuite.begin`."""
+class PendingScores:
+    """The futures of rewards that score in the background, by name; made by `RewardSuite.submit`."""
 
     rollouts: list[Rollout]
-    outcomes: Mapping[str, Later] = field(default_factory=dict)
+    outcomes: Mapping[str, Future] = field(default_factory=dict)
 
 
 class RewardSuite:
@@ -79,7 +80,7 @@ class RewardSuite:
         self.weights = list(weights)
         self.specs: list[Any] = [None] * len(self.rewards)
         self.max_error_rate = max_error_rate
-        self._begun_states = contextlib.ExitStack()  # sets back the random states that `begin` has held
+        self._held_states = contextlib.ExitStack()  # restores the random states that `submit` holds
         self.corpus: dict[str, CorpusMetric | Ratio] = {}
         for reward in rewards:
             for metric, definition in reward.info.corpus.items():
@@ -122,22 +123,24 @@ class RewardSuite:
             for reward, weight in zip(self.rewards, self.weights, strict=True)
         }
 
-    def begin(self, rollouts: Sequence[Rollout], columns: Mapping[str, Sequence[Any]], context: Any = None) -> Begun:
-        """Let the rewards that run apart (in worker processes, on an event loop) score N rollouts in the meantime.
+    def submit(
+        self, rollouts: Sequence[Rollout], columns: Mapping[str, Sequence[Any]], context: Any = None
+    ) -> PendingScores:
+        """Let rewards in worker processes and on an event loop score N rollouts in the background.
 
-        Arguments are those of `score`, which takes the result; whatever is wrong is raised there. Where one of them
-        runs in this process, the random states are held until then.
+        Takes the arguments of `score`, which takes the result and raises what went wrong. If one of them runs in this
+        process, the random states are held until then.
         """
-        self._begun_states.close()
+        self._held_states.close()
         rollouts = list(rollouts)
         apart = [reward for reward in self.rewards if reward.executor.apart]
         if not apart or not rollouts or "prompt" not in columns:
-            return Begun(rollouts)
+            return PendingScores(rollouts)
         rows = Rows(rollouts, columns)
         if any(reward.executor.draws_here for reward in apart):
-            self._begun_states.enter_context(random_states_held())
+            self._held_states.enter_context(random_states_held())
         acts = {reward.name: partial(without_holding, partial(reward.outcomes, rows, context)) for reward in apart}
-        return Begun(rollouts, {name: Later(act) for name, act in acts.items()})
+        return PendingScores(rollouts, {name: submit(act) for name, act in acts.items()})
 
     def score(
         self,
@@ -146,7 +149,7 @@ class RewardSuite:
         context: Any = None,
         *,
         gather: Callable[[Any], list[Any]] | None = None,
-        begun: Begun | None = None,
+        pending: PendingScores | None = None,
         absent: Collection[str] = (),
     ) -> ScoreTable:
         """Score N rollouts.
@@ -159,7 +162,7 @@ class RewardSuite:
                 of them and returns everybody's, in the same order everywhere (with accelerate,
                 `lambda mine: gather_object([mine])`). It is called exactly once, also where scoring fails here;
                 `max_error_rate` is then judged over all parts, and an error in one process is raised in all.
-            begun: what `begin` gave for these rollouts; the rewards it holds are waited for, not called.
+            pending: what `submit` returned for these rollouts; the rewards in it are waited for, not called.
             absent: fields that the rollouts were read without, which no reward then gets.
 
         Raises:
@@ -167,10 +170,15 @@ class RewardSuite:
                 of values; more than `max_error_rate` of the rows failed; or the columns do not fit.
         """
         rollouts = list(rollouts)
-        with self._begun_states:
-            for reward in self.rewards:
-                if begun is not None and reward.name in begun.outcomes and reward.executor.draws_here:
-                    begun.outcomes[reward.name].wait()
+        futures = {} if pending is None else pending.outcomes
+        with self._held_states:
+            wait(
+                [
+                    futures[reward.name]
+                    for reward in self.rewards
+                    if reward.name in futures and reward.executor.draws_here
+                ]
+            )
         outcomes: list[list[Outcome]] = []
         trouble: Exception | None = None
         try:
@@ -178,9 +186,10 @@ class RewardSuite:
             self._check_lengths(rows)
             if rollouts:
                 self.check_columns(columns)
-            later = begun.outcomes if begun is not None and begun.rollouts == rollouts else {}
+            if pending is not None and pending.rollouts != rollouts:
+                futures = {}
             outcomes = [
-                later[reward.name].result() if reward.name in later else reward.outcomes(rows, context)
+                futures[reward.name].result() if reward.name in futures else reward.outcomes(rows, context)
                 for reward in self.rewards
             ]
             self._check_totals(outcomes)

@@ -154,7 +154,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
-        self._rows, self._scored, self._told, self._rollouts, self._begun = [], [], [], None, None
+        self._rows, self._scored, self._told, self._rollouts, self._pending = [], [], [], None, None
         self._tool_mask, self._asked = None, []
         self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
         self._logged_round = 0, 0  # the optimizer step of the last round that was logged, and which of its rounds

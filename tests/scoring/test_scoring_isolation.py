@@ -152,8 +152,8 @@ async def noise():
     return random.random() + np.random.rand() + torch.rand(()).item()
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_an_async_reward_that_seeds_or_draws_does_not_change_what_training_draws(begun):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_an_async_reward_that_seeds_or_draws_does_not_change_what_training_draws(in_background):
     async def seeds(completion):
         random.seed(1)
         await asyncio.sleep(0.01)
@@ -174,9 +174,9 @@ def test_an_async_reward_that_seeds_or_draws_does_not_change_what_training_draws
         torch.manual_seed(5)
         suite = load_rewards([{"func": reward, "retries": 1, "on_error": "abstain"}], max_error_rate=1.0)
         rollouts, columns = [ONE] * 4, {"prompt": ["?"] * 4}
-        submitted = suite.begin(rollouts, columns) if begun else None
-        drawn = [draws() for _ in range(3)] if begun else []  # training goes on meanwhile
-        table = suite.score(rollouts, columns, begun=submitted)
+        submitted = suite.submit(rollouts, columns) if in_background else None
+        drawn = [draws() for _ in range(3)] if in_background else []  # training continues meanwhile
+        table = suite.score(rollouts, columns, pending=submitted)
         assert (table.totals[0] is None) == (reward is ends)
         found.append((drawn, draws()))
     assert found[0][1] == found[1][1] == found[2][1] and found[2] == found[3]
@@ -196,7 +196,7 @@ def test_a_noisy_async_reward_draws_other_noise_for_each_call_and_the_same_from_
     assert found[0] == found[1] and len(set(found[0])) == 6
 
 
-def test_random_states_are_set_back_though_what_was_begun_is_not_scored():
+def test_random_states_are_restored_if_submitted_scores_are_never_asked_for():
     async def seeds(completion):
         random.seed(1)
         return 0.0
@@ -205,8 +205,8 @@ def test_random_states_are_set_back_though_what_was_begun_is_not_scored():
     for begins in (1, 2):
         random.seed(5)
         for _ in range(begins):
-            begun = suite.begin([ONE], {"prompt": ["?"]})
-            begun.outcomes["seeds"].wait()
+            pending = suite.submit([ONE], {"prompt": ["?"]})
+            pending.outcomes["seeds"].exception()  # waits
         suite.score([], {"prompt": []})
         if begins == 1:
             random.getrandbits(32)  # each takes one seed

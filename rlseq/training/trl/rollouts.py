@@ -21,7 +21,7 @@ from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Greedy, Sample
 from rlseq.errors import ConfigError
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.suite import Begun
+from rlseq.scoring.suite import PendingScores
 from rlseq.training.environment import check_group_prompts, environment_rewards
 from rlseq.training.forward import Ids
 from rlseq.training.run.faults import memory_for
@@ -44,7 +44,7 @@ class RolloutMixin(trl.GRPOTrainer):
     _rollouts: list[Rollout] | None  # drawn by rlseq's sampler; None where TRL generated
     _tool_mask: list[list[int]] | None  # of TRL's turns: 0 where a token is a tool's, None without tools
     _asked: list[Any]  # the prompts of the local generation batch, as an environment left them
-    _begun: Begun | None  # the rewards that score while TRL runs the reference model
+    _pending: PendingScores | None  # the rewards that score while TRL runs the reference model
     _scored: list[ScoredRollout]
     _told: list[dict[str, Any]]
     _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
@@ -219,7 +219,7 @@ class RolloutMixin(trl.GRPOTrainer):
         """Let the rewards that run apart score the rollouts while TRL computes the reference model's log-probs."""
         indices = [row["index"] for row in self._rows]
         columns = self._columns(indices) | {"prompt": [row["prompt"] for row in self._rows]}
-        self._begun = self.suite.begin(rollouts, columns, context=_RewardContext(self))
+        self._pending = self.suite.submit(rollouts, columns, context=_RewardContext(self))
 
     def _prefix(self, index: int, sample_index: int) -> Ids:
         """The reference tokens that a sample continues from; a prompt's samples take its references in turn."""
@@ -237,7 +237,7 @@ class RolloutMixin(trl.GRPOTrainer):
         names = [name for name in inputs[0] if name not in ("prompt", "index")]  # what a rollout_func told of each
         told = {name: [row[name] for row in inputs] for name in names}
         self._reference_rewards = {}
-        begun, self._begun = self._begun, None
+        pending, self._pending = self._pending, None
 
         with raise_on_all_ranks():
             told |= environment_rewards(self.environments, rollouts, getattr(self, "async_loop", None))
@@ -246,7 +246,7 @@ class RolloutMixin(trl.GRPOTrainer):
                 self._columns(indices) | told | {"prompt": prompts},
                 context=_RewardContext(self),
                 gather=lambda mine: gather_object([mine]),
-                begun=begun,
+                pending=pending,
             )
             greedy = self._score_alone(list(self._greedy.items()))
             if self.args.scores_references:
