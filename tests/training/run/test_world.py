@@ -120,7 +120,7 @@ LEAVING = """
 import os, sys
 from pathlib import Path
 import torch
-from rlseq.training.parser import run_recipe
+from rlseq.training.run.launch import run_recipe
 
 class Trainer: pass
 
