@@ -14,7 +14,7 @@ from rlseq.data.rows import build_prompts, reference_ids
 from rlseq.errors import ConfigError
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.statistics import Source
-from rlseq.evaluation.studies import prefixes as module
+from rlseq.evaluation.studies import study
 from rlseq.evaluation.studies.prefixes import Prefixes
 from rlseq.evaluation.studies.study import Context
 from rlseq.scoring import load_rewards
@@ -56,13 +56,13 @@ def next_logprobs(model, prompt_ids, completion):
 def measure(model, monkeypatch, rewards=(letters,), settings=SETTINGS):
     """The statistics, every completion that was drawn, and by call of the rewards what these were given."""
     drawn, scored = [], []
-    original = module.sample
+    original = study.sample
 
     def recorded(*args, **options):
         drawn.append(original(*args, **options))
         return drawn[-1]
 
-    monkeypatch.setattr(module, "sample", recorded)
+    monkeypatch.setattr(study, "sample", recorded)
     with load_rewards(list(rewards)) as suite:
         score = suite.score
         monkeypatch.setattr(

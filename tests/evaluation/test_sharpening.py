@@ -22,7 +22,7 @@ from rlseq.evaluation.run import ContrastSettings, check_settings, contrast_and_
 from rlseq.evaluation.statistics import Statistic
 from rlseq.evaluation.stats.bootstrap import resampled_counts
 from rlseq.evaluation.stats.equal_entropy import Curve, mean_gap
-from rlseq.evaluation.studies.sharpening import DRAW, Sharpening
+from rlseq.evaluation.studies.sharpening import Sharpening
 from rlseq.evaluation.studies.study import Context
 from rlseq.scoring import load_rewards
 from rlseq.types import Prompt
@@ -73,7 +73,7 @@ def test_a_row_holds_the_sums_over_its_samples():
     assert sum(done) == len(prompts)
     options = {"num_samples": 6, "max_new_tokens": LONGEST, "seed": 0, "stop_ids": [STOP]}
     for place, temperature in enumerate(SETTINGS.temperatures):
-        groups = sample(model, prompts, strategy=Sample(temperature=temperature), draw=DRAW + place, **options)
+        groups = sample(model, prompts, strategy=Sample(temperature=temperature), draw=1100 + place, **options)
         for row, prompt, group, right in zip(rows, prompts, groups, references, strict=True):
             drawn = [r.completion_ids for r in group]
             found = {(k.name, *k.params[1:]): v for k, v in row.items() if k.params[0] == str(temperature)}

@@ -15,8 +15,6 @@ import torch
 from rlseq.engine.float64 import to_double
 from rlseq.engine.likelihood import score
 from rlseq.engine.measures import exact_pass_at_k, reference_probability
-from rlseq.engine.sampling import sample
-from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.measure.references import SAMPLING_ROUNDING
@@ -28,7 +26,6 @@ from rlseq.evaluation.studies.coverage_report import section_of
 from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
 
-DRAW = 1001  # names the noise: not that of any strategy, and the same for every model
 LARGEST = 256  # samples a row, and the largest k of the exact curve
 _COVERAGE = Source("coverage")
 _JUDGED = _COVERAGE("judged")
@@ -71,20 +68,7 @@ class Coverage:
         statistics: list[RowStatistics] = []
         for start in range(0, len(context.prompts), at_once):
             prompts = context.prompts[start : start + at_once]
-            groups = sample(
-                context.model,
-                prompts,
-                num_samples=n,
-                max_new_tokens=settings.max_new_tokens,
-                strategy=Sample(),
-                seed=settings.seed,
-                draw=DRAW,
-                stop_ids=context.stop_ids,
-                tokenizer=context.tokenizer,
-                batch_rows=settings.batch_rows * settings.samples_per_row,
-                max_kv_gb=settings.max_kv_gb,
-                progress=context.progress,
-            )
+            groups = context.sample(self.name, prompts, num_samples=n, progress=context.progress)
             columns = columns_of(prompts, [row for row in range(len(prompts)) for _ in range(n)])
             values = context.suite.score([rollout for group in groups for rollout in group], columns).values
             by_reward = {names[r]: np.array(v, dtype=float).reshape(-1, n) for r, v in values.items()}  # (R, n)

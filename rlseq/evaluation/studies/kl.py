@@ -12,8 +12,6 @@ import torch
 
 from rlseq.engine.float64 import to_double
 from rlseq.engine.likelihood import divergence
-from rlseq.engine.sampling import sample
-from rlseq.engine.strategies import Sample
 from rlseq.errors import ModelError
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import RowStatistics, Source, rows_matrix
@@ -22,7 +20,6 @@ from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, methods
 from rlseq.evaluation.studies.study import Context, Section, StudyMetric, Table, summarise
 from rlseq.scoring import RewardSuite
 
-DRAW = 1200  # of the model's samples; those of the first model have the next one
 FORWARD, REVERSE = "forward", "reverse"
 
 
@@ -94,9 +91,9 @@ class Distance:
             context.progress(rows)
             return [dict(zip(_VOCABULARIES.values(), sizes, strict=True)) for _ in range(rows)]
         statistics: list[RowStatistics] = [{} for _ in range(rows)]
-        _add(statistics, FORWARD, model, base, DRAW, context)
+        _add(statistics, FORWARD, model, base, 0, context)
         context.progress(rows // 2)
-        _add(statistics, REVERSE, base, model, DRAW + 1, context)
+        _add(statistics, REVERSE, base, model, 1, context)
         context.progress(rows - rows // 2)
         return statistics
 
@@ -197,23 +194,11 @@ def _add(
     direction: str,
     p: torch.nn.Module,
     b: torch.nn.Module,
-    draw: int,
+    part: int,
     context: Context,
 ) -> None:
     """Sample p, and add the divergence of b from it to the rows."""
-    settings, size = context.settings, context.settings.samples_per_row
-    groups = sample(
-        p,
-        context.prompts,
-        num_samples=size,
-        max_new_tokens=settings.max_new_tokens,
-        strategy=Sample(),
-        seed=settings.seed,
-        draw=draw,
-        stop_ids=context.stop_ids,
-        batch_rows=settings.batch_rows * size,
-        max_kv_gb=settings.max_kv_gb,
-    )
+    groups, size = context.sample(Distance.name, part=part, model=p), context.settings.samples_per_row
     flat = [
         (prompt, rollout.completion_ids)
         for prompt, group in zip(context.prompts, groups, strict=True)

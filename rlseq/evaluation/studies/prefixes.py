@@ -9,8 +9,6 @@ from typing import Any
 import torch
 
 from rlseq.engine.likelihood import score
-from rlseq.engine.sampling import sample
-from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.names import Names
@@ -21,7 +19,6 @@ from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summar
 from rlseq.scoring import RewardSuite
 from rlseq.types import Rollout
 
-_DRAW = 1300  # the noise of own samples; the continuations have the next
 _POSITIONS = 64  # of the curves of entropy
 _PREFIXES = Source("prefixes")
 _NO_REFERENCE = _PREFIXES("no_reference")
@@ -61,19 +58,7 @@ class Prefixes:
         rows = [row for row, references in enumerate(context.references) if references]
         if rows:
             settings = context.settings
-            groups = sample(
-                context.model,
-                [context.prompts[row] for row in rows],
-                num_samples=settings.samples_per_row,
-                max_new_tokens=settings.max_new_tokens,
-                strategy=Sample(),
-                seed=settings.seed,
-                draw=_DRAW,
-                stop_ids=context.stop_ids,
-                tokenizer=context.tokenizer,
-                batch_rows=settings.batch_rows * settings.samples_per_row,
-                max_kv_gb=settings.max_kv_gb,
-            )
+            groups = context.sample(self.name, [context.prompts[row] for row in rows])
             own = dict(zip(rows, ([r.completion_ids for r in group] for group in groups), strict=True))
             _add_entropies(statistics, context, own)
             for length in settings.prefix_lengths:
@@ -138,24 +123,18 @@ def _add_continuations(
     pairs = [pair for pair in pairs if all(_content(ids, context) > length for ids in pair[2:])]
     if not pairs:
         return
-    settings, places = context.settings, [row for row, *_ in pairs]
+    places = [row for row, *_ in pairs]
     prompts = [context.prompts[row] for row in places]
     sides: dict[str, list[Rollout]] = {}
     for side, which in ((GOLD, 2), (OWN, 3)):
-        groups = sample(
-            context.model,
+        groups = context.sample(
+            Prefixes.name,
             prompts,
+            part=1,  # not the stream of the own prefix: the rest would depend on it twice
             num_samples=1,
             samples=[[i] for _, i, *_ in pairs],
             prefixes=[pair[which][:length] for pair in pairs],
-            max_new_tokens=settings.max_new_tokens - length,
-            strategy=Sample(),
-            seed=settings.seed,
-            draw=_DRAW + 1,  # not the noise that made the own prefix: the rest would depend on it twice
-            stop_ids=context.stop_ids,
-            tokenizer=context.tokenizer,
-            batch_rows=settings.batch_rows * settings.samples_per_row,
-            max_kv_gb=settings.max_kv_gb,
+            max_new_tokens=context.settings.max_new_tokens - length,
         )
         sides[side] = [rollout for (rollout,) in groups]
     begun = [

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.decode import columns_of
@@ -23,7 +22,6 @@ from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summar
 from rlseq.scoring import RewardSuite
 from rlseq.types import Rollout
 
-DRAW = 1100  # with a temperature's place added, names its noise
 EXACT = "exact_match"
 ONE = "1.0"  # how results call the temperature at which gains are stated
 _ENTROPY = None  # beside qualities by name, of which one may be called entropy
@@ -67,19 +65,7 @@ class Sharpening:
         settings, rows = context.settings, len(context.prompts)
         statistics: list[RowStatistics] = [{} for _ in context.prompts]
         for place, temperature in enumerate(settings.temperatures):
-            groups = sample(
-                context.model,
-                context.prompts,
-                num_samples=settings.samples_per_row,
-                max_new_tokens=settings.max_new_tokens,
-                strategy=Sample(temperature=temperature),
-                seed=settings.seed,
-                draw=DRAW + place,
-                stop_ids=context.stop_ids,
-                tokenizer=context.tokenizer,
-                batch_rows=settings.batch_rows * settings.samples_per_row,
-                max_kv_gb=settings.max_kv_gb,
-            )
+            groups = context.sample(self.name, part=place, strategy=Sample(temperature=temperature))
             _add(statistics, key_of(temperature), groups, context)
             done = [rows * n // len(settings.temperatures) for n in (place, place + 1)]
             context.progress(done[1] - done[0])

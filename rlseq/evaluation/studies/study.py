@@ -13,11 +13,21 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from rlseq.engine.sampling import sample
+from rlseq.engine.strategies import Sample
 from rlseq.evaluation.statistics import RowStatistics, Statistic, rows_matrix
 from rlseq.evaluation.stats.bootstrap import bootstrap_many, paired_bootstrap_many
 from rlseq.evaluation.stats.seeds import claim_of, crossed_bootstrap_many, difference, methods
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
+
+# The first rng stream of each study that samples. Strategies have the streams from 0.
+_STREAMS = {"coverage": 1001, "sharpening": 1100, "distance": 1200, "prefixes": 1300}
+
+
+def rng_stream(study: str, part: int = 0) -> int:
+    """The rng stream of one part of a study: every part has its own, which is the same for every model."""
+    return _STREAMS[study] + part
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,39 @@ class Context:
     stop_ids: Collection[int]
     baseline: Callable[[], torch.nn.Module]
     progress: Callable[[int], Any] = lambda rows: None
+
+    def sample(
+        self,
+        study: str,
+        prompts: Sequence[Prompt] | None = None,
+        *,
+        part: int = 0,
+        strategy: Sample | None = None,
+        model: torch.nn.Module | None = None,
+        **options: Any,
+    ) -> list[list[Rollout]]:
+        """Sample for a study as the settings say: `samples_per_row` completions of each prompt, ancestral.
+
+        Args:
+            study, part: name the rng stream (`rng_stream`).
+            prompts: what to continue; None: all rows.
+            strategy: None: ancestral sampling.
+            model: what samples; None: the model that is measured.
+            options: of `rlseq.engine.sampling.sample`, in place of the settings.
+        """
+        settings = self.settings
+        return sample(
+            self.model if model is None else model,
+            self.prompts if prompts is None else prompts,
+            strategy=strategy or Sample(),
+            seed=settings.seed,
+            draw=rng_stream(study, part),
+            stop_ids=self.stop_ids,
+            tokenizer=self.tokenizer,
+            batch_rows=settings.batch_rows * settings.samples_per_row,
+            max_kv_gb=settings.max_kv_gb,
+            **{"num_samples": settings.samples_per_row, "max_new_tokens": settings.max_new_tokens, **options},
+        )
 
 
 @dataclass(frozen=True)
