@@ -44,6 +44,7 @@ from rlseq.training.objectives import (
     reference_exact_loss,
     reference_loss,
 )
+from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.run.faults import memory_for
 from rlseq.training.run.model_card import ModelCardMixin
 from rlseq.training.run.rollout_log import rollout_records, write_rollouts
@@ -154,11 +155,8 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
-        self._rows, self._scored, self._told, self._rollouts, self._pending = [], [], [], None, None
-        self._tool_mask, self._asked = None, []
-        self._totals, self._greedy, self._greedy_totals = torch.empty(0), {}, None
+        self.batch = RolloutBatch()
         self._logged_round = 0, 0  # the optimizer step of the last round that was logged, and which of its rounds
-        self._reference_rewards = {}
         self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions
         self._scores: Scores | None = None  # what the last forward gave
         self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
@@ -242,11 +240,11 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         prompt_index = torch.tensor([row["index"] for row in inputs], device=self.accelerator.device)
         if self.args.objective == "expected_accuracy":
             return {"prompt_index": prompt_index}  # exact: no rollouts
-        self._rows = inputs
+        self.batch = RolloutBatch(inputs)
         output = super()._generate_and_score_completions(inputs)
         output["prompt_index"] = prompt_index
         exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        if "old_per_token_logps" in output and self._rollouts is not None and exact:
+        if "old_per_token_logps" in output and self.batch.rollouts is not None and exact:
             # The sampler recorded them as it drew: the same numbers as a fresh forward, to rounding. bfloat16's, under
             # autocast, would leave GSPO's narrow clip: there they stay those of a forward like the update's.
             output["old_per_token_logps"] = output["sampling_per_token_logps"]
@@ -258,7 +256,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         advantages = output["advantages"]
         if advantages.ndim > 1:  # one a token: their mean
             advantages = advantages.sum(1) / self._mask(output).sum(1).clamp(min=1)
-        self.keep_for_table(advantages, self._totals)
+        self.keep_for_table(advantages, self.batch.totals)
         if self._mode == "train" and self.rollouts_dir is not None:
             self._log_rollouts(advantages)
         return output
@@ -267,11 +265,11 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         """Advantages of the total that is optimised, in place of TRL's, which count an abstention as zero."""
         groups = self._groups()
         baseline = self.args.advantage_baseline
-        present = self._totals[~self._totals.isnan()]
+        present = self.batch.totals[~self.batch.totals.isnan()]
         if baseline == "greedy":
-            baseline = self._greedy_totals.view(groups.shape)[:, 0]
+            baseline = self.batch.greedy_totals.view(groups.shape)[:, 0]
         elif baseline == "batch":
-            baseline = (present.mean() if len(present) else self._totals.new_tensor(NAN)).expand(len(groups))
+            baseline = (present.mean() if len(present) else self.batch.totals.new_tensor(NAN)).expand(len(groups))
         scale = ADVANTAGE_SCALES[self.scale_rewards]
         advantages = group_advantages(groups, baseline=baseline, scale=scale).flatten()
         output["advantages"] = self._local(advantages).to(output["advantages"])
@@ -285,22 +283,22 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             metrics["frac_reward_zero_std"][-1] = (spread <= 0).float().mean().item()
         else:  # a group of equal rewards teaches too: they are compared with something else than each other
             metrics.pop("frac_reward_zero_std")
-        if self._greedy_totals is not None:
-            metrics["greedy_reward"].append(self._greedy_totals.nanmean().item())
+        if self.batch.greedy_totals is not None:
+            metrics["greedy_reward"].append(self.batch.greedy_totals.nanmean().item())
 
     def _groups(self) -> Tensor:
         """Totals of all ranks as groups, (P, G)."""
-        return self._totals.view(-1, self.num_generations if self.model.training else self.num_generations_eval)
+        return self.batch.totals.view(-1, self.num_generations if self.model.training else self.num_generations_eval)
 
     def _local(self, over_all_ranks: Tensor) -> Tensor:
         """This process's rows of a tensor of all ranks' rows."""
-        first = self.accelerator.process_index * len(self._rows)
-        return over_all_ranks[first : first + len(self._rows)]
+        first = self.accelerator.process_index * len(self.batch.rows)
+        return over_all_ranks[first : first + len(self.batch.rows)]
 
     def _leave_out_prefixes(self, output: dict[str, Tensor]) -> None:
         """Train sampled tokens only: TRL's mask of tokens the model did not choose hides the forced ones."""
         trained = torch.ones_like(output["completion_mask"])
-        for row, rollout in enumerate(self._rollouts):
+        for row, rollout in enumerate(self.batch.rollouts):
             trained[row, : len(rollout.trained_mask)] = torch.tensor(rollout.trained_mask, device=trained.device).long()
         output["tool_mask"] = trained
         counted = (output["completion_mask"] * trained).sum()
@@ -310,16 +308,16 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         """What rlseq's objectives read, as one entry a row, so that it survives the shuffle and the split."""
         if self.args.objective == "policy_gradient":
             return
-        output["totals"] = self._local(self._totals)
+        output["totals"] = self._local(self.batch.totals)
         if self.args.objective != "reference_exact":
             return
-        known = [set(self._references_of(self.prompts[row["index"]])) for row in self._rows]
+        known = [set(self._references_of(self.prompts[index])) for index in self.batch.indices]
         is_reference = torch.tensor(
-            [one.rollout.completion_ids in ids for one, ids in zip(self._scored, known, strict=True)],
-            device=self._totals.device,
+            [one.rollout.completion_ids in ids for one, ids in zip(self.batch.scored, known, strict=True)],
+            device=self.batch.totals.device,
         )
         rejected = self.accelerator.gather(is_reference)  # (B,), all ranks
-        rest = ~rejected & ~self._totals.isnan()
+        rest = ~rejected & ~self.batch.totals.isnan()
         groups = self._groups()
         elsewhere, counts = rest_reward_elsewhere(groups, rest.view(groups.shape))  # (P,) each
         output["is_reference"] = is_reference
@@ -332,11 +330,11 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         last, part = self._logged_round
         part = part + 1 if last == step else 0  # several rounds may share an optimizer step
         self._logged_round = step, part
-        prompts = [self.prompts[row["index"]] for row in self._rows]
+        prompts = [self.prompts[index] for index in self.batch.indices]
         if self.environments:  # what `reset` told the model belongs to the prompt
-            asked = zip(prompts, self._asked, strict=True)
+            asked = zip(prompts, self.batch.asked, strict=True)
             prompts = [dataclasses.replace(prompt, messages_or_text=messages) for prompt, messages in asked]
-        records = gather_object(rollout_records(step, prompts, self._scored, advantages.tolist(), self._told))
+        records = gather_object(rollout_records(step, prompts, self.batch.scored, advantages.tolist(), self.batch.told))
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)
 

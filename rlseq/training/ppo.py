@@ -90,12 +90,12 @@ class PPOTrainer(GRPOTrainer):
         super()._set_advantages(output)  # logs the reward
         metrics, args = self._metrics[self._mode], self.args
         mask = self._mask(output)
-        if self.model.training and self.critic.is_new and not self._totals.isnan().all():
-            self.critic.begin_at(self._totals.nanmean().item())
+        if self.model.training and self.critic.is_new and not self.batch.totals.isnan().all():
+            self.critic.begin_at(self.batch.totals.nanmean().item())
         values, after, logprobs = self._ask_critic(output)
-        totals = self._local(self._totals)
+        totals = self._local(self.batch.totals)
         mask = mask & ~totals.isnan()[:, None]  # abstained: no advantage, and nothing for the critic to learn
-        truncated = torch.tensor([s.rollout.finish_reason == "length" for s in self._scored], device=totals.device)
+        truncated = torch.tensor([s.rollout.finish_reason == "length" for s in self.batch.scored], device=totals.device)
         per_token, at_end = self._token_rewards(totals, mask)
         bootstrap = None
         if args.truncated_completions == "penalty":
@@ -130,8 +130,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _ask_critic(self, output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Values (B, T) before each token, (B,) after the last, and log-probs (B, T), by the weights that sampled."""
-        prompts = [self.prompts[row["index"]].prompt_ids for row in self._rows]
-        completions = [one.rollout.completion_ids for one in self._scored]
+        prompts = [self.prompts[index].prompt_ids for index in self.batch.indices]
+        completions = [one.rollout.completion_ids for one in self.batch.scored]
         width = output["completion_ids"].shape[1]
         chunk = self.args.per_device_train_batch_size
         checkpointing = self.args.gradient_checkpointing_kwargs
@@ -149,7 +149,7 @@ class PPOTrainer(GRPOTrainer):
     def _token_rewards(self, totals: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) what rewards gave token by token, where they gave it, and (B,) the rest of the totals, for the end."""
         per_token = torch.zeros(mask.shape, device=totals.device)
-        for row, one in enumerate(self._scored):
+        for row, one in enumerate(self.batch.scored):
             if one.total is not None and one.rollout.completion_ids:
                 values = self.suite.token_rewards(_token_part(one))
                 per_token[row, : len(values)] = torch.tensor(values, device=totals.device)

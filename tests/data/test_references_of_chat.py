@@ -177,7 +177,7 @@ def test_rollouts_continue_the_answer_that_a_prompt_begins(own, tmp_path):
             assert tokenizer.decode(asked) == wanted[index]
             logits = model(torch.cat([asked, said])[None]).logits[0, len(asked) - 1 : -1]
             logprobs = logits.log_softmax(-1).gather(-1, said[:, None]).sum()
-            compared.append((trainer._scored[row].rollout, logprobs.item()))
+            compared.append((trainer.batch.scored[row].rollout, logprobs.item()))
         return compute(model, inputs)
 
     trainer._compute_loss = by_hand
@@ -216,7 +216,7 @@ def test_ppo_continues_and_values_the_answer_that_a_prompt_begins(flags, task, t
                 inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()].tolist()
                 for part in ("prompt", "completion")
             )
-            rollout, length = self._scored[row].rollout, len(said)
+            rollout, length = self.batch.scored[row].rollout, len(said)
             assert tokenizer.decode(asked) == begins[index] and tuple(said) == rollout.completion_ids
             logprobs = plain_logprobs(self._causal_model(), asked, said).tolist()
             assert list(rollout.logprobs) == pytest.approx(logprobs, abs=1e-4)

@@ -26,7 +26,7 @@ def test_a_step_in_bfloat16(make, autocast, tmp_path):
     ]
     assert len(moved) > 10 and all(p.isfinite().all() for p in trainer.model.parameters())
     far = 0.0
-    for rollout in trainer._rollouts:
+    for rollout in trainer.batch.rollouts:
         prompt = next(p for p in trainer.prompts if p.key == rollout.prompt_key)
         ids = torch.tensor([[*prompt.prompt_ids, *rollout.completion_ids]])
         with torch.no_grad():

@@ -138,7 +138,7 @@ def test_each_rollout_has_an_environment_of_its_own_and_earns_what_that_says(nam
         (5, 1): ([call(4), call(1), ANSWER], ["9", "10"], 1.0),
     }
     met = set()
-    for row, environment, scored in zip(trainer._rows, trainer.environments, trainer._scored, strict=True):
+    for row, environment, scored in zip(trainer.batch.rows, trainer.environments, trainer.batch.scored, strict=True):
         given, rollout = CHAT[row["index"]], scored.rollout
         assert environment.given == {"prompt": given["prompt"], "notes": given["notes"]}
         turns, results, value = wanted[given["start"], rollout.sample]

@@ -172,7 +172,7 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
     inputs = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4])
     forced = {0: tokenizer("A B C")["input_ids"], 1: tokenizer("E")["input_ids"]}  # a token at least is sampled
     trained = 0
-    for row, rollout in enumerate(trainer._rollouts):
+    for row, rollout in enumerate(trainer.batch.rollouts):
         prefix = forced[rollout.sample % 2] if row < 4 else []
         k, length = len(prefix), len(rollout.completion_ids)
         assert list(rollout.completion_ids[:k]) == prefix and length > k
@@ -190,7 +190,7 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
     found = torch.autograd.grad(loss, list(trainer.model.parameters()))
     # dapo on policy with advantages of 1: minus the mean of ∇log π over the tokens that were sampled
     total = 0.0
-    for rollout in trainer._rollouts:
+    for rollout in trainer.batch.rollouts:
         index = 0 if rollout.prompt_key == trainer.prompts[0].key else 1
         prompt = trainer.prompts[index].prompt_ids
         ids = torch.tensor([[*prompt, *rollout.completion_ids]])

@@ -305,10 +305,10 @@ def test_the_critic_packs_only_if_its_own_backbone_allows_it(tmp_path, monkeypat
 def test_forced_tokens_are_not_judged_and_no_time_passes_on_them(tmp_path):
     trainer = tiny_ppo(tmp_path, reference_prefix=1, **RAW)
     output = generated(trainer, [1, 2, 5, 6])  # their references are longer than a token
-    for row, one in enumerate(trainer._scored):
+    for row, one in enumerate(trainer.batch.scored):
         y, total = one.rollout.completion_ids, one.total
         assert one.rollout.trained_mask == (False,) + (True,) * (len(y) - 1)
-        prompt = trainer.prompts[trainer._rows[row]["index"]].prompt_ids
+        prompt = trainer.prompts[trainer.batch.rows[row]["index"]].prompt_ids
         values = values_of(trainer, prompt, y).tolist()[1:-1]
         advantages = double_sum_gae(at_the_end(total, len(y) - 1), values, 0.0, GAMMA, LAM)
         assert output["advantages"][row, 1 : len(y)].tolist() == pytest.approx(advantages, abs=2e-5)
@@ -333,7 +333,7 @@ def test_samples_that_share_their_prompt_in_a_packed_row_have_the_values_of_each
 def test_what_trl_s_own_generation_drew_is_judged_alike(tmp_path):
     trainer = tiny_ppo(tmp_path, rlseq_sampler=False, **RAW)
     output = generated(trainer, ROWS)
-    for row, one in enumerate(trainer._scored):
+    for row, one in enumerate(trainer.batch.scored):
         y = one.rollout.completion_ids
         values = values_of(trainer, trainer.prompts[row].prompt_ids, y).tolist()
         expected = double_sum_gae(at_the_end(one.total, len(y)), values[:-1], 0.0, GAMMA, LAM)

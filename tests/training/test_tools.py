@@ -94,7 +94,7 @@ def test_a_rollout_holds_every_turn_and_trains_none_of_the_tools_words(trained):
     trainer, (batch,), scripted = trained
     assert CALLS == [] and len(scripted.seen) == 6  # the tool is the file's own; 4 first turns, 2 answers
     assert all('"name": "multiply"' in text for text in scripted.seen)  # the prompt tells of it
-    for number, scored in enumerate(trainer._scored):
+    for number, scored in enumerate(trainer.batch.scored):
         rollout, decode = scored.rollout, trainer.processing_class.decode
         own = decode([i for i, t in zip(rollout.completion_ids, rollout.trained_mask, strict=True) if t])
         others = decode([i for i, t in zip(rollout.completion_ids, rollout.trained_mask, strict=True) if not t])
@@ -120,7 +120,7 @@ def test_the_log_holds_every_turn_and_rescoring_gets_them(trained, tmp_path):
     trainer, _, _ = trained
     logged = read_rollouts(trainer.rollouts_dir)
     assert [rollout.messages for rollout in logged.rollouts] == [
-        json.loads(json.dumps(scored.rollout.messages)) for scored in trainer._scored
+        json.loads(json.dumps(scored.rollout.messages)) for scored in trainer.batch.scored
     ]
     assert [len(rollout.messages) for rollout in logged.rollouts] == [3, 1, 3, 1]
     assert logged.rollouts[0].messages[0]["tool_calls"][0]["function"]["arguments"] == {"a": 6, "b": 7}

@@ -20,11 +20,12 @@ from transformers import Trainer
 
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.errors import TrainingError
+from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.run.checkpoints import through_to_disk
 from rlseq.training.run.faults import memory_for, saving
 from rlseq.training.run.records import append_jsonl
 from rlseq.training.run.rollout_log import trained_records
-from rlseq.types import Prompt, ScoredRollout
+from rlseq.types import Prompt
 
 FOLDER = "refused"
 NAN = float("nan")
@@ -159,7 +160,7 @@ class RolloutGuardMixin(GuardMixin):
     """What training on rollouts adds: where the memory went, and what the rows of a refused step were."""
 
     prompts: list[Prompt]
-    _scored: list[ScoredRollout]
+    batch: RolloutBatch
 
     def _evaluation_advice(self) -> str:
         return "Lower --probe_rows or --max_completion_length."
@@ -175,7 +176,7 @@ class RolloutGuardMixin(GuardMixin):
         )
 
     def describe_rows(self, inputs):
-        return trained_records(inputs, self.prompts, self._scored, self.processing_class)
+        return trained_records(inputs, self.prompts, self.batch.scored, self.processing_class)
 
 
 def keep_batch(

@@ -47,7 +47,7 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
             "world_size": self.accelerator.num_processes,
             "shared": self.shared_state(),
             "step": self._step,
-            "reference_rewards": self._reference_rewards if in_a_round else {},
+            "reference_rewards": self.batch.reference_rewards if in_a_round else {},
             "buffered_inputs": self._buffered_inputs if in_a_round else None,
             "metrics": dict(self._metrics["train"]),
             "loss_since_logged": self._tr_loss,
@@ -66,7 +66,7 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
         """Take up where `exact_state` was called."""
         device = self.accelerator.device
         self._step = state["step"]
-        self._reference_rewards = state["reference_rewards"]
+        self.batch.reference_rewards = state["reference_rewards"]
         if state["buffered_inputs"] is not None:
             self._buffered_inputs = [
                 {name: x.to(device) if torch.is_tensor(x) else x for name, x in part.items()}

@@ -21,12 +21,12 @@ from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Greedy, Sample
 from rlseq.errors import ConfigError
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.suite import PendingScores
 from rlseq.training.environment import check_group_prompts, environment_rewards
 from rlseq.training.forward import Ids
+from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.run.faults import memory_for
 from rlseq.training.trl.sharding import whole_weights
-from rlseq.types import ABSENT, Prompt, Rollout, ScoredRollout, column_names
+from rlseq.types import ABSENT, Prompt, Rollout, column_names
 
 NAN = float("nan")
 
@@ -36,21 +36,12 @@ class RolloutMixin(trl.GRPOTrainer):
 
     Attributes:
         prompts, suite: what is continued, and what scores it.
+        batch: the round under way, or the last one.
     """
 
     prompts: list[Prompt]
     suite: RewardSuite
-    _rows: list[dict[str, Any]]  # the data set rows of the local generation batch
-    _rollouts: list[Rollout] | None  # drawn by rlseq's sampler; None where TRL generated
-    _tool_mask: list[list[int]] | None  # of TRL's turns: 0 where a token is a tool's, None without tools
-    _asked: list[Any]  # the prompts of the local generation batch, as an environment left them
-    _pending: PendingScores | None  # the rewards that score while TRL runs the reference model
-    _scored: list[ScoredRollout]
-    _told: list[dict[str, Any]]
-    _greedy: dict[int, Rollout]  # prompt index -> its greedy completion, where that is the baseline
-    _greedy_totals: torch.Tensor | None  # (B,) over all ranks, NaN where every reward abstained
-    _totals: torch.Tensor  # (B,) over all ranks, NaN where every reward abstained
-    _reference_rewards: dict[int, list[float]]  # prompt index -> reward of each reference, NaN where abstained
+    batch: RolloutBatch
 
     @property
     def draw(self) -> int:
@@ -99,31 +90,29 @@ class RolloutMixin(trl.GRPOTrainer):
 
     def _generate(self, prompts):
         """TRL's: with tools and a `rollout_func` its own, else completions of `Prompt`s as they were rendered."""
-        self._asked = prompts
+        self.batch.asked = prompts
         if self.environments and self.use_vllm and self.vllm_mode == "server":
-            check_group_prompts([row["index"] for row in self._rows], prompts)
+            check_group_prompts(self.batch.indices, prompts)
         with memory_for("drawing rollouts", self._rollout_advice):
             if self.tools or self.rollout_func is not None:
-                self._rollouts = None
                 found = super()._generate(prompts)
             else:
                 found = self._draw(prompts)
-        self._tool_mask = found[2]
+        self.batch.tool_mask = found[2]
         return found
 
     def _draw(self, prompts: list[Any]) -> tuple[Any, ...]:
         """Complete the local prompts by rlseq's sampler or a generator of TRL's; what TRL's `_generate` returns."""
-        prompt_ids = [list(self.prompts[row["index"]].prompt_ids) for row in self._rows]
+        prompt_ids = [list(self.prompts[row["index"]].prompt_ids) for row in self.batch.rows]
         num_generations = self.num_generations if self.model.training else self.num_generations_eval
         if self.args.sampled_by_trl:
-            self._rollouts = None
             completion_ids, logprobs = self._generate_single_turn(prompt_ids, None, {}, num_generations)
-            self._begin_rewards(self._drawn_by_trl(self._rows, completion_ids))
+            self._submit_rewards(self._drawn_by_trl(self.batch.rows, completion_ids))
         else:
-            self._rollouts = self._sample(num_generations)
-            self._begin_rewards(self._rollouts)
-            completion_ids = [list(rollout.completion_ids) for rollout in self._rollouts]
-            logprobs = [list(rollout.logprobs) for rollout in self._rollouts]
+            self.batch.rollouts = self._sample(num_generations)
+            self._submit_rewards(self.batch.rollouts)
+            completion_ids = [list(rollout.completion_ids) for rollout in self.batch.rollouts]
+            logprobs = [list(rollout.logprobs) for rollout in self.batch.rollouts]
         completions = self._as_completions(prompts, prompt_ids, completion_ids)
         self._log_lengths(prompt_ids, completion_ids)
         return prompt_ids, completion_ids, None, completions, logprobs, {}, None, []
@@ -161,10 +150,10 @@ class RolloutMixin(trl.GRPOTrainer):
     def _sample(self, num_generations: int) -> list[Rollout]:
         """The local rows' rollouts by rlseq's sampler, and the greedy ones where those are the baseline."""
         # A group may straddle ranks: the sample index follows from the row's place in the global batch.
-        first = self.accelerator.process_index * len(self._rows)
-        starts = [self._prefix(row["index"], (first + i) % num_generations) for i, row in enumerate(self._rows)]
+        first = self.accelerator.process_index * len(self.batch.rows)
+        starts = [self._prefix(row["index"], (first + i) % num_generations) for i, row in enumerate(self.batch.rows)]
         places: dict[tuple[int, Ids], list[int]] = {}  # (prompt index, forced prefix) -> local rows
-        for i, row in enumerate(self._rows):
+        for i, row in enumerate(self.batch.rows):
             places.setdefault((row["index"], starts[i]), []).append(i)
         common = {"stop_ids": self.eos_token_ids, "tokenizer": self.processing_class, "seed": self.args.seed}
         with self._model_to_generate() as model, raise_on_all_ranks():
@@ -179,14 +168,13 @@ class RolloutMixin(trl.GRPOTrainer):
                 draw=self.draw,
                 **common,
             )
-            self._greedy = {}
             if self.args.advantage_baseline == "greedy":
-                indices = list(dict.fromkeys(row["index"] for row in self._rows))
+                indices = list(dict.fromkeys(self.batch.indices))
                 prompts = [self.prompts[index] for index in indices]
                 limit = self.max_completion_length
                 greedy = sample(model, prompts, num_samples=1, max_new_tokens=limit, strategy=Greedy(), **common)
-                self._greedy = {index: one for index, (one,) in zip(indices, greedy, strict=True)}
-        rollouts: list[Any] = [None] * len(self._rows)
+                self.batch.greedy = {index: one for index, (one,) in zip(indices, greedy, strict=True)}
+        rollouts: list[Any] = [None] * len(self.batch.rows)
         for rows, group in zip(places.values(), groups, strict=True):
             for i, rollout in zip(rows, group, strict=True):
                 rollouts[i] = rollout
@@ -215,11 +203,11 @@ class RolloutMixin(trl.GRPOTrainer):
         self.reward_processing_classes = self.reward_processing_classes[:count]
         self.reward_weights = self.reward_weights[:count]
 
-    def _begin_rewards(self, rollouts: list[Rollout]) -> None:
+    def _submit_rewards(self, rollouts: list[Rollout]) -> None:
         """Let the rewards that run apart score the rollouts while TRL computes the reference model's log-probs."""
-        indices = [row["index"] for row in self._rows]
-        columns = self._columns(indices) | {"prompt": [row["prompt"] for row in self._rows]}
-        self._pending = self.suite.submit(rollouts, columns, context=_RewardContext(self))
+        indices = self.batch.indices
+        columns = self._columns(indices) | {"prompt": [row["prompt"] for row in self.batch.rows]}
+        self.batch.pending = self.suite.submit(rollouts, columns, context=_RewardContext(self))
 
     def _prefix(self, index: int, sample_index: int) -> Ids:
         """The reference tokens that a sample continues from; a prompt's samples take its references in turn."""
@@ -232,12 +220,11 @@ class RolloutMixin(trl.GRPOTrainer):
         return reference[: min(self.args.reference_prefix, len(reference) - 1)]  # a token at least is sampled
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rollouts = self._rollouts or self._as_rollouts(inputs, completions, completion_ids_list)
+        rollouts = self.batch.rollouts or self._as_rollouts(inputs, completions, completion_ids_list)
         indices = [row["index"] for row in inputs]
         names = [name for name in inputs[0] if name not in ("prompt", "index")]  # what a rollout_func told of each
         told = {name: [row[name] for row in inputs] for name in names}
-        self._reference_rewards = {}
-        pending, self._pending = self._pending, None
+        pending, self.batch.pending = self.batch.pending, None
 
         with raise_on_all_ranks():
             told |= environment_rewards(self.environments, rollouts, getattr(self, "async_loop", None))
@@ -248,11 +235,11 @@ class RolloutMixin(trl.GRPOTrainer):
                 gather=lambda mine: gather_object([mine]),
                 pending=pending,
             )
-            greedy = self._score_alone(list(self._greedy.items()))
+            greedy = self._score_alone(list(self.batch.greedy.items()))
             if self.args.scores_references:
                 self._score_references(indices)
-        self._scored = table.scored
-        self._told = [{name: values[i] for name, values in told.items()} for i in range(len(inputs))]
+        self.batch.scored = table.scored
+        self.batch.told = [{name: values[i] for name, values in told.items()} for i in range(len(inputs))]
         device = self.accelerator.device
         values = torch.tensor(
             [[NAN if v is None else v for v in s.values.values()] for s in table.scored], device=device
@@ -263,11 +250,10 @@ class RolloutMixin(trl.GRPOTrainer):
                 total = self.accelerator.reduce(torch.tensor(float(count), device=device)).item()
                 if total or kind == "error":
                     self._metrics["train" if self.model.training else "eval"][f"rewards/{name}/{kind}"].append(total)
-        self._totals = self.accelerator.gather(totals)
-        self._greedy_totals = None
-        if self._greedy:
-            of_prompt = dict(zip(self._greedy, greedy, strict=True))
-            self._greedy_totals = self.accelerator.gather(
+        self.batch.totals = self.accelerator.gather(totals)
+        if self.batch.greedy:
+            of_prompt = dict(zip(self.batch.greedy, greedy, strict=True))
+            self.batch.greedy_totals = self.accelerator.gather(
                 torch.tensor([of_prompt[index] for index in indices], device=device)
             )
         return self.accelerator.gather(values)
@@ -292,13 +278,13 @@ class RolloutMixin(trl.GRPOTrainer):
 
     def _rewards_of_references(self, index: int) -> list[float]:
         """What a prompt's references would earn as completions, in the order of `_references_of`."""
-        if index not in self._reference_rewards:  # a run that is resumed by another number of processes
+        if index not in self.batch.reference_rewards:  # a run that is resumed by another number of processes
             self._score_references([index])
-        return self._reference_rewards[index]
+        return self.batch.reference_rewards[index]
 
     def _score_references(self, indices: Sequence[int]) -> None:
         """Score the references of several prompts in one call, and keep what they earn for the round."""
-        wanted = [index for index in dict.fromkeys(indices) if index not in self._reference_rewards]
+        wanted = [index for index in dict.fromkeys(indices) if index not in self.batch.reference_rewards]
         rollouts = [
             (index, self._as_rollout(self.prompts[index], i, ids, "reference"))
             for index in wanted
@@ -307,7 +293,7 @@ class RolloutMixin(trl.GRPOTrainer):
         found: dict[int, list[float]] = {index: [] for index in wanted}
         for (index, _), total in zip(rollouts, self._score_alone(rollouts), strict=True):
             found[index].append(total)
-        self._reference_rewards |= found
+        self.batch.reference_rewards |= found
 
     def _as_rollouts(self, inputs, completions, completion_ids_list) -> list[Rollout]:
         """Give what TRL's own paths generated (vLLM, continuous batching, tools) the shape of rollouts."""
@@ -320,8 +306,8 @@ class RolloutMixin(trl.GRPOTrainer):
                 answers = [message.get("content") for message in completion if message["role"] == "assistant"]
                 text = str(answers[-1] or "") if answers else ""  # a turn that only calls a tool says nothing
                 rollouts.append(dataclasses.replace(rollout, text=text, messages=tuple(completion)))
-        if self._tool_mask is not None:
-            pairs = zip(rollouts, self._tool_mask, strict=True)
+        if self.batch.tool_mask is not None:
+            pairs = zip(rollouts, self.batch.tool_mask, strict=True)
             rollouts = [dataclasses.replace(r, trained_mask=tuple(map(bool, mask))) for r, mask in pairs]
         return rollouts
 
