@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlseq import Rollout, load_rewards
+from rlseq.common.tables import render_table
 
 REWARDS = """
 def single(completion):
@@ -86,13 +87,13 @@ def main() -> int:
         print(
             f"{count} completions, median of {args.repeats}; Python {platform.python_version()}, {platform.machine()}"
         )
-        print(f"{'µs a completion':<38}{'wall':>10}{'CPU':>10}")
-        measured = {}
+        measured, rows = {}, []
         for way, spec in ways.items():
             with load_rewards([spec]) as suite:
                 wall, cpu = median_seconds(lambda suite=suite: suite.score(some, columns), args.repeats)
             measured[way] = cpu / count * 1e6
-            print(f"{way:<38}{wall / count * 1e6:>10.1f}{measured[way]:>10.1f}")
+            rows.append((way, f"{wall / count * 1e6:.1f}", f"{measured[way]:.1f}"))
+        print(render_table(rows, ("µs per completion", "wall", "CPU"), right=(1, 2)))
         hang = hang_seconds(f"{path}:single")
     in_process = max(measured[way] for way in list(ways)[:3])
     print(f"\nhang on 1 of 256, timeout 1 s: {hang:.2f} s")

@@ -6,13 +6,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlseq.common.escapes import visible
+from rlseq.common.tables import render_table, terminal_width
 from rlseq.errors import ConfigError, ModelError
 from rlseq.scoring.check.check import run_checks, spread
 from rlseq.scoring.check.probe import Check
@@ -83,7 +83,7 @@ def _list(args: argparse.Namespace) -> int:
     for name, points in sorted(entry_points().items()):
         for about in map(describe_point, points):
             rows.append((name, _range(about["range"]), about["extra"] or "-", about["description"]))
-    print(_table(("name", "range", "extra", "what it gives"), rows))
+    print(render_table(rows, ("name", "range", "extra", "what it gives")))
     return 0
 
 
@@ -111,14 +111,14 @@ def _check(args: argparse.Namespace) -> int:
     if args.model_name_or_path and all(check.passed is not False for check in checks[:3]):
         checks.append(_spread(spec, prompts, tokenizer, args))
     marks = {True: "ok", False: "FAIL", None: "-"}
-    print(_table(("", "question", "finding"), [(marks[c.passed], c.question, c.finding) for c in checks]))
+    print(render_table([(marks[c.passed], c.question, c.finding) for c in checks], ("", "question", "finding")))
     wrong = [check for check in checks if check.passed is False]
     advice: dict[str, list[str]] = {}
     for check in wrong:
         advice.setdefault(check.advice, []).append(check.question)
     for text, questions in advice.items():
         if text:
-            print(textwrap.fill(f"* {'; '.join(questions)}: {text}", _width(), subsequent_indent="  "))
+            print(textwrap.fill(f"* {'; '.join(questions)}: {text}", terminal_width(), subsequent_indent="  "))
     print(f"{len(wrong)} of {len(checks)} checks failed." if wrong else "Nothing is wrong with it.")
     return int(bool(wrong))
 
@@ -183,7 +183,7 @@ def _replay(args: argparse.Namespace) -> int:
         ("advantages", f"{share}; {found.gained:.1%} are no longer 0, {found.lost:.1%} become 0"),
     ]
     print()
-    print(_table(("replay", ""), rows))
+    print(render_table(rows, ("replay", "")))
     _write(args.output, logged, table)
     return 0
 
@@ -195,7 +195,7 @@ def _summary(suite: RewardSuite, table: ScoreTable) -> None:
         rows.append((name, f"{weight:g}", *_moments(table.values[name]), *counts))
     rows.append(("total", "", *_moments(table.totals), "", "", "", ""))
     header = ("reward", "weight", "n", "mean", "sd", "min", "max", "abstained", "error", "timeout", "invalid")
-    print(_table(header, rows))
+    print(render_table(rows, header, right=range(1, len(header))))
     count = len(table.totals)
     for name, metric in suite.corpus.items():
         value, present = of_completions(name, metric, table.details[metric.reward])
@@ -226,22 +226,3 @@ def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:
             said = {field: getattr(scored, field) for field in ("values", "status", "details", "total")}
             line = json.dumps(json_ready({**record, **said}), ensure_ascii=False, allow_nan=False)
             lines.write(visible(line) + "\n")
-
-
-def _width() -> int:
-    return max(60, shutil.get_terminal_size((110, 24)).columns)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns; the last is wrapped to the terminal's width."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header) - 1)]
-    indent = sum(widths) + 2 * len(widths)
-    room = max(30, _width() - indent)
-    lines = []
-    for row in cells:
-        start = "".join(f"{cell:<{width}}  " for cell, width in zip(row, widths, strict=False))
-        wrapped = [piece for line in row[-1].splitlines() or [""] for piece in textwrap.wrap(line, room) or [""]]
-        lines += [(start + wrapped[0]).rstrip(), *(" " * indent + piece for piece in wrapped[1:])]
-    lines.insert(1, "-" * min(_width(), max(len(line) for line in lines)))
-    return visible("\n".join(lines))

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from rlseq.errors import RunDirectoryError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -195,17 +197,9 @@ def _is_complete(path: Path) -> bool:
 
 
 def is_whole_safetensors(path: Path) -> bool:
-    """Whether a safetensors file is as long as its header says: 8 bytes of header length, header, tensors."""
-    if not path.is_file():
+    """Whether a safetensors file is complete, which opening it checks: it holds all bytes that its header names."""
+    try:
+        with safe_open(path, framework="numpy"):
+            return True
+    except (FileNotFoundError, SafetensorError):
         return False
-    size = os.path.getsize(path)
-    with path.open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        if size < 8 + header_size:
-            return False
-        try:
-            header = json.loads(file.read(header_size))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return size == 8 + header_size + max(ends, default=0)

@@ -7,6 +7,7 @@ and a signal end it sooner. How memory and disk are reckoned: `rlseq.training.ru
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 
 from rlseq.common.disk import readable_size
+from rlseq.common.tables import render_table
 from rlseq.config.training import ModelArguments, RunArguments
 from rlseq.data.prompts import reference_ids
 from rlseq.training.run.directory import check_available
@@ -278,12 +280,10 @@ def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkp
     lines += [(name, readable_size(number), formula) for name, (number, formula) in held.items()]
     kept = f"{checkpoints} × {readable_size(checkpoint)}"
     lines += [("checkpoints on disk", readable_size(checkpoints * checkpoint), f"{kept}, and the result's weights")]
-    names, numbers = (max(len(line[i]) for line in lines) for i in (0, 1))
-    rows = [f"  {name:<{names}}  {number:>{numbers}}  {note}".rstrip() for name, number, note in lines]
     return "\n".join(
         [
             "dry run: settings, model, tokenizer, data, rewards and run directory were checked; nothing was written",
-            *rows,
+            textwrap.indent(render_table(lines, right=[1]), "  "),
             "  Bytes are estimates, a process, without sharding and what the framework itself takes.",
         ]
     )

@@ -1,0 +1,38 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlseq.common.tables import render_table
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+
+
+def test_columns_are_aligned_left_or_right_below_their_names():
+    assert render_table([("wer", 0.5), ("exact_match", 12)], ("reward", "n"), right=[1]).splitlines() == [
+        "reward         n",
+        "─" * 16,
+        "wer          0.5",
+        "exact_match   12",
+    ]
+
+
+def test_a_table_without_a_header_has_rows_alone():
+    assert render_table([("a", "1"), ("bcd", "22")], right=[1]).splitlines() == ["a     1", "bcd  22"]
+
+
+def test_wide_text_is_wrapped_within_its_column_and_none_is_lost():
+    words = " ".join(f"word{i}" for i in range(30))
+    lines = render_table([("a", words), ("b", "x" * 100)], ("name", "text")).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert [line[0] for line in lines if line[:1].strip()] == ["n", "─", "a", "b"]
+    joined = "".join(line[4:] for line in lines[2:]).replace(" ", "")
+    assert joined == words.replace(" ", "") + "x" * 100
+
+
+def test_markup_and_control_characters_are_shown_as_they_are():
+    assert "[red]a[/red] \\u001b[2J" in render_table([("[red]a[/red] \x1b[2J", "")])
