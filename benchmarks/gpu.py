@@ -98,7 +98,7 @@ def rollouts(size: dict[str, Any], tokenizer: Any, repeats: int) -> list[dict[st
 
     def rlseq() -> float:
         settings = {"num_samples": G, "max_new_tokens": length, "strategy": Sample(), "seed": 0, "stop_ids": stops}
-        last[:] = [one for group in sample(model, prompts, draw=next(draws), **settings) for one in group]
+        last[:] = [one for group in sample(model, prompts, stream=next(draws), **settings) for one in group]
         wait()
         return sum(len(one.completion_ids) for one in last)
 

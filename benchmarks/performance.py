@@ -109,7 +109,7 @@ def ours(folder: str, model: Any, tokenizer: Any, prompts: list[Prompt], **chang
 
 
 def theirs(folder: str, model: Any, tokenizer: Any, prompts: list[Prompt], **changes: Any) -> trl.GRPOTrainer:
-    rows = [{"prompt": p.messages_or_text, "references": list(p.columns["references"])} for p in prompts]
+    rows = [{"prompt": p.prompt, "references": list(p.columns["references"])} for p in prompts]
     return trl.GRPOTrainer(
         model,
         reward_funcs=[trl_phoneme_accuracy],
@@ -284,7 +284,7 @@ def drawing(
             max_new_tokens=length,
             strategy=Sample(temperature=temperature),
             seed=0,
-            draw=next(draws),
+            stream=next(draws),
             stop_ids=stops,
             tokenizer=tokenizer,
             batch_rows=batch * samples,

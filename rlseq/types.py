@@ -37,7 +37,7 @@ class Prompt:
 
     Attributes:
         key: names the row; stable across runs, processes and orders, and distinct even for equal rows.
-        messages_or_text: the prompt as the user wrote it: text, or chat messages (`role`, `content`).
+        prompt: the prompt as the user wrote it: text, or chat messages (`role`, `content`).
         prompt_ids: its token ids, special tokens included.
         columns: every other column of the row; rewards ask for them by name. `references` (a list of
             texts) holds the right answers where there are any.
@@ -45,7 +45,7 @@ class Prompt:
     """
 
     key: str
-    messages_or_text: str | Messages
+    prompt: str | Messages
     prompt_ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     template_options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,9 +53,9 @@ class Prompt:
     @property
     def text(self) -> str:
         """The prompt as text; for chat data, the contents of its messages, one per line."""
-        if isinstance(self.messages_or_text, str):
-            return self.messages_or_text
-        return "\n".join(str(message.get("content", "")) for message in self.messages_or_text)
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return "\n".join(str(message.get("content", "")) for message in self.prompt)
 
 
 def column_names(prompts: Iterable[Prompt]) -> list[str]:
@@ -66,7 +66,7 @@ def column_names(prompts: Iterable[Prompt]) -> list[str]:
 def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """The columns of prompts as lists, `prompt` among them; ABSENT where a prompt lacks one."""
     columns = {name: [prompt.columns.get(name, ABSENT) for prompt in prompts] for name in column_names(prompts)[:-1]}
-    return columns | {"prompt": [prompt.messages_or_text for prompt in prompts]}
+    return columns | {"prompt": [prompt.prompt for prompt in prompts]}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Rollout:
             truncation applied. For strategies that search rather than draw (greedy, beam), under the model's
             unwarped distribution.
         text: the completion decoded without special tokens.
-        raw_text: the completion decoded with them.
+        text_with_special_tokens: the completion decoded with them.
         messages: for chat data, the messages the completion adds; None for text.
         finish_reason: "stop" (ended by a stop token) or "length" (cut at the limit).
         strategy: the signature of the decoding strategy that produced it.
@@ -94,7 +94,7 @@ class Rollout:
     trained_mask: tuple[bool, ...]
     logprobs: tuple[float, ...]
     text: str
-    raw_text: str
+    text_with_special_tokens: str
     messages: Messages | None
     finish_reason: str
     strategy: str

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rlseq
-from rlseq.engine.float64 import double_device, to_double
+from rlseq.engine.float64 import float64_device, to_float64
 
 ROOT = Path(rlseq.__file__).parent
 PROJECT = ROOT.parent
@@ -250,6 +250,6 @@ def test_float64_is_asked_for_where_every_device_has_it():
         found = [call.lineno for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "double"]
         assert not found or path.name == "float64.py", f"{path}:{found[0]}"
     mps = torch.device("mps")
-    assert double_device(mps) == torch.device("cpu") and double_device(torch.device("cuda:1")).index == 1
+    assert float64_device(mps) == torch.device("cpu") and float64_device(torch.device("cuda:1")).index == 1
     x = torch.ones(2)
-    assert to_double(x).dtype == torch.float64 and to_double(to_double(x)).device == x.device
+    assert to_float64(x).dtype == torch.float64 and to_float64(to_float64(x)).device == x.device

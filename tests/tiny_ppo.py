@@ -102,7 +102,7 @@ def rollout(model, prompt, number, completion):
         trained_mask=(True,) * len(completion),
         logprobs=tuple(logprobs.tolist()),
         text=" ".join("x" for _ in completion),
-        raw_text="",
+        text_with_special_tokens="",
         messages=None,
         finish_reason="stop" if completion[-1] == EOS else "length",
         strategy="chosen",

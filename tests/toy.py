@@ -138,7 +138,7 @@ def rollout(model, prompt, number, completion):
         trained_mask=(True,) * len(completion),
         logprobs=logprobs,
         text="",
-        raw_text="",
+        text_with_special_tokens="",
         messages=None,
         finish_reason="stop" if completion[-1] == STOP else "length",
         strategy="chosen",

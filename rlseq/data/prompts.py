@@ -162,9 +162,7 @@ def build_prompts(
         if seen[key] > 1:
             key = f"{key}-{seen[key]}"
         prompt = record.pop("prompt")
-        prompts.append(
-            Prompt(key=key, messages_or_text=prompt, prompt_ids=tuple(ids), columns=record, template_options=options)
-        )
+        prompts.append(Prompt(key=key, prompt=prompt, prompt_ids=tuple(ids), columns=record, template_options=options))
     return prompts
 
 
@@ -184,20 +182,20 @@ def reference_texts(prompt: Prompt, tokenizer: Any, stop_ids: Sequence[int]) -> 
     begins.
     """
     start = list(prompt.prompt_ids)
-    chat, options = not isinstance(prompt.messages_or_text, str), prompt.template_options
+    chat, options = not isinstance(prompt.prompt, str), prompt.template_options
     found: dict[tuple[int, ...], str] = {}
     for reference in prompt.columns.get("references", ()):
         if chat:
-            messages = answered(prompt.messages_or_text, reference, options)
+            messages = answered(prompt.prompt, reference, options)
             whole = _rendered([messages], tokenizer, options, whole=True)[0]
         else:
-            whole = tokenizer(text=prompt.messages_or_text + reference)["input_ids"]
+            whole = tokenizer(text=prompt.prompt + reference)["input_ids"]
         if list(whole[: len(start)]) == start:
             ids = list(whole[len(start) :])
         else:
             rest = reference
             if chat:
-                (asked,) = _rendered([prompt.messages_or_text], tokenizer, options, tokenize=False)
+                (asked,) = _rendered([prompt.prompt], tokenizer, options, tokenize=False)
                 (text,) = _rendered([messages], tokenizer, options, whole=True, tokenize=False)
                 rest = text[len(asked) :] if text.startswith(asked) else reference
             ids = tokenizer(text=rest, add_special_tokens=False)["input_ids"]

@@ -90,7 +90,7 @@ def check_cache(model: nn.Module) -> Finding:
         return Finding("KV cache", WARNING, found, "expect slow rollouts, or update transformers or the model's code")
     drawn, alone = [], []
     for number, ids in enumerate(_random_ids(model, PROMPTS)):
-        prompt = Prompt(key=str(number), messages_or_text="", prompt_ids=tuple(ids))
+        prompt = Prompt(key=str(number), prompt="", prompt_ids=tuple(ids))
         settings = {"num_samples": 4, "max_new_tokens": _fit(model, 16), "strategy": Sample(), "seed": 0}
         (rollouts,) = sample(model, [prompt], stop_ids=[-1], **settings)  # no id is -1: nothing ends early
         drawn += [torch.tensor(rollout.logprobs) for rollout in rollouts]

@@ -80,7 +80,7 @@ def preflight(
     """
     generation_config = generation_config or GenerationConfig.from_model_config(model_config)
     rows = model_config.get_text_config().vocab_size
-    chat = bool(prompts) and not isinstance(prompts[0].messages_or_text, str)
+    chat = bool(prompts) and not isinstance(prompts[0].prompt, str)
     stops = _stop_ids(generation_config, tokenizer)
     pairs = list(reference_pairs(prompts, tokenizer, stops))
     longest, setting = max_completion_length, "max_completion_length"

@@ -30,7 +30,7 @@ def check_bos(tokenizer: Any, prompts: Sequence[Prompt] = ()) -> Finding:
     if intended and (without := sum(count == 0 for count in counts)):
         found = f"{without:,} {of} lack {named(tokenizer, bos)}, with which the tokenizer begins a text"
         problems.append((WARNING, found, "put {{ bos_token }} at the start of the chat template, if it was trained so"))
-    text = [prompt.prompt_ids for prompt in prompts if isinstance(prompt.messages_or_text, str)]
+    text = [prompt.prompt_ids for prompt in prompts if isinstance(prompt.prompt, str)]
     if ended := sum(len(ids) > 1 and ids[-1] == eos for ids in text):
         todo = "set add_eos_token to false in tokenizer_config.json: a completion would follow the end"
         problems.append((FAILED, f"{ended:,} {of} end with {named(tokenizer, eos)}", todo))
@@ -121,7 +121,7 @@ def check_references(
         "hold a special token": [t for t, ids in zip(texts, alone, strict=True) if special & set(ids)],
     }
     said = {text for found in cases.values() for text in found}
-    chat = not isinstance(prompts[0].messages_or_text, str)
+    chat = not isinstance(prompts[0].prompt, str)
     changed: list[str] = []
     opened: list[str] = []  # what the template puts before an answer, such as an empty block of thought
     for text, ids in pairs:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from rlseq.engine.decoders import way_of
 from rlseq.engine.likelihood import score
-from rlseq.engine.packing import base_of, evaluating
+from rlseq.engine.packing import base_of, eval_mode
 from rlseq.engine.strategies import Beam, Strategy
 from rlseq.errors import ConfigError
 from rlseq.types import Prompt, Rollout
@@ -62,7 +62,7 @@ def beam(
     )
     device = next(model.parameters()).device
     found: list[list[int]] = [[] for _ in prompts]
-    with torch.no_grad(), evaluating(model), only_generation_config(model, config):
+    with torch.no_grad(), eval_mode(model), only_generation_config(model, config):
         way = way_of(model)
         config.use_cache = way != "uncached"
         for batch in _batches([len(p.prompt_ids) for p in prompts], batch_rows, padded=way in ("captured", "padded")):
@@ -110,7 +110,7 @@ def _rollouts(
     rollouts = []
     for prompt, ids, row_logprobs in zip(prompts, found, logprobs, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer is not None else ""
-        chat = not isinstance(prompt.messages_or_text, str)
+        chat = not isinstance(prompt.prompt, str)
         rollouts.append(
             [
                 Rollout(
@@ -120,7 +120,7 @@ def _rollouts(
                     trained_mask=(True,) * len(ids),
                     logprobs=tuple(row_logprobs.tolist()),
                     text=text,
-                    raw_text=tokenizer.decode(ids) if tokenizer is not None else "",
+                    text_with_special_tokens=tokenizer.decode(ids) if tokenizer is not None else "",
                     messages=({"role": "assistant", "content": text},) if chat else None,
                     finish_reason="stop" if ids and ids[-1] in stop_ids else "length",
                     strategy=strategy.signature,

@@ -13,9 +13,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.engine.beam import _rollouts, beam
-from rlseq.engine.float64 import double_device, to_double
+from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.likelihood import score
-from rlseq.engine.packing import evaluating, forward_parameters
+from rlseq.engine.packing import eval_mode, forward_parameters
 from rlseq.engine.strategies import Beam, ExactMAP
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
@@ -108,7 +108,7 @@ def exact_map(
         start = found.completion_ids
     ends = bool(start) and start[-1] in stops and len(start) <= max_new_tokens
     best = tuple(start) if ends else ()
-    bound = to_double(score(model, [prompt], [best])[0]).sum().item() if ends else -math.inf
+    bound = to_float64(score(model, [prompt], [best])[0]).sum().item() if ends else -math.inf
     return _search(model, prompt, stops, max_new_tokens, best, bound, max_nodes=max_nodes, batch_rows=batch_rows)
 
 
@@ -124,7 +124,7 @@ def _search(
     batch_rows: int = TOGETHER,
 ) -> Exact:
     """`exact_map` from a completion that ends and its log-prob, or from none and −inf."""
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         search = _BranchAndBound(model, prompt, stops, max_new_tokens, best, bound)
         proven = search.run(max_nodes, batch_rows)
     if not math.isfinite(search.bound):
@@ -195,7 +195,7 @@ class _BranchAndBound:
         self.model, self.prompt, self.longest = model, prompt, longest
         self.best, self.bound = best, bound
         self.device = next(model.parameters()).device
-        self.exact = double_device(self.device)  # where log-probs and the children chosen by them are
+        self.exact = float64_device(self.device)  # where log-probs and the children chosen by them are
         self.stops = torch.tensor(sorted(stops), device=self.exact)
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in forward_parameters(model) else {}
 
@@ -242,7 +242,7 @@ class _BranchAndBound:
             use_cache=True,
             **self.last_only,
         )
-        children = to_double(output.logits[:, -1]).log_softmax(-1) + logprobs.unsqueeze(1)  # (B, V)
+        children = to_float64(output.logits[:, -1]).log_softmax(-1) + logprobs.unsqueeze(1)  # (B, V)
         ends = children[:, self.stops]  # (B, S)
         if (likeliest := ends.max().item()) > self.bound + ROUNDING:
             row, stop = divmod(int(ends.argmax()), len(self.stops))

@@ -23,7 +23,7 @@ from rlseq.engine.logits import head_is_separate, logits_at, vocabulary_of
 from rlseq.engine.packing import (
     PackedBatch,
     attention_of,
-    evaluating,
+    eval_mode,
     pack,
     pad,
     rows_of_group,
@@ -218,7 +218,7 @@ def _score(
     units = _units(prompt_ids, completion_ids, min(_ROW_TOKENS, batch_tokens) if packs else None)
     with torch.no_grad(), ExitStack() as modes:
         for m in models:
-            modes.enter_context(evaluating(m))
+            modes.enter_context(eval_mode(m))
         for group in _batches(units, batch_tokens):
             members = [index for _, indices in group for index in indices]
             prompts = [prompt_ids[indices[0]] for _, indices in group]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlseq.engine.packing import PackedBatch, base_of, evaluating, forward_parameters
+from rlseq.engine.packing import PackedBatch, base_of, eval_mode, forward_parameters
 
 _separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -56,6 +56,6 @@ def _try_head(model: nn.Module) -> bool:
     if decoder is base or head is None or any(hasattr(m, "set_reshard_after_forward") for m in model.modules()):
         return False
     ids = torch.arange(5, device=next(model.parameters()).device)[None] % head.weight.shape[0]
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
         return torch.equal(head(hidden).float(), model(input_ids=ids, use_cache=False).logits.float())

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rlseq.engine.float64 import to_double
+from rlseq.engine.float64 import to_float64
 
 
 def sequence_logprob(token_logprobs: Tensor) -> Tensor:
@@ -103,5 +103,5 @@ def exact_pass_at_k(p: Tensor, k: int) -> Tensor:
         raise ValueError(f"exact_pass_at_k takes (rows,) and k >= 1, not {tuple(p.shape)} and k = {k}")
     if not ((p >= 0) & (p <= 1 + 1e-4)).all():
         raise ValueError("p is not within 0 and 1; are the references of a row distinct?")
-    miss = torch.log1p(-to_double(p).clamp(max=1))  # log(1 − p) without losing a small p
+    miss = torch.log1p(-to_float64(p).clamp(max=1))  # log(1 − p) without losing a small p
     return -torch.expm1(k * miss).mean()

@@ -305,7 +305,7 @@ def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put every module of a model in eval mode, and each back in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -376,7 +376,7 @@ def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
     )
     alone = [torch.tensor([*prompt, *c], device=parameter.device) for prompt, cs in groups for c in cs]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), eval_mode(model):
             packed = model(**batch.model_inputs, use_cache=False).logits
             expected = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in alone]
     except torch.OutOfMemoryError:

@@ -1,11 +1,12 @@
-"""Prompts × samples → rollouts.
+"""Sampling: P prompts × G samples → rollouts.
 
-One prefill per unique prompt is shared by its samples, and so is every later step as long as they draw the same
-tokens: the batch holds distinct beginnings, not samples. One token a step with the KV cache; a beginning that is drawn
-on in several ways is copied, and one that no row continues is dropped. The noise of a token is a function of
-(seed, draw, prompt key, sample, position) alone, and one uniform a token picks it by inverse CDF, so a completion does
-not depend on the batch it was drawn in: batch size, order and number of processes change nothing but the rounding of
-the logits (a draw that falls within rounding of a boundary of the CDF may then flip).
+The batch holds distinct prefixes, not samples. Each unique prompt is prefilled once, and its samples share every later
+step as long as they sample the same tokens. With the KV cache a step computes one token per prefix. A prefix that
+branches is copied, and one that no row continues is dropped.
+
+The noise of a token is a function of (seed, stream, prompt key, sample, position) alone. One uniform per token picks it
+by inverse CDF, so a completion does not depend on its batch. Batch size, order and number of processes change only the
+rounding of the logits (a token within rounding of a boundary of the CDF may then flip).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 
 from rlseq.engine.decoders import begin
-from rlseq.engine.float64 import double_device, to_double
+from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.layout import ranks
-from rlseq.engine.packing import evaluating
+from rlseq.engine.packing import eval_mode
 from rlseq.engine.strategies import Greedy, Sample, Strategy, to_units
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
@@ -29,10 +30,10 @@ from rlseq.types import Prompt, Rollout
 COMPACT_BELOW = 0.75  # finished rows leave the batch when less than this share of it is unfinished
 
 
-def stream_keys(seed: int, draw: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
-    """Return one 64-bit key (B,) a row: the hash of (seed, draw, prompt key, sample)."""
+def stream_keys(seed: int, stream: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
+    """Return one 64-bit key (B,) a row: the hash of (seed, stream, prompt key, sample)."""
     digests = (
-        hashlib.blake2b(repr((seed, draw, key, sample)).encode(), digest_size=8).digest()
+        hashlib.blake2b(repr((seed, stream, key, sample)).encode(), digest_size=8).digest()
         for key, sample in zip(prompt_keys, samples, strict=True)
     )
     return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
@@ -56,8 +57,8 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = 
         of: (B,) which of the U distributions each uniform draws from; None: each from its own, U = B.
     """
     device = logprobs.device
-    exact = double_device(device)
-    probs = to_double(logprobs)
+    exact = float64_device(device)
+    probs = to_float64(logprobs)
     cdf = to_units(probs.exp() if probs is logprobs else probs.exp_()).cumsum_(-1)
     of = np.arange(len(cdf)) if of is None else of
     rank = ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
@@ -92,7 +93,7 @@ def sample(
     max_new_tokens: int,
     strategy: Strategy,
     seed: int,
-    draw: int = 0,
+    stream: int = 0,
     stop_ids: Collection[int],
     tokenizer: Any | None = None,
     samples: Sequence[Sequence[int]] | None = None,
@@ -109,9 +110,9 @@ def sample(
         num_samples: G; strategies that do not draw give 1 only.
         max_new_tokens: completions are cut after this many sampled tokens (finish_reason "length").
         strategy: `Greedy` or `Sample` (beam search: `rlseq.engine.beam.beam`).
-        seed, draw: name the noise. `draw` is the generation round in training, the strategy's index in evaluation.
+        seed, stream: name the noise. `stream` is the rollout batch in training, the strategy's index in evaluation.
         stop_ids: ids that end a completion; the one met is part of it.
-        tokenizer: decodes `text` and `raw_text`; without one they are empty.
+        tokenizer: decodes `text` and `text_with_special_tokens`; without one they are empty.
         samples: sample indices a prompt instead of 0..G-1, where a group is spread over processes.
         prefixes: token ids that each completion of a prompt begins with, one list a prompt. They are part of the
             completion, with log-prob 0 and `trained_mask` False; noise positions count from the first sampled token.
@@ -144,13 +145,13 @@ def sample(
         batch_rows = min(batch_rows, rows_within(model, max_kv_gb, longest))
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
     signature = strategy.signature
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), eval_mode(model):
         for batch in _batches(prompts, wanted, batch_rows):
             rows = [(index, s) for index, some in batch for s in some]
             ids, logprobs = _decode(
                 model,
                 [(*prompts[index].prompt_ids, *forced[index]) for index, _ in rows],
-                stream_keys(seed, draw, [prompts[index].key for index, _ in rows], [s for _, s in rows]),
+                stream_keys(seed, stream, [prompts[index].key for index, _ in rows], [s for _, s in rows]),
                 max_new_tokens,
                 strategy,
                 frozenset(stop_ids),
@@ -160,7 +161,7 @@ def sample(
             texts = _texts(tokenizer, ids)
             for (index, s), row_ids, row_logprobs, (text, raw) in zip(rows, ids, logprobs, texts, strict=True):
                 prompt = prompts[index]
-                chat = not isinstance(prompt.messages_or_text, str)
+                chat = not isinstance(prompt.prompt, str)
                 rollouts[index].append(
                     Rollout(
                         prompt_key=prompt.key,
@@ -169,7 +170,7 @@ def sample(
                         trained_mask=tuple(t >= len(forced[index]) for t in range(len(row_ids))),
                         logprobs=tuple(row_logprobs),
                         text=text,
-                        raw_text=raw,
+                        text_with_special_tokens=raw,
                         messages=({"role": "assistant", "content": text},) if chat else None,
                         finish_reason="stop" if row_ids and row_ids[-1] in stop_ids else "length",
                         strategy=signature,

@@ -93,7 +93,7 @@ def write_results(
             {
                 "model": name,
                 "key": rows_of[i].key,
-                "prompt": rows_of[i].messages_or_text,
+                "prompt": rows_of[i].prompt,
                 "references": list(rows_of[i].columns.get("references", ())),
                 "likelihood": _as_json(statistics.likelihood[i], LIKELIHOOD.source),
                 "strategies": {s: _as_json(rows[i], COMPLETION.source) for s, rows in statistics.strategies.items()},

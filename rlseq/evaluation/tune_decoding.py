@@ -241,7 +241,7 @@ def _refuse_shared_prompts(
     """Raise DataError if a prompt is both chosen on and evaluated; prompts that differ only in whitespace are one."""
     evaluated, chosen_on = (
         {
-            prompt_digest(prompt.messages_or_text): repr(prompt.messages_or_text)
+            prompt_digest(prompt.prompt): repr(prompt.prompt)
             for prompt in build_prompts(part, tokenizer, **prompt_options)
         }
         for part in (rows, choice_rows)

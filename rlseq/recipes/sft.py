@@ -107,7 +107,7 @@ def main() -> None:
 
     # One example a (prompt, reference): all of a prompt's references are right answers.
     def references_of(prompts: list[Prompt], split: str) -> datasets.Dataset:
-        pairs = [(p.messages_or_text, r) for p in prompts for r in p.columns["references"]]
+        pairs = [(p.prompt, r) for p in prompts for r in p.columns["references"]]
         if not pairs:
             raise ConfigError(
                 f"no row of {data.dataset_name!r} has a reference in --reference_column {data.reference_column!r}"
@@ -133,7 +133,7 @@ def main() -> None:
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
     drawn = rejection.rejection_max_new_tokens if rejection.rejection_samples else None
     if rejection.rejection_samples:  # else the examples are checked, which are there already
-        check_prefill((prompt.messages_or_text for prompt in prompts), "training")
+        check_prefill((prompt.prompt for prompt in prompts), "training")
     made = new_config(new.new_model, tokenizer) if new.new_model else None
     check_fit(config, model_args, tokenizer, prompts, drawn=drawn, new=made)
     if rejection.from_rollouts:
@@ -151,8 +151,8 @@ def main() -> None:
     if config.eval_strategy != "no":
         measure(validation, data.eval_split)
     lengths = [] if rejection.rejection_samples else measure(train, "training", batch)
-    trained = [c["prompt"] for c in candidates] if rejection.from_rollouts else [p.messages_or_text for p in prompts]
-    shared = describe_shared((p.messages_or_text for p in held_out), data.eval_split, trained, "training")
+    trained = [c["prompt"] for c in candidates] if rejection.from_rollouts else [p.prompt for p in prompts]
+    shared = describe_shared((p.prompt for p in held_out), data.eval_split, trained, "training")
     if run.dry_run:
         drawn, cached = len(prompts) * (rejection.rejection_samples or 0), 0
         if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
@@ -166,7 +166,7 @@ def main() -> None:
         say(describe_examples(config, run, model_args, model, lengths, shared=shared, **sizes))
         return
     rewards = {"reward": suite} if rejection.rejection_samples else {}
-    rows = [(p.messages_or_text, p.columns) for p in prompts] if rejection.rejection_samples else train
+    rows = [(p.prompt, p.columns) for p in prompts] if rejection.rejection_samples else train
     inputs = run_inputs(rewards, {"training rows": rows, "evaluation rows": validation})
     known = lengths and not config.packing  # else how many rows there will be is not known yet
     steps = plan_examples(config, lengths, PartialState().num_processes).steps if known else None

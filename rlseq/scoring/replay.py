@@ -100,7 +100,7 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
         trained_mask=(True,) * len(ids),
         logprobs=tuple(record.get("logprobs") or ()),
         text=text,
-        raw_text=record.get("raw_completion") or text,
+        text_with_special_tokens=record.get("raw_completion") or text,
         messages=record.get("messages", chat),
         finish_reason=record.get("finish_reason") or "stop",
         strategy=str(record.get("strategy", "logged")),

@@ -35,7 +35,7 @@ FORMS_HELP = """\
 FIELDS: dict[str, Callable[[Rollout], Any]] = {
     "completion": lambda rollout: rollout.text,
     "completion_ids": lambda rollout: list(rollout.completion_ids),
-    "raw_completion": lambda rollout: rollout.raw_text,
+    "raw_completion": lambda rollout: rollout.text_with_special_tokens,
     "finish_reason": lambda rollout: rollout.finish_reason,
     "messages": lambda rollout: as_messages(rollout.messages),
     "logprobs": lambda rollout: list(rollout.logprobs),
@@ -287,7 +287,9 @@ def _verl(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Seq
 def _openrlhf(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Sequence[Any]]:
     prompts = rows.prompt_texts()
     lists: dict[str, Sequence[Any]] = {
-        "queries": [prompt + rollout.raw_text for prompt, rollout in zip(prompts, rows.rollouts, strict=True)],
+        "queries": [
+            prompt + rollout.text_with_special_tokens for prompt, rollout in zip(prompts, rows.rollouts, strict=True)
+        ],
         "prompts": prompts,
     }
     if "labels" in rows.columns or "label" in rows.columns:

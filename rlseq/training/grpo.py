@@ -79,7 +79,7 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
     """
 
     def drawn(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        return {"prompt": [copy.deepcopy(prompts[i].messages_or_text) for i in batch["index"]], "index": batch["index"]}
+        return {"prompt": [copy.deepcopy(prompts[i].prompt) for i in batch["index"]], "index": batch["index"]}
 
     numbers = list(range(len(prompts)))
     return datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers}).with_transform(drawn)
@@ -213,7 +213,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         """Refuse prompts with other tokens than the update would score: those of a template otherwise filled, say."""
         if self.tools or self.environment_factories is not None:
             return  # TRL draws, from what it renders itself
-        (ids,) = tokenize_prompts([self.prompts[0].messages_or_text], self.processing_class, self.chat_template_kwargs)
+        (ids,) = tokenize_prompts([self.prompts[0].prompt], self.processing_class, self.chat_template_kwargs)
         if tuple(ids) != tuple(self.prompts[0].prompt_ids):
             raise ConfigError(
                 "the prompts were rendered otherwise than the trainer renders them, whose update would score other "
@@ -333,7 +333,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         prompts = [self.prompts[index] for index in self.batch.indices]
         if self.environments:  # what `reset` told the model belongs to the prompt
             asked = zip(prompts, self.batch.asked, strict=True)
-            prompts = [dataclasses.replace(prompt, messages_or_text=messages) for prompt, messages in asked]
+            prompts = [dataclasses.replace(prompt, prompt=messages) for prompt, messages in asked]
         records = gather_object(rollout_records(step, prompts, self.batch.scored, advantages.tolist(), self.batch.told))
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)

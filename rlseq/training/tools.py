@@ -84,12 +84,12 @@ def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
             f"tools and an environment do not go with {', '.join(named)}, which draws or scores without them: leave it "
             "out"
         )
-    if any(isinstance(prompt.messages_or_text, str) for prompt in prompts):
+    if any(isinstance(prompt.prompt, str) for prompt in prompts):
         raise ConfigError(
             "tools and an environment's methods are called in a chat, but a prompt is a text: give --prompt_column a "
             "column of messages"
         )
-    if any(continues(prompt.messages_or_text, {}) for prompt in prompts):
+    if any(continues(prompt.prompt, {}) for prompt in prompts):
         raise ConfigError(
             "a prompt ends in a message of the assistant, which runs with tools would close before they answer; let it "
             "end in another role's"

@@ -142,7 +142,7 @@ def test_what_becomes_the_prompt_decides_the_side_and_not_the_first_column(tmp_p
     for split, prompts in sides.items():
         assert all(split_by_hand(prompt) == split for prompt in prompts)
     for prompt in load_prompts(str(path), TOKENIZER, split="train", **options):  # the same side by this way in
-        assert split_by_hand(prompt.messages_or_text) == "train"
+        assert split_by_hand(prompt.prompt) == "train"
 
 
 def test_a_hub_set_with_train_alone_is_divided_by_what_becomes_the_prompt(monkeypatch):
@@ -313,7 +313,7 @@ TOKENIZER = word_tokenizer()
 
 def test_a_row_becomes_a_prompt_with_its_ids_references_and_other_columns():
     (prompt,) = build_prompts([{"prompt": "a b = ", "references": ["A B", "B", "A B"], "level": 3}], TOKENIZER)
-    assert prompt.messages_or_text == "a b = "
+    assert prompt.prompt == "a b = "
     assert prompt.prompt_ids == ids("a b =")
     assert prompt.columns == {"references": ["A B", "B"], "level": 3}
 
@@ -321,7 +321,7 @@ def test_a_row_becomes_a_prompt_with_its_ids_references_and_other_columns():
 def test_columns_are_named_and_templates_make_their_text():
     rows = [{"word": "ab", "sounds": "A-B", "weight": 2}]
     by_column = build_prompts(rows, TOKENIZER, prompt_column="word", reference_column="sounds")[0]
-    assert (by_column.messages_or_text, by_column.columns["references"]) == ("ab", ["A-B"])
+    assert (by_column.prompt, by_column.columns["references"]) == ("ab", ["A-B"])
     assert by_column.columns["word"] == "ab"
     by_template = build_prompts(
         rows,
@@ -329,7 +329,7 @@ def test_columns_are_named_and_templates_make_their_text():
         prompt_template="{{ word | list | join(' ') }} = ",
         reference_template="{{ sounds | replace('-', ' ') }}",
     )[0]
-    assert by_template.messages_or_text == "a b = "
+    assert by_template.prompt == "a b = "
     assert by_template.prompt_ids == ids("a b =")
     assert by_template.columns == {"word": "ab", "sounds": "A-B", "weight": 2, "references": ["A B"]}
 
@@ -348,7 +348,7 @@ def test_without_a_column_of_references_there_are_none():
 def test_merging_gathers_the_references_of_equal_prompts_in_order():
     rows = [{"prompt": p, "references": r} for p, r in (("a", "A"), ("b", "B"), ("a", ["C", "A"]), ("a", "D"))]
     merged = build_prompts(rows, TOKENIZER, merge_references=True)
-    assert [(p.messages_or_text, p.columns["references"]) for p in merged] == [("a", ["A", "C", "D"]), ("b", ["B"])]
+    assert [(p.prompt, p.columns["references"]) for p in merged] == [("a", ["A", "C", "D"]), ("b", ["B"])]
     assert len(build_prompts(rows, TOKENIZER)) == 4
 
 
@@ -376,7 +376,7 @@ def test_chat_messages_go_through_the_chat_template():
     messages = [{"role": "user", "content": "a b"}]
     (prompt,) = build_prompts([{"prompt": messages, "references": "A"}], tokenizer)
     assert prompt.prompt_ids == ids("<user> a b <answer>")
-    assert prompt.messages_or_text == messages
+    assert prompt.prompt == messages
     assert prompt.text == "a b"
     (shouted,) = build_prompts([{"prompt": messages}], tokenizer, chat_template_kwargs={"shout": True})
     assert shouted.prompt_ids == ids("<user> a b <answer> =")

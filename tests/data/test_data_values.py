@@ -143,7 +143,7 @@ def test_references_and_templates_have_the_text_that_stands_in_the_file(tmp_path
     rows = [{"date": "2020-01-01", "n": 2**64, "references": 5}, {"date": "2020-01-02", "n": 7, "references": 0.5}]
     name = as_json(tmp_path / "rows.jsonl", rows)
     prompts = load_prompts(name, TOKENIZER, split=None, prompt_template="{{ date }} {{ n }}")
-    assert [prompt.messages_or_text for prompt in prompts] == ["2020-01-01 18446744073709551616", "2020-01-02 7"]
+    assert [prompt.prompt for prompt in prompts] == ["2020-01-01 18446744073709551616", "2020-01-02 7"]
     assert [prompt.columns["references"] for prompt in prompts] == [["5"], ["0.5"]]
 
 
@@ -199,7 +199,7 @@ def test_a_data_set_of_datasets_makes_the_same_prompts_as_its_rows():
 def test_a_column_that_a_row_lacks_is_false_in_a_template_and_cannot_be_printed():
     rows = [{"word": "a", "hint": "b"}, {"word": "c"}]
     made = build_prompts(rows, TOKENIZER, prompt_template="{{ word }}{% if hint %} {{ hint }}{% endif %}")
-    assert [prompt.messages_or_text for prompt in made] == ["a b", "c"]
+    assert [prompt.prompt for prompt in made] == ["a b", "c"]
     with pytest.raises(DataError, match=r"row 1: .*'hint' is undefined"):
         build_prompts(rows, TOKENIZER, prompt_template="{{ word }} {{ hint }}")
     with pytest.raises(DataError, match=r"row 0: .*'hnit' is undefined"):  # no row has it

@@ -180,7 +180,7 @@ def test_generation_config_that_changes_nothing():
 
 
 def prompts_of(*lengths):
-    return [Prompt(key=str(i), messages_or_text="a", prompt_ids=(5,) * n) for i, n in enumerate(lengths)]
+    return [Prompt(key=str(i), prompt="a", prompt_ids=(5,) * n) for i, n in enumerate(lengths)]
 
 
 def test_context():

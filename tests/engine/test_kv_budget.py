@@ -22,7 +22,7 @@ from rlseq.evaluation.run import ContrastSettings, check_settings, contrast
 from rlseq.scoring import load_rewards
 from rlseq.types import Prompt
 
-PROMPTS = [Prompt(key=str(n), messages_or_text="", prompt_ids=tuple(range(3, 3 + n))) for n in (6, 1, 3, 2, 6, 4, 5)]
+PROMPTS = [Prompt(key=str(n), prompt="", prompt_ids=tuple(range(3, 3 + n))) for n in (6, 1, 3, 2, 6, 4, 5)]
 LONGEST = 5
 TOKENS = 6 + LONGEST  # of the longest row
 
@@ -61,7 +61,7 @@ def decoded(model, text, max_kv_gb=None):
             num_samples=4,
             max_new_tokens=LONGEST,
             seed=0,
-            draw=0,
+            stream=0,
             stop_ids=[EOS],
             tokenizer=None,
             max_kv_gb=max_kv_gb,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import FAMILIES, PAD, tiny_model
 
-from rlseq.engine.packing import IGNORED, evaluating, pack, pad, rows_of_group, supports_packing, unpack, unpack_padded
+from rlseq.engine.packing import IGNORED, eval_mode, pack, pad, rows_of_group, supports_packing, unpack, unpack_padded
 
 GROUPS = [
     ([5, 6, 7], [[10, 11, 2], [12], []]),
@@ -267,7 +267,7 @@ def test_the_trial_leaves_mode_and_random_state_alone(attention):
 
 def test_modes_are_restored_after_an_exception():
     model = tiny_model().train()
-    with pytest.raises(KeyError), evaluating(model):
+    with pytest.raises(KeyError), eval_mode(model):
         assert not any(m.training for m in model.modules())
         raise KeyError
     assert all(m.training for m in model.modules())

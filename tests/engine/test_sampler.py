@@ -23,7 +23,7 @@ FAMILIES = ("llama", "gpt2", "qwen2")
 
 
 def prompt(key, *ids):
-    return Prompt(key=key, messages_or_text=key, prompt_ids=ids)
+    return Prompt(key=key, prompt=key, prompt_ids=ids)
 
 
 PROMPTS = [
@@ -265,16 +265,16 @@ def test_a_stream_is_keyed_by_the_hash_of_its_coordinates():
     assert stream_keys(3, 1, ["it's"], [2]).tolist() == [expected]
 
 
-def noise(seed=0, draw=0, prompts=1, samples=1, positions=1, key="row {}"):
+def noise(seed=0, stream=0, prompts=1, samples=1, positions=1, key="row {}"):
     pairs = list(itertools.product([key.format(i) for i in range(prompts)], range(samples)))
-    keys = stream_keys(seed, draw, [k for k, _ in pairs], [s for _, s in pairs])
+    keys = stream_keys(seed, stream, [k for k, _ in pairs], [s for _, s in pairs])
     return np.stack([uniforms(keys, t) for t in range(positions)])
 
 
 N = 30_000  # the first 3,000 seeds alone happen to give p = 0.0008; the first 300,000 give 0.32
 AXES = {
     "seed": lambda: np.concatenate([noise(seed=i)[0] for i in range(N)]),
-    "draw": lambda: np.concatenate([noise(draw=i)[0] for i in range(N)]),
+    "stream": lambda: np.concatenate([noise(stream=i)[0] for i in range(N)]),
     "prompt": lambda: noise(prompts=N).ravel(),
     "sample": lambda: noise(samples=N).ravel(),
     "position": lambda: noise(positions=N).ravel(),
@@ -295,7 +295,7 @@ def test_another_seed_or_draw_gives_other_completions_and_the_same_gives_the_sam
     first = ids_of(draw(model))
     assert ids_of(draw(model)) == first
     assert ids_of(draw(model, seed=4)) != first
-    assert ids_of(draw(model, draw=1)) != first
+    assert ids_of(draw(model, stream=1)) != first
 
 
 def test_the_global_random_state_is_neither_read_nor_moved():
@@ -359,10 +359,10 @@ def test_completions_are_decoded_with_and_without_special_tokens():
         def batch_decode(self, ids, skip_special_tokens):
             return [" ".join(f"w{i}" for i in row if not (skip_special_tokens and i in STOPS)) for row in ids]
 
-    chat = Prompt(key="chat", messages_or_text=[{"role": "user", "content": "hi"}], prompt_ids=(4, 5))
+    chat = Prompt(key="chat", prompt=[{"role": "user", "content": "hi"}], prompt_ids=(4, 5))
     for group in draw(tiny_model(), [PROMPTS[0], chat], tokenizer=Words()):
         for rollout in group:
-            assert rollout.raw_text == " ".join(f"w{i}" for i in rollout.completion_ids)
+            assert rollout.text_with_special_tokens == " ".join(f"w{i}" for i in rollout.completion_ids)
             assert rollout.text == " ".join(f"w{i}" for i in rollout.completion_ids if i not in STOPS)
             answer = ({"role": "assistant", "content": rollout.text},) if rollout.prompt_key == "chat" else None
             assert rollout.messages == answer

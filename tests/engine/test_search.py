@@ -15,8 +15,7 @@ from rlseq.types import Prompt
 VOCABULARY = 6
 STOPS = (EOS, 5)
 PROMPTS = [
-    Prompt(key=str(ids), messages_or_text=str(ids), prompt_ids=ids)
-    for ids in ((1, 4, 3), (4,), (3, 3, 4, 1, 3, 0, 4), (0, 1))
+    Prompt(key=str(ids), prompt=str(ids), prompt_ids=ids) for ids in ((1, 4, 3), (4,), (3, 3, 4, 1, 3, 0, 4), (0, 1))
 ]
 
 

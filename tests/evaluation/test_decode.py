@@ -40,7 +40,7 @@ def said(text, logprob=-1.0, ended=True, number=0, key="row"):
         trained_mask=(True,) * len(ids),
         logprobs=(logprob,) + (0.0,) * (len(ids) - 1),
         text=text,
-        raw_text=text,
+        text_with_special_tokens=text,
         messages=None,
         finish_reason="stop" if ended else "length",
         strategy="sample",
@@ -179,7 +179,7 @@ def setting():
 
 def run(setting, text, suite, **changes):
     model, tokenizer, prompts = setting
-    settings = {"num_samples": 1, "max_new_tokens": 5, "seed": 0, "draw": 2, "stop_ids": [EOS], **changes}
+    settings = {"num_samples": 1, "max_new_tokens": 5, "seed": 0, "stream": 2, "stop_ids": [EOS], **changes}
     groups, proofs = decode(model, prompts, strategy=parse_strategy(text), suite=suite, tokenizer=tokenizer, **settings)
     assert proofs == [] and {len(group) for group in groups} == {1}
     return [rollout for (rollout,) in groups]
@@ -187,7 +187,7 @@ def run(setting, text, suite, **changes):
 
 def drawn(setting, n, **settings):
     model, tokenizer, prompts = setting
-    common = {"num_samples": n, "max_new_tokens": 5, "seed": 0, "draw": 2, "stop_ids": [EOS], "tokenizer": tokenizer}
+    common = {"num_samples": n, "max_new_tokens": 5, "seed": 0, "stream": 2, "stop_ids": [EOS], "tokenizer": tokenizer}
     return sample(model, prompts, strategy=Sample(**settings), **common)
 
 
@@ -222,7 +222,7 @@ def test_candidates_are_those_that_sampling_draws_whatever_the_batch(setting):
                     assert length(kept.text) == max(length(r.text) for r in candidates)
             again = run(setting, text, suite, batch_rows=1)
             assert [r.completion_ids for r in again] == [r.completion_ids for r in found]
-            other = run(setting, text, suite, draw=3)
+            other = run(setting, text, suite, stream=3)
             assert [r.completion_ids for r in other] != [r.completion_ids for r in found]
 
 

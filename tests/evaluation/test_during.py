@@ -111,7 +111,7 @@ def test_what_is_sampled_is_what_the_seed_and_a_fixed_draw_say():
         max_new_tokens=NEW_TOKENS,
         strategy=Sample(),
         seed=3,
-        draw=1,
+        stream=1,
         stop_ids=[EOS],
         tokenizer=tokenizer,
     )

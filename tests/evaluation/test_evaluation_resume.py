@@ -301,7 +301,13 @@ def test_rows_that_json_cannot_hold_are_evaluated_and_not_kept(task, tmp_path, m
 
 
 def test_completions_come_back_as_they_were():
-    fields = {"prompt_key": "k", "sample": 1, "trained_mask": (True, True), "raw_text": "\ud800é", "strategy": "sample"}
+    fields = {
+        "prompt_key": "k",
+        "sample": 1,
+        "trained_mask": (True, True),
+        "text_with_special_tokens": "\ud800é",
+        "strategy": "sample",
+    }
     logprobs = (-1 / 3, -math.inf)
     chat = Rollout(
         completion_ids=(5, 2), logprobs=logprobs, text="é", messages=({"role": "assistant", "content": "é"},),

@@ -73,7 +73,7 @@ def test_a_row_holds_the_sums_over_its_samples():
     assert sum(done) == len(prompts)
     options = {"num_samples": 6, "max_new_tokens": LONGEST, "seed": 0, "stop_ids": [STOP]}
     for place, temperature in enumerate(SETTINGS.temperatures):
-        groups = sample(model, prompts, strategy=Sample(temperature=temperature), draw=1100 + place, **options)
+        groups = sample(model, prompts, strategy=Sample(temperature=temperature), stream=1100 + place, **options)
         for row, prompt, group, right in zip(rows, prompts, groups, references, strict=True):
             drawn = [r.completion_ids for r in group]
             found = {(k.name, *k.params[1:]): v for k, v in row.items() if k.params[0] == str(temperature)}

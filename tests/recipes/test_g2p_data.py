@@ -101,7 +101,7 @@ def test_teacher_forcing_sees_the_prompt_the_completion_and_one_stop(task, split
         spoken = [tuple(ids[phone] for phone in text.split()) for text in prompt.columns["references"]]
         assert found == [(*phones, tokenizer.eos_token_id) for phones in spoken]
         for text, completion in zip(prompt.columns["references"], found, strict=True):
-            whole = tokenizer(text=prompt.messages_or_text + text)["input_ids"]
+            whole = tokenizer(text=prompt.prompt + text)["input_ids"]
             assert [*whole, tokenizer.eos_token_id] == [*prompt.prompt_ids, *completion]
             assert tokenizer.unk_token_id not in whole
             assert tokenizer.decode(completion, skip_special_tokens=True) == text

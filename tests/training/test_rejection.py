@@ -269,7 +269,7 @@ def test_samples_drawn_afresh_are_logged_chosen_and_learnt(task, tmp_path, monke
     )
     logged = read_lines(out / "rollouts/000000.jsonl")
     assert [(r["prompt"], r["sample"], r["completion"]) for r in logged] == [
-        (prompt.messages_or_text, i, rollout.text)
+        (prompt.prompt, i, rollout.text)
         for prompt, group in zip(prompts, groups, strict=True)
         for i, rollout in enumerate(group)
     ]

@@ -37,7 +37,7 @@ def decode(
     num_samples: int,
     max_new_tokens: int,
     seed: int,
-    draw: int,
+    stream: int,
     stop_ids: Collection[int],
     tokenizer: Any,
     batch_rows: int = 256,
@@ -50,7 +50,7 @@ def decode(
     Args:
         suite: the rewards that a strategy may choose by.
         num_samples: completions a prompt under strategies that sample; the others give one.
-        seed, draw: name the noise of sampling, as in `rlseq.engine.sampling.sample`.
+        seed, stream: name the noise of sampling, as in `rlseq.engine.sampling.sample`.
         batch_rows: prompts decoded together.
         max_kv_gb: a budget for the KV cache (`rlseq.engine.sampling.rows_within`); fewer are decoded together where it
             says so.
@@ -86,7 +86,7 @@ def decode(
         strategy=strategy.sampler if reranks else strategy,
         num_samples=num_samples,
         seed=seed,
-        draw=draw,
+        stream=stream,
         batch_rows=batch_rows * num_samples,
         max_kv_gb=max_kv_gb,
         **common,
@@ -162,7 +162,7 @@ def columns_of(prompts: Sequence[Prompt], rows: Sequence[int]) -> dict[str, list
     """The columns that rewards may ask for, `prompt` among them, of completions of these rows."""
     names = [name for name in column_names(prompts) if name != "prompt"]  # of all, as these rows may all lack one
     columns = {name: [prompts[row].columns.get(name, ABSENT) for row in rows] for name in names}
-    return columns | {"prompt": [prompts[row].messages_or_text for row in rows]}
+    return columns | {"prompt": [prompts[row].prompt for row in rows]}
 
 
 def seeks_the_mode(strategy: Strategy) -> bool:

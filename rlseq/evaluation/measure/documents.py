@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.data.files import seems_data
 from rlseq.data.rows import load_rows
-from rlseq.engine.float64 import to_double
+from rlseq.engine.float64 import to_float64
 from rlseq.engine.likelihood import score
 from rlseq.engine.models import load_config, load_tokenizer
 from rlseq.errors import ConfigError, DataError, ModelError, did_you_mean
@@ -238,7 +238,7 @@ def document_logprobs(
     uniform = torch.full((1 if coding.start is None else 0,), -math.log(coding.vocabulary), dtype=torch.float64)
     parts = [[uniform[: len(ids)]] for ids in documents]
     for (document, *_), logprobs in zip(places, found, strict=True):
-        parts[document].append(to_double(logprobs).cpu())
+        parts[document].append(to_float64(logprobs).cpu())
     return [torch.cat(part) for part in parts]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlseq.engine.float64 import to_double
+from rlseq.engine.float64 import to_float64
 from rlseq.engine.likelihood import TeacherForced, teacher_force
 from rlseq.engine.strategies import Sample, Strategy
 from rlseq.errors import ConsistencyError
@@ -73,7 +73,7 @@ def likelihood_rows(texts: Sequence[Sequence[str]], forced: Sequence[Sequence[Te
     for written, found, mine in zip(texts, forced, statistics, strict=True):
         if not found:
             continue
-        logprobs = [to_double(reference.logprobs).sum().item() for reference in found]
+        logprobs = [to_float64(reference.logprobs).sum().item() for reference in found]
         right = [int(reference.right.sum()) for reference in found]
         lengths = [len(reference.logprobs) for reference in found]
         p = sum(math.exp(logprob) for logprob in logprobs)
@@ -113,7 +113,7 @@ def generation_rows(
         if not found:
             continue
         tokens = [reference.logprobs if place is None else reference.warped[place] for reference in found]
-        logprobs = [to_double(t).sum().item() if len(t) <= max_new_tokens else -math.inf for t in tokens]
+        logprobs = [to_float64(t).sum().item() if len(t) <= max_new_tokens else -math.inf for t in tokens]
         never = sum(logprob == -math.inf for logprob in logprobs)
         mine |= {
             CHANCE("p_reference"): sum(math.exp(logprob) for logprob in logprobs),

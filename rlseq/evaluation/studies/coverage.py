@@ -12,7 +12,7 @@ import numpy as np
 import scipy  # its stats load on first use, which takes a second
 import torch
 
-from rlseq.engine.float64 import to_double
+from rlseq.engine.float64 import to_float64
 from rlseq.engine.likelihood import score
 from rlseq.engine.measures import exact_pass_at_k, reference_probability
 from rlseq.errors import ConfigError
@@ -198,7 +198,7 @@ def _chances(context: Context) -> list[float]:
         if len(ids) <= context.settings.max_new_tokens
     ]
     prompts = [context.prompts[row].prompt_ids for row, _ in fitting]
-    logprobs = [to_double(tokens).sum() for tokens in score(context.model, prompts, [ids for _, ids in fitting])]
+    logprobs = [to_float64(tokens).sum() for tokens in score(context.model, prompts, [ids for _, ids in fitting])]
     total = torch.stack(logprobs).cpu() if logprobs else torch.zeros(0, dtype=torch.double)
     rows = torch.tensor([row for row, _ in fitting], dtype=torch.long)
     return reference_probability(total, rows, len(context.prompts)).tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlseq.engine.float64 import to_double
+from rlseq.engine.float64 import to_float64
 from rlseq.engine.likelihood import divergence
 from rlseq.errors import ModelError
 from rlseq.evaluation.report import tables
@@ -206,7 +206,7 @@ def _add(
     ]
     found = divergence(p, b, [prompt.prompt_ids for prompt, _ in flat], [ids for _, ids in flat])
     sums = np.array(
-        [[*to_double(tokens).sum(0).tolist(), len(tokens)] for tokens in found]
+        [[*to_float64(tokens).sum(0).tolist(), len(tokens)] for tokens in found]
     )  # (B, 3): kl, ratio, tokens
     if not np.isfinite(sums).all():
         prompt, _ = flat[int(np.argwhere(~np.isfinite(sums))[0, 0])]

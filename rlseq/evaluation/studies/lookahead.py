@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlseq.engine.float64 import double_device, to_double
+from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.likelihood import score
 from rlseq.engine.model_class import causal_class
 from rlseq.engine.packing import pad
@@ -135,8 +135,8 @@ class _Positions:
 
     def __init__(self, context: Context) -> None:
         self.pairs = [(row, ids) for row, found in enumerate(context.references) for ids in found]
-        self.device = double_device(next(context.model.parameters()).device)
-        texts = [repr(prompt.messages_or_text) for prompt in context.prompts]  # equal prompts fall on one side
+        self.device = float64_device(next(context.model.parameters()).device)
+        texts = [repr(prompt.prompt) for prompt in context.prompts]  # equal prompts fall on one side
         self._draws = [hashlib.blake2b(text.encode(), digest_size=2).digest() for text in texts]
         tokens = sorted({token for _, ids in self.pairs for token in ids})
         self.classes = len(tokens)
@@ -191,7 +191,7 @@ def _states(model: torch.nn.Module, prompts: Sequence[Prompt], pairs: Sequence[t
                 if not states:
                     raise ModelError(f"{type(model).__name__} gives no hidden states, which the study lookahead reads")
                 hidden = states[-1]
-        parts = to_double(hidden[batch.token_rows, batch.token_columns - 1]).split(batch.lengths)
+        parts = to_float64(hidden[batch.token_rows, batch.token_columns - 1]).split(batch.lengths)
         for i, part in zip(chosen, parts, strict=True):
             found[i] = part
     return torch.cat(found)
@@ -237,7 +237,7 @@ def _add_own_head(statistics: list[RowStatistics], context: Context, positions: 
     found = score(context.model, [context.prompts[row].prompt_ids for row, _ in pairs], [ids for _, ids in pairs])
     for (row, _), logprobs in zip(pairs, found, strict=True):
         key = _LOOKAHEAD("nll", 1, HEAD)
-        statistics[row][key] = statistics[row].get(key, 0.0) - to_double(logprobs).sum().item()
+        statistics[row][key] = statistics[row].get(key, 0.0) - to_float64(logprobs).sum().item()
 
 
 def _metrics(distances: Sequence[int]) -> dict[tuple[int, str, str], StudyMetric]:

@@ -185,7 +185,7 @@ def _given(like: Sequence[Rollout], completions: Sequence[tuple[int, ...]], toke
             trained_mask=(False,) * len(ids),
             logprobs=(0.0,) * len(ids),
             text=text,
-            raw_text=raw,
+            text_with_special_tokens=raw,
             messages=None if rollout.messages is None else ({"role": "assistant", "content": text},),
             finish_reason="stop",
         )

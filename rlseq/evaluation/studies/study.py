@@ -83,7 +83,7 @@ class Context:
             self.prompts if prompts is None else prompts,
             strategy=strategy or Sample(),
             seed=settings.seed,
-            draw=rng_stream(study, part),
+            stream=rng_stream(study, part),
             stop_ids=self.stop_ids,
             tokenizer=self.tokenizer,
             batch_rows=settings.batch_rows * settings.samples_per_row,

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.engine.packing import evaluating
+from rlseq.engine.packing import eval_mode
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.measure.partial import STUDY, Parts
 from rlseq.evaluation.statistics import RowStatistics, rows_as_json, rows_from_json
@@ -66,7 +66,7 @@ def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[s
         parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
     """
     found: dict[str, list[RowStatistics]] = {}
-    with evaluating(context.model):
+    with eval_mode(context.model):
         for name in context.settings.studies:
             if needs_all_rows(name):
                 continue
@@ -101,7 +101,7 @@ def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics
         return found
 
     results: dict[str, list[RowStatistics]] = {}
-    with evaluating(context.model):
+    with eval_mode(context.model):
         for name in filter(needs_all_rows, context.settings.studies):
             rows = studied_rows(name, range(len(context.prompts)), context.settings)
             part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])

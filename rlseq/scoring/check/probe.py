@@ -27,7 +27,7 @@ Values = Sequence[float | None]
 def make_rollout(prompt: Prompt, text: str, sample: int = 0) -> Rollout:
     """A rollout of a text nobody sampled: token ids stand for its words, and its log-probs are 0."""
     count = len(text.split())
-    chat = None if isinstance(prompt.messages_or_text, str) else ({"role": "assistant", "content": text},)
+    chat = None if isinstance(prompt.prompt, str) else ({"role": "assistant", "content": text},)
     return Rollout(
         prompt.key,
         sample,

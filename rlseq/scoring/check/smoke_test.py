@@ -33,7 +33,7 @@ def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
     suite.check_columns(columns)
     references = prompt.columns.get("references") or [prompt.text]
     try:
-        suite.score([make_rollout(prompt, references[0])], columns | {"prompt": [prompt.messages_or_text]})
+        suite.score([make_rollout(prompt, references[0])], columns | {"prompt": [prompt.prompt]})
     except RewardError as error:
         lacks = [name for name, (value,) in columns.items() if name != "prompt" and _nothing(value)]
         without = f", which has nothing in {', '.join(map(repr, lacks))}" if lacks else ""

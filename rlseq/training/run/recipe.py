@@ -122,7 +122,7 @@ def load_task(
         check_measured(config, suite, eval_suite)
         eval_rows = load_rows(data.dataset_name, data.eval_split, **data.row_options())[: data.eval_rows]
         held_out = made_prompts(eval_rows, data.prompt_column, data.prompt_template)
-        shared = describe_shared(held_out, data.eval_split, (p.messages_or_text for p in prompts), data.train_split)
+        shared = describe_shared(held_out, data.eval_split, (p.prompt for p in prompts), data.train_split)
     for each in (suite, eval_suite):
         if each is not None:
             try_rewards(each, prompts)
@@ -135,7 +135,7 @@ def task_inputs(task: Task, config: Any) -> dict[str, Any]:
     return run_inputs(
         {"reward": task.suite, "eval reward": task.eval_suite},
         {
-            "training rows": [(p.messages_or_text, p.prompt_ids, p.columns) for p in task.prompts],
+            "training rows": [(p.prompt, p.prompt_ids, p.columns) for p in task.prompts],
             "evaluation rows": task.eval_rows,
         },
         [*(config.tools or []), *([config.environment] if config.environment else [])],

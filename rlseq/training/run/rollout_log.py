@@ -42,10 +42,10 @@ def rollout_records(
             "step": step,
             "prompt_key": one.rollout.prompt_key,
             "sample": one.rollout.sample,
-            "prompt": prompt.messages_or_text,
+            "prompt": prompt.prompt,
             "references": prompt.columns.get("references", []),
             "completion": one.rollout.text,
-            "raw_completion": one.rollout.raw_text,
+            "raw_completion": one.rollout.text_with_special_tokens,
             "completion_ids": list(one.rollout.completion_ids),
             "logprobs": list(one.rollout.logprobs),
             **({"messages": json_ready(one.rollout.messages)} if _says_more(one.rollout) else {}),
@@ -112,7 +112,7 @@ def trained_records(
     records = []
     for row, index in enumerate(inputs["prompt_index"].tolist()):
         prompt = prompts[index]
-        record = {"prompt_key": prompt.key, "prompt": prompt.messages_or_text}
+        record = {"prompt_key": prompt.key, "prompt": prompt.prompt}
         if "completion_ids" in inputs:
             length = int(inputs["completion_mask"][row].sum())
             ids = tuple(inputs["completion_ids"][row, :length].tolist())

@@ -165,7 +165,7 @@ class RolloutMixin(trl.GRPOTrainer):
                 prefixes=[prefix for _, prefix in places],
                 max_new_tokens=self.max_completion_length - self.args.reference_prefix,
                 strategy=Sample(temperature=self.temperature),
-                draw=self.draw,
+                stream=self.draw,
                 **common,
             )
             if self.args.advantage_baseline == "greedy":
@@ -272,7 +272,7 @@ class RolloutMixin(trl.GRPOTrainer):
         if not rollouts:
             return []
         indices = [index for index, _ in rollouts]
-        columns = self._columns(indices) | {"prompt": [self.prompts[index].messages_or_text for index in indices]}
+        columns = self._columns(indices) | {"prompt": [self.prompts[index].prompt for index in indices]}
         table = self.suite.score([rollout for _, rollout in rollouts], columns)
         return [NAN if total is None else total for total in table.totals]
 
@@ -329,8 +329,8 @@ class RolloutMixin(trl.GRPOTrainer):
             trained_mask=(True,) * len(ids),
             logprobs=(),
             text=text,
-            raw_text=self.processing_class.decode(ids, skip_special_tokens=False),
-            messages=None if isinstance(prompt.messages_or_text, str) else ({"role": "assistant", "content": text},),
+            text_with_special_tokens=self.processing_class.decode(ids, skip_special_tokens=False),
+            messages=None if isinstance(prompt.prompt, str) else ({"role": "assistant", "content": text},),
             finish_reason="stop" if ids and ids[-1] in self.eos_token_ids else "length",
             strategy=strategy,
         )
