@@ -30,6 +30,10 @@ class DataError(RlseqError):
     """A data set, file, column or row that is missing or malformed."""
 
 
+class FormatError(DataError):
+    """A file of rlseq's own whose format version this rlseq does not read."""
+
+
 class RewardError(RlseqError):
     """A reward that cannot be found, does not fit a known form, or failed while scoring."""
 

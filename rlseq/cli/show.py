@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.common.escapes import visible
+from rlseq.common.formats import ROLLOUTS
 from rlseq.errors import ConfigError, RunDirectoryError
 
 
@@ -47,6 +48,7 @@ def load_step(run_directory: str | Path, step: int | None = None) -> list[dict[s
 
     Raises:
         RunDirectoryError: naming the steps that exist where this one does not.
+        FormatError: the log is of a version that cannot be read.
     """
     run_directory = Path(run_directory)
     if not run_directory.is_dir():
@@ -87,13 +89,15 @@ def _read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                rollout = json.loads(line)
             except json.JSONDecodeError as error:
                 if number == len(lines):  # no line break after it: a run is writing it, or was killed doing so
                     continue
                 raise RunDirectoryError(
                     f"{path.name}, line {number}, is not JSON ({error.msg}); expected one rollout per line"
                 ) from error
+            ROLLOUTS.check(rollout, path)
+            yield rollout
 
 
 def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: int) -> None:

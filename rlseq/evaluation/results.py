@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.common.escapes import visible
+from rlseq.common.formats import RESULTS, Format
 from rlseq.errors import DataError
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics
 from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
 from rlseq.evaluation.studies.compression import document_records
 from rlseq.types import Prompt
-
-SCHEMA = 3  # of results.json
 
 
 def finite_or_null(value: Any) -> Any:
@@ -32,9 +31,12 @@ def finite_or_null(value: Any) -> Any:
     return value
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def read_jsonl(path: Path, file_format: Format | None = None) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line; with a format, only of a version that this rlseq reads."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for record in records if file_format is not None else ():
+        file_format.check(record, path)
+    return records
 
 
 def say_replaced(folder: Path) -> None:
@@ -135,13 +137,10 @@ def read_evaluation(path: str | Path) -> Evaluation:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{str(path)!r} is not valid JSON ({error}); evaluate again") from error
+    RESULTS.check(results, path)
     missing = [key for key in ("signature", "models", "reward_funcs", "oracles", "data_name") if key not in results]
-    if results.get("schema") != SCHEMA or missing:
-        raise DataError(
-            f"{str(path)!r} is of another version: schema {results.get('schema')!r}, expected {SCHEMA}"
-            + (f"; without {', '.join(missing)}" if missing else "")
-            + ". Evaluate again."
-        )
+    if missing:
+        raise DataError(f"{str(path)!r} has no {', '.join(missing)}, which an evaluation writes. Evaluate again.")
     rows = results["rows"]
     found = {
         name: ModelStatistics(entry["path"], [{}] * rows, {strategy: [{}] * rows for strategy in entry["strategies"]})

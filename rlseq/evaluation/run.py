@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 
 from rlseq.common.escapes import visible
+from rlseq.common.formats import METRICS, RESULTS
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.data.rows import columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
@@ -34,7 +35,7 @@ from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.primary import check_primary, primary_comparison, refuse_oracle_claims, with_primary_name
 from rlseq.evaluation.report import tables
-from rlseq.evaluation.results import SCHEMA, finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.results import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.stats.seeds import methods, seed_notes
@@ -193,7 +194,7 @@ def assemble(
     with_references = any(any(statistics.likelihood) for statistics in found.values())
     metrics = quality_metrics(suite, with_references=with_references)
     results = {
-        "schema": SCHEMA,
+        RESULTS.key: RESULTS.version,
         "signature": signature,
         "reward_funcs": [spec_on_file(spec) for spec in suite.specs],
         "data_name": data_name,
@@ -272,7 +273,8 @@ def contrast_and_report(
             given = {"data_name": data_name, "choice_rows": choice_rows, "notes": notes}
             results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **given)
             if results:
-                curves = read_jsonl(metrics_file) if metrics_file is not None and metrics_file.is_file() else None
+                logged = metrics_file is not None and metrics_file.is_file()
+                curves = read_jsonl(metrics_file, METRICS) if logged else None
                 report_on(results, output_dir, title=title, metrics=curves)
         except KeyboardInterrupt:
             if PartialState().is_main_process:

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from rlseq.common.formats import METRICS
 from rlseq.config.adapters import quantization_note, quantization_of
 from rlseq.config.training import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
 from rlseq.data.rows import build_prompts
@@ -114,7 +115,7 @@ def train(trainer: Trainer, directory: RunDirectory, probe: ValidationProbe | No
         average.apply()
     ended = finish(trainer, directory, stop)
     if trainer.is_world_process_zero():
-        write_curves(read_jsonl(directory.metrics), directory.curves)
+        write_curves(read_jsonl(directory.metrics, METRICS), directory.curves)
     return ended
 
 

@@ -28,6 +28,7 @@ import trl
 from accelerate import PartialState
 from transformers import set_seed
 
+from rlseq.common.formats import METRICS
 from rlseq.config.checks import describe_left_out
 from rlseq.config.parser import RecipeParser
 from rlseq.config.training import (
@@ -213,7 +214,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=directory.resume_from)
     ended = finish(trainer, directory, stop)
     if trainer.is_world_process_zero():
-        write_curves(read_jsonl(directory.metrics), directory.curves)
+        write_curves(read_jsonl(directory.metrics, METRICS), directory.curves)
     if ended:
         merge_result(config.output_dir, model_args)
         publish(trainer, base_model=model_args.model_name_or_path, dataset_name=data.dataset_name)

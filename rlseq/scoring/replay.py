@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlseq.common.formats import ROLLOUTS
 from rlseq.errors import RewardError, RunDirectoryError
 from rlseq.scoring.suite import RewardSuite, ScoreTable
 from rlseq.types import ABSENT, Rollout
@@ -20,7 +21,7 @@ LOGGED = frozenset(
         *("step", "prompt_key", "key", "sample", "model", "strategy", "finish_reason", "length"),
         *("completion", "completion_ids", "raw_completion", "messages", "logprobs", "logprob"),
         *("values", "status", "details", "total", "advantage"),
-        *("rollout_columns", "unlogged_columns", "column_hashes"),
+        *("rollout_columns", "unlogged_columns", "column_hashes", ROLLOUTS.key),
     )
 )
 
@@ -49,6 +50,7 @@ def read_rollouts(path: Path) -> Logged:
     Raises:
         RunDirectoryError: there are none.
         RewardError: a line is no record of a rollout.
+        FormatError: the log is of a version that cannot be read.
     """
     path = Path(path)
     if path.is_file():
@@ -78,6 +80,7 @@ def _records(file: Path) -> Iterable[dict[str, Any]]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise RewardError(f"{file}, line {number} is not valid JSON: {error}.") from error
+            ROLLOUTS.check(record, file)
             if not isinstance(record, dict) or not {"prompt", "completion"} <= record.keys():
                 given = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise RewardError(f"{file}, line {number} has {given}; expected prompt and completion among its keys.")

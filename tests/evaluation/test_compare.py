@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.cli.evaluate import evaluate, parse_models
 from rlseq.cli.main import main
-from rlseq.errors import ConfigError, DataError, RewardError
+from rlseq.errors import ConfigError, DataError, FormatError, RewardError
 from rlseq.evaluation.compare import join
 from rlseq.evaluation.run import ContrastSettings, contrast
 from rlseq.evaluation.studies.table import STUDIES
@@ -216,7 +216,12 @@ BROKEN = {
         ConfigError,
         "rewards.loud.code is",
     ),
-    "an old file": (on_results(lambda r: r.pop("oracles")), DataError, "another version: .* without oracles"),
+    "an old file": (
+        on_results(lambda r: r.update(schema=2)),
+        FormatError,
+        "format version 2; rlseq .* reads 3. Evaluate",
+    ),
+    "a results.json without a part": (on_results(lambda r: r.pop("oracles")), DataError, "has no oracles"),
     "a truncated results.json": (lambda f: (f / "results.json").write_text('{"a": '), DataError, "is not valid JSON"),
     "no results.json": (lambda f: (f / "results.json").unlink(), DataError, "there is no evaluation at"),
     "no rows": (lambda f: (f / "per_example.jsonl").unlink(), DataError, "there is no .*per_example.jsonl"),

@@ -255,6 +255,14 @@ def test_a_truncated_part_is_measured_again_with_a_warning(interrupted, tear):
         assert interrupted() == list(STRATEGIES)
 
 
+def test_a_part_of_another_format_version_is_measured_again_with_a_warning(interrupted):
+    for path in interrupted.folder.glob("*.json"):
+        header, _, text = path.read_text().partition("\n")
+        path.write_text(json.dumps({**json.loads(header), "format_version": 9}) + "\n" + text)
+    with pytest.warns(UserWarning, match=r"greedy: .* of format version 9; rlseq .* reads 3. It is measured again"):
+        assert interrupted() == list(STRATEGIES)
+
+
 def test_a_disk_that_takes_nothing_ends_no_evaluation(task, tmp_path, monkeypatch):
     (tmp_path / ".unfinished").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="greedy is not kept"):

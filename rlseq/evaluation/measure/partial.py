@@ -23,14 +23,15 @@ from accelerate.utils import gather_object
 from transformers.utils import cached_file
 
 from rlseq.common.escapes import visible
+from rlseq.common.formats import PARTIAL_RESULTS
 from rlseq.engine.strategies import Strategy
+from rlseq.errors import FormatError
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.cache import key_of
 from rlseq.scoring.fingerprint import folder_hash
 from rlseq.types import Prompt, Rollout
 
 _FOLDER = ".unfinished"
-_FORMAT = 2  # of the parts: those of another are measured again
 # Names of parts; a strategy's is its signature.
 REFERENCES, DOCUMENTS, STUDY = "likelihood", "documents", "study {}"
 
@@ -83,7 +84,7 @@ class Parts:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
             with partial.open("w", encoding="utf-8") as file:
-                file.write(f"{_hash(text)}\n{text}")
+                file.write(f"{json.dumps(PARTIAL_RESULTS.stamp({'checksum': _hash(text)}))}\n{text}")
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -94,12 +95,17 @@ class Parts:
     def _read(self, part: str) -> Any:
         path = self._path(part)
         try:
-            checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
+            header, _, text = path.read_text(encoding="utf-8").partition("\n")
+            about = json.loads(header)
+            PARTIAL_RESULTS.check(about, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, UnicodeDecodeError):
-            checksum, text = "", ""
-        if checksum != _hash(text):
+        except FormatError as error:
+            warnings.warn(f"{part}: {error}", stacklevel=2)
+            return None
+        except (OSError, ValueError):  # also of bytes that are not UTF-8
+            about, text = {}, ""
+        if about.get("checksum") != _hash(text):
             warnings.warn(f"{path} is truncated; {part} is measured again", stacklevel=2)
             return None
         return json.loads(text)
@@ -162,7 +168,6 @@ def parts_of(
     state = PartialState()
     fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]
     decisive = {
-        "format": _FORMAT,
         "model": [name, *checkpoints, *fingerprints],
         "rows": [vars(prompt) for prompt in prompts],
         "documents": documents,

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from rlseq.common.escapes import visible
+from rlseq.common.formats import METRICS
 from rlseq.training.run.records import append_jsonl
 
 # One Ctrl-C may arrive twice, from the terminal and from the launcher; a second one this much later is meant.
@@ -54,7 +55,7 @@ class MetricsWriter(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         summary = {"summary": True} if "train_runtime" in logs else {}
-        append_jsonl(self.path, {"step": state.global_step, "epoch": state.epoch, **summary, **logs})
+        append_jsonl(self.path, METRICS.stamp({"step": state.global_step, "epoch": state.epoch, **summary, **logs}))
 
 
 class Warnings(TrainerCallback):

@@ -16,10 +16,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from rlseq.common.formats import CHECKPOINT
 from rlseq.errors import RunDirectoryError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
+RESUME_STATE = "exact_state"  # the folder of a checkpoint that rlseq writes beside the files of transformers
+_FORMAT_FILE = "format.json"
 _NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.earlier")
 
 
@@ -124,6 +127,23 @@ def require_whole(checkpoint: Path) -> Path:
     if defect is not None:
         raise RunDirectoryError(f"Training cannot resume from {checkpoint}: {defect}.")
     return checkpoint
+
+
+def write_format(checkpoint: Path) -> None:
+    """Say beside the resume state of which version it is."""
+    file = checkpoint / RESUME_STATE / _FORMAT_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(CHECKPOINT.stamp({})) + "\n", encoding="utf-8")
+
+
+def check_format(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose resume state this rlseq cannot read.
+
+    Raises:
+        FormatError: it is of another version. One without a version, or without resume state, is of version 0.
+    """
+    file = checkpoint / RESUME_STATE / _FORMAT_FILE
+    CHECKPOINT.check(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}, checkpoint)
 
 
 def checkpoint_step(checkpoint: Path) -> int:

@@ -15,9 +15,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from rlseq.common.formats import METRICS, ROLLOUTS
 from rlseq.errors import RunDirectoryError
-from rlseq.training.run.checkpoints import checkpoint_step, newest_whole_checkpoint, require_whole, restore_earlier
-from rlseq.training.run.records import append_jsonl, trim_jsonl, write_json_atomic
+from rlseq.training.run.checkpoints import (
+    check_format,
+    checkpoint_step,
+    newest_whole_checkpoint,
+    require_whole,
+    restore_earlier,
+)
+from rlseq.training.run.records import append_jsonl, first_record, trim_jsonl, write_json_atomic
 
 __all__ = ["RunDirectory", "append_jsonl", "holds_run", "prepare", "write_json_atomic"]
 
@@ -89,6 +96,7 @@ def prepare(
     Raises:
         RunDirectoryError: the directory holds a run and neither flag was given, or both were; another run is
             using it; it cannot be written; or there is no complete checkpoint to resume from.
+        FormatError: what the run wrote is of a version that this rlseq cannot resume.
     """
     path = _absolute(output_dir)
     wanted = None if resume in (None, False, "", "false", "False", "none") else resume
@@ -97,6 +105,8 @@ def prepare(
             "--resume_from_checkpoint continues a run, --overwrite_output_dir replaces it: give one of them."
         )
     resume_from = None if wanted is None else _checkpoint_to_resume(path, wanted, warn=False)
+    if resume_from is not None:
+        _check_formats(path, resume_from)
     if not main_process:
         return RunDirectory(path, resume_from)
     lock = _claim(path)
@@ -125,7 +135,7 @@ def check_available(output_dir: str | os.PathLike, *, resume: str | bool | None,
         The checkpoint to resume from, or None for a new run.
 
     Raises:
-        RunDirectoryError: as `prepare`.
+        RunDirectoryError, FormatError: as `prepare`.
     """
     path = _absolute(output_dir)
     resume_from = prepare(path, resume=resume, overwrite=overwrite, main_process=False).resume_from
@@ -226,6 +236,14 @@ def _check_belongs(path: Path, checkpoint: Path) -> None:
         raise RunDirectoryError(
             f"{checkpoint} is no checkpoint of the run in {path}. Give another --output_dir to resume from it."
         )
+
+
+def _check_formats(path: Path, checkpoint: Path) -> None:
+    """Refuse what the run that resumes would add to and could not read; a run is of one version from its start."""
+    check_format(checkpoint)
+    METRICS.check(first_record(path / "metrics.jsonl"), path / "metrics.jsonl")
+    for file in sorted((path / "rollouts").glob("*.jsonl"))[:1]:
+        ROLLOUTS.check(first_record(file), file)
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.common.formats import RUN_INPUTS
 from rlseq.errors import RunDirectoryError
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.find import find
@@ -95,11 +96,14 @@ def check_unchanged(run: Path, now: Mapping[str, Any], *, accepted: bool) -> str
 
     Raises:
         RunDirectoryError: it names what differs.
+        FormatError: the record is of a version that cannot be read.
     """
     try:
         before = json.loads((run / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # of a run before this was recorded, or damaged: nothing to compare with
         return None
+    RUN_INPUTS.check(before, run / FILE)
+    before = {name: about for name, about in before.items() if name != RUN_INPUTS.key}
     differing = "; ".join(changes(before, now))
     if differing and not accepted:
         raise RunDirectoryError(
@@ -111,4 +115,4 @@ def check_unchanged(run: Path, now: Mapping[str, Any], *, accepted: bool) -> str
 
 def write(run: Path, now: Mapping[str, Any]) -> None:
     """Record what a run starts, or resumes, with."""
-    write_json_atomic(run / FILE, now)
+    write_json_atomic(run / FILE, RUN_INPUTS.stamp(now))

@@ -30,6 +30,17 @@ def trim_jsonl(path: Path, step: int) -> None:
         _replace_text(path, "".join(kept))
 
 
+def first_record(path: Path) -> Any:
+    """The first line of a file of JSON lines, None where there is no whole one."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            return json.loads(file.readline())
+        except json.JSONDecodeError:
+            return None
+
+
 def _is_kept(line: str, step: int) -> bool:
     try:
         record = json.loads(line)

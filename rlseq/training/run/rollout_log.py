@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.common.escapes import visible
+from rlseq.common.formats import ROLLOUTS
 from rlseq.scoring.fingerprint import content_hash
 from rlseq.scoring.outcome import json_ready
 from rlseq.training.run.faults import writing
@@ -134,7 +135,6 @@ def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]], p
     partial = path.with_suffix(".partial")
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(
-            "".join(visible(json.dumps(r, ensure_ascii=False)) + "\n" for r in records), encoding="utf-8"
-        )
+        lines = [visible(json.dumps(ROLLOUTS.stamp(record), ensure_ascii=False)) + "\n" for record in records]
+        partial.write_text("".join(lines), encoding="utf-8")
         partial.replace(path)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.engine.models import load_into
-from rlseq.training.run.checkpoints import newest_whole_checkpoint
+from rlseq.training.run.checkpoints import check_format, newest_whole_checkpoint
 from rlseq.training.trl.sharded_weights import check_sharded
 
 
@@ -33,6 +33,7 @@ class ResumeMixin(Trainer):
         self.resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.resumed_from is None:
             return super().train(**kwargs)
+        check_format(self.resumed_from)
         self._check_sharded(self.model, self.resumed_from)
         return super().train(resume_from_checkpoint=str(self.resumed_from), **kwargs)
 

@@ -20,11 +20,11 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlseq.errors import ConfigError
+from rlseq.training.run.checkpoints import RESUME_STATE, write_format
 from rlseq.training.trl.resume import ResumeMixin
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "exact_state"
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -81,7 +81,7 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
     @torch.no_grad()
     def restore_reference(self, checkpoint: Path) -> None:
         """Take up the reference model as it was when the checkpoint was written, where it moves."""
-        file = checkpoint / FOLDER / REFERENCE_FILE
+        file = checkpoint / RESUME_STATE / REFERENCE_FILE
         if not self.args.sync_ref_model:
             return
         if not file.is_file():
@@ -105,8 +105,10 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
         super().save_beside(checkpoint)
         if self.args.save_only_model:
             return
-        folder = checkpoint / FOLDER
+        folder = checkpoint / RESUME_STATE
         folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            write_format(checkpoint)
         torch.save(self.exact_state(), folder / f"rank-{self.accelerator.process_index}.pt")
         if self.args.sync_ref_model and self.args.should_save:
             reference = {name: p.detach().contiguous().cpu() for name, p in self.ref_model.named_parameters()}
@@ -143,7 +145,7 @@ class _Restore(TrainerCallback):
         if trainer.resumed_from is None:
             return
         trainer.restore_reference(trainer.resumed_from)
-        file = trainer.resumed_from / FOLDER / f"rank-{trainer.accelerator.process_index}.pt"
+        file = trainer.resumed_from / RESUME_STATE / f"rank-{trainer.accelerator.process_index}.pt"
         if not file.is_file():
             logger.warning("%s is missing: the run resumes, but not bit for bit", file)
             return
