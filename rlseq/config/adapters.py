@@ -36,12 +36,6 @@ def check_adapter_settings(model_args: trl.ModelConfig) -> None:
             )
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(f"--{name} needs bitsandbytes, which is not installed: pip install 'rlseq[quantization]'")
-    if model_args.use_peft:
-        for name in ("lora_r", "lora_alpha"):
-            if getattr(model_args, name) < 1:
-                raise ConfigError(f"--{name} is {getattr(model_args, name)}; expected at least 1")
-        if not 0 <= model_args.lora_dropout < 1:
-            raise ConfigError(f"--lora_dropout is {model_args.lora_dropout}; expected a number in [0, 1)")
     if not adapter:
         for name in ("merge_adapter", "use_dora", "use_rslora"):
             if getattr(model_args, name):

@@ -2,33 +2,30 @@
 
 The recipes read them beside TRL's (`rlseq.config.training`), by `rlseq.config.parser`; a command makes its flags of
 them by `rlseq.config.flags`. Neither torch, trl nor transformers is imported here, so that `--help` is quick. A field's
-metadata is what argparse gets for its flag.
+metadata holds what argparse gets for its flag, and its range.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
+from rlseq.config.fields import (
+    ABOVE_0,
+    FINITE_ABOVE_0,
+    SHARE,
+    Range,
+    Settings,
+    at_least,
+    setting,
+)
 from rlseq.errors import ConfigError
 
-
-def _default(value: Any, help: str, **more: Any) -> Any:
-    return field(default=value, metadata={"help": help, **more})
-
-
-def _check_counts(settings: Any, *names: str) -> None:
-    """Refuse counts below 1, which a slice would take from the end."""
-    for name in names:
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; expected at least 1")
-
-
-def _check_error_rate(rate: float) -> None:
-    if not 0 <= rate <= 1:
-        raise ConfigError(f"--max_error_rate is {rate}; expected a share, 0 to 1")
+COVERAGE = Range("2 to 256: the largest k is the largest power of two among them", least=2, most=256)
+TEMPERATURES = Range(f"{FINITE_ABOVE_0.words} (for the limit 0 use greedy)", above=0, below=math.inf)
 
 
 def template_options(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -46,41 +43,37 @@ def template_options(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(found or {})
 
 
-def _defaults(*values: Any, help: str) -> Any:
-    return field(default_factory=lambda: list(values), metadata={"help": help})
-
-
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(Settings):
     """What an evaluation by itself is of: `rlseq evaluate`, recipes/evaluate.py."""
 
     _argument_group_name = "models (rlseq)"
 
-    models: list[str] | None = _default(
+    models: list[str] | None = setting(
         None,
         "Checkpoints; the first is the baseline, and a name repeated is one method with several training seeds.",
         metavar="NAME=PATH",
     )
-    compare: list[str] | None = _default(
+    compare: list[str] | None = setting(
         None,
         "Join finished evaluations (results.json or its folder) instead; NAME names the checkpoint in one.",
         metavar="[NAME=]RESULTS",
     )
-    output_dir: str = _default("runs/contrast", "Where results.json and report.html go.")
-    max_new_tokens: int = _default(256, "Longest completion, in tokens.")
-    dtype: str = _default(
+    output_dir: str = setting("runs/contrast", "Where results.json and report.html go.")
+    max_new_tokens: int = setting(256, "Longest completion, in tokens.", range=at_least(1))
+    dtype: str = setting(
         "float32",
         "Precision of the models' weights; auto: each checkpoint's own.",
         choices=["float32", "bfloat16", "float16", "auto"],
     )
-    allow_missing_weights: bool = _default(
+    allow_missing_weights: bool = setting(
         False, "Let weights that a checkpoint lacks be random, and layers that its configuration leaves out be lost."
     )
-    choose_split: str = _default(
+    choose_split: str = setting(
         "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are chosen."
     )
-    choose_rows: int = _default(500, "Only its first N rows.")
-    chat_template_kwargs: str | dict[str, Any] | None = _default(
+    choose_rows: int = setting(500, "Only its first N rows.", range=at_least(1))
+    chat_template_kwargs: str | dict[str, Any] | None = setting(
         None, "Further variables of chat templates, as in training.", metavar='{"enable_thinking":false}'
     )
 
@@ -95,30 +88,27 @@ class EvaluateArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Settings):
     """Data: where the prompts and references come from."""
 
     _argument_group_name = "data (rlseq)"
 
-    dataset_name: str | None = _default(
+    dataset_name: str | None = setting(
         None, "Task module (path/to/task.py), local json/jsonl/csv/parquet file or folder, or hub id."
     )
-    dataset_config: str | None = _default(None, "Configuration name of a hub data set.")
-    train_split: str = _default("train", "Split to train on.")
-    eval_split: str = _default("validation", "Split to evaluate on; test is touched only when named here.")
-    prompt_column: str = _default("prompt", "Column of the prompt: text or chat messages.")
-    reference_column: str = _default("references", "Column of the right answer: a text or a list of texts.")
-    prompt_template: str | None = _default(
+    dataset_config: str | None = setting(None, "Configuration name of a hub data set.")
+    train_split: str = setting("train", "Split to train on.")
+    eval_split: str = setting("validation", "Split to evaluate on; test is touched only when named here.")
+    prompt_column: str = setting("prompt", "Column of the prompt: text or chat messages.")
+    reference_column: str = setting("references", "Column of the right answer: a text or a list of texts.")
+    prompt_template: str | None = setting(
         None,
         "Jinja template over a row's columns that makes the prompt, e.g. \"{{ word | list | join(' ') }} = \".",
     )
-    reference_template: str | None = _default(None, "Jinja template over a row's columns that makes the reference.")
-    merge_references: bool = _default(False, "Make rows with equal prompts one row with all their references.")
-    train_rows: int | None = _default(None, "Use only the first N rows of the training split.")
-    eval_rows: int | None = _default(None, "Use only the first N rows of the evaluation split.")
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "train_rows", "eval_rows")
+    reference_template: str | None = setting(None, "Jinja template over a row's columns that makes the reference.")
+    merge_references: bool = setting(False, "Make rows with equal prompts one row with all their references.")
+    train_rows: int | None = setting(None, "Use only the first N rows of the training split.", range=at_least(1))
+    eval_rows: int | None = setting(None, "Use only the first N rows of the evaluation split.", range=at_least(1))
 
     def row_options(self) -> dict[str, Any]:
         """The options of `rlseq.data.rows.load_rows` that these settings stand for."""
@@ -140,190 +130,181 @@ class DataArguments:
 
 
 @dataclass
-class RewardArguments:
+class RewardArguments(Settings):
     """Rewards: what is optimised (their weights: --reward_weights)."""
 
     _argument_group_name = "rewards (rlseq)"
 
-    reward_funcs: list[str | dict] | None = _default(
+    reward_funcs: list[str | dict] | None = setting(
         None,
         "Rewards: bundled names, path/to/file.py:function or package.module:function. In YAML an entry may also be a "
         "mapping {func, weight, kwargs, timeout, on_error, ...}.",
     )
-    eval_reward_funcs: list[str | dict] | None = _default(
+    eval_reward_funcs: list[str | dict] | None = setting(
         None, "Rewards that are measured in evaluation and never optimised, named as in reward_funcs."
     )
-    max_error_rate: float = _default(
-        0.05, "Stop when a reward fails (error, timeout, invalid) on more than this share of a step's completions."
+    max_error_rate: float = setting(
+        0.05,
+        "Stop when a reward fails (error, timeout, invalid) on more than this share of a step's completions.",
+        range=SHARE,
     )
-
-    def __post_init__(self) -> None:
-        _check_error_rate(self.max_error_rate)
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(Settings):
     """Evaluation: likelihood against generation, at the end of a run or of any checkpoints."""
 
     _argument_group_name = "evaluation (rlseq)"
 
-    strategies: list[str] = _defaults(
-        "greedy",
-        "sample",
-        "beam",
-        help="Decoding strategies: greedy, sample, sample:temperature=0.7, beam:width=10, best_of:n=8, "
+    strategies: list[str] = setting(
+        ["greedy", "sample", "beam"],
+        "Decoding strategies: greedy, sample, sample:temperature=0.7, beam:width=10, best_of:n=8, "
         "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000. Of several numbers, "
         "sample:temperature=0.5/0.7/1, `rlseq evaluate` and recipes/evaluate.py choose each model's best on "
         "--choose_split (docs/evaluation.md).",
     )
-    samples_per_row: int = _default(4, "Completions drawn a row under strategies that sample.")
-    eval_batch_size: int = _default(256, "Rows decoded together in evaluation (completions do not depend on it).")
-    max_kv_gb: float | None = _default(
-        None, "Budget for the KV cache of its decoding, in gigabytes: fewer rows together; default: none."
+    samples_per_row: int = setting(4, "Completions drawn a row under strategies that sample.", range=at_least(1))
+    eval_batch_size: int = setting(
+        256,
+        "Rows decoded together in evaluation (completions do not depend on it).",
+        range=at_least(1),
     )
-    eval_seed: int = _default(0, "Seed of the evaluation's sampling and of its bootstrap.")
-    resamples: int = _default(10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.")
-    exact_map_rows: int | None = _default(None, "Rows on which exact search runs, the first ones; default: all.")
-    studies: list[str] = _defaults(
-        "ranking",
-        "coverage",
-        "sharpening",
-        "prefixes",
-        "distance",
-        help="What else is measured; there is also lookahead, or none (docs/evaluation.md).",
+    max_kv_gb: float | None = setting(
+        None,
+        "Budget for the KV cache of its decoding, in gigabytes: fewer rows together; default: none.",
+        range=ABOVE_0,
     )
-    study_rows: int = _default(500, "Rows that costly studies run on, the first ones.")
-    coverage_samples: int = _default(32, "Completions a row that the study of coverage draws.")
-    temperatures: list[float] = _defaults(
-        0.3, 0.5, 0.7, 0.85, 1.0, 1.2, help="Temperatures of the study of sharpening."
+    eval_seed: int = setting(0, "Seed of the evaluation's sampling and of its bootstrap.")
+    resamples: int = setting(
+        10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.", range=at_least(1)
     )
-    prefix_lengths: list[int] = _defaults(
-        1, 2, 4, 8, help="Tokens of the prefixes that the study of prefixes continues."
+    exact_map_rows: int | None = setting(
+        None, "Rows on which exact search runs, the first ones; default: all.", range=at_least(1)
     )
-    likelihood_dataset: str | None = _default(
+    studies: list[str] = setting(
+        ["ranking", "coverage", "sharpening", "prefixes", "distance"],
+        "What else is measured; there is also lookahead, or none (docs/evaluation.md).",
+    )
+    study_rows: int = setting(500, "Rows that costly studies run on, the first ones.", range=at_least(1))
+    coverage_samples: int = setting(32, "Completions a row that the study of coverage draws.", range=COVERAGE)
+    temperatures: list[float] = setting(
+        [0.3, 0.5, 0.7, 0.85, 1.0, 1.2], "Temperatures of the study of sharpening.", range=TEMPERATURES
+    )
+    prefix_lengths: list[int] = setting(
+        [1, 2, 4, 8], "Tokens of the prefixes that the study of prefixes continues.", range=at_least(1)
+    )
+    likelihood_dataset: str | None = setting(
         None, "Text without prompts, for bits per byte: txt, json, jsonl, csv or parquet, a task module, or hub id."
     )
-    likelihood_config: str | None = _default(None, "Its configuration name, of a hub data set.")
-    likelihood_split: str | None = _default(
+    likelihood_config: str | None = setting(None, "Its configuration name, of a hub data set.")
+    likelihood_split: str | None = setting(
         None, "Its split; default: validation, or all of it where there is the split train alone."
     )
-    likelihood_column: str = _default("text", "Its column.")
-    likelihood_rows: int | None = _default(None, "Only its first N documents.")
-    likelihood_stride: int | None = _default(None, "Tokens that windows over it slide by; default: half the context.")
-    likelihood_context: int | None = _default(None, "Longest window over it, in tokens; default: the model's.")
-    primary: str | None = _default(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
-    primary_against: str | None = _default(None, "The start's strategy in it, if another: its best decoding.")
+    likelihood_column: str = setting("text", "Its column.")
+    likelihood_rows: int | None = setting(None, "Only its first N documents.", range=at_least(1))
+    likelihood_stride: int | None = setting(
+        None, "Tokens that windows over it slide by; default: half the context.", range=at_least(1)
+    )
+    likelihood_context: int | None = setting(
+        None, "Longest window over it, in tokens; default: the model's.", range=at_least(2)
+    )
+    primary: str | None = setting(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
+    primary_against: str | None = setting(None, "The start's strategy in it, if another: its best decoding.")
 
     def contrast_values(self, max_new_tokens: int) -> dict[str, Any]:
-        """These settings by the names of `rlseq.evaluation.run.ContrastSettings`."""
-        return {
-            "strategies": tuple(self.strategies),
-            "samples_per_row": self.samples_per_row,
-            "max_new_tokens": max_new_tokens,
-            "seed": self.eval_seed,
-            "resamples": self.resamples,
-            "batch_rows": self.eval_batch_size,
-            "max_kv_gb": self.max_kv_gb,
-            "primary": self.primary,
-            "primary_against": self.primary_against,
-            "exact_map_rows": self.exact_map_rows,
-            "studies": tuple(name for name in self.studies if name != "none"),
-            "study_rows": self.study_rows,
-            "coverage_samples": self.coverage_samples,
-            "temperatures": tuple(self.temperatures),
-            "prefix_lengths": tuple(self.prefix_lengths),
-            "likelihood_dataset": self.likelihood_dataset,
-            "likelihood_config": self.likelihood_config,
-            "likelihood_split": self.likelihood_split,
-            "likelihood_column": self.likelihood_column,
-            "likelihood_rows": self.likelihood_rows,
-            "likelihood_stride": self.likelihood_stride,
-            "likelihood_context": self.likelihood_context,
-        }
+        """These settings by the names of `rlseq.evaluation.settings.ContrastSettings`."""
+        renamed = {"eval_seed": "seed", "eval_batch_size": "batch_rows"}
+        found = {renamed.get(f.name, f.name): getattr(self, f.name) for f in fields(EvaluationArguments)}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        values["studies"] = tuple(name for name in self.studies if name != "none")
+        return values | {"max_new_tokens": max_new_tokens}
 
 
 @dataclass
 class TrainingEvaluationArguments(EvaluationArguments):
     """Evaluation around and during a training run."""
 
-    evaluate: bool = _default(True, "Evaluate the start against the result when training ends.")
-    studies: list[str] = _defaults(
-        "ranking",
-        help="What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, lookahead, "
+    evaluate: bool = setting(True, "Evaluate the start against the result when training ends.")
+    studies: list[str] = setting(
+        ["ranking"],
+        "What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, lookahead, "
         "or none (docs/evaluation.md).",
     )
-    probe_rows: int = _default(
-        500, "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split."
+    probe_rows: int = setting(
+        500,
+        "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split.",
+        range=at_least(1),
     )
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "probe_rows")
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Settings):
     """The run directory and the processor."""
 
     _argument_group_name = "run (rlseq)"
 
-    overwrite_output_dir: bool = _default(
+    overwrite_output_dir: bool = setting(
         False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start again."
     )
-    resume_with_changes: bool = _default(
+    resume_with_changes: bool = setting(
         False, "Resume from a checkpoint although reward code, reward arguments or data rows have changed."
     )
-    dry_run: bool = _default(
+    dry_run: bool = setting(
         False, "Check everything that needs no model, print what the run would do and need, and stop."
     )
-    num_cpu_threads: int | None = _default(
+    num_cpu_threads: int | None = setting(
         None,
         "Threads of a process that trains on the CPU; default: OMP_NUM_THREADS if you set it, else the cores over the "
         "processes on this machine.",
+        range=at_least(1),
     )
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "num_cpu_threads")
 
 
 @dataclass
-class NewModelArguments:
+class NewModelArguments(Settings):
     """A model from scratch, instead of --model_name_or_path."""
 
     _argument_group_name = "new model (rlseq)"
 
-    new_model: dict | str | None = _default(
+    new_model: dict | str | None = setting(
         None, "Config of a new, randomly initialised model, e.g. {model_type: llama, hidden_size: 128, ...}."
     )
-    new_tokenizer: str | None = _default(
+    new_tokenizer: str | None = setting(
         None, "Tokenizer of the new model: a path or hub id, or path/to/file.py:function that builds it."
     )
 
 
 @dataclass
-class RejectionArguments:
+class RejectionArguments(Settings):
     """Rejection sampling: references replaced by the model's own samples that scored best."""
 
     _argument_group_name = "rejection sampling (rlseq)"
 
-    from_rollouts: list[str] | None = _default(
+    from_rollouts: list[str] | None = setting(
         None, "Take the samples from these runs (their rollouts/*.jsonl) or jsonl files, as scored there."
     )
-    rejection_samples: int | None = _default(
-        None, "Sample N completions per prompt from --model_name_or_path and score them by --reward_funcs."
+    rejection_samples: int | None = setting(
+        None,
+        "Sample N completions per prompt from --model_name_or_path and score them by --reward_funcs.",
+        range=at_least(1),
     )
-    reward_funcs: list[str | dict] | None = _default(
+    reward_funcs: list[str | dict] | None = setting(
         None,
         "Rewards that score the samples drawn: bundled names, path/to/file.py:function or package.module:function; in "
         "YAML also mappings, as for recipes/grpo.py.",
     )
-    reward_weights: list[float] | None = _default(None, "A weight for each of --reward_funcs; default: 1 each.")
-    max_error_rate: float = _default(
-        0.05, "Stop when a reward fails on more than this share of the samples scored together."
+    reward_weights: list[float] | None = setting(None, "A weight for each of --reward_funcs; default: 1 each.")
+    max_error_rate: float = setting(
+        0.05, "Stop when a reward fails on more than this share of the samples scored together.", range=SHARE
     )
-    temperature: float = _default(1.0, "Sampling temperature.")
-    rejection_max_new_tokens: int = _default(256, "Longest sample, in tokens; those cut there are not kept.")
-    rejection_keep: int = _default(1, "Keep N distinct completions per prompt, those of the highest total.")
-    min_reward: float | None = _default(None, "Keep only completions whose total reward is at least this.")
+    temperature: float = setting(1.0, "Sampling temperature.", range=FINITE_ABOVE_0)
+    rejection_max_new_tokens: int = setting(
+        256, "Longest sample, in tokens; those cut there are not kept.", range=at_least(1)
+    )
+    rejection_keep: int = setting(
+        1, "Keep N distinct completions per prompt, those of the highest total.", range=at_least(1)
+    )
+    min_reward: float | None = setting(None, "Keep only completions whose total reward is at least this.")
 
     @property
     def active(self) -> bool:
@@ -349,7 +330,4 @@ class RejectionArguments:
                 "--reward_funcs score the samples of --rejection_samples, and nothing else here; --from_rollouts takes "
                 "the totals of the log (`rlseq reward score SPEC --rollouts F --output G` writes others)"
             )
-        _check_counts(self, "rejection_samples", "rejection_keep", "rejection_max_new_tokens")
-        _check_error_rate(self.max_error_rate)
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"--temperature is {self.temperature}; expected a finite number above 0")
+        super().__post_init__()

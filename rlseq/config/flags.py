@@ -13,6 +13,8 @@ import math
 import types
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from rlseq.config.fields import default_of, for_argparse
+
 Settings = TypeVar("Settings")
 
 
@@ -26,17 +28,15 @@ def add_flags(parser: argparse.ArgumentParser, dataclass_type: type) -> None:
     hints = get_type_hints(dataclass_type)
     for field in dataclasses.fields(dataclass_type):
         spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-        group.add_argument(*spellings, default=_default(field), **_reading(hints[field.name]), **field.metadata)
+        group.add_argument(
+            *spellings, default=default_of(field), **_reading(hints[field.name]), **for_argparse(field.metadata)
+        )
 
 
 def from_flags(dataclass_type: type[Settings], parsed: argparse.Namespace) -> Settings:
     """Build the dataclass from what a parser with its flags has read."""
     names = [field.name for field in dataclasses.fields(dataclass_type)]
     return dataclass_type(**{name: getattr(parsed, name) for name in names})
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _reading(hint: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from rlseq.config.config_file import (
     resolved_values,
     write_config,
 )
+from rlseq.config.fields import for_argparse
 from rlseq.config.flags import HelpFormatter
 from rlseq.config.values import TypeMismatch, check_value, describe_choices, flag_type
 from rlseq.config.without_effect import overruled
@@ -161,7 +162,7 @@ class RecipeParser(TrlParser):
         for field in dataclasses.fields(dtype):
             if field.init:
                 field = copy.copy(field)
-                field.type = flag_type(hints[field.name])
+                field.type, field.metadata = flag_type(hints[field.name]), for_argparse(field.metadata)
                 self._parse_dataclass_field(self._help_group(dtype, field.name), field)
 
     def _help_group(self, dtype: type, field_name: str) -> argparse._ArgumentGroup:

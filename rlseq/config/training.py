@@ -7,8 +7,8 @@ trl, come from `rlseq.config.arguments`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import trl
@@ -27,13 +27,24 @@ from rlseq.config.arguments import (
 )
 from rlseq.config.checks import (
     check_early_stopping,
-    check_numbers,
+    check_length,
     check_objective,
     check_ppo,
     check_trackers,
     refuse_other_objectives,
     refuse_warped_training,
     single_generation,
+)
+from rlseq.config.fields import (
+    ABOVE_0,
+    FINITE_ABOVE_0,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NATS_ABOVE_0,
+    Range,
+    at_least,
+    check_ranges,
+    setting,
 )
 from rlseq.config.without_effect import refuse_without_effect
 from rlseq.errors import ConfigError
@@ -63,26 +74,29 @@ def bf16_supported() -> bool:
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
-def _default(value: Any, help: str) -> Any:
-    return field(default=value, metadata={"help": help})
-
-
 @dataclass
 class ModelArguments(trl.ModelConfig):
     """The model: TRL's ModelConfig, in float32 unless told otherwise."""
 
     _argument_group_name = "model (TRL's ModelConfig)"
 
-    merge_adapter: bool = _default(
+    merge_adapter: bool = setting(
         False, "When training ends, also write the adapter merged into its base, a whole model, to RUN/merged."
     )
 
-    allow_missing_weights: bool = _default(
+    allow_missing_weights: bool = setting(
         False, "Let weights that the checkpoint lacks be random, and layers that its configuration leaves out be lost."
     )
 
+    ranges_of_inherited: ClassVar[dict[str, Range]] = {
+        "lora_r": at_least(1),
+        "lora_alpha": at_least(1),
+        "lora_dropout": FROM_0_BELOW_1,
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges(self)
         check_adapter_settings(self)
         target = self.lora_target_modules
         if isinstance(target, str) and target.isidentifier():
@@ -101,26 +115,48 @@ class DefaultsMixin:
     * logging_steps 1 and save_only_model off, so that any step can be looked at and resumed from.
     """
 
-    bf16: bool | None = _default(None, "bf16 mixed precision; default: where the accelerator supports it.")
-    gradient_checkpointing: bool | None = _default(None, "Recompute activations; default: on accelerators only.")
-    use_cpu: bool | None = _default(None, "Train on the CPU; default: where there is no accelerator.")
-    logging_nan_inf_filter: bool = _default(False, "Replace NaN and infinite losses in the log (TRL: on).")
-    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers to report to, or none."})
-    logging_steps: float = _default(1, "Log every N steps.")
-    output_dir: str | None = _default("runs/run", "The run directory.")
-    max_refused_steps: int = _default(
-        3, "End the run after N optimizer steps in a row whose loss or gradient was not finite; they are skipped."
+    bf16: bool | None = setting(None, "bf16 mixed precision; default: where the accelerator supports it.")
+    gradient_checkpointing: bool | None = setting(None, "Recompute activations; default: on accelerators only.")
+    use_cpu: bool | None = setting(None, "Train on the CPU; default: where there is no accelerator.")
+    logging_nan_inf_filter: bool = setting(False, "Replace NaN and infinite losses in the log (TRL: on).")
+    report_to: str | list[str] = setting("none", "Trackers to report to, or none.")
+    logging_steps: float = setting(1, "Log every N steps.")
+    output_dir: str | None = setting("runs/run", "The run directory.")
+    max_refused_steps: int = setting(
+        3,
+        "End the run after N optimizer steps in a row whose loss or gradient was not finite; they are skipped.",
+        range=at_least(1),
     )
 
+    # What TRL, transformers and torch would refuse late, by a traceback, or not at all.
+    ranges_of_inherited: ClassVar[dict[str, Range]] = {
+        "per_device_train_batch_size": at_least(1),
+        "per_device_eval_batch_size": at_least(1),
+        "gradient_accumulation_steps": at_least(1),
+        "steps_per_generation": at_least(1),
+        "num_generations": at_least(1),
+        "num_iterations": at_least(1),
+        "max_completion_length": at_least(1),
+        "max_length": at_least(1),
+        "save_total_limit": at_least(1),
+        "seed": at_least(0),
+        "learning_rate": at_least(0),
+        "adam_epsilon": at_least(0),
+        "adam_beta1": FROM_0_BELOW_1,
+        "adam_beta2": FROM_0_BELOW_1,
+        "epsilon": at_least(0),
+        "beta": at_least(0),
+        "temperature": FINITE_ABOVE_0,
+    }
+
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_ranges(self, prefix="")
+        check_length(self)
         if self.trust_remote_code:
             raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
         if getattr(self, "chat_template_kwargs", None) is not None:
             self.chat_template_kwargs = template_options(self.chat_template_kwargs)
         self.asked_direction = self.greater_is_better  # transformers fills it in by the name of the measure
-        if self.max_refused_steps < 1:
-            raise ConfigError(f"max_refused_steps is {self.max_refused_steps}; expected 1 (end at the first) or more")
         if self.use_cpu is None:
             self.use_cpu = not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -144,18 +180,20 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     _argument_group_name = "training (rlseq)"
     _tables_without_effect = ("sft",)
 
-    completion_only_loss: bool | None = _default(True, "Loss on the completion only.")
-    chat_template_kwargs: dict | str | None = _default(
+    completion_only_loss: bool | None = setting(True, "Loss on the completion only.")
+    chat_template_kwargs: dict | str | None = setting(
         None, "What the chat template is told besides, in prompts and in examples."
     )
-    early_stopping_patience: int | None = _default(
+    early_stopping_patience: int | None = setting(
         None,
         "Stop when validation NLL (or metric_for_best_model) has not got better for N evaluations; the best "
         "checkpoint is the result.",
+        range=at_least(1),
     )
 
     def __post_init__(self) -> None:
         refuse_without_effect(self)
+        check_ranges(self, prefix="")
         if self.early_stopping_patience is not None:
             check_early_stopping(self)
             self.load_best_model_at_end = True
@@ -179,54 +217,58 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     _argument_group_name = "training (rlseq)"
     _tables_without_effect = ("rollouts",)
 
-    disable_dropout: bool = _default(True, "Disable dropout in the model.")
-    remove_unused_columns: bool | None = _default(False, "Keep columns: rewards read them.")
-    objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "reference_exact"] = _default(
+    disable_dropout: bool = setting(True, "Disable dropout in the model.")
+    remove_unused_columns: bool | None = setting(False, "Keep columns: rewards read them.")
+    objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "reference_exact"] = setting(
         "policy_gradient",
         "What is optimised: policy_gradient (TRL's losses, see loss_type), minimum_risk, expected_accuracy (exact, "
         "no rollouts; where references enumerate success), or reference_exact (any reward; the references' share "
         "exactly). docs/objectives.md explains each.",
     )
-    advantage_baseline: Literal["mean", "leave_one_out", "greedy", "batch"] = _default(
+    advantage_baseline: Literal["mean", "leave_one_out", "greedy", "batch"] = setting(
         "mean",
         "What a reward is compared with: its group's mean (GRPO), the group's others (RLOO), the reward of the "
         "greedy completion (self-critical), or the mean of the batch.",
     )
-    reference_loss_coef: float = _default(
+    reference_loss_coef: float = setting(
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
     )
-    reference_prefix: int = _default(
+    reference_prefix: int = setting(
         0, "Rollouts continue from the first N reference tokens, which are not trained; 0: from the prompt."
     )
-    kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
+    kl_estimator: Literal["k1", "k2", "k3"] | None = setting(
         None,
         "Estimator of the KL to the start that beta weighs, in the loss; default: TRL's (k3 times the ratio), and k3 "
         "in the objectives that are rlseq's own.",
     )
-    minimum_risk_sharpness: float = _default(
-        0.005, "Sharpness α of minimum risk training: samples weigh p^α, renormalised."
+    minimum_risk_sharpness: float = setting(
+        0.005, "Sharpness α of minimum risk training: samples weigh p^α, renormalised.", range=ABOVE_0
     )
-    minimum_risk_references: bool = _default(False, "Put the references among the samples of minimum risk training.")
-    ema_decay: float = _default(
-        0.0, "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights."
+    minimum_risk_references: bool = setting(False, "Put the references among the samples of minimum risk training.")
+    ema_decay: float = setting(
+        0.0,
+        "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights.",
+        range=FROM_0_BELOW_1,
     )
-    start_weight: float = _default(
-        0.0, "Share of the weights that training started from in the result (needs ema_decay); 0: none."
+    start_weight: float = setting(
+        0.0,
+        "Share of the weights that training started from in the result (needs ema_decay); 0: none.",
+        range=FROM_0_BELOW_1,
     )
-    pack_updates: bool = _default(
+    pack_updates: bool = setting(
         True, "Compute a prompt once for all its completions in the update (exact; off where a model cannot)."
     )
-    tools: list[str] | None = _default(
+    tools: list[str] | None = setting(
         None,
         "Functions that the model may call while it answers: package.module:function or path/to/file.py:function; its "
         "turns are sampled by TRL, and results are not trained (docs/models.md).",
     )
-    environment: str | None = _default(
+    environment: str | None = setting(
         None,
         "Class or factory of an environment, one a rollout, whose methods the model calls as it does tools: "
         "package.module:name or path/to/file.py:name. What its get_reward says is the reward environment_reward.",
     )
-    rlseq_sampler: bool = _default(
+    rlseq_sampler: bool = setting(
         True, "Draw rollouts by rlseq.engine.sampling (shared prefill, counter-based noise); off: TRL's own generate."
     )
 
@@ -267,9 +309,6 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
             super().__post_init__()
         refuse_warped_training(self)
         check_objective(self)
-        for name in ("ema_decay", "start_weight"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a number in [0, 1)")
         if self.start_weight and not self.ema_decay:
             raise ConfigError("start_weight mixes the start into the averaged weights; it needs ema_decay above 0")
 
@@ -286,41 +325,53 @@ class PPOConfig(GRPOConfig):
 
     _tables_without_effect = ("ppo", "rollouts")
 
-    num_generations: int | None = _default(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
-    critic: Literal["separate", "shared"] = _default(
+    num_generations: int | None = setting(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
+    critic: Literal["separate", "shared"] = setting(
         "separate", "The critic: separate (its own backbone) or shared (a head on the policy's trunk)."
     )
-    critic_name_or_path: str | None = _default(
+    critic_name_or_path: str | None = setting(
         None, "What the critic starts from: a critic that a run saved, or any model; default: the policy's start."
     )
-    critic_learning_rate: float | None = _default(None, "Learning rate of the critic; default: the policy's.")
-    critic_warmup_steps: int = _default(0, "Steps that train the critic alone, before the policy moves.")
-    critic_trunk_gradient: bool = _default(False, "Let the value loss of a shared critic train the policy's trunk.")
-    vf_coef: float = _default(0.5, "Weight of the value loss.")
-    value_clip: float | None = _default(
-        None, "Clip of the value's change an update, in units of reward; default: none."
+    critic_learning_rate: float | None = setting(
+        None, "Learning rate of the critic; default: the policy's.", range=at_least(0)
     )
-    gamma: float = _default(1.0, "Discount γ.")
-    lam: float = _default(0.95, "λ of generalised advantage estimation; 1: returns, 0: one-step differences.")
-    whiten_advantages: bool = _default(True, "Give advantages mean 0 and deviation 1 over all trained tokens.")
-    kl_estimator: Literal["k1", "k2", "k3"] | None = _default(
+    critic_warmup_steps: int = setting(
+        0, "Steps that train the critic alone, before the policy moves.", range=at_least(0)
+    )
+    critic_trunk_gradient: bool = setting(False, "Let the value loss of a shared critic train the policy's trunk.")
+    vf_coef: float = setting(0.5, "Weight of the value loss.", range=at_least(0))
+    value_clip: float | None = setting(
+        None, "Clip of the value's change an update, in units of reward; default: none.", range=at_least(0)
+    )
+    gamma: float = setting(1.0, "Discount γ.", range=FROM_0_TO_1)
+    lam: float = setting(
+        0.95, "λ of generalised advantage estimation; 1: returns, 0: one-step differences.", range=FROM_0_TO_1
+    )
+    whiten_advantages: bool = setting(True, "Give advantages mean 0 and deviation 1 over all trained tokens.")
+    kl_estimator: Literal["k1", "k2", "k3"] | None = setting(
         None, "Estimator of the KL to the start that beta weighs; default: k1 in the reward, TRL's in the loss."
     )
-    kl_in_reward: bool = _default(
+    kl_in_reward: bool = setting(
         True, "Put the KL to the start (k1, weighed by beta) into each token's reward; false: into the loss (k2, k3)."
     )
-    kl_target: float | None = _default(
-        None, "Adapt beta so that the KL to the start stays near this many nats per completion; default: beta is fixed."
+    kl_target: float | None = setting(
+        None,
+        "Adapt beta so that the KL to the start stays near this many nats per completion; default: beta is fixed.",
+        range=NATS_ABOVE_0,
     )
-    target_kl: float | None = _default(
-        None, "Leave out the other updates on a batch of rollouts once the policy is this many nats per token from it."
+    target_kl: float | None = setting(
+        None,
+        "Leave out the other updates on a batch of rollouts once the policy is this many nats per token from it.",
+        range=NATS_ABOVE_0,
     )
-    truncated_completions: Literal["reward", "bootstrap", "penalty"] = _default(
+    truncated_completions: Literal["reward", "bootstrap", "penalty"] = setting(
         "reward",
         "A completion cut at the limit is scored as it is (reward), has the critic's value of what would follow in "
         "place of a reward (bootstrap), or loses truncation_penalty (penalty).",
     )
-    truncation_penalty: float = _default(1.0, "What a truncated completion loses under penalty, in units of reward.")
+    truncation_penalty: float = setting(
+        1.0, "What a truncated completion loses under penalty, in units of reward.", range=at_least(0)
+    )
 
     @property
     def needs_group(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from rlseq.config.fields import default_of
 from rlseq.errors import ConfigError
 
 _MEASURES = "evaluation is the probe's, which measures what it was made with"
@@ -120,7 +121,7 @@ def overruled(settings: type, from_file: Mapping[str, Any], flags: Mapping[str, 
         from_file: values by name, of which some may be for other dataclasses.
         flags: likewise.
     """
-    alone = {field.name: _default(field) for field in dataclasses.fields(settings)} | dict(from_file)
+    alone = {field.name: default_of(field) for field in dataclasses.fields(settings)} | dict(from_file)
     idle = [_without_effect(settings, SimpleNamespace(**values)) for values in (alone, alone | dict(flags))]
     return (idle[1].keys() - idle[0].keys()) & (from_file.keys() - flags.keys())
 
@@ -130,7 +131,7 @@ def _without_effect(settings: type, config: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for field in dataclasses.fields(settings):
         value = getattr(config, field.name)
-        if value == _default(field) or value is None:
+        if value == default_of(field) or value is None:
             continue
         for kind in getattr(settings, "_tables_without_effect", ()):
             for names, needed, has in _TABLES[kind]:
@@ -139,7 +140,3 @@ def _without_effect(settings: type, config: Any) -> dict[str, str]:
                 if has is None or not has(config):
                     found.setdefault(field.name, f": {needed}" if has is None else f" without {needed}")
     return found
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from rlseq.common.escapes import visible
 from rlseq.common.formats import METRICS, RESULTS
 from rlseq.common.ranks import raise_on_all_ranks
+from rlseq.config.fields import check_ranges
 from rlseq.data.rows import columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import (
@@ -326,15 +327,7 @@ def check_settings(
     if len(set(measured)) < len(measured):
         raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
     check_choosers(settings.parsed(), suite)
-    sizes = {"eval_batch_size": settings.batch_rows}
-    sizes |= {name: getattr(settings, name) for name in ("samples_per_row", "max_new_tokens", "resamples")}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"--{name} is {size}; expected at least 1")
-    if settings.max_kv_gb is not None and not settings.max_kv_gb > 0:
-        raise ConfigError(f"--max_kv_gb is {settings.max_kv_gb:g}; expected a number above 0")
-    if settings.exact_map_rows is not None and settings.exact_map_rows < 1:
-        raise ConfigError(f"--exact_map_rows is {settings.exact_map_rows}; expected at least 1")
+    check_ranges(settings)
     check_studies(settings, suite)
     check_documents(settings)
     settings = with_primary_name(settings, suite)

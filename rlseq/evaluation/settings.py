@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlseq.config.arguments import EvaluateArguments, EvaluationArguments
+from rlseq.config.fields import as_declared
 from rlseq.engine.strategies import Strategy, Sweep, parse_strategy
 
 
 @dataclass(frozen=True)
 class ContrastSettings:
-    """What is measured, and how; part of every result's signature.
+    """What is measured, and how; part of every result's signature. Defaults and ranges are those of the flags.
 
     Attributes:
         strategies: decoding strategies as `rlseq.engine.strategies.parse_strategy` reads them.
@@ -43,32 +45,32 @@ class ContrastSettings:
             None: as they were saved.
     """
 
-    strategies: tuple[str, ...] = ("greedy", "sample", "beam")
-    samples_per_row: int = 4
-    max_new_tokens: int = 256
-    seed: int = 0
-    resamples: int = 10_000
-    batch_rows: int = 256
-    max_kv_gb: float | None = None
-    primary: str | None = None
-    primary_against: str | None = None
-    exact_map_rows: int | None = None
-    studies: tuple[str, ...] = ()
-    study_rows: int | None = 500
-    coverage_samples: int = 32
-    temperatures: tuple[float, ...] = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
-    prefix_lengths: tuple[int, ...] = (1, 2, 4, 8)
-    choose_split: str | None = None
-    choose_rows: int | None = 500
-    likelihood_dataset: str | None = None
-    likelihood_config: str | None = None
-    likelihood_split: str | None = None
-    likelihood_column: str = "text"
-    likelihood_rows: int | None = None
-    likelihood_stride: int | None = None
-    likelihood_context: int | None = None
-    dtype: str = "float32"
-    allow_missing_weights: bool = False
+    strategies: tuple[str, ...] = as_declared(EvaluationArguments, "strategies")
+    samples_per_row: int = as_declared(EvaluationArguments, "samples_per_row")
+    max_new_tokens: int = as_declared(EvaluateArguments, "max_new_tokens")
+    seed: int = as_declared(EvaluationArguments, "eval_seed")
+    resamples: int = as_declared(EvaluationArguments, "resamples")
+    batch_rows: int = as_declared(EvaluationArguments, "eval_batch_size")
+    max_kv_gb: float | None = as_declared(EvaluationArguments, "max_kv_gb")
+    primary: str | None = as_declared(EvaluationArguments, "primary")
+    primary_against: str | None = as_declared(EvaluationArguments, "primary_against")
+    exact_map_rows: int | None = as_declared(EvaluationArguments, "exact_map_rows")
+    studies: tuple[str, ...] = as_declared(EvaluationArguments, "studies", default=())
+    study_rows: int | None = as_declared(EvaluationArguments, "study_rows")
+    coverage_samples: int = as_declared(EvaluationArguments, "coverage_samples")
+    temperatures: tuple[float, ...] = as_declared(EvaluationArguments, "temperatures")
+    prefix_lengths: tuple[int, ...] = as_declared(EvaluationArguments, "prefix_lengths")
+    choose_split: str | None = as_declared(EvaluateArguments, "choose_split", default=None)
+    choose_rows: int | None = as_declared(EvaluateArguments, "choose_rows")
+    likelihood_dataset: str | None = as_declared(EvaluationArguments, "likelihood_dataset")
+    likelihood_config: str | None = as_declared(EvaluationArguments, "likelihood_config")
+    likelihood_split: str | None = as_declared(EvaluationArguments, "likelihood_split")
+    likelihood_column: str = as_declared(EvaluationArguments, "likelihood_column")
+    likelihood_rows: int | None = as_declared(EvaluationArguments, "likelihood_rows")
+    likelihood_stride: int | None = as_declared(EvaluationArguments, "likelihood_stride")
+    likelihood_context: int | None = as_declared(EvaluationArguments, "likelihood_context")
+    dtype: str = as_declared(EvaluateArguments, "dtype")
+    allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")
     quantization: Mapping[str, Any] | None = None
 
     def parsed(self) -> list[Strategy]:

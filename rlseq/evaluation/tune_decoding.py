@@ -52,8 +52,6 @@ def check_choices(settings: ContrastSettings, suite: RewardSuite) -> None:
             f"strategy {found[0].signature!r} is to be chosen, and there are no rows to choose on; give one value, or "
             "evaluate with `rlseq evaluate` (or recipes/evaluate.py) and --choose_split"
         )
-    if settings.choose_rows is not None and settings.choose_rows < 1:
-        raise ConfigError(f"--choose_rows is {settings.choose_rows}; expected at least 1")
     for sweep in found:
         name, metric = chooses_by(settings, sweep, suite)
         if metric.higher_is_better is None:

@@ -216,7 +216,13 @@ def test_differences_are_own_less_gold_and_what_is_beyond_the_prefix():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "message"), [((0, 1), "from 1"), ((), "empty"), ((2, 1, 2), "twice: 2 1 2"), ((-1,), "is -1")]
+    ("lengths", "message"),
+    [
+        ((0, 1), "holds 0; expected each to be at least 1"),
+        ((), "empty"),
+        ((2, 1, 2), "twice: 2 1 2"),
+        ((-1,), "holds -1"),
+    ],
 )
 def test_lengths_that_cannot_work_are_refused_before_a_model_loads(lengths, message):
     with load_rewards([letters]) as suite, pytest.raises(ConfigError, match=message):

@@ -249,7 +249,7 @@ def test_curves_are_joined_in_order_of_entropy_and_end_where_their_points_do():
 
 
 BAD = {
-    "zero": ((0.0, 1.0), "holds 0; expected numbers above 0"),
+    "zero": ((0.0, 1.0), "holds 0; expected each to be a finite number above 0"),
     "not a number": ((math.nan, 1.0), "holds nan"),
     "twice": ((1.0, 1.0), "names one twice: 1 1"),
     "one": ((1.0,), "is 1; expected two or more with 1 among them"),

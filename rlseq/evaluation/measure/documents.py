@@ -72,10 +72,6 @@ def check_documents(settings: Any) -> None:
             if (value := getattr(settings, f"likelihood_{name}")) is not None:
                 raise ConfigError(f"--likelihood_{name} {value} needs --likelihood_dataset, text without prompts")
         return
-    for name, least in (("rows", 1), ("stride", 1), ("context", 2)):
-        value = getattr(settings, f"likelihood_{name}")
-        if value is not None and value < least:
-            raise ConfigError(f"--likelihood_{name} is {value}; expected at least {least}")
     if settings.likelihood_stride is not None and settings.likelihood_context is not None:
         _check_stride(settings.likelihood_stride, settings.likelihood_context, "--likelihood_context")
     load_documents(settings)

@@ -42,11 +42,11 @@ class Prefixes:
     costly = True
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
-        """Refuse lengths that are no prefixes, and lengths named twice."""
+        """Refuse no lengths, and lengths named twice."""
         lengths = settings.prefix_lengths
         shown = " ".join(map(str, lengths))
-        if not lengths or any(length < 1 for length in lengths):
-            raise ConfigError(f"--prefix_lengths is {shown or 'empty'}; expected whole numbers of tokens from 1")
+        if not lengths:
+            raise ConfigError("--prefix_lengths is empty; expected numbers of tokens")
         if len(set(lengths)) < len(lengths):
             raise ConfigError(f"--prefix_lengths names a length twice: {shown}")
 

@@ -47,11 +47,8 @@ class Sharpening:
     costly = True
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
-        """Raise ConfigError unless there are two temperatures or more, positive, distinct and 1 among them."""
+        """Raise ConfigError unless there are two temperatures or more, distinct and 1 among them."""
         given = " ".join(f"{t:g}" for t in settings.temperatures)
-        bad = [t for t in settings.temperatures if not (math.isfinite(t) and t > 0)]
-        if bad:
-            raise ConfigError(f"--temperatures holds {bad[0]:g}; expected numbers above 0 (for the limit 0 use greedy)")
         if len(set(settings.temperatures)) < len(settings.temperatures):
             raise ConfigError(f"--temperatures names one twice: {given}")
         if len(settings.temperatures) < 2 or 1 not in settings.temperatures:

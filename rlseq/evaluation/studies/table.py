@@ -44,8 +44,6 @@ def check_studies(settings: Any, suite: RewardSuite) -> None:
             )
     if len(set(settings.studies)) < len(settings.studies):
         raise ConfigError(f"a study is named twice in {', '.join(settings.studies)}")
-    if settings.study_rows is not None and settings.study_rows < 1:
-        raise ConfigError(f"--study_rows is {settings.study_rows}; expected at least 1")
     for name in settings.studies:
         STUDIES[name].check(settings, suite)
 

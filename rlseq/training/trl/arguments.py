@@ -20,7 +20,8 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
-from rlseq.config.checks import check_numbers, check_objective, check_trackers, refuse_warped_training
+from rlseq.config.checks import check_length, check_objective, check_trackers, refuse_warped_training
+from rlseq.config.fields import check_ranges
 from rlseq.config.training import DefaultsMixin, GRPOConfig, ModelArguments
 from rlseq.data.rows import build_prompts
 from rlseq.errors import ConfigError
@@ -84,7 +85,8 @@ def _extended(args: trl.GRPOConfig) -> GRPOConfig:
     config.asked_direction = None if filled_in else given
     if best in ("reward", "eval_reward"):
         config.metric_for_best_model = "sample/reward"  # what TRL's evaluation measures
-    check_numbers(config)
+    check_ranges(config, prefix="")
+    check_length(config)
     refuse_warped_training(config)
     check_objective(config)
     check_trackers(config.report_to)
