@@ -14,6 +14,8 @@ import torch
 
 from rlseq.config.arguments import COVERAGE
 from rlseq.engine.float64 import to_float64
+from rlseq.engine.likelihood import score
+from rlseq.engine.measures import exact_pass_at_k, reference_probability
 from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.measure.references import SAMPLING_ROUNDING
 from rlseq.evaluation.names import Names
@@ -24,12 +26,7 @@ from rlseq.evaluation.studies.coverage_report import section_of
 from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
 
-<<<<<<< HEAD
-LARGEST = 256  # samples a row, and the largest k of the exact curve
-=======
-DRAW = 1001  # names the noise: not that of any strategy, and the same for every model
 LARGEST = int(COVERAGE.most)  # samples a row, and the largest k of the exact curve
->>>>>>> f5cbc8c (A setting's range stands at its field, and one check reads it)
 _COVERAGE = Source("coverage")
 _JUDGED = _COVERAGE("judged")
 _CURVES = {"pass": "pass_at_k", "exact": "exact_pass_at_k", "majority_right": "majority.exact_match"}
