@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.common.disk import readable_size
 from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, judge
-from rlseq.engine.decoders import COSTS, way_of
+from rlseq.engine.backends import SLOW, select_backend
 from rlseq.engine.likelihood import score, token_logprobs
-from rlseq.engine.packing import supports_packing
 from rlseq.engine.sampling import sample
+from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt
 
@@ -84,9 +84,9 @@ def check_packing(model: nn.Module) -> Finding:
 def check_cache(model: nn.Module) -> Finding:
     """Tokens sampled with the KV cache have the log-probs that one forward of the whole sequence gives them."""
     with torch.no_grad():
-        way = way_of(model)
-    if way in COSTS:
-        found = f"what it gives from a batch's cache is not what it gives alone; it is decoded {COSTS[way]}"
+        backend = select_backend(model)
+    if backend in SLOW:
+        found = f"what it gives from a batch's cache is not what it gives alone; it is decoded {SLOW[backend]}"
         return Finding("KV cache", WARNING, found, "expect slow rollouts, or update transformers or the model's code")
     drawn, alone = [], []
     for number, ids in enumerate(_random_ids(model, PROMPTS)):

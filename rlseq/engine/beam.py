@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from rlseq.engine.decoders import way_of
+from rlseq.engine.backends import select_backend
 from rlseq.engine.likelihood import score
-from rlseq.engine.packing import base_of, eval_mode
+from rlseq.engine.model_info import base_of, eval_mode
 from rlseq.engine.strategies import Beam, Strategy
 from rlseq.errors import ConfigError
 from rlseq.types import Prompt, Rollout
@@ -63,9 +63,10 @@ def beam(
     device = next(model.parameters()).device
     found: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad(), eval_mode(model), only_generation_config(model, config):
-        way = way_of(model)
-        config.use_cache = way != "uncached"
-        for batch in _batches([len(p.prompt_ids) for p in prompts], batch_rows, padded=way in ("captured", "padded")):
+        backend = select_backend(model)
+        config.use_cache = backend != "uncached"
+        padded = backend in ("cuda_graph", "padded")
+        for batch in _batches([len(p.prompt_ids) for p in prompts], batch_rows, padded=padded):
             width = max(len(prompts[i].prompt_ids) for i in batch)
             input_ids = torch.full((len(batch), width), stops[0])  # (P, L)
             attention_mask = torch.zeros_like(input_ids)

@@ -1,11 +1,11 @@
-"""Decoding steps of one shape, which a CUDA graph can hold.
+"""Decoding steps of one shape, captured as a CUDA graph.
 
-A step of a small model is over before the next kernel is launched: the host, not the GPU, sets the pace. A graph
-replays all kernels of a step by one launch, but on the very tensors that it was captured with. So the cache is a buffer
-with room for rows and tokens to come, attention runs over all of it, and a mask hides what is not held. When rows
-or tokens outgrow the buffer, or much of it lies idle, they move to another, and the step is captured again.
+A step of a small model ends before the next kernel is launched: the host limits the speed, not the GPU. A graph
+launches all kernels of a step at once, but on the tensors that it was captured with. So the cache is a preallocated
+buffer, attention runs over all of it, and a mask hides the columns that are not filled. If rows or tokens exceed the
+buffer, or much of it is idle, its contents move to another buffer and the step is captured again.
 
-Without CUDA the same steps run one kernel at a time, which is how the tests run them.
+Without CUDA the same steps run one kernel at a time; the tests run them so.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from rlseq.engine.kv_cache import LEAST_ROOM, ROOM
+from rlseq.engine.kv_cache import HEADROOM, MIN_HEADROOM
 from rlseq.errors import ModelError
 
-TOKENS = 64  # a buffer holds a multiple of it: kernels want aligned masks
-ROWS = 4  # sizes between a number of rows and its double: rows that idle are computed too
-WARM = 2  # steps in a shape before it is captured: most shapes of a short completion do not live that long
+TOKENS = 64  # a buffer's width is a multiple of it: kernels want aligned masks
+ROWS = 4  # sizes between a number of rows and twice it: idle rows are computed too
+WARM = 2  # steps in a shape before it is captured: most shapes of a short completion end before that
 
 
-class FixedLayer(DynamicLayer):
+class FixedSizeLayer(DynamicLayer):
     """A layer whose keys and values, (R, H, W, D), are written a column at a time and always returned whole.
 
     Args:
@@ -52,22 +52,22 @@ class FixedLayer(DynamicLayer):
         return self.keys.shape[2] - 1
 
 
-class FixedShape:
-    """U beginnings in buffers of R ≥ U rows and W tokens; as `rlseq.engine.decoders.Cached` otherwise.
+class CudaGraphDecoder:
+    """U prefixes in buffers of R ≥ U rows and W tokens; otherwise a `rlseq.engine.decoders.CachedDecoder`.
 
     Args:
         model: a causal model of attention layers that see everything before them.
-        cache: what a forward over the beginnings left, padded on the left; its tensors are copied.
+        cache: of a forward over the prefixes, padded on the left; its tensors are copied.
         mask: (U, L) of 0 and 1, of the tokens that it holds.
         position: (U,) of the last of them.
         options: further arguments of the forward.
         logits: (U, V) float32, of that forward.
-        most_rows: rows that there will be at most.
-        most_tokens: tokens a row that there will be at most, padding included.
+        max_rows: the most rows that there will be.
+        max_tokens: the most tokens per row, padding included.
 
     Attributes:
         logits: (U, V) float32 of the token after each; the next step may write over them.
-        refused: why no graph could be captured, if so.
+        refused: why no graph could be captured; None: no capture has failed.
 
     Raises:
         ModelError: a layer holds something else than every token's keys and values.
@@ -82,13 +82,13 @@ class FixedShape:
         options: dict[str, Any],
         logits: Tensor,
         *,
-        most_rows: int,
-        most_tokens: int,
+        max_rows: int,
+        max_tokens: int,
     ):
         if not all(type(layer) is DynamicLayer for layer in cache.layers):
             raise ModelError("its cache holds something else than every token's keys and values")
         self.model, self.options = model, options
-        self.most_rows, self.most_tokens = most_rows, most_tokens
+        self.max_rows, self.max_tokens = max_rows, max_tokens
         self.device = mask.device
         self.refused: str | None = None
         self.logits = logits
@@ -96,46 +96,46 @@ class FixedShape:
         self._lowest = torch.finfo(dtype).min
         self.held = mask.shape[1]
         self.column = torch.zeros(1, dtype=torch.long, device=self.device)
-        hidden = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(mask == 0, self._lowest)
+        bias = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(mask == 0, self._lowest)
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
-        cache.layers = []  # not held twice once they are moved
-        self._hold(torch.arange(len(mask), device=self.device), hidden[:, None, None], position[:, None])
+        cache.layers = []  # frees them as soon as they are moved
+        self._hold(torch.arange(len(mask), device=self.device), bias[:, None, None], position[:, None])
 
     def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:
-        needed, (rows, *_, width) = len(tokens), self._hidden.shape
+        needed, (rows, *_, width) = len(tokens), self._bias.shape
         full = self.held == width or needed > rows
-        if full or _sized(needed + needed // 8) < rows:  # the eighth: not to and fro at a limit
+        if full or _sized(needed + needed // 8) < rows:  # the eighth: no moving back and forth at a limit
             index = torch.arange(needed) if sources is None else torch.from_numpy(sources)
-            self._hold(index.to(self.device), self._hidden, self._position)
+            self._hold(index.to(self.device), self._bias, self._position)
         elif sources is not None:
             moved = np.flatnonzero(sources != np.arange(needed))
             targets, found = (torch.from_numpy(x).to(self.device) for x in (moved, sources[moved]))
             for buffer in (x for layer in self._layers for x in layer):
                 buffer[targets, :, : self.held] = buffer[found, :, : self.held]
-            for buffer in (self._hidden, self._position):
+            for buffer in (self._bias, self._position):
                 buffer[targets] = buffer[found]
         self._token[:needed, 0] = torch.from_numpy(tokens).to(self.device)
-        self._position[:needed] += 1  # of the others not: a position may not leave a learned table
-        self._hidden[..., self.held] = 0
+        self._position[:needed] += 1  # not of the others: a position may not exceed a learned table
+        self._bias[..., self.held] = 0
         self.column.fill_(self.held)
         self.held += 1
         self.logits = self._run()[:needed]
 
-    def _hold(self, index: Tensor, hidden: Tensor, position: Tensor) -> None:
+    def _hold(self, index: Tensor, bias: Tensor, position: Tensor) -> None:
         """Move the rows `index` (U,) of what is held to buffers of another shape."""
-        self._graph = None  # it holds the old ones
+        self._graph = None  # it reads the old buffers
         self._steps = 0
         needed, held = len(index), self.held
-        rows = max(needed, min(self.most_rows, _sized(needed)))
-        width = min(held + max(LEAST_ROOM, int(held * ROOM)), max(held + 1, self.most_tokens))
+        rows = max(needed, min(self.max_rows, _sized(needed)))
+        width = min(held + max(MIN_HEADROOM, int(held * HEADROOM)), max(held + 1, self.max_tokens))
         width = -(-width // TOKENS) * TOKENS
         layers = []
-        while self._layers:  # one at a time, so that the old and the new stand side by side for one layer alone
+        while self._layers:  # one at a time: only one layer is held twice
             layers.append(tuple(_moved(x, index, rows, width, held) for x in self._layers.pop(0)))
         self._layers = layers
-        self._cache = Cache(layers=[FixedLayer(keys, values, self.column) for keys, values in layers])
-        self._hidden = hidden.new_full((rows, 1, 1, width), self._lowest)
-        self._hidden[:needed, ..., :held] = hidden[index, ..., :held]
+        self._cache = Cache(layers=[FixedSizeLayer(keys, values, self.column) for keys, values in layers])
+        self._bias = bias.new_full((rows, 1, 1, width), self._lowest)
+        self._bias[:needed, ..., :held] = bias[index, ..., :held]
         self._position = position.new_zeros(rows, 1)
         self._position[:needed] = position[index]
         self._token = position.new_zeros(rows, 1)
@@ -143,7 +143,7 @@ class FixedShape:
     def _step(self) -> Tensor:
         output = self.model(
             input_ids=self._token,
-            attention_mask=self._hidden,
+            attention_mask=self._bias,
             position_ids=self._position,
             past_key_values=self._cache,
             use_cache=True,
@@ -172,7 +172,7 @@ def can_capture(device: torch.device) -> bool:
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-    """Capture a step, without running it: what `replay()`s it, and the tensor that it then writes its result to.
+    """Capture a step without running it. Returns an object whose `replay()` runs it, and the tensor of its result.
 
     Raises:
         RuntimeError: it does something that no graph can hold, such as waiting for the GPU.
@@ -199,13 +199,13 @@ def _sized(rows: int) -> int:
 
 
 def _moved(states: Tensor, index: Tensor, rows: int, width: int, held: int) -> Tensor:
-    buffer = states.new_zeros(rows, states.shape[1], width, states.shape[3])  # masked is not enough for a NaN
+    buffer = states.new_zeros(rows, states.shape[1], width, states.shape[3])  # zeros: a mask does not hide a NaN
     buffer[: len(index), :, :held] = states[:, :, :held].index_select(0, index)
     return buffer
 
 
 def _no_casts_kept(device: str) -> contextlib.AbstractContextManager:
-    """Autocast without its cache: casts made in a capture are no one else's to use."""
+    """Autocast without its cache: casts made in a capture must not be used elsewhere."""
     if not torch.is_autocast_enabled(device):
         return contextlib.nullcontext()
     return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from rlseq.engine.beam import _rollouts, beam
 from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.likelihood import score
-from rlseq.engine.packing import eval_mode, forward_parameters
+from rlseq.engine.model_info import eval_mode, forward_parameters
 from rlseq.engine.strategies import Beam, ExactMAP
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout

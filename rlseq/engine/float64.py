@@ -1,4 +1,4 @@
-"""Sums in float64, on devices that have none too: Apple's GPU (MPS)."""
+"""Sums in float64. Apple's GPU (MPS) has no float64; its sums run on the CPU."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where what is in float64 of a model on `device` is: there, or on the CPU."""
+    """The device of float64 tensors of a model on `device`: the same, or the CPU for MPS."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """In float64, on `float64_device` of where it was; a copy unless it is that already."""
+    """x in float64, on `float64_device` of its device; a copy unless it is that already."""
     return x.to(float64_device(x.device)).double()

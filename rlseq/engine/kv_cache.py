@@ -1,8 +1,8 @@
-"""A KV cache that has room: a decoding step writes one token's keys and values, and copies none of the others.
+"""A preallocated KV cache: a decoding step writes the keys and values of one token and copies no others.
 
-transformers' own `DynamicCache` joins what it holds with the new token, a copy of the whole cache a step; its
-`StaticCache` does not, but attention then runs over its whole length from the first step on. There is room for rows
-too: where a sequence is continued in several ways, it alone is copied.
+transformers' `DynamicCache` concatenates the new token, which copies the whole cache at each step. Its `StaticCache`
+does not, but attention then runs over its whole length from the first step on. Rows are preallocated too: a sequence
+that branches is the only one copied.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-LEAST_ROOM = 32  # tokens that there is room for after a copy, at least
-ROOM = 0.25  # of what is held: memory beyond need, and copies become rare
+MIN_HEADROOM = 32  # tokens preallocated beyond those held, at least
+HEADROOM = 0.25  # or this share of the tokens held, which makes copies rare
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer whose keys and values, (B, H, L, D), are the beginning of buffers (B', H, L', D): B' ≥ B and L' ≥ L.
+class PreallocatedLayer(DynamicLayer):
+    """A layer whose keys and values, (B, H, L, D), are the first part of buffers (B', H, L', D): B' ≥ B and L' ≥ L.
 
     Args:
         keys, values: of a layer; they are copied.
-        most_rows: rows that there will ever be at most; there is never room for more.
+        max_rows: the most rows that there will be; no more are preallocated.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, most_rows: int):
+    def __init__(self, keys: Tensor, values: Tensor, max_rows: int):
         super().__init__()
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
-        self.most_rows = most_rows
+        self.max_rows = max_rows
         self._hold(keys, values, None, len(keys))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class RoomyLayer(DynamicLayer):
         self._hold(self.keys, self.values, indices, len(indices))
 
     def copy_rows(self, sources: Tensor, targets: Tensor, rows: int) -> None:
-        """Copy rows onto others, and hold N rows from then on; targets beyond those held are new."""
+        """Copy rows onto others, and hold N rows afterwards; targets beyond those held are new."""
         if rows > len(self._buffers[0]):
             self._hold(self.keys, self.values, None, rows)
         held = self.keys.shape[-2]
@@ -57,8 +57,8 @@ class RoomyLayer(DynamicLayer):
 
     def _hold(self, keys: Tensor, values: Tensor, indices: Tensor | None, rows: int, *, least: int = 1) -> None:
         held = keys.shape[-2]
-        width = held + max(least, LEAST_ROOM, int(held * ROOM))
-        tall = rows if indices is not None else max(rows, min(self.most_rows, int(rows * (1 + ROOM))))
+        width = held + max(least, MIN_HEADROOM, int(held * HEADROOM))
+        tall = rows if indices is not None else max(rows, min(self.max_rows, int(rows * (1 + HEADROOM))))
         buffers = []
         for states in (keys, values):
             buffer = states.new_empty(tall, states.shape[1], width, states.shape[-1])
@@ -74,13 +74,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:rows, :, :tokens] for buffer in self._buffers)
 
 
-def with_room(cache: DynamicCache, most_rows: int) -> DynamicCache:
-    """Give a cache room for tokens and rows to come, `most_rows` at most.
+def preallocate(cache: DynamicCache, max_rows: int) -> DynamicCache:
+    """Preallocate a cache for tokens and rows to come, `max_rows` at most.
 
-    Layers that hold something else than every token's keys and values (windows, states) grow as they ever did.
+    Layers that hold something else than every token's keys and values (windows, states) stay as they are.
     """
     cache.layers = [
-        RoomyLayer(layer.keys, layer.values, most_rows)
+        PreallocatedLayer(layer.keys, layer.values, max_rows)
         if type(layer) is DynamicLayer and layer.get_seq_length()
         else layer
         for layer in cache.layers
@@ -89,14 +89,14 @@ def with_room(cache: DynamicCache, most_rows: int) -> DynamicCache:
 
 
 def rearrange(cache: DynamicCache, sources: np.ndarray) -> None:
-    """Let row i of a cache hold what row `sources[i]` held: (B',) of the rows that there are."""
+    """Let row i of a cache hold what row `sources[i]` held: (B',) of the rows held."""
     moved = np.flatnonzero(sources != np.arange(len(sources)))
     index, targets, found = (torch.from_numpy(x) for x in (sources, moved, sources[moved]))
     for layer in cache.layers:
         if index.device != layer.device:
             index, targets, found = (x.to(layer.device) for x in (index, targets, found))
-        # Where most rows move, or the cache shrinks, all are copied: no slower, and it frees what is not needed.
-        if isinstance(layer, RoomyLayer) and len(sources) >= len(layer.keys) and 2 * len(moved) <= len(sources):
+        # If most rows move, or the cache shrinks, all are copied: that is no slower and frees memory.
+        if isinstance(layer, PreallocatedLayer) and len(sources) >= len(layer.keys) and 2 * len(moved) <= len(sources):
             layer.copy_rows(found, targets, len(sources))
         elif type(layer) is DynamicLayer:
             # Its own method indexes as `keys[index, ...]`, which took four times as long (2 CPU cores).

@@ -1,4 +1,4 @@
-"""Groups of prompts and completions as rows of tokens, what completions begin with in common written once.
+"""Groups of prompts and completions as rows of tokens, common prefixes written once.
 
 The layout that `rlseq.engine.packing` explains: which tokens stand where, and from which column on each is no longer
 seen.
@@ -31,7 +31,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Block:
-    """What of a group stands in one row: completions (their index in the batch, tokens, tokens shared) in order."""
+    """The part of a group in one row: completions (their index in the batch, tokens, tokens shared) in order."""
 
     prompt: Sequence[int]
     completions: list[tuple[int, Sequence[int], int]]

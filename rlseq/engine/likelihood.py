@@ -19,17 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rlseq.engine.logits import head_is_separate, logits_at, vocabulary_of
-from rlseq.engine.packing import (
-    PackedBatch,
-    attention_of,
-    eval_mode,
-    pack,
-    pad,
-    rows_of_group,
-    supports_packing,
-    uncompiled,
-)
+from rlseq.engine.logits import head_is_separate, logits_at
+from rlseq.engine.model_info import attention_of, eval_mode, uncompiled, vocabulary_of
+from rlseq.engine.packing import PackedBatch, pack, pad, rows_of_group
+from rlseq.engine.self_tests import supports_packing
 
 _ROW_TOKENS = 1024  # attention costs the square of a row: completions of one prompt beyond this start another row
 _CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32

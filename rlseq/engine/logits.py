@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlseq.engine.packing import PackedBatch, base_of, eval_mode, forward_parameters
+from rlseq.engine.model_info import base_of, eval_mode, forward_parameters
+from rlseq.engine.packing import PackedBatch
 
 _separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -32,10 +32,6 @@ def logits_at(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool,
     hidden = base.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[places]  # (n, H)
     head = base.get_output_embeddings()
     yield from (head(part) for part in hidden.split(step))
-
-
-def vocabulary_of(model: Any) -> int:
-    return model.config.get_text_config().vocab_size
 
 
 def head_is_separate(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A prompt and its completions as one row: what they begin with in common is computed once.
+"""Packing a prompt and its completions into one row: their common prefixes are computed once.
 
 A row holds one or more groups. A group is the prompt and its completions in lexicographic order, so that each shares
 with the one before it all that it shares with any. The first is written whole after the prompt, and of each
@@ -15,8 +15,8 @@ copy of it or of a token before it. So each token sees what it would see alone, 
 and labels shifted by one (the usual convention) line up: a copy predicts what follows the shared part. One shared token
 could not do that for several; and where a copy saw its original, it would see that token twice.
 
-Equal completions thus cost nothing more than one, and samples of a group cost what they do not share: of a model that
-is sure of most tokens, little. In eval mode and in training without dropout that is exact; dropout would be shared.
+Equal completions thus cost as much as one, and the samples of a group cost only the tokens that they do not share. In
+eval mode and in training without dropout that is exact; dropout would be shared.
 
 The mask is a float added to the attention scores: boolean masks are silently wrong under eager attention. For a model
 with FlexAttention (Dong et al. 2024, arXiv:2412.05496) it is a rule instead, and blocks of the row in which nothing
@@ -25,17 +25,14 @@ is seen are not computed.
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rlseq.engine.layout import Group, Layout, arrange, fill_rows, ramps, split
@@ -44,9 +41,6 @@ from rlseq.engine.prefix_attention import mark_causal
 FLEX = "flex_attention"  # transformers' name of it
 FLEX_BLOCK = 128  # rows are a multiple of it in tokens: its kernels are compiled for few lengths, and none is ragged
 IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
-
-# Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
-LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +87,7 @@ def pack(
     whole_groups: bool = False,
     attention: str | None = None,
 ) -> PackedBatch:
-    """Lay groups out in rows, each prompt once, and each beginning that completions share.
+    """Lay groups out in rows, each prompt once, and each prefix that completions share.
 
     Args:
         groups: (prompt ids, [completion ids, ...]); a prompt has a token at least, a completion may be empty.
@@ -115,7 +109,7 @@ def pack(
     if not groups:
         raise ValueError("pack was given no groups; expected at least one (prompt, completions)")
     if row_tokens is not None and row_tokens < 1:
-        raise ValueError(f"row_tokens is {row_tokens}; expected at least 1, or None for one group a row")
+        raise ValueError(f"row_tokens is {row_tokens}; expected at least 1, or None for one group per row")
     for number, (prompt, _) in enumerate(groups):
         if len(prompt) == 0:
             raise ValueError(f"group {number} has an empty prompt; a completion needs a token to follow")
@@ -160,27 +154,6 @@ def pack(
     )
 
 
-def attention_of(model: Any) -> str | None:
-    """The name of a model's attention implementation, as transformers has it; None where it has none."""
-    return getattr(model.config.get_text_config(), "_attn_implementation", None)
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """What `torch.compile` was given: batches of ever new shapes would be recompiled, and its forward names no
-    arguments."""
-    return getattr(model, "_orig_mod", model)
-
-
-def base_of(model: Any) -> Any:
-    """The `transformers` model inside a PEFT one, adapters in place; any other as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
-    """The arguments that the `transformers` model takes, by name."""
-    return inspect.signature(base_of(model).forward).parameters
-
-
 def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:
     """(R, 1, S, S), from the column before which each token is seen, (R, S)."""
     columns = torch.arange(seen_RS.shape[1], dtype=torch.int32, device=seen_RS.device)
@@ -212,7 +185,7 @@ def pad(
     pad_id: int,
     device: torch.device | str | None = None,
 ) -> PackedBatch:
-    """One sequence a row, padded on the right: the layout for models that packing cannot serve.
+    """One sequence per row, padded on the right: the layout for models without `supports_packing`.
 
     Args:
         prompts, completions: B token id lists each; prompts have at least one token.
@@ -276,50 +249,6 @@ def unpack_padded(per_token: Tensor, batch: PackedBatch, T: int, *, shifted: boo
     return tokens.new_zeros(mask.shape).masked_scatter(mask, tokens)
 
 
-def supports_packing(model: nn.Module, longest: int | None = None) -> tuple[bool, str]:
-    """Try on a small random batch whether the model gives packed sequences the logits it gives each alone.
-
-    The model runs in eval mode without gradient; its mode and the random state are left as they were. Logits
-    may differ by 1e-4 of their largest magnitude in float32 (1e-6 in float64, 1e-2 in float16, 3e-2 in
-    bfloat16). The answer is kept as long as the model lives.
-
-    Args:
-        model: a causal `transformers` model.
-        longest: tokens of the longest prompt plus completion to be packed. A model with an attention window
-            is served up to the window's length; unknown (None) counts as longer.
-
-    Returns:
-        (True, "") or (False, the reason).
-    """
-    whole_config: Any = model.config
-    config = whole_config.get_text_config()
-    window = attention_window(config)
-    if window is not None and (longest is None or longest > window):
-        found = "of unstated length" if longest is None else f"of {longest} tokens"
-        return False, f"the model's attention window of {window} tokens may cut sequences {found}"
-    known = _checked.setdefault(model, {})
-    key = (attention_of(model), next(model.parameters()).dtype)
-    if key not in known:
-        known[key] = _try_packing(model, config.vocab_size)
-    return known[key]
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module of a model in eval mode, and each back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-# Answers of `supports_packing` by model, then by attention implementation and dtype.
-_checked: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
-
-
 def _index(rows: np.ndarray, starts: np.ndarray, lengths: np.ndarray, device: torch.device | str | None) -> dict:
     """The fields of a batch that say where its completions are."""
     return {
@@ -337,59 +266,3 @@ def _completion_tokens(per_token: Tensor, batch: PackedBatch, shifted: bool | No
         shapes = " or ".join(f"({rows}, {w})" for w in expected)
         raise ValueError(f"per_token has shape {tuple(per_token.shape)}; this batch expects {shapes}")
     return per_token[batch.token_rows, batch.token_columns - (width - per_token.shape[1])]  # (N,)
-
-
-def attention_window(config) -> int | None:
-    """The shortest attention window that a text config declares; 0 where windows follow the row's columns."""
-    layers = getattr(config, "layer_types", None)
-    windows = []
-    for name, layer in (
-        ("sliding_window", "sliding_attention"),
-        ("attention_chunk_size", "chunked_attention"),
-    ):
-        length = getattr(config, name, None)
-        if length is not None and (layers is None or layer in layers):
-            windows.append(length)
-    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
-        windows.append(0)
-    return min(windows, default=None)
-
-
-def _try_packing(model: nn.Module, vocab_size: int) -> tuple[bool, str]:
-    noise = np.random.default_rng(0)  # its own generator: the global random state is the run's
-    groups = [
-        (
-            noise.integers(vocab_size, size=prompt).tolist(),
-            [noise.integers(vocab_size, size=n).tolist() for n in lengths],
-        )
-        for prompt, lengths in ((7, (5, 3, 6)), (1, (4,)), (4, (2, 7)))
-    ]
-    groups[0][1].append([*groups[0][1][2][:3], 0, 1])  # two with a common prefix
-    parameter = next(model.parameters())
-    batch = pack(
-        groups,
-        pad_id=0,
-        device=parameter.device,
-        dtype=parameter.dtype,
-        row_tokens=40,
-        attention=attention_of(model),
-    )
-    alone = [torch.tensor([*prompt, *c], device=parameter.device) for prompt, cs in groups for c in cs]
-    try:
-        with torch.no_grad(), eval_mode(model):
-            packed = model(**batch.model_inputs, use_cache=False).logits
-            expected = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in alone]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a model may refuse the mask or the positions in any way; the reason is handed on
-        return False, f"its forward does not take a packed row: {type(error).__name__}: {error}"
-    found = packed[batch.token_rows, batch.token_columns - 1]
-    wanted = torch.cat([logits[-n - 1 : -1] for logits, n in zip(expected, batch.lengths, strict=True)])
-    difference = (found - wanted).abs().max().item()
-    allowed = LOGIT_TOLERANCE.get(parameter.dtype, LOGIT_TOLERANCE[torch.float32]) * wanted.abs().max().item()
-    if difference <= allowed:  # False for NaN
-        return True, ""
-    return (
-        False,
-        f"packed logits differ by {difference:.3g} from each sequence alone (allowed: {allowed:.3g})",
-    )

@@ -1,15 +1,15 @@
-"""What rlseq does in place of transformers' SDPA, where it knows more of a call than SDPA can.
+"""Attention that is faster than transformers' SDPA call where more is known about the mask or the keys.
 
-**Packed rows, a block of queries at a time.** With a mask that is written out, SDPA on a CPU computes the whole square
-of a row, though no token sees a later one. In blocks each meets the tokens up to its last alone, which leaves little
-more than half of the square: on rows of 2,060 tokens, forward and backward took two thirds of the time.
+**Packed rows, a block of queries at a time.** With an explicit mask, SDPA on a CPU computes the whole square of a row,
+though no token attends to a later one. Here each block of queries attends to the tokens up to its last, little more
+than half of the square. On rows of 2,060 tokens, forward and backward took two thirds of the time.
 
-**Samples of one prompt, whose keys and values are held once.** A decoding step reads every key and value that it
-attends to; where each row holds its prompt for itself, most of what is read are copies. Here the queries of all rows of
-a prompt meet it together (`SharedPrompt`): with prompts of 1,024 tokens and 16 samples, twice as many tokens a second.
+**A prompt held once for all its samples (cascade attention).** A decoding step reads every key and value that it
+attends to; if each row holds its prompt, most of them are copies. Here the queries of all rows of a prompt attend to it
+together (`SharedPrefixLayer`). With prompts of 1,024 tokens and 16 samples that doubled the tokens per second.
 
-Both give the same numbers to rounding. transformers looks attention up by name at each forward, so what is registered
-under "sdpa" here takes marked tensors in its own way and hands anything else on.
+Both give the same numbers to rounding. transformers looks attention up by name at each forward. The function
+registered here under "sdpa" handles marked tensors and passes all others to transformers' own.
 """
 
 from __future__ import annotations
@@ -22,20 +22,17 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlseq.engine.kv_cache import RoomyLayer
+from rlseq.engine.kv_cache import PreallocatedLayer
 from rlseq.engine.layout import ranks
 
 BLOCK = 256  # queries; 128 and 512 were slower (2 CPU cores)
 _CAUSAL = "rlseq_causal"
-_SHARED = "rlseq_shared_prompt"
+_SHARED = "rlseq_shared_prefix"
 _whole: Any = None  # transformers' own
 
 
 def mark_causal(mask: Tensor) -> Tensor:
-    """Say of an added mask (R, 1, S, S) that no token sees a later one; return it.
-
-    A mark that is lost on the way, as in a cast, costs time and nothing else.
-    """
+    """Mark a float mask (R, 1, S, S) as causal, and return it. If the mark is lost, as in a cast, only time is lost."""
     if mask.device.type == "cpu":
         setattr(mask, _CAUSAL, True)
         take_over_sdpa()
@@ -54,34 +51,34 @@ class Groups:
 
     Args:
         prompt_of: (U,) of 0..P-1.
-        hidden: (P, 1, 1, L), added to scores: 0 where a prompt has a token, the lowest number where it is padding.
+        bias: (P, 1, 1, L), added to scores: 0 where a prompt has a token, the lowest number where it is padding.
     """
 
-    def __init__(self, prompt_of: np.ndarray, hidden: Tensor):
-        self.prompt_of, self.hidden = prompt_of, hidden
+    def __init__(self, prompt_of: np.ndarray, bias: Tensor):
+        self.prompt_of, self.bias = prompt_of, bias
         rank = ranks(prompt_of)
         most = int(rank.max()) + 1
-        rows = np.zeros((len(hidden), most), np.int64)  # of a prompt with fewer, some row again: its result is not read
+        rows = np.zeros((len(bias), most), np.int64)  # a prompt with fewer rows repeats one: its result is not read
         rows[prompt_of, rank] = np.arange(len(rank))
-        self.rows = torch.from_numpy(rows).to(hidden.device)  # (P, G)
-        self.place = torch.from_numpy(prompt_of * most + rank).to(hidden.device)  # (U,), in the flattened (P, G)
+        self.rows = torch.from_numpy(rows).to(bias.device)  # (P, G)
+        self.place = torch.from_numpy(prompt_of * most + rank).to(bias.device)  # (U,), in the flattened (P, G)
 
 
-class SharedPrompt(RoomyLayer):
-    """A layer that holds what U rows drew, (U, H, T, D), and the P prompts that they follow once.
+class SharedPrefixLayer(PreallocatedLayer):
+    """A layer that holds the sampled tokens of U rows, (U, H, T, D), and each of their P prompts once.
 
     Args:
         keys, values: (P, H, L, D) of the prompts, padded on the left; kept, not copied.
         rows: U.
-        most_rows: rows that there will be at most.
+        max_rows: the most rows that there will be.
 
     Attributes:
         groups: which prompt each row follows; of all layers, to be set before the next forward.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: int, most_rows: int):
+    def __init__(self, keys: Tensor, values: Tensor, rows: int, max_rows: int):
         nothing = keys.new_empty(rows, keys.shape[1], 0, keys.shape[3])
-        super().__init__(nothing, nothing, most_rows)
+        super().__init__(nothing, nothing, max_rows)
         self.prompt_keys, self.prompt_values = keys, values
         self.groups: Groups | None = None
 
@@ -94,7 +91,7 @@ class SharedPrompt(RoomyLayer):
         self.prompt_keys, self.prompt_values = (x.index_select(0, kept) for x in (self.prompt_keys, self.prompt_values))
 
     def attend(self, query: Tensor, scale: float) -> Tensor:
-        """One query a row, (U, Hq, 1, D), over its prompt and what it drew: (U, 1, Hq, D).
+        """One query per row, (U, Hq, 1, D), over its prompt and its sampled tokens: (U, 1, Hq, D).
 
         Softmax over two parts is the softmax over each, weighed by the sums of exponentials (Milakov & Gimelshein
         2018, arXiv:1805.02867; of shared prefixes, Juravsky et al. 2024, arXiv:2402.05099).
@@ -104,17 +101,17 @@ class SharedPrompt(RoomyLayer):
         rows = self.groups.rows
         G, N = rows.shape[1], query_UHND.shape[2]
         together = query_UHND[rows].transpose(1, 2).reshape(P, H, G * N, D)
-        of_prompt, weight = _softmax(together, self.prompt_keys, self.prompt_values, self.groups.hidden)
+        of_prompt, weight = _softmax(together, self.prompt_keys, self.prompt_values, self.groups.bias)
         of_prompt, weight = (
             x.reshape(P, H, G, N, -1).transpose(1, 2).flatten(0, 1)[self.groups.place] for x in (of_prompt, weight)
         )
-        drawn, its_weight = _softmax(query_UHND, self.keys, self.values)
+        of_sampled, its_weight = _softmax(query_UHND, self.keys, self.values)
         share = torch.sigmoid(weight - its_weight)  # (U, H, N, 1)
-        return (of_prompt * share + drawn * (1 - share)).to(query.dtype).reshape(U, 1, H * N, D)
+        return (of_prompt * share + of_sampled * (1 - share)).to(query.dtype).reshape(U, 1, H * N, D)
 
 
 class _Repeated:
-    """An attention module whose keys are repeated already: what SDPA asks it is answered by the module otherwise."""
+    """An attention module whose keys are repeated already; all other attributes are the module's."""
 
     num_key_value_groups = 1
 
@@ -125,12 +122,12 @@ class _Repeated:
         return getattr(self._module, name)
 
 
-def _softmax(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _softmax(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention (…, Q, D), and the log of its sum of exponentials (…, Q, 1), in float32 or wider."""
     scores = query @ keys.transpose(-1, -2)  # (…, Q, K)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    if hidden is not None:
-        scores += hidden
+    if bias is not None:
+        scores += bias
     weight = scores.logsumexp(-1, keepdim=True)
     return scores.sub_(weight).exp_().to(values.dtype) @ values, weight
 
@@ -147,8 +144,8 @@ def _attend(
     blocks = getattr(attention_mask, _CAUSAL, False) and key.shape[2] == tokens >= 2 * BLOCK
     if not blocks or more.get("position_bias") is not None:
         return _whole(module, query, key, value, attention_mask, **more)
-    # Heads of keys that several heads of queries share are repeated here, once: SDPA's own copies, one a block, would
-    # all be kept for the backward.
+    # Key heads that several query heads share are repeated here, once: SDPA would make a copy per block and keep
+    # all of them for the backward.
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)

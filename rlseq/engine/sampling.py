@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlseq.engine.decoders import begin
+from rlseq.engine.backends import make_decoder
 from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.layout import ranks
-from rlseq.engine.packing import eval_mode
+from rlseq.engine.model_info import eval_mode
 from rlseq.engine.strategies import Greedy, Sample, Strategy, to_units
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
@@ -265,7 +265,7 @@ def _decode(
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Decode B rows together; return their token ids and log-probs, ragged.
 
-    The batch has a slot for each distinct beginning; `slot` says which one a row is at.
+    The decoder has a slot for each distinct prefix; `slot` says which one a row is at.
     """
     device = next(model.parameters()).device
     stops = np.array(sorted(stop_ids))
@@ -275,14 +275,14 @@ def _decode(
     unique: dict[tuple[int, ...], int] = {}
     slot = np.array([unique.setdefault(tuple(ids), len(unique)) for ids in prompt_ids])  # (B,)
     longest = max(map(len, unique)) + max_new_tokens
-    beginnings = begin(model, list(unique), most_rows=num_rows, most_tokens=longest)
+    decoder = make_decoder(model, list(unique), max_rows=num_rows, max_tokens=longest)
 
     all_ids = np.zeros((num_rows, max_new_tokens), np.int64)
     all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
     lengths = np.zeros(num_rows, np.int64)
     rows = np.arange(num_rows)  # those that still run
     for step in range(max_new_tokens):
-        slots, logits = torch.from_numpy(slot).to(device), beginnings.logits  # (B,), (U, V)
+        slots, logits = torch.from_numpy(slot).to(device), decoder.logits  # (B,), (U, V)
         if isinstance(strategy, Sample):
             logprobs = strategy.warp(logits)
             token = pick(logprobs, torch.from_numpy(uniforms(keys[rows], step)), slot)
@@ -298,7 +298,7 @@ def _decode(
         if not len(rows) or step + 1 == max_new_tokens:
             break
         sources, tokens, slot = _branch(slot, drawn, len(logits))
-        beginnings.advance(sources, tokens)
+        decoder.advance(sources, tokens)
 
     found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
     ids, their_logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)
@@ -306,7 +306,7 @@ def _decode(
 
 
 def _branch(slot: np.ndarray, drawn: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-    """Give each distinct beginning a slot, after rows at `slot` (B,) drew a token each.
+    """Give each distinct prefix a slot, after rows at `slot` (B,) sampled a token each.
 
     The first of those that follow a slot stays there, the others take slots that no row continues, or new ones; so
     little is copied. Where less than COMPACT_BELOW of the slots is needed, they are assigned again.

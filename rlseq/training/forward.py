@@ -86,7 +86,7 @@ def forward(
         completions: B completions' ids; None: only the references are scored.
         width: T of the result; no completion is longer.
         references: of each row; None: none.
-        packs: whether the model can be given packed rows (`rlseq.engine.packing.supports_packing`).
+        packs: whether the model can be given packed rows (`rlseq.engine.self_tests.supports_packing`).
         pad_id, dtype, device, attention: of the batch; the model's own.
         values: whether the critic is asked too.
     """

@@ -32,7 +32,8 @@ from rlseq.config.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import tokenize_prompts
 from rlseq.data.rows import reference_ids
-from rlseq.engine.packing import attention_of, supports_packing
+from rlseq.engine.model_info import attention_of
+from rlseq.engine.self_tests import supports_packing
 from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
 from rlseq.training.environment import load_environment

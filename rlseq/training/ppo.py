@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from trl.models.utils import disable_gradient_checkpointing
 
 from rlseq.config.training import PPOConfig
-from rlseq.engine.packing import base_of
+from rlseq.engine.model_info import base_of
 from rlseq.errors import ConfigError, ModelError
 from rlseq.losses import (
     adapt_kl_coefficient,

@@ -8,7 +8,7 @@ from tiny import tiny_model
 from transformers import DynamicCache
 
 from rlseq.engine import decoders, sampling
-from rlseq.engine.kv_cache import LEAST_ROOM, RoomyLayer, rearrange, with_room
+from rlseq.engine.kv_cache import MIN_HEADROOM, PreallocatedLayer, preallocate, rearrange
 from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt
 
@@ -22,8 +22,8 @@ def test_it_holds_what_a_cache_that_is_joined_again_holds():
     theirs = DynamicCache()
     theirs.update(*states(generator, 3, 5), 0)
     ours = DynamicCache([tuple(x.clone() for x in (theirs.layers[0].keys, theirs.layers[0].values))])
-    ours = with_room(ours, 8)
-    assert type(ours.layers[0]) is RoomyLayer
+    ours = preallocate(ours, 8)
+    assert type(ours.layers[0]) is PreallocatedLayer
     moves = {
         0: [2, 0, 0, 1],  # most rows move
         10: [0, 3],  # fewer rows
@@ -34,7 +34,7 @@ def test_it_holds_what_a_cache_that_is_joined_again_holds():
         80: [0, 1, 1],
     }
     rows, buffers = 3, set()
-    for step in range(3 * LEAST_ROOM):
+    for step in range(3 * MIN_HEADROOM):
         if step in moves:
             rearrange(ours, np.array(moves[step]))
             theirs.batch_select_indices(torch.tensor(moves[step]))
@@ -52,7 +52,7 @@ def test_what_branches_is_copied_alone():
     generator = torch.Generator().manual_seed(0)
     cache = DynamicCache()
     cache.update(*states(generator, 10, 5), 0)
-    cache = with_room(cache, 20)
+    cache = preallocate(cache, 20)
     place = cache.layers[0].keys.data_ptr()
     for rows in (11, 12):
         rearrange(cache, np.array([*range(rows - 1), 4]))
@@ -60,14 +60,14 @@ def test_what_branches_is_copied_alone():
     assert torch.equal(cache.layers[0].keys[11], cache.layers[0].keys[4])
 
 
-def test_completions_are_the_same_with_room_and_without(monkeypatch):
+def test_completions_are_the_same_preallocated_and_not(monkeypatch):
     for family in ("llama", "gpt2", "mistral"):
         model = tiny_model(family)
         prompts = [Prompt(str(i), "", tuple(range(3, 4 + i)), {}) for i in range(3)]
         settings = {"num_samples": 3, "max_new_tokens": 40, "strategy": Sample(), "seed": 0, "stop_ids": [2]}
         found = []
-        for worth in (0, 10**9):
-            monkeypatch.setattr(decoders, "WORTH_ROOM", worth)
+        for least in (0, 10**9):
+            monkeypatch.setattr(decoders, "MIN_PREALLOCATED", least)
             found.append(sampling.sample(model, prompts, **settings))
         assert [[r.completion_ids for r in group] for group in found[0]] == [
             [r.completion_ids for r in group] for group in found[1]

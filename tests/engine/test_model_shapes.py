@@ -14,11 +14,11 @@ from tiny_task import tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma4TextConfig, LlamaForCausalLM
 
 from rlseq.config.training import ModelArguments
-from rlseq.engine import decoders
+from rlseq.engine import backends, decoders
 from rlseq.engine.beam import beam
 from rlseq.engine.likelihood import score
-from rlseq.engine.packing import supports_packing
 from rlseq.engine.sampling import cached_numbers, rows_within, sample
+from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.strategies import Beam, Greedy, Sample
 from rlseq.evaluation.measure.loading import load_checkpoint
 from rlseq.training.models import load_model
@@ -74,7 +74,7 @@ def test_what_is_drawn_and_scored_is_what_forwards_of_one_sequence_say(name, cap
     assert [one.completion_ids for (one,) in greedy] == [greedy_alone(model, p.prompt_ids) for p in PROMPTS]
     draw(model)  # the note is printed once
     said = capsys.readouterr().out.count("is decoded without a cache")
-    assert said == (name in UNCACHED) and decoders.way_of(model) == ("uncached" if said else "padded")
+    assert said == (name in UNCACHED) and backends.select_backend(model) == ("uncached" if said else "padded")
     packs, _ = supports_packing(model, 20)
     assert packs == (name in PACKED)
     pairs = [(p.prompt_ids, r.completion_ids) for p, group in zip(PROMPTS, found, strict=True) for r in group]
@@ -106,11 +106,11 @@ class TakesPaddingForText(LlamaForCausalLM):
 
 
 def test_a_model_that_takes_padding_for_text_is_decoded_one_length_at_a_time(capsys):
-    assert decoders.is_plain(tiny_model()) and decoders.is_plain(tiny_shape("mixtral"))
+    assert backends.is_plain(tiny_model()) and backends.is_plain(tiny_shape("mixtral"))
     model = TakesPaddingForText(tiny_model().config).eval()
-    assert not decoders.is_plain(model)  # it names no mask
+    assert not backends.is_plain(model)  # it names no mask
     found = draw(model, num_samples=6)
-    assert decoders.way_of(model) == "by length"
+    assert backends.select_backend(model) == "by_length"
     assert "one prompt length at a time: logits from the cache differ" in capsys.readouterr().out
     for prompt, group in zip(PROMPTS, found, strict=True):
         for rollout in group:
@@ -138,16 +138,16 @@ def test_beam_search_pads_and_caches_only_where_that_is_right(name):
 def test_a_compiled_model_is_decoded_as_what_was_compiled(capsys):
     model = tiny_model()
     compiled = torch.compile(model, backend="eager")
-    assert draw(compiled) == draw(model) and decoders.way_of(compiled) == "padded"
+    assert draw(compiled) == draw(model) and backends.select_backend(compiled) == "padded"
     assert capsys.readouterr().out == ""
 
 
 def test_slots_may_go_on_from_another_length():
     # By brute force: every slot's logits are those of its own sequence, wherever it came from.
     model = tiny_model()
-    for kind in (decoders.Cached, decoders.Uncached):
+    for kind in (decoders.CachedDecoder, decoders.UncachedDecoder):
         held = [[3, 4, 5], [6], [7, 8, 9], [10, 11]]
-        state = decoders.ByLength(kind, model, held)
+        state = decoders.ByLengthDecoder(kind, model, held)
         for sources in (None, [1, 1, 3, 0, 2, 3], [5, 4, 1], [0, 0, 0, 1], None):
             index = list(range(len(held))) if sources is None else sources
             tokens = [5 + i for i in range(len(index))]
@@ -162,7 +162,7 @@ def test_a_model_without_numbers_is_not_judged(capsys):
     model = tiny_shape("lfm2")
     model.lm_head.weight.data.fill_(torch.nan)
     draw(model, PROMPTS[:1])
-    assert decoders.way_of(model) == "padded" and capsys.readouterr().out == ""
+    assert backends.select_backend(model) == "padded" and capsys.readouterr().out == ""
 
 
 def test_layers_of_unlike_heads_are_counted_one_by_one():

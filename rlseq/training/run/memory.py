@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlseq.doctor.preflight import load_configs
 from rlseq.engine.model_class import causal_class
+from rlseq.engine.model_info import base_of
 from rlseq.engine.models import is_adapter
-from rlseq.engine.packing import base_of
 from rlseq.engine.sampling import cached_numbers
 from rlseq.errors import ConfigError, ModelError
 from rlseq.training.critic import critic_folder, first_line

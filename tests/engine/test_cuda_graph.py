@@ -15,7 +15,7 @@ from tiny_shapes import tiny_shape
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
-from rlseq.engine import cuda_graph, decoders
+from rlseq.engine import backends, cuda_graph
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Greedy, Sample
 from rlseq.types import Prompt
@@ -47,7 +47,7 @@ def tapes(monkeypatch):
 
     monkeypatch.setattr(cuda_graph, "can_capture", lambda device: True)
     monkeypatch.setattr(cuda_graph, "capture", capture)
-    monkeypatch.setattr(decoders, "may_capture", lambda model: True)
+    monkeypatch.setattr(backends, "may_capture", lambda model: True)
     return made
 
 
@@ -71,10 +71,10 @@ def follow(model, state, sources_of_steps, held=HELD):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "qwen3"])
 def test_each_slot_goes_on_as_its_sequence_alone(family, attention, tapes, monkeypatch):
     monkeypatch.setattr(cuda_graph, "TOKENS", 4)
-    monkeypatch.setattr(cuda_graph, "LEAST_ROOM", 4)
+    monkeypatch.setattr(cuda_graph, "MIN_HEADROOM", 4)
     model = tiny_model(family, attn_implementation=attention)
     with torch.no_grad():
-        state = decoders.fixed(model, HELD, 6, 30)
+        state = backends.cuda_graph_decoder(model, HELD, 6, 30)
     torch.testing.assert_close(state.logits[0], alone(model, HELD[0]).detach(), atol=1e-4, rtol=1e-4)
     follow(model, state, SOURCES)
     assert len(tapes) > 1 and sum(tape.replays for tape in tapes) >= 4 and state.refused is None
@@ -83,7 +83,7 @@ def test_each_slot_goes_on_as_its_sequence_alone(family, attention, tapes, monke
 def test_a_shape_lasts_and_rows_that_idle_are_let_go():
     model = tiny_model()
     with torch.no_grad():
-        state = decoders.fixed(model, [[3 + i] for i in range(16)], 64, 50)
+        state = backends.cuda_graph_decoder(model, [[3 + i] for i in range(16)], 64, 50)
     places, sizes = [], []
     model.register_forward_pre_hook(
         lambda _, args, inputs: places.append(
@@ -95,7 +95,7 @@ def test_a_shape_lasts_and_rows_that_idle_are_let_go():
         for step in range(49):
             sources = np.repeat(np.arange(16), 4) if step == 10 else np.arange(5) if step == 20 else None
             state.advance(sources, np.full(16 if step < 10 else 64 if step < 20 else 5, 4))
-            sizes.append(state._hidden.shape)
+            sizes.append(state._bias.shape)
     assert sizes == [(16, 1, 1, 64)] * 10 + [(64, 1, 1, 64)] * 10 + [(5, 1, 1, 64)] * 29
     assert len(set(places)) == 3
 
@@ -108,12 +108,12 @@ def test_sizes_of_rows():
 
 def test_rows_do_not_go_to_and_fro_between_two_sizes():
     with torch.no_grad():
-        state = decoders.fixed(tiny_model(), [[3 + i % 20] for i in range(57)], 100, 60)
+        state = backends.cuda_graph_decoder(tiny_model(), [[3 + i % 20] for i in range(57)], 100, 60)
         for rows in (56, 57, 56, 57, 55, 57):
             state.advance(np.arange(rows) % len(state.logits), np.full(rows, 4))
-            assert len(state._hidden) == 64
+            assert len(state._bias) == 64
         state.advance(np.arange(40), np.full(40, 4))
-        assert len(state._hidden) == 40
+        assert len(state._bias) == 40
 
 
 def compare(model, prompts, found):
@@ -138,7 +138,7 @@ def drawn(model, strategy, **changes):
 def test_completions_have_the_log_probs_of_plain_forwards(strategy, tapes, capsys):
     model = tiny_model("qwen2")
     prompts, found = drawn(model, strategy)
-    assert decoders.way_of(model) == "captured" and capsys.readouterr().out == ""
+    assert backends.select_backend(model) == "cuda_graph" and capsys.readouterr().out == ""
     assert sum(tape.replays for tape in tapes) > 20
     compare(model, prompts, found)
 
@@ -147,7 +147,7 @@ def test_weights_that_change_between_steps_count(tapes):
     # A graph reads the weights where they are: what the optimiser writes there is what the next replay uses.
     model = tiny_model()
     with torch.no_grad():
-        state = decoders.fixed(model, HELD, 4, 30)
+        state = backends.cuda_graph_decoder(model, HELD, 4, 30)
         for _ in range(cuda_graph.WARM + 1):
             state.advance(None, np.array([3, 4, 5, 6]))
         model.lm_head.weight.zero_()
@@ -159,7 +159,7 @@ def test_weights_that_change_between_steps_count(tapes):
     ("name", "way", "why"),
     [
         ("mistral", "padded", "something else than every token's keys"),  # a window
-        ("qwen2_moe", "captured", None),
+        ("qwen2_moe", "cuda_graph", None),
         ("qwen3_5", "padded", "something else than every token's keys"),  # states
     ],
 )
@@ -167,7 +167,7 @@ def test_what_has_no_fixed_shape_is_decoded_as_before(name, way, why, tapes, cap
     model = tiny_model("mistral") if name == "mistral" else tiny_shape(name)
     drawn(model, Sample(), max_new_tokens=6)
     said = capsys.readouterr().out
-    assert decoders.way_of(model) == way or (way == "captured" and "cannot be captured" in said)
+    assert backends.select_backend(model) == way or (way == "cuda_graph" and "cannot be captured" in said)
     assert why is None or ("is decoded without a CUDA graph: " in said and why in said)
 
 
@@ -193,11 +193,11 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(tapes, monkeypatch
     monkeypatch.setattr(cuda_graph, "capture", fails)
     model = tiny_model()
     drawn(model, Sample())
-    assert decoders.way_of(model) == "padded"
+    assert backends.select_backend(model) == "padded"
     expected = "LlamaForCausalLM is decoded without a CUDA graph: its step cannot be captured (RuntimeError: operation "
     assert expected + "not permitted when stream is capturing)" in capsys.readouterr().out
     with torch.no_grad():
-        state = decoders.fixed(model, HELD, 6, 30)
+        state = backends.cuda_graph_decoder(model, HELD, 6, 30)
     follow(model, state, SOURCES)  # and where it fails later than in the trial, the steps go on
     assert state.refused
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_fixed_shape import HELD, SOURCES, compare, follow
+from test_cuda_graph import HELD, SOURCES, compare, follow
 from tiny import tiny_model
 
-from rlseq.engine import decoders
+from rlseq.engine import backends
 from rlseq.engine.prefix_attention import Groups, _softmax
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
@@ -20,27 +20,27 @@ from rlseq.types import Prompt
 def test_each_slot_goes_on_as_its_sequence_alone(family):
     model = tiny_model(family)
     with torch.no_grad():
-        state = decoders.AfterPrompts(model, HELD, 6, 30)
+        state = backends.SharedPrefixDecoder(model, HELD, 6, 30)
     follow(model, state, SOURCES)
-    assert all(len(layer.prompt_keys) <= len(HELD) < 6 == layer.most_rows for layer in state.cache.layers)
+    assert all(len(layer.prompt_keys) <= len(HELD) < 6 == layer.max_rows for layer in state.cache.layers)
 
 
 def test_queries_that_share_keys_by_heads():
     model = tiny_model("qwen2", num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
     with torch.no_grad():
-        state = decoders.AfterPrompts(model, HELD, 6, 30)
+        state = backends.SharedPrefixDecoder(model, HELD, 6, 30)
     follow(model, state, SOURCES)
-    assert all(len(layer.prompt_keys) <= len(HELD) < 6 == layer.most_rows for layer in state.cache.layers)
+    assert all(len(layer.prompt_keys) <= len(HELD) < 6 == layer.max_rows for layer in state.cache.layers)
 
 
 def test_prompts_that_nobody_follows_are_let_go():
     model = tiny_model()
     with torch.no_grad():
-        state = decoders.AfterPrompts(model, HELD, 8, 30)
+        state = backends.SharedPrefixDecoder(model, HELD, 8, 30)
         assert [len(layer.prompt_keys) for layer in state.cache.layers] == [4, 4]
     follow(model, state, [None, [3, 3, 1, 3], [0, 2], None, [1, 1, 1, 0], [0]])
     assert [len(layer.prompt_keys) for layer in state.cache.layers] == [1, 1]
-    assert state.groups.hidden.shape == (1, 1, 1, 3)
+    assert state.groups.bias.shape == (1, 1, 1, 3)
 
 
 def test_groups_by_hand():
@@ -59,10 +59,10 @@ def test_softmax_by_hand():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_samples_of_long_prompts_have_the_log_probs_of_plain_forwards(attention, monkeypatch):
-    monkeypatch.setattr(decoders, "WORTH_SHARING", 4)
+    monkeypatch.setattr(backends, "MIN_SHARED_PREFIX", 4)
     made = []
-    kind = decoders.AfterPrompts
-    monkeypatch.setattr(decoders, "AfterPrompts", lambda *a: made.append(a) or kind(*a))
+    kind = backends.SharedPrefixDecoder
+    monkeypatch.setattr(backends, "SharedPrefixDecoder", lambda *a: made.append(a) or kind(*a))
     model = tiny_model("qwen2", attn_implementation=attention)
     prompts = [Prompt(str(i), "", tuple(range(3, 5 + i)), {}) for i in range(4)]
     settings = {"max_new_tokens": 20, "strategy": Sample(), "seed": 0, "stop_ids": [2]}
@@ -76,11 +76,11 @@ def test_samples_of_long_prompts_have_the_log_probs_of_plain_forwards(attention,
 
 def test_a_model_that_hands_on_other_keys_does_not_pass_the_trial():
     model = tiny_model("llama")
-    assert decoders.holds_prompts_once(model)
+    assert backends.supports_shared_prefix(model)
     other = tiny_model("llama", seed=1)
     for layer in other.model.layers:
         layer.self_attn.register_forward_pre_hook(_copied_keys, with_kwargs=True)
-    assert not decoders.holds_prompts_once(other)
+    assert not backends.supports_shared_prefix(other)
 
 
 def _copied_keys(module, args, kwargs):
@@ -92,5 +92,5 @@ def _copied_keys(module, args, kwargs):
 
 
 def test_windows_cannot_be_shared():
-    with pytest.raises(ModelError, match="cannot be held apart"), torch.no_grad():
-        decoders.AfterPrompts(tiny_model("mistral"), HELD)
+    with pytest.raises(ModelError, match="cannot share the keys"), torch.no_grad():
+        backends.SharedPrefixDecoder(tiny_model("mistral"), HELD)
