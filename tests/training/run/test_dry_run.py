@@ -184,7 +184,9 @@ def test_memory_is_the_sum_that_its_formulas_say(task):
     assert on_cpu["activations, roughly"] == activations
     itself = on_cpu["the process itself"]
     assert itself == pytest.approx(psutil.Process().memory_info().rss, rel=0.05)
-    assert on_cpu["peak of a process"] == 6 * weights + activations + 4 * tile + itself
+    kept = int((activations + 4 * tile) / 5)  # a fifth of what an update holds stays with the allocator
+    assert on_cpu["kept by the allocator"] == pytest.approx(kept, abs=1)
+    assert on_cpu["peak of a process"] == pytest.approx(6 * weights + activations + 4 * tile + kept + itself, abs=1)
 
 
 def test_a_packed_update_counts_each_prompt_once():
