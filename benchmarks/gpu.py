@@ -24,8 +24,9 @@ import transformers
 from performance import StepTimes, ours, quiet, race, result, table, theirs
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from rlseq.engine.kv_budget import cached_numbers
 from rlseq.engine.packing import FLEX, pack
-from rlseq.engine.sampling import cached_numbers, sample
+from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt, Rollout
 

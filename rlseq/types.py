@@ -71,15 +71,15 @@ def columns_of(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion drawn from a model, never changed afterwards.
+    """One completion of a model, never changed afterwards.
 
     Attributes:
         prompt_key: `Prompt.key` of the prompt it continues.
         sample: which of the prompt's G samples it is, 0..G-1.
         completion_ids: the T sampled token ids, the stop token included when there is one.
         trained_mask: T booleans; False marks tokens the model did not choose (tool output, forced prefix).
-        logprobs: T log-probs (nats) of the tokens under the distribution they were drawn from: temperature and
-            truncation applied. For strategies that search rather than draw (greedy, beam), under the model's
+        logprobs: T log-probs (nats) of the tokens under the distribution they were sampled from: temperature and
+            truncation applied. For strategies that search rather than sample (greedy, beam), under the model's
             unwarped distribution.
         text: the completion decoded without special tokens.
         text_with_special_tokens: the completion decoded with them.
@@ -107,7 +107,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A rollout with what its rewards said of it.
+    """A rollout with its rewards.
 
     Attributes:
         rollout: the rollout.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.common.escapes import visible
-from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding
+from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Result
 from rlseq.errors import ConfigError, RlseqError
 
 PROMPT_OPTIONS = ("prompt_column", "reference_column", "prompt_template", "reference_template", "merge_references")
@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_completion_length",
         type=int,
         metavar="T",
-        help="Tokens of the longest completion that will be drawn (default: the longest reference).",
+        help="Tokens of the longest completion that will be sampled (default: the longest reference).",
     )
-    add("--json", action="store_true", help="Print the findings as JSON, and nothing else.")
+    add("--json", action="store_true", help="Print the results as JSON, and nothing else.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,21 +75,21 @@ def run(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; expected at least 1")
     show = _silent if args.json else _Lines(args.model_name_or_path)
-    findings = []
+    results = []
     with _quiet():
-        for finding in examine(args):
-            findings.append(finding)
-            show(finding)
-    failed = any(finding.status == FAILED for finding in findings)
+        for result in examine(args):
+            results.append(result)
+            show(result)
+    failed = any(result.status == FAILED for result in results)
     if args.json:
-        report = {"model": args.model_name_or_path, "ok": not failed, "checks": [asdict(f) for f in findings]}
+        report = {"model": args.model_name_or_path, "ok": not failed, "checks": [asdict(r) for r in results]}
         print(visible(json.dumps(report, indent=1, ensure_ascii=False)))
     else:
-        show.end(findings)
+        show.end(results)
     return int(failed)
 
 
-def examine(args: argparse.Namespace) -> Iterator[Finding]:
+def examine(args: argparse.Namespace) -> Iterator[Result]:
     """Make the checks, the cheap ones first.
 
     Raises:
@@ -97,7 +97,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     """
     from rlseq.config.arguments import template_options
     from rlseq.data.rows import load_prompts
-    from rlseq.doctor.preflight import load_configs, preflight
+    from rlseq.doctor.static import load_configs, static_checks
     from rlseq.engine.models import load_tokenizer
     from rlseq.training.models import check_model_path
 
@@ -112,7 +112,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
         options = {name: getattr(args, name) for name in PROMPT_OPTIONS} | {"config_name": args.dataset_config}
         options["chat_template_kwargs"] = told
         prompts = load_prompts(args.dataset_name, tokenizer, split=args.eval_split, limit=args.rows, **options)
-    yield from preflight(
+    yield from static_checks(
         config,
         tokenizer,
         prompts,
@@ -124,12 +124,12 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     )
     if unsafe:
         todo = "convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder), where you trust them"
-        yield Finding("weights", FAILED, "pickled, not safetensors: loading them can run any code", todo)
+        yield Result("weights", FAILED, "pickled, not safetensors: loading them can run any code", todo)
         return
     yield from examine_model(args.model_name_or_path)
 
 
-def examine_model(name_or_path: str) -> Iterator[Finding]:
+def examine_model(name_or_path: str) -> Iterator[Result]:
     """Load the model as training would, in float32, and make the checks that run it.
 
     Raises:
@@ -153,7 +153,7 @@ def examine_model(name_or_path: str) -> Iterator[Finding]:
     yield _attempt("KV cache", forward.check_cache, model)
     yield _attempt("causality", forward.check_causality, model)
     if adapter:
-        yield Finding("saving", SKIPPED, "an adapter is saved without its base: examine that")
+        yield Result("saving", SKIPPED, "an adapter is saved without its base: examine that")
         yield _attempt("LoRA", forward.check_adapter, model)
     else:
         yield _attempt("saving", forward.check_saving, model)
@@ -175,7 +175,7 @@ def _load(name_or_path: str, adapter: bool) -> tuple[Any, list[str]]:
     return model, sorted(missing)
 
 
-def _attempt(name: str, check: Callable[..., Finding], *given: Any) -> Finding:
+def _attempt(name: str, check: Callable[..., Result], *given: Any) -> Result:
     """A check that breaks on the model has found something: the model refuses what training would ask of it."""
     try:
         return check(*given)
@@ -184,10 +184,10 @@ def _attempt(name: str, check: Callable[..., Finding], *given: Any) -> Finding:
     except Exception as error:  # anything at all
         reason = next(iter(str(error).splitlines()), "")
         todo = "training asks the same of the model: update transformers, or take another model"
-        return Finding(name, FAILED, f"stopped by {type(error).__name__}: {reason}", todo)
+        return Result(name, FAILED, f"stopped by {type(error).__name__}: {reason}", todo)
 
 
-def _silent(finding: Finding) -> None:
+def _silent(result: Result) -> None:
     """Nothing is printed as it is found."""
 
 
@@ -200,24 +200,24 @@ class _Lines:
         self.console = Console(highlight=False)
         self.console.print(visible(f"rlseq doctor: {model}\n"), style="bold", markup=False)
 
-    def __call__(self, finding: Finding) -> None:
+    def __call__(self, result: Result) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        mark, style = MARKS[finding.status]
+        mark, style = MARKS[result.status]
         line = Table.grid(padding=(0, 1), pad_edge=False)
         for width in (1, 7, 17):
             line.add_column(width=width)
         line.add_column(overflow="fold")
-        found = Text(visible(finding.found), style="dim" if finding.status == SKIPPED else "")
-        line.add_row(Text(mark, style), Text(finding.status, style), finding.check, found)
-        for todo in finding.todo.splitlines():
+        found = Text(visible(result.found), style="dim" if result.status == SKIPPED else "")
+        line.add_row(Text(mark, style), Text(result.status, style), result.check, found)
+        for todo in result.todo.splitlines():
             line.add_row("", "", "", Text(visible(f"→ {todo}"), style=style))
         self.console.print(line)
 
-    def end(self, findings: list[Finding]) -> None:
+    def end(self, results: list[Result]) -> None:
         """Print how many checks ended how."""
-        counts = {status: sum(f.status == status for f in findings) for status in MARKS}
+        counts = {status: sum(r.status == status for r in results) for status in MARKS}
         plural = {WARNING: "s" if counts[WARNING] > 1 else ""}
         said = ", ".join(f"{count} {status}{plural.get(status, '')}" for status, count in counts.items() if count)
         self.console.print(f"\n{said}", style="bold red" if counts[FAILED] else "bold")

@@ -125,9 +125,9 @@ def _check(args: argparse.Namespace) -> int:
 
 def _check_room(args: argparse.Namespace, prompts: list[Prompt]) -> None:
     """Refuse a model without positions for prompt and samples, before anything is scored or loaded."""
-    from rlseq.doctor.finding import FAILED
-    from rlseq.doctor.preflight import load_configs
+    from rlseq.doctor.check import FAILED
     from rlseq.doctor.prompts import check_context
+    from rlseq.doctor.static import load_configs
 
     model_config, _ = load_configs(args.model_name_or_path)
     room = check_context(model_config, prompts, args.max_completion_length)

@@ -8,7 +8,7 @@ A data set is named in one of three ways:
   In a folder, files named after a split (`train.csv`, `validation-00.jsonl`) are that split;
 * anything else is taken for a Hugging Face hub id and loaded by `datasets.load_dataset`.
 
-A data set with the split `train` alone (a single file, say) is divided by the hash of each row's prompt, as
+A data set with only the split `train` (a single file, for example) is divided by the hash of each row's prompt, as
 `--prompt_column` or `--prompt_template` makes it: 90% train, 5% validation, 5% test, so that equal prompts, and those
 that differ only in whitespace, are never on both sides.
 `rlseq.data.prompts` makes prompts of the rows.
@@ -24,7 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.data.files import FORMATS, format_of, parquet_fault, read_rows, rows_of, rows_of_dataset, seems_data
+from rlseq.data.chat import reference_ids, reference_texts
+from rlseq.data.files import read_rows, rows_of, rows_of_dataset, seems_data
+from rlseq.data.parse import FORMATS, format_of, parquet_fault
 from rlseq.data.prompts import (
     build_prompts,
     columns_of_rows,
@@ -33,8 +35,6 @@ from rlseq.data.prompts import (
     keeping_all,
     made_prompts,
     prompt_digest,
-    reference_ids,
-    reference_texts,
 )
 from rlseq.errors import DataError, RlseqError, did_you_mean
 from rlseq.types import Prompt

@@ -1,5 +1,5 @@
-"""Does a model with its tokenizer fit reinforcement learning? A finding a check, and what to do (docs/reliability.md).
+"""Checks that a model and its tokenizer fit reinforcement learning, each with what to do (docs/reliability.md).
 
-`preflight` makes the checks that read configuration, tokenizer (`chat`) and data (`prompts`), as recipes do at every
-start; `forward` holds those that run the model; `command` is `rlseq doctor`, which makes them all.
+`static` makes the checks that read configuration, tokenizer (`chat`) and data (`prompts`); recipes make them at every
+start. `forward` holds the checks that run the model. `rlseq doctor` makes all of them.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rlseq.doctor.finding import FAILED, SKIPPED, WARNING, Finding, Problem, judge
+from rlseq.doctor.check import FAILED, SKIPPED, WARNING, Problem, Result, judge
 
 ANSWER = "It is 5."
 TURNS = (
@@ -29,7 +29,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
     return next((i for i in tokenizer(text=rest, add_special_tokens=False)["input_ids"] if i in special), None)
 
 
-def check_template(tokenizer: Any, *, chat: bool = False, several_turns: bool = True) -> Finding:
+def check_template(tokenizer: Any, *, chat: bool = False, several_turns: bool = True) -> Result:
     """The tokens of a prompt begin those of prompt and answer; with `several_turns`, also every later prompt's.
 
     Args:
@@ -37,7 +37,7 @@ def check_template(tokenizer: Any, *, chat: bool = False, several_turns: bool = 
         several_turns: whether answers become part of later prompts.
     """
     if not getattr(tokenizer, "chat_template", None):
-        return Finding("chat template", SKIPPED, "the tokenizer has none")
+        return Result("chat template", SKIPPED, "the tokenizer has none")
     problems: list[Problem] = []
     try:
         asked = _ids(tokenizer, TURNS[:1], True)
@@ -50,7 +50,7 @@ def check_template(tokenizer: Any, *, chat: bool = False, several_turns: bool = 
             problems += _later_turns(tokenizer)
     except Exception as error:  # templates raise what they like
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return Finding("chat template", WARNING, f"it refuses turns of user and assistant: {reason}", "look into it")
+        return Result("chat template", WARNING, f"it refuses turns of user and assistant: {reason}", "look into it")
     return judge("chat template", problems, lambda: "keeps what was said as more is said")
 
 

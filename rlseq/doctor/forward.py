@@ -1,4 +1,4 @@
-"""The checks that run the model, on random token ids: what is measured here is arithmetic, not language.
+"""The checks that run the model, on random token ids.
 
 The model is a causal `transformers` model in float32 and eval mode, and is left as it was. Differences of log-probs
 are the largest over all tokens, in nats, against one plain forward of each sequence alone.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlseq.common.disk import readable_size
-from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, judge
+from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Result, judge
 from rlseq.engine.backends import SLOW, select_backend
 from rlseq.engine.likelihood import score, token_logprobs
 from rlseq.engine.sampling import sample
@@ -32,7 +32,7 @@ TOLERANCE = 1e-3  # nats: rounding of float32 in deep models stays below, a wron
 PROMPTS, COMPLETIONS = (3, 9, 17), (12, 5, 9, 12)  # lengths; a packed row of the last prompt has 58 tokens
 
 
-def check_left_padding(model: nn.Module) -> Finding:
+def check_left_padding(model: nn.Module) -> Result:
     """Padding on the left changes no log-prob: with explicit position_ids, and (another trainer's forward) without."""
     pairs = zip(_random_ids(model, PROMPTS), _random_ids(model, COMPLETIONS, seed=1), strict=False)
     rows = [prompt + completion for prompt, completion in pairs]
@@ -54,52 +54,52 @@ def check_left_padding(model: nn.Module) -> Finding:
         told = difference(position_ids=positions)
     except TypeError as error:
         todo = "rlseq's sampler sends position_ids: this model cannot be sampled from"
-        return Finding("left padding", FAILED, f"the forward takes no position_ids: {error}", todo)
+        return Result("left padding", FAILED, f"the forward takes no position_ids: {error}", todo)
     untold = difference()
     if not told <= TOLERANCE:
         todo = "do not train it on batches of prompts of different lengths: what is sampled depends on the batch"
-        return Finding("left padding", FAILED, f"log-probs move by {told:.2g} nats, position_ids or not", todo)
+        return Result("left padding", FAILED, f"log-probs move by {told:.2g} nats, position_ids or not", todo)
     if not untold <= TOLERANCE:
         todo = (
             "rlseq sends position_ids everywhere; a forward that leaves them out (TRL's own) trains on other log-probs"
         )
         found = f"log-probs move by {untold:.2g} nats where position_ids are left out ({told:.1g} with them)"
-        return Finding("left padding", WARNING, found, todo)
-    return Finding("left padding", OK, f"log-probs move by at most {max(told, untold):.1g} nats")
+        return Result("left padding", WARNING, found, todo)
+    return Result("left padding", OK, f"log-probs move by at most {max(told, untold):.1g} nats")
 
 
-def check_packing(model: nn.Module) -> Finding:
+def check_packing(model: nn.Module) -> Result:
     """Completions packed behind a shared prompt have the log-probs that they have alone."""
     prompts, completions = _random_ids(model, PROMPTS), _random_ids(model, COMPLETIONS, seed=1)
     packs, reason = supports_packing(model, max(map(len, prompts)) + max(map(len, completions)))
     if not packs:
-        fallback = "rlseq falls back to a sequence a row: slower, and as exact"
-        return Finding("packing", SKIPPED, f"{reason}; {fallback}")
+        fallback = "rlseq uses one sequence per row: slower, and as exact"
+        return Result("packing", SKIPPED, f"{reason}; {fallback}")
     pairs = [(p, c) for p in prompts for c in completions]
     packed = score(model, [p for p, _ in pairs], [c for _, c in pairs])
     alone = [_alone(model, p + c)[-len(c) :] for p, c in pairs]
     return _difference("packing", _largest(packed, alone), "set pack_updates false, and report the model to rlseq")
 
 
-def check_cache(model: nn.Module) -> Finding:
+def check_cache(model: nn.Module) -> Result:
     """Tokens sampled with the KV cache have the log-probs that one forward of the whole sequence gives them."""
     with torch.no_grad():
         backend = select_backend(model)
     if backend in SLOW:
-        found = f"what it gives from a batch's cache is not what it gives alone; it is decoded {SLOW[backend]}"
-        return Finding("KV cache", WARNING, found, "expect slow rollouts, or update transformers or the model's code")
-    drawn, alone = [], []
+        found = f"logits from a batch's cache differ from those of one sequence; it is decoded {SLOW[backend]}"
+        return Result("KV cache", WARNING, found, "expect slow rollouts, or update transformers or the model's code")
+    sampled, alone = [], []
     for number, ids in enumerate(_random_ids(model, PROMPTS)):
         prompt = Prompt(key=str(number), prompt="", prompt_ids=tuple(ids))
         settings = {"num_samples": 4, "max_new_tokens": _fit(model, 16), "strategy": Sample(), "seed": 0}
         (rollouts,) = sample(model, [prompt], stop_ids=[-1], **settings)  # no id is -1: nothing ends early
-        drawn += [torch.tensor(rollout.logprobs) for rollout in rollouts]
+        sampled += [torch.tensor(rollout.logprobs) for rollout in rollouts]
         alone += [_alone(model, [*ids, *r.completion_ids])[len(ids) - 1 :].cpu() for r in rollouts]
     todo = "rollouts would not be of the trained distribution: try --attn_implementation eager, or update transformers"
-    return _difference("KV cache", _largest(drawn, alone), todo)
+    return _difference("KV cache", _largest(sampled, alone), todo)
 
 
-def check_causality(model: nn.Module) -> Finding:
+def check_causality(model: nn.Module) -> Result:
     """The gradient of a token's loss by the input embeddings is exactly 0 at it and later, and not 0 before it."""
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     (ids,) = _random_ids(model, [min(8, window or 8)])
@@ -114,7 +114,7 @@ def check_causality(model: nn.Module) -> Finding:
     earlier = torch.arange(len(ids))[None] < tokens
     problems = []
     if (ahead := (~earlier & (seen != 0)).any(1)).any():
-        todo = "use a causal model (a masked or prefix LM is none), and check its attention mask"
+        todo = "use a causal model (a masked or prefix LM is not), and check its attention mask"
         found = f"{int(ahead.sum())} of {len(ahead)} tokens' losses depend on the token itself or later ones"
         problems.append((FAILED, found, todo))
     if (blind := (earlier & (seen == 0)).any(1)).any():
@@ -123,17 +123,17 @@ def check_causality(model: nn.Module) -> Finding:
     return judge("causality", problems, lambda: "a token's loss depends on every earlier token, and on no later one")
 
 
-def check_saving(model: nn.Module) -> Finding:
+def check_saving(model: nn.Module) -> Result:
     """Saved and loaded by plain transformers the logits are the same bits, and tied embeddings are tied."""
     tied = bool(model.config.get_text_config().tie_word_embeddings)
     if tied and not _is_tied(model):
         todo = "model.tie_weights() (the head is lost), or set tie_word_embeddings false in config.json (it is kept)"
         found = "the configuration ties head and embedding, but they are two tensors"
-        return Finding("saving", FAILED, found, todo)
+        return Result("saving", FAILED, found, todo)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
         if shutil.disk_usage(folder).free < 2 * size:
-            return Finding("saving", SKIPPED, f"no room for {readable_size(size)} in {Path(folder).parent}")
+            return Result("saving", SKIPPED, f"no room for {readable_size(size)} in {Path(folder).parent}")
         model.save_pretrained(folder)
         again = AutoModelForCausalLM.from_pretrained(
             folder, dtype=next(model.parameters()).dtype, trust_remote_code=False
@@ -145,14 +145,14 @@ def check_saving(model: nn.Module) -> Finding:
         before, after = model(input_ids=row, use_cache=False).logits, again(input_ids=row, use_cache=False).logits
     if not torch.equal(before, after):
         todo = "save_pretrained loses weights of this model: its checkpoints are not what was trained"
-        return Finding("saving", FAILED, f"logits differ by {(before - after).abs().max():.2g} once loaded again", todo)
+        return Result("saving", FAILED, f"logits differ by {(before - after).abs().max():.2g} once loaded again", todo)
     if tied and not _is_tied(again):
         todo = "embedding and head would train apart after a resume: call tie_weights() when loading"
-        return Finding("saving", FAILED, "head and embedding are no longer tied once loaded again", todo)
-    return Finding("saving", OK, f"logits survive, embeddings {'stay tied' if tied else 'are not tied'}")
+        return Result("saving", FAILED, "head and embedding are no longer tied once loaded again", todo)
+    return Result("saving", OK, f"logits survive, embeddings {'stay tied' if tied else 'are not tied'}")
 
 
-def check_weights(model: nn.Module, missing: Collection[str] = (), files: Sequence[Path] | None = None) -> Finding:
+def check_weights(model: nn.Module, missing: Collection[str] = (), files: Sequence[Path] | None = None) -> Result:
     """Weights are finite and all there.
 
     Args:
@@ -172,7 +172,7 @@ def check_weights(model: nn.Module, missing: Collection[str] = (), files: Sequen
     return judge("weights", problems, lambda: f"{count:,}, finite, {kind}")
 
 
-def check_lora(model: nn.Module, **settings: Any) -> Finding:
+def check_lora(model: nn.Module, **settings: Any) -> Result:
     """A fresh adapter changes nothing: KL 0 between the adapted model and the model at the start.
 
     Args:
@@ -181,7 +181,7 @@ def check_lora(model: nn.Module, **settings: Any) -> Finding:
     try:
         import peft
     except ImportError:
-        return Finding("LoRA", SKIPPED, "peft is not installed")
+        return Result("LoRA", SKIPPED, "peft is not installed")
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     before = _logprobs(model)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0, **settings)
@@ -189,7 +189,7 @@ def check_lora(model: nn.Module, **settings: Any) -> Finding:
         adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         todo = "name them: --lora_target_modules all-linear"
-        return Finding("LoRA", WARNING, f"no target modules: {str(error).splitlines()[0]}", todo)
+        return Result("LoRA", WARNING, f"no target modules: {str(error).splitlines()[0]}", todo)
     try:
         kl = _kl(before, _logprobs(adapted.eval()))
         modules = sorted({name.rpartition(".")[2] for name in adapted.targeted_module_names})
@@ -199,11 +199,11 @@ def check_lora(model: nn.Module, **settings: Any) -> Finding:
             parameter.requires_grad_(trained[name])
     if not kl <= 1e-6:
         todo = "the reference is not the start: let lora_B begin at 0 (init_lora_weights)"
-        return Finding("LoRA", FAILED, f"a fresh adapter is {kl:.2g} nats a token from the model", todo)
-    return Finding("LoRA", OK, f"a fresh adapter on {', '.join(modules)} starts at KL {kl:.1g}")
+        return Result("LoRA", FAILED, f"a fresh adapter is {kl:.2g} nats per token from the model", todo)
+    return Result("LoRA", OK, f"a fresh adapter on {', '.join(modules)} starts at KL {kl:.1g}")
 
 
-def check_adapter(model: nn.Module) -> Finding:
+def check_adapter(model: nn.Module) -> Result:
     """A model loaded from an adapter folder trains that adapter, and the KL is to the adapter as it began.
 
     TRL's reference is a frozen copy of the adapter where the model is a `PeftModel`, else the base without it.
@@ -213,9 +213,7 @@ def check_adapter(model: nn.Module) -> Finding:
     start = _logprobs(model)
     if not isinstance(model, peft.PeftModel) or not any(p.requires_grad for p in model.parameters()):
         todo = "load it by PeftModel.from_pretrained(base, folder, is_trainable=True), or merge it into the base first"
-        return Finding(
-            "LoRA", FAILED, "the adapter is frozen: nothing would train, and the reference is the base", todo
-        )
+        return Result("LoRA", FAILED, "the adapter is frozen: nothing would train, and the reference is the base", todo)
     with model.disable_adapter():
         base = _kl(start, _logprobs(model))
     active = model.active_adapter
@@ -233,13 +231,13 @@ def check_adapter(model: nn.Module) -> Finding:
         model.delete_adapter("reference")
     if not kl <= 1e-6:
         todo = "merge the adapter into its base, and train from there"
-        return Finding("LoRA", FAILED, f"a copy of the adapter as the reference is {kl:.2g} nats a token away", todo)
-    return Finding(
+        return Result("LoRA", FAILED, f"a copy of the adapter as the reference is {kl:.2g} nats per token away", todo)
+    return Result(
         "LoRA", OK, f"the adapter trains on; KL to its copy, the reference, {kl:.1g} (to the base {base:.2g})"
     )
 
 
-def check_train_mode(model: nn.Module, disable_dropout: Callable[[nn.Module], None]) -> Finding:
+def check_train_mode(model: nn.Module, disable_dropout: Callable[[nn.Module], None]) -> Result:
     """With dropout turned off as training does it, for good, train mode gives the log-probs of eval mode.
 
     Else the ratio of a recomputed log-prob to the sampled one is not 1 on policy.
@@ -252,10 +250,10 @@ def check_train_mode(model: nn.Module, disable_dropout: Callable[[nn.Module], No
     return _difference("train mode", (trained - evaluated).abs().max().item(), todo)
 
 
-def _difference(check: str, nats: float, todo: str) -> Finding:
+def _difference(check: str, nats: float, todo: str) -> Result:
     if not nats <= TOLERANCE:
-        return Finding(check, FAILED, f"log-probs move by {nats:.2g} nats (allowed: {TOLERANCE:g})", todo)
-    return Finding(check, OK, f"log-probs move by at most {nats:.1g} nats")
+        return Result(check, FAILED, f"log-probs move by {nats:.2g} nats (allowed: {TOLERANCE:g})", todo)
+    return Result(check, OK, f"log-probs move by at most {nats:.1g} nats")
 
 
 def _random_ids(model: nn.Module, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

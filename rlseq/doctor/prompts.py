@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlseq.data.rows import build_prompts, reference_ids
-from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, Problem, judge, named
+from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Problem, Result, judge, named
 from rlseq.types import Prompt
 
 SAMPLED = 500
 
 
-def check_bos(tokenizer: Any, prompts: Sequence[Prompt] = ()) -> Finding:
+def check_bos(tokenizer: Any, prompts: Sequence[Prompt] = ()) -> Result:
     """Prompts, as rlseq builds them, begin with BOS once where the tokenizer has texts begin so, and end without EOS.
 
     Without prompts, one text and (where there is a template) one chat are built.
@@ -40,7 +40,7 @@ def check_bos(tokenizer: Any, prompts: Sequence[Prompt] = ()) -> Finding:
 
 def check_context(
     config: Any, prompts: Sequence[Prompt], completion_tokens: int, *, setting: str | None = "max_completion_length"
-) -> Finding:
+) -> Result:
     """Prompt and completion fit the positions that the model has; `setting` bounds the completion, None: the data."""
     values = config.get_text_config().to_dict()
     known = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -49,30 +49,30 @@ def check_context(
     if context is not None and switch is not None:
         context = min(context, switch)
     if context is None:
-        return Finding("context", OK, "the configuration states no limit")
+        return Result("context", OK, "the configuration states no limit")
     if not prompts:
-        return Finding("context", SKIPPED, f"{context:,} tokens; no data to hold against it (--dataset_name)")
+        return Result("context", SKIPPED, f"{context:,} tokens; no data to hold against it (--dataset_name)")
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
     longest = max(lengths)
     over = sum(length + completion_tokens > context for length in lengths)
     said = f"the longest prompt {longest:,} + completion {completion_tokens:,}"
     if not over:
-        return Finding("context", OK, f"{said} of {context:,} tokens")
+        return Result("context", OK, f"{said} of {context:,} tokens")
     relative = values.get("alibi") or any(name.startswith("rope") for name in values)
     found = f"{over:,} of {len(prompts):,} rows may exceed {context:,} tokens ({said})"
     if context == switch:
         todo = (
             "shorten or leave out what is longer: one such sequence changes the rotary frequencies of its whole batch"
         )
-        return Finding("context", FAILED, f"{found}, where LongRoPE switches", todo)
+        return Result("context", FAILED, f"{found}, where LongRoPE switches", todo)
     if longest >= context:
-        return Finding("context", FAILED, found, "shorten those prompts or leave them out: some have no room to answer")
+        return Result("context", FAILED, found, "shorten those prompts or leave them out: some have no room to answer")
     todo = "shorten the prompts or the references"
     if setting is not None:
         todo = f"lower {setting} to {context - longest:,}, or shorten the prompts"
     if relative:
-        return Finding("context", WARNING, found, f"{todo}: beyond it the model was not trained")
-    return Finding("context", FAILED, found, f"{todo}: positions beyond it do not exist, a run would crash")
+        return Result("context", WARNING, found, f"{todo}: beyond it the model was not trained")
+    return Result("context", FAILED, found, f"{todo}: positions beyond it do not exist, a run would crash")
 
 
 def reference_pairs(
@@ -95,7 +95,7 @@ def check_references(
     stop_ids: Sequence[int],
     *,
     needed: bool = True,
-) -> Finding:
+) -> Result:
     """The tokenizer can write prompts and references: no <unk>, no special token inside, decoded they are themselves.
 
     Args:
@@ -105,7 +105,7 @@ def check_references(
         needed: whether more than half of the references in trouble is a failure rather than a warning.
     """
     if not prompts:
-        return Finding("references", SKIPPED, "no data (--dataset_name)")
+        return Result("references", SKIPPED, "no data (--dataset_name)")
     unk = tokenizer.unk_token_id if tokenizer.unk_token_id not in stop_ids else None
     special = set(tokenizer.all_special_ids) - {unk}
     problems: list[Problem] = []

@@ -20,12 +20,12 @@ from rlseq.engine.strategies import Beam, ExactMAP
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
 
-ROUNDING = 1e-6  # nats: exact search takes completions whose log-probs are this close for equally likely
-TOGETHER = 32  # prefixes that exact search expands in one pass; what an unproven search has found depends on it
+ROUNDING = 1e-6  # nats: completions whose log-probs are this close count as equally likely
+TOGETHER = 32  # prefixes expanded in one pass; the result of an unproven search depends on it
 
 
-def refuse_states(config: Any, accepts: Collection[str] = ("past_key_values",)) -> None:
-    """Refuse, for exact search, a model whose cache holds more than keys and values: it cannot go back to a prefix.
+def validate_cache(config: Any, accepts: Collection[str] = ("past_key_values",)) -> None:
+    """Raise if a model's cache holds more than keys and values: exact search could not return to a prefix.
 
     Args:
         config: the model's; the model need not be loaded.
@@ -91,7 +91,7 @@ def exact_map(
 
     Raises:
         ConfigError: max_new_tokens, max_nodes, width or batch_rows below 1; no prompt or stop ids.
-        ModelError: the model's cache holds states (`refuse_states`); or no completion has a log-prob above −inf (are
+        ModelError: the model's cache holds states (`validate_cache`); or no completion has a log-prob above −inf (are
             the logits NaN?).
     """
     for name, value in {"max_new_tokens": max_new_tokens, "max_nodes": max_nodes, "batch_rows": batch_rows}.items():
@@ -101,7 +101,7 @@ def exact_map(
     stops = frozenset(stop_ids)
     if not prompt or not stops:
         raise ConfigError(f"exact_map: {'prompt_ids' if not prompt else 'stop_ids'} is empty; expected at least one id")
-    refuse_states(model.config, forward_parameters(model))
+    validate_cache(model.config, forward_parameters(model))
     if start is None:
         alone, of_width = [Prompt("", "", prompt)], Beam(width=width)
         [[found]] = beam(model, alone, max_new_tokens=max_new_tokens, strategy=of_width, stop_ids=stops)
@@ -151,7 +151,7 @@ def modes(
     Log-probs are the model's own, by teacher forcing of what was found. Arguments as `rlseq.engine.sampling.sample`;
     `batch_rows` is of the beam search.
     """
-    refuse_states(model.config, forward_parameters(model))
+    validate_cache(model.config, forward_parameters(model))
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     starts = beam(model, prompts, strategy=Beam(width=strategy.width), batch_rows=batch_rows, **common)
     stops, found, proofs = frozenset(stop_ids), [], []

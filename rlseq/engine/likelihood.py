@@ -1,4 +1,4 @@
-"""Teacher forcing: what a model thinks of given sequences, and the measures made of it.
+"""Teacher forcing: the log-probs that a model gives to given sequences, and what is computed from them.
 
 One forward pass over a prompt x and a completion y scores every token given those before it, and by the chain
 rule the sum is the log-prob of the whole completion, exactly:
@@ -24,7 +24,7 @@ from rlseq.engine.model_info import attention_of, eval_mode, uncompiled, vocabul
 from rlseq.engine.packing import PackedBatch, pack, pad, rows_of_group
 from rlseq.engine.self_tests import supports_packing
 
-_ROW_TOKENS = 1024  # attention costs the square of a row: completions of one prompt beyond this start another row
+_ROW_TOKENS = 1024  # attention costs the square of it: beyond, completions of one prompt start another row
 _CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32
 
 
@@ -69,9 +69,9 @@ def score(
 
     Raises:
         ValueError: unequal numbers of prompts and completions, an empty prompt, batch_tokens below 1, or a
-            strategy that draws from no distribution (greedy, beam).
+            strategy that samples from no distribution (greedy, beam).
     """
-    _check_draws(strategy)
+    _check_warp(strategy)
 
     def measure(logits: Tensor, labels: Tensor) -> Tensor:
         return token_logprobs(logits, labels, strategy)
@@ -81,7 +81,7 @@ def score(
 
 @dataclass(frozen=True)
 class TeacherForced:
-    """What one forward pass says of a completion of T tokens, each given the true tokens before it.
+    """What one forward pass gives for a completion of T tokens, each given the true tokens before it.
 
     Attributes:
         logprobs: (T,) nats, the model's own: those of `score`.
@@ -112,7 +112,7 @@ def teacher_force(
     Arguments and errors are those of `score`.
     """
     for strategy in strategies:
-        _check_draws(strategy)
+        _check_warp(strategy)
 
     def measure(logits: Tensor, labels: Tensor) -> Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -136,7 +136,7 @@ def divergence(
     batch_tokens: int = 16_384,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
-    """How far another model b is from a model p at each token of given completions.
+    """KL and log-ratio of a model p against another model b at each token of given completions.
 
         kl_t = Σ_v p(v | x, y_<t) · (log p(v | x, y_<t) − log b(v | x, y_<t))
         ratio_t = log p(y_t | x, y_<t) − log b(y_t | x, y_<t)
@@ -169,9 +169,9 @@ def divergence(
     return _score(model, prompt_ids, completion_ids, measure, batch_tokens, progress, others=[other])
 
 
-def _check_draws(strategy: Warp | None) -> None:
+def _check_warp(strategy: Warp | None) -> None:
     if strategy is not None and not hasattr(strategy, "warp"):
-        raise ValueError(f"{strategy} draws from no distribution; pass None for the model's own log-probs")
+        raise ValueError(f"{strategy} samples from no distribution; pass None for the model's own log-probs")
 
 
 def _score(

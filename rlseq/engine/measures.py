@@ -87,7 +87,7 @@ def reference_probability(sequence_logprobs: Tensor, row_index: Tensor, num_rows
 def exact_pass_at_k(p: Tensor, k: int) -> Tensor:
     """Mean over rows of 1 − (1 − p_i)^k: the chance that k independent samples hold a right one.
 
-    No estimate: the exact expectation, where p_i is the chance of one sample (`reference_probability`).
+    The exact expectation, not an estimate; p_i is the chance of one sample (`reference_probability`).
 
     Args:
         p: (rows,) probabilities; above 1 by rounding counts as 1.
@@ -97,7 +97,7 @@ def exact_pass_at_k(p: Tensor, k: int) -> Tensor:
         () in float64.
 
     Raises:
-        ValueError: k below 1, no rows, or a p that is no probability (references passed twice?).
+        ValueError: k below 1, no rows, or a p that is not a probability (references passed twice?).
     """
     if k < 1 or p.ndim != 1 or len(p) == 0:
         raise ValueError(f"exact_pass_at_k takes (rows,) and k >= 1, not {tuple(p.shape)} and k = {k}")

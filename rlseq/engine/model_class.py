@@ -1,4 +1,4 @@
-"""Which of transformers' auto classes makes a language model of a configuration."""
+"""The auto class of transformers that makes a language model of a configuration."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from transformers.models.auto.modeling_auto import (
 
 from rlseq.errors import ModelError
 
-# Encoders that may be made decoders. Their first position is the padding id + 1; those that are given here start at 0.
+# Encoders that can be decoders. Their positions start at the padding id + 1, and those of rlseq at 0. The self-tests do
+# not cover them: they test whether positions are followed, not where the model was trained to start.
 OTHER_POSITIONS = frozenset(
     ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
 )
 
 
 def causal_class(config: PreTrainedConfig) -> type:
-    """The auto class for causal language models, or where a kind has none, that of models for images too.
+    """The auto class for causal language models; for a type without one, that of image-text models.
 
     Raises:
-        ModelError: a kind that numbers positions otherwise than rlseq gives them.
+        ModelError: a type that numbers positions in another way than rlseq.
     """
     if config.model_type in OTHER_POSITIONS:
         raise ModelError(

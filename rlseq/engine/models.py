@@ -1,7 +1,7 @@
-"""Loading what others saved: no code of a model's repository is run, and no weight is left random.
+"""Loading models and tokenizers: no code of a model's repository is run, and no weight is left random.
 
-transformers asks on the terminal whether to run a repository's code, and takes `yes` from a pipe; and it fills what a
-checkpoint lacks with random numbers, other ones in each process. Here both are refused.
+transformers asks on the terminal whether to run a repository's code, and accepts `yes` from a pipe. It also initialises
+the weights that a checkpoint lacks at random, differently in each process. Both are refused here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from rlseq.engine.model_class import causal_class
 from rlseq.errors import ModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What torch.compile, FSDP and activation checkpointing put into a parameter's name; data parallelism begins it so.
+# What torch.compile, FSDP and activation checkpointing insert in a parameter's name, and data parallelism's prefix.
 _WRAPPERS = re.compile(r"(?:(?<=^)|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _DATA_PARALLEL = re.compile(r"^(?:module\.)+")
 ANOTHER = "Resume from another checkpoint"
 _SAVE_AGAIN = (
-    "Save it again by the class that trained it, or give --allow_missing_weights true where random numbers are wanted "
-    "there"
+    "Save it again by the class that trained it, or give --allow_missing_weights true if random weights are wanted"
 )
 
 
@@ -84,10 +83,10 @@ def load_model(
 ) -> Any:
     """The model of a folder, hub id or GGUF file, in eval mode; of an adapter's folder, its base with the adapter.
 
-    Models that are trained, evaluated and examined, reward models, critics and references are all loaded by it.
+    Training, evaluation, the doctor, reward models, critics and reference models all load by it.
 
     Args:
-        what: how a message calls it.
+        what: its name in messages.
         kind: the auto class or class; None: that of causal language models (`rlseq.engine.model_class`).
         revision: of a hub id; an adapter names its base without one.
         dtype: of the weights, or its name; "auto": that of the checkpoint.
@@ -95,7 +94,7 @@ def load_model(
         quantization: fields of a `BitsAndBytesConfig`, for an adapter of its base; None: as it was saved.
         device: where it goes; "auto": over all accelerators, as transformers' `device_map` spreads it; None: the CPU.
         trainable: give a `PeftModel` whose adapter trains, in place of a base with the adapter inside it.
-        allow_missing: leave weights that the checkpoint lacks as transformers made them: random.
+        allow_missing: leave weights that the checkpoint lacks as transformers initialised them: at random.
         todo: what a message about missing weights advises.
         more: further options of `from_pretrained`.
 
@@ -119,7 +118,7 @@ def load_model(
         _refuse_left_out(path, unexpected, (name for name, _ in model.named_parameters()))
     for module in model.modules():
         # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradient. They compute in bfloat16
-        # and give no gradient after it: a run would draw, and then train nothing.
+        # and give no gradient after it: a run would sample, and then train nothing.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if adapter:
@@ -145,7 +144,7 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def load_reporting(
     path: str | Path, *, what: str = "a model", kind: Any = None, **options: Any
 ) -> tuple[Any, set[str], set[str]]:
-    """A model that is no adapter, from safetensors or a GGUF file alone, whatever its checkpoint lacks.
+    """A model without adapters, from safetensors or a GGUF file only, even if its checkpoint lacks weights.
 
     The names that torch.compile, DistributedDataParallel and FSDP give to parameters are read as the model's own.
 

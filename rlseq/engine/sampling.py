@@ -11,8 +11,6 @@ rounding of the logits (a token within rounding of a boundary of the CDF may the
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -20,55 +18,14 @@ import numpy as np
 import torch
 
 from rlseq.engine.backends import make_decoder
-from rlseq.engine.float64 import float64_device, to_float64
-from rlseq.engine.layout import ranks
+from rlseq.engine.kv_budget import rows_within
 from rlseq.engine.model_info import eval_mode
-from rlseq.engine.strategies import Greedy, Sample, Strategy, to_units
+from rlseq.engine.noise import pick, stream_keys, uniforms
+from rlseq.engine.strategies import Greedy, Sample, Strategy
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
 
 COMPACT_BELOW = 0.75  # finished rows leave the batch when less than this share of it is unfinished
-
-
-def stream_keys(seed: int, stream: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
-    """Return one 64-bit key (B,) a row: the hash of (seed, stream, prompt key, sample)."""
-    digests = (
-        hashlib.blake2b(repr((seed, stream, key, sample)).encode(), digest_size=8).digest()
-        for key, sample in zip(prompt_keys, samples, strict=True)
-    )
-    return np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64)
-
-
-def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
-    """Return the uniform in [0, 1) of each stream at a position: SplitMix64 (Steele et al. 2014), 53 bits, (B,)."""
-    with np.errstate(over="ignore"):
-        z = keys + np.uint64(position + 1) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
-
-
-def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = None) -> torch.Tensor:
-    """Pick a token (B,) by inverse CDF of uniforms (B,), in whole numbers of 2⁻⁵², from log-probs.
-
-    Args:
-        logprobs: (U, V).
-        uniform: (B,) in [0, 1).
-        of: (B,) which of the U distributions each uniform draws from; None: each from its own, U = B.
-    """
-    device = logprobs.device
-    exact = float64_device(device)
-    probs = to_float64(logprobs)
-    cdf = to_units(probs.exp() if probs is logprobs else probs.exp_()).cumsum_(-1)
-    of = np.arange(len(cdf)) if of is None else of
-    rank = ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
-    where = torch.from_numpy(of).to(cdf.device), torch.from_numpy(rank).to(cdf.device)
-    total = cdf[:, -1][where[0]]
-    wanted = cdf.new_zeros(len(cdf), int(rank.max()) + 1)
-    # u·total may round up to the total
-    wanted[where] = torch.minimum((uniform.to(exact) * total).long(), total - 1)
-    index = torch.searchsorted(cdf, wanted, right=True)[where]
-    return index.clamp(max=logprobs.size(-1) - 1).to(device)  # beyond it only where a model gives no numbers
 
 
 def stop_ids_of(model: Any, tokenizer: Any) -> list[int]:
@@ -107,25 +64,25 @@ def sample(
     Args:
         model: any causal transformers model (`rlseq.engine.decoders`); its `generation_config` is not read.
         prompts: P prompts; equal `prompt_ids` share one prefill.
-        num_samples: G; strategies that do not draw give 1 only.
+        num_samples: G; must be 1 for a strategy that is not stochastic.
         max_new_tokens: completions are cut after this many sampled tokens (finish_reason "length").
-        strategy: `Greedy` or `Sample` (beam search: `rlseq.engine.beam.beam`).
+        strategy: `Greedy` or `Sample` (for beam search use `rlseq.engine.beam.beam`).
         seed, stream: name the noise. `stream` is the rollout batch in training, the strategy's index in evaluation.
         stop_ids: ids that end a completion; the one met is part of it.
         tokenizer: decodes `text` and `text_with_special_tokens`; without one they are empty.
-        samples: sample indices a prompt instead of 0..G-1, where a group is spread over processes.
-        prefixes: token ids that each completion of a prompt begins with, one list a prompt. They are part of the
+        samples: the sample indices of each prompt instead of 0..G-1, for groups that are spread over processes.
+        prefixes: token ids that each completion of a prompt begins with, one list per prompt. They are part of the
             completion, with log-prob 0 and `trained_mask` False; noise positions count from the first sampled token.
-        batch_rows: rows decoded together at most; bounds memory, changes no completion.
-        max_kv_gb: a budget for the KV cache in gigabytes (`rows_within`), for fewer rows together; None: none.
-        progress: called with the number of prompts finished, a batch at a time.
+        batch_rows: the most rows decoded together; bounds memory, changes no completion.
+        max_kv_gb: a budget for the KV cache in gigabytes (`rows_within`), which may lower `batch_rows`; None: none.
+        progress: called after each batch with the number of prompts finished.
 
     Returns:
         For each prompt its G rollouts, in the order of the sample indices.
 
     Raises:
         ConfigError: the strategy cannot be sampled, or asks for several equal completions; the numbers of prefixes
-            and prompts differ; a prompt has no tokens; or the budget does not hold a row.
+            and prompts differ; a prompt has no tokens; or the budget does not hold one row.
     """
     if not isinstance(strategy, (Greedy, Sample)):
         raise ConfigError(f"{strategy.signature!r} is a search, not a sampler; use rlseq.engine.beam.beam")
@@ -157,7 +114,7 @@ def sample(
                 frozenset(stop_ids),
             )
             ids = [[*forced[index], *sampled] for (index, _), sampled in zip(rows, ids, strict=True)]
-            logprobs = [[0.0] * len(forced[index]) + drawn for (index, _), drawn in zip(rows, logprobs, strict=True)]
+            logprobs = [[0.0] * len(forced[index]) + of_row for (index, _), of_row in zip(rows, logprobs, strict=True)]
             texts = _texts(tokenizer, ids)
             for (index, s), row_ids, row_logprobs, (text, raw) in zip(rows, ids, logprobs, texts, strict=True):
                 prompt = prompts[index]
@@ -182,55 +139,13 @@ def sample(
 
 
 def _texts(tokenizer: Any | None, ids: Sequence[Sequence[int]]) -> list[tuple[str, str]]:
-    """Of each completion its text and its raw text, special tokens left out and in; equal ones are decoded once."""
+    """The text of each completion without and with special tokens; equal completions are decoded once."""
     if tokenizer is None:
         return [("", "")] * len(ids)
     distinct = list(dict.fromkeys(map(tuple, ids)))
     both = (tokenizer.batch_decode(distinct, skip_special_tokens=skipped) for skipped in (True, False))
     decoded = dict(zip(distinct, zip(*both, strict=True), strict=True))
     return [decoded[tuple(row)] for row in ids]
-
-
-def rows_within(model: Any, max_kv_gb: float, tokens: int, *, together: int = 1) -> int:
-    """How many rows of N tokens a budget for the KV cache holds, at the model's width and precision.
-
-        bytes a token = layers · 2 · key-value heads · head dimension · bytes a number
-
-    An estimate from above where layers attend within a window or hold no cache.
-
-    Args:
-        model: a causal transformers model.
-        max_kv_gb: gigabytes (10⁹ bytes).
-        tokens: of the longest row, prompt and completion.
-        together: rows that must be held at once, as a beam's.
-
-    Raises:
-        ConfigError: the budget does not hold that many; the message says the least that does.
-    """
-    row_bytes = tokens * cached_numbers(model.config) * next(model.parameters()).element_size()
-    rows = int(max_kv_gb * 1e9) // max(1, row_bytes)
-    if rows < together:
-        least = math.ceil(together * row_bytes / 1e3) / 1e6
-        held = "one row" if together == 1 else f"{together} rows, which are decoded together,"
-        raise ConfigError(
-            f"--max_kv_gb is {max_kv_gb:g}, which does not hold {held} of {tokens} tokens; give at least {least:g}"
-        )
-    return rows
-
-
-def cached_numbers(config: Any) -> int:
-    """Numbers that the KV cache holds of a token: layers · 2 · key-value heads · head dimension."""
-    config = config.get_text_config()
-    differ = getattr(config, "per_layer_attributes", None)  # of Gemma 4 the head dimension
-    return sum(map(_layer_numbers, config.per_layer_config if differ else [config] * config.num_hidden_layers))
-
-
-def _layer_numbers(config: Any) -> int:
-    if not getattr(config, "num_attention_heads", None):
-        return 0  # states alone, of one size at any length
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * heads * width
 
 
 def _batches(
@@ -280,7 +195,7 @@ def _decode(
     all_ids = np.zeros((num_rows, max_new_tokens), np.int64)
     all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
     lengths = np.zeros(num_rows, np.int64)
-    rows = np.arange(num_rows)  # those that still run
+    rows = np.arange(num_rows)  # those that are not finished
     for step in range(max_new_tokens):
         slots, logits = torch.from_numpy(slot).to(device), decoder.logits  # (B,), (U, V)
         if isinstance(strategy, Sample):
@@ -290,14 +205,14 @@ def _decode(
             logprobs = torch.log_softmax(logits, dim=-1)
             token = logits.argmax(-1)[slots]
         all_logprobs[torch.from_numpy(rows).to(device), step] = logprobs[slots, token]
-        drawn = token.cpu().numpy()
-        all_ids[rows, step] = drawn
+        sampled = token.cpu().numpy()
+        all_ids[rows, step] = sampled
         lengths[rows] = step + 1
-        runs = ~np.isin(drawn, stops)
-        rows, slot, drawn = rows[runs], slot[runs], drawn[runs]
+        runs = ~np.isin(sampled, stops)
+        rows, slot, sampled = rows[runs], slot[runs], sampled[runs]
         if not len(rows) or step + 1 == max_new_tokens:
             break
-        sources, tokens, slot = _branch(slot, drawn, len(logits))
+        sources, tokens, slot = _branch(slot, sampled, len(logits))
         decoder.advance(sources, tokens)
 
     found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
@@ -305,18 +220,18 @@ def _decode(
     return list(ids), list(their_logprobs)
 
 
-def _branch(slot: np.ndarray, drawn: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+def _branch(slot: np.ndarray, sampled: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
     """Give each distinct prefix a slot, after rows at `slot` (B,) sampled a token each.
 
-    The first of those that follow a slot stays there, the others take slots that no row continues, or new ones; so
-    little is copied. Where less than COMPACT_BELOW of the slots is needed, they are assigned again.
+    The first prefix that continues a slot stays there; the others take slots that no row continues, or new ones, so
+    that little is copied. If less than COMPACT_BELOW of the slots are needed, all are assigned again.
 
     Returns:
-        Of each slot the one whose cache it continues, None where each continues itself; the token of each slot, 0
-        where none continues; and the slot of each row, (B,).
+        For each slot the slot that it continues (None: every slot continues itself); the token of each slot, 0 where no
+        row continues; and the slot of each row, (B,).
     """
-    base = int(drawn.max()) + 1
-    pairs, pair = np.unique(slot * base + drawn, return_inverse=True)  # sorted by slot
+    base = int(sampled.max()) + 1
+    pairs, pair = np.unique(slot * base + sampled, return_inverse=True)  # sorted by slot
     parent, token = np.divmod(pairs, base)
     if len(pairs) < COMPACT_BELOW * num_slots:
         return parent, token, pair

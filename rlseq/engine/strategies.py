@@ -1,7 +1,7 @@
 """Decoding strategies as frozen dataclasses, and the warps of the logits that they sample from.
 
-A strategy that samples has `warp(logits) -> log-probs`: the log-probabilities of the distribution its tokens are
-drawn from, temperature and truncation applied and renormalised. Strategies that search, or choose among samples,
+A strategy that samples has `warp(logits) -> log-probs`: the log-probabilities of the distribution that its tokens are
+sampled from, with temperature and truncation applied and renormalised. Strategies that search, or choose among samples,
 have no such distribution; log-probs recorded under them are the model's own.
 """
 
@@ -18,8 +18,8 @@ import torch
 
 from rlseq.errors import ConfigError, did_you_mean
 
-ALTERNATIVES = "/"  # between the numbers of a setting that is to be chosen
-LOGPROB = "logprob"  # what `BestOf.by` is called where no reward but the model chooses
+ALTERNATIVES = "/"  # between the values of a setting that is swept
+LOGPROB = "logprob"  # the value of `BestOf.by` by which the model chooses, not a reward
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Strategy:
     """Base of the decoding strategies; `name` is how a user calls one."""
 
     name: ClassVar[str] = ""
-    is_stochastic: ClassVar[bool] = False  # whether it draws, so that several completions a prompt make sense
+    is_stochastic: ClassVar[bool] = False  # whether several completions of a prompt may differ
 
     @property
     def signature(self) -> str:
@@ -39,15 +39,15 @@ class Strategy:
 
     @property
     def members(self) -> tuple[Strategy, ...]:
-        """What is to be chosen among: of a `Sweep` its alternatives, else the strategy alone."""
+        """The strategies to choose from: the alternatives of a `Sweep`, else the strategy itself."""
         return (self,)
 
 
 @dataclass(frozen=True)
 class Sweep(Strategy):
-    """Strategies of one kind that differ in numbers, one of which is to be chosen: `sample:temperature=0.5/0.7/1`.
+    """Strategies of one kind with different numbers, of which one is chosen: `sample:temperature=0.5/0.7/1`.
 
-    It decodes nothing by itself (rlseq.evaluation.tune_decoding).
+    It does not decode by itself; `rlseq.evaluation.tune_decoding` chooses a member.
 
     Attributes:
         written: the strategy with all alternatives, its signature.
@@ -69,7 +69,7 @@ class Sweep(Strategy):
 
     @property
     def is_stochastic(self) -> bool:  # type: ignore[override]  # the class's own for others, of the alternatives here
-        """Whether the alternatives draw."""
+        """Whether the alternatives are stochastic."""
         return self.alternatives[0].is_stochastic
 
 
@@ -82,7 +82,7 @@ class Greedy(Strategy):
 
 @dataclass(frozen=True)
 class Sample(Strategy):
-    """Draws each token: ancestral sampling, or from a warped distribution.
+    """Samples each token: ancestral sampling, or from a warped distribution.
 
     Warps apply in this order, each renormalised over what is left:
 
@@ -140,7 +140,7 @@ def to_units(probs: torch.Tensor) -> torch.Tensor:
 
 
 class Rerank(Strategy):
-    """Base of the strategies that draw n samples, as `Sample` with the same settings draws them, and keep one."""
+    """Base of the strategies that take n samples, as `Sample` with the same settings, and keep one."""
 
     n: int
     temperature: float
@@ -158,7 +158,7 @@ class Rerank(Strategy):
 
     @property
     def sampler(self) -> Sample:
-        """The distribution that the candidates are drawn from."""
+        """The distribution that the candidates are sampled from."""
         return Sample(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
@@ -170,7 +170,7 @@ class BestOf(Rerank):
 
     q has the temperature and truncation given. Under `by="logprob"` s is log p(y | x) of the model's own, unwarped
     distribution, and a sample that was cut at the length limit is chosen only if all were. Otherwise `by` names a
-    reward; one that reads the references makes this an oracle. Of equal samples the first drawn is kept.
+    reward; one that reads the references makes this an oracle. Of equal samples the first is kept.
     """
 
     name: ClassVar[str] = "best_of"
@@ -190,7 +190,7 @@ class MBR(Rerank):
         y* = argmax_i 1/(n−1) Σ_{j≠i} u(y_i, y_j),   y_1 … y_n ~ q(· | x)
 
     The other samples stand in as references (Kumar & Byrne 2004; Eikema & Aziz 2020), so no true one is read.
-    `utility` names a reward. Of equal expected utilities the first drawn is kept.
+    `utility` names a reward. Of equal expected utilities the first sample is kept.
     """
 
     name: ClassVar[str] = "mbr"
@@ -212,8 +212,8 @@ class MBR(Rerank):
 class ExactMAP(Strategy):
     """The most likely completion of all that end within the length limit, by `rlseq.engine.exact_map.exact_map`.
 
-    The search expands at most `max_nodes` prefixes a row; where that is not enough to prove its hypothesis the best,
-    the hypothesis stands unproven. It starts from that of a beam of `width`.
+    The search expands at most `max_nodes` prefixes per row. If that is not enough to prove its hypothesis the best, the
+    hypothesis stays unproven. It starts from the hypothesis of a beam of `width`.
     """
 
     name: ClassVar[str] = "exact_map"
@@ -295,7 +295,7 @@ def _sweep(text: str, made: Sequence[Strategy], values: Mapping[str, Sequence[in
     if len(set(made)) < len(made):
         raise ConfigError(f"strategy {text!r} names an alternative twice")
     if isinstance(made[0], ExactMAP):
-        raise ConfigError(f"strategy {text!r}: the settings of exact_map are a budget, and nothing to choose; give one")
+        raise ConfigError(f"strategy {text!r}: the settings of exact_map are a budget and cannot be swept; give one")
     defaults = {f.name: f.default for f in dataclasses.fields(made[0])}
     written = [
         f"{key}={ALTERNATIVES.join(map(str, values[key]))}"

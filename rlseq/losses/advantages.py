@@ -36,7 +36,7 @@ def group_advantages(
 
     Args:
         rewards_PG: (P, G), NaN where abstained.
-        baseline: "mean", "leave_one_out", or one number a prompt, (P,).
+        baseline: "mean", "leave_one_out", or one number per prompt, (P,).
         scale: divides by the sample standard deviation (n − 1 below) of the group's rewards, "std", of all
             rewards given, "batch", or by nothing, "none".
 
@@ -61,7 +61,7 @@ def group_advantages(
 
     if isinstance(baseline, Tensor):
         if baseline.shape != rewards.shape[:1]:
-            raise ValueError(f"baseline is {describe(baseline)}; expected shape ({len(rewards)},), one a prompt")
+            raise ValueError(f"baseline is {describe(baseline)}; expected shape ({len(rewards)},), one per prompt")
         centred = rewards - baseline.detach().to(rewards)[:, None]
     elif baseline == "mean":
         centred = torch.where(equal, 0.0, rewards - mean)
@@ -174,8 +174,8 @@ def whiten(advantages_BT: Tensor, mask_BT: Tensor, *, mean: Tensor | float, std:
 
 
 def _check_sequences(mask_BT: Tensor, **tensors: Tensor) -> None:
-    """One number a row of the mask."""
+    """One number per row of the mask."""
     check_tokens(mask_BT)
     for name, tensor in tensors.items():
         if tensor.shape != mask_BT.shape[:1]:
-            raise ValueError(f"{name} is {describe(tensor)}; expected shape ({len(mask_BT)},), one a sequence")
+            raise ValueError(f"{name} is {describe(tensor)}; expected shape ({len(mask_BT)},), one per sequence")

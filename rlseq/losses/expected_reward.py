@@ -91,7 +91,7 @@ def reference_exact_references(
 
         b = Σ_{y ∈ B} p(y)·r(y) + (1 − P)·v        loss = −Σ_{y ∈ B} p(y)·(r(y) − b)
 
-    where v guesses the reward of what is no reference, from elsewhere (other prompts' rollouts).
+    where v estimates the reward of completions that are not references, from elsewhere (other prompts' rollouts).
 
     Args:
         reference_logprobs: (N,) nats, of distinct references; the gradient flows through them.
@@ -145,7 +145,7 @@ def rest_reward_elsewhere(rewards_PG: Tensor, rest_PG: Tensor) -> tuple[Tensor, 
 
 
 def reference_exact_weight(P: Tensor, num_rest: Tensor, num_samples: int) -> Tensor:
-    """The weight of each rollout that is no reference, in the mean over a prompt's rollouts.
+    """The weight of each rollout that is not a reference, in the mean over a prompt's rollouts.
 
         w = (1 − P) / (n·(1 − P^G))        of each of the n ≥ 1 of G rollouts that are not rejected
 

@@ -67,7 +67,7 @@ def clipped_surrogate(
 
 
 def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:
-    """Estimators of KL(π‖ref) from tokens drawn from π (Schulman 2020, "Approximating KL divergence").
+    """Estimators of KL(π‖ref) from tokens sampled from π (Schulman 2020, "Approximating KL divergence").
 
         d = log π(y_t) − log ref(y_t)        k1 = d        k2 = ½·d²        k3 = exp(−d) − 1 + d
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.config.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.training import GRPOConfig
-from rlseq.data.prompts import tokenize_prompts
+from rlseq.data.chat import tokenize_prompts
 from rlseq.data.rows import reference_ids
 from rlseq.engine.model_info import attention_of
 from rlseq.engine.self_tests import supports_packing

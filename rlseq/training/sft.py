@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from rlseq.data.prompts import continues
+from rlseq.data.chat import continues
 from rlseq.errors import ConfigError
 from rlseq.training.run.model_card import ModelCardMixin
 from rlseq.training.trl.guard import GuardMixin

@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-from rlseq.data.prompts import continues
+from rlseq.data.chat import continues
 from rlseq.errors import ConfigError, RewardError
 from rlseq.scoring.find import find
 from rlseq.types import Prompt

@@ -465,7 +465,9 @@ def test_a_chat_reference_is_what_the_template_makes_of_the_answer():
 def test_images_in_columns_and_messages_are_refused_by_place():
     content = [{"type": "text", "text": "What is it?"}, {"type": "image", "url": "x.png"}]
     rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "user", "content": content}]}]
-    with pytest.raises(DataError, match=r"^row 1: a message of the role 'user' holds an image, and text alone"):
+    with pytest.raises(
+        DataError, match=r"^row 1: a message of the role 'user' holds an image, but rlseq serves only text"
+    ):
         build_prompts(rows, None)
     for column, value in (("image", "x.png"), ("images", ["x.png"])):
         with pytest.raises(DataError, match=f"^row 0: column '{column}' holds an image"):

@@ -12,8 +12,8 @@ from rlseq.errors import DataError
 
 JSON_LINES = {
     "cut short": (b'{"prompt": "a"}\n{"prompt": "b"}\n{"prom', "train.jsonl, line 3: not valid JSON"),
-    "a list": (b'{"prompt": "a"}\n[1, 2]\n', r"train.jsonl, line 2: \[1, 2\] is no row; expected a mapping"),
-    "a number": (b'{"prompt": "a"}\n3\n', "train.jsonl, line 2: 3 is no row; expected a mapping"),
+    "a list": (b'{"prompt": "a"}\n[1, 2]\n', r"train.jsonl, line 2: \[1, 2\] is not a row; expected a mapping"),
+    "a number": (b'{"prompt": "a"}\n3\n', "train.jsonl, line 2: 3 is not a row; expected a mapping"),
     "not UTF-8": (b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n', "train.jsonl, line 2: byte 0xff is not UTF-8"),
     "UTF-16": ('{"prompt": "a"}\n'.encode("utf-16"), "line 1: byte 0xff is not UTF-8; expected text in UTF-8"),
     "a key twice": (b'{"prompt": "a"}\n{"x": 1, "x": 2}\n', r"line 2: not valid JSON \('x' is given twice\)"),
@@ -35,8 +35,8 @@ def test_json_lines(tmp_path, case):
 
 JSON = {
     "cut short": (b'[{"prompt": "a"},\n {"prom', "train.json, line 2: not valid JSON .* expected a list of mappings"),
-    "a number": (b"3", "row 1: 3 is no row"),
-    "a number among rows": (b'[{"prompt": "a"}, 3]', "row 2: 3 is no row; expected a mapping"),
+    "a number": (b"3", "row 1: 3 is not a row"),
+    "a number among rows": (b'[{"prompt": "a"}, 3]', "row 2: 3 is not a row; expected a mapping"),
     "an empty list": (b"[]", "is an empty list; expected rows"),
     "empty": (b"", "is empty"),
 }
@@ -85,7 +85,7 @@ def test_parquet(tmp_path):
     whole = path.read_bytes()
     for data in (b"", whole[: len(whole) // 2], whole[:-3]):
         path.write_bytes(data)
-        with pytest.raises(DataError, match=r"train.parquet' is (empty|no whole parquet file)"):
+        with pytest.raises(DataError, match=r"train.parquet' is (empty|not a complete parquet file)"):
             load_rows(str(tmp_path), "train")
     path.write_bytes(whole[:40] + bytes(60) + whole[100:])
     with pytest.raises(DataError, match=r"train.parquet, rows 1 to 80: the column 'prompt' cannot be read"):

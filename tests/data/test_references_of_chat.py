@@ -317,7 +317,7 @@ def test_what_the_template_is_told_is_a_mapping(kind, given, message, tmp_path):
 @pytest.mark.parametrize(("flags", "prompt"), [([], ""), (["--chat_template_kwargs", '{"think": "none"}'], "(none)")])
 def test_the_doctor_looks_at_prompts_as_the_template_makes_them(flags, prompt, task, monkeypatch, capsys):
     looked_at = []
-    monkeypatch.setattr("rlseq.doctor.preflight.preflight", lambda *given, **_: looked_at.extend(given[2]) or [])
+    monkeypatch.setattr("rlseq.doctor.static.static_checks", lambda *given, **_: looked_at.extend(given[2]) or [])
     monkeypatch.setattr("rlseq.cli.doctor.examine_model", lambda _: [])
     assert main(["doctor", "--model_name_or_path", f"{task}/model", "--dataset_name", f"{task}/asked", *flags]) == 0
     assert {characters().decode(p.prompt_ids) for p in looked_at} == {f"<user>2+2$<assistant>{prompt}"}

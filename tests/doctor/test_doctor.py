@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 from rlseq.config.training import DataArguments, GRPOConfig, ModelArguments, RewardArguments, SFTConfig
 from rlseq.data.rows import build_prompts
 from rlseq.doctor.chat import check_template, end_of_turn
-from rlseq.doctor.preflight import (
+from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
+from rlseq.doctor.static import (
     check_dropout,
     check_dtype,
     check_generation_config,
@@ -22,9 +23,8 @@ from rlseq.doctor.preflight import (
     check_stops,
     check_vocabulary,
     load_configs,
-    preflight,
+    static_checks,
 )
-from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
 from rlseq.errors import ModelError, RewardError
 from rlseq.training.run.recipe import check_fit, load_task
 from rlseq.types import Prompt
@@ -56,18 +56,18 @@ def generation(**fields):
     return GenerationConfig(**{"eos_token_id": EOS, "pad_token_id": PAD, **fields})
 
 
-def told(finding, status, *words):
-    assert finding.status == status, finding
+def told(result, status, *words):
+    assert result.status == status, result
     for word in words:
-        assert word in f"{finding.found}\n{finding.todo}"
-    assert bool(finding.todo) == (status in ("warning", "failed"))
+        assert word in f"{result.found}\n{result.todo}"
+    assert bool(result.todo) == (status in ("warning", "failed"))
 
 
 def test_a_sound_tokenizer_and_configuration_pass_every_check():
     tokenizer = tiny_tokenizer()
-    findings = preflight(tiny_config(), tokenizer, build_prompts(ROWS, tokenizer), elsewhere=True)
-    assert {f.check: f.status for f in findings if f.status != "ok"} == {"chat template": "skipped"}
-    assert len({f.check for f in findings}) == len(findings) == 10
+    results = static_checks(tiny_config(), tokenizer, build_prompts(ROWS, tokenizer), elsewhere=True)
+    assert {r.check: r.status for r in results if r.status != "ok"} == {"chat template": "skipped"}
+    assert len({r.check for r in results}) == len(results) == 10
 
 
 def test_padding():
@@ -252,7 +252,7 @@ def test_preflight_of_100_000_prompts_takes_less_than_a_second():
     few = build_prompts(ROWS, tokenizer)
     prompts = [few[i % len(few)] for i in range(100_000)]
     began = time.process_time()
-    preflight(tiny_config(), tokenizer, prompts, max_completion_length=8)
+    static_checks(tiny_config(), tokenizer, prompts, max_completion_length=8)
     assert time.process_time() - began < 1
 
 

@@ -132,9 +132,9 @@ def test_left_padding_says_how_far_log_probs_move_without_position_ids():
     watching = model.register_forward_pre_hook(
         lambda _, args, given: alone.append(given["input_ids"]), with_kwargs=True
     )
-    finding = forward.check_left_padding(model)
+    result = forward.check_left_padding(model)
     watching.remove()
-    told(finding, "warning", "where position_ids are left out", "rlseq sends position_ids everywhere")
+    told(result, "warning", "where position_ids are left out", "rlseq sends position_ids everywhere")
     # GPT-2's own positions of a row padded by k tokens begin at k: the row alone, at those positions
     rows = [ids for ids in alone if len(ids) == 1]
     width = max(ids.shape[1] for ids in rows)
@@ -149,7 +149,7 @@ def test_left_padding_says_how_far_log_probs_move_without_position_ids():
             differences.append((right - wrong).abs().max().item())
     largest = max(differences)
     assert len(rows) == 3 and min(differences) == 0 < largest
-    assert f"move by {largest:.2g} nats" in finding.found
+    assert f"move by {largest:.2g} nats" in result.found
 
 
 def test_left_padding_that_no_position_ids_mend():
@@ -161,7 +161,7 @@ def test_packing():
     broken = tiny_model()
     broken.model.__class__ = BreaksInLongRows
     told(forward.check_packing(broken), "failed", "log-probs move by", "pack_updates")
-    told(forward.check_packing(tiny_model("mistral")), "skipped", "attention window of 4", "falls back")
+    told(forward.check_packing(tiny_model("mistral")), "skipped", "attention window of 4", "one sequence per row")
 
 
 def test_cache():
@@ -197,7 +197,7 @@ def test_weights():
 
 def test_lora():
     told(forward.check_lora(tiny_model()), "ok", "q_proj, v_proj", "KL 0")
-    told(forward.check_lora(tiny_model(), init_lora_weights=False), "failed", "nats a token from the model")
+    told(forward.check_lora(tiny_model(), init_lora_weights=False), "failed", "nats per token from the model")
     unheard = tiny_model()
     unheard.config.__class__ = type("Unheard", (LlamaConfig,), {"model_type": "unheard-of"})
     told(forward.check_lora(unheard), "warning", "--lora_target_modules")
@@ -252,8 +252,8 @@ def test_an_adapter_trains_on_against_a_copy_of_itself(adapter, tmp_path):
 
 
 def test_an_adapter_folder_is_examined_with_its_base(adapter):
-    found = {finding.check: finding for finding in examine_model(str(adapter))}
-    assert {f.status for f in found.values()} == {"ok", "skipped"}
+    found = {result.check: result for result in examine_model(str(adapter))}
+    assert {r.status for r in found.values()} == {"ok", "skipped"}
     assert "the adapter trains on" in found["LoRA"].found
 
 
@@ -323,7 +323,7 @@ def test_a_check_that_breaks_is_a_failure(saved, monkeypatch):
         raise ZeroDivisionError("by zero")
 
     monkeypatch.setattr(forward, "check_packing", breaks)
-    found = {finding.check: finding for finding in examine_model(str(saved / "model"))}
+    found = {result.check: result for result in examine_model(str(saved / "model"))}
     told(found["packing"], "failed", "stopped by ZeroDivisionError: by zero")
 
 

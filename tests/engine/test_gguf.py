@@ -12,7 +12,7 @@ from tiny_task import tiny_trainer
 from rlseq.cli.doctor import examine_model
 from rlseq.cli.evaluate import evaluate, parse_models
 from rlseq.config.training import ModelArguments
-from rlseq.doctor.finding import FAILED
+from rlseq.doctor.check import FAILED
 from rlseq.engine.gguf_files import gguf_file, where_and_how
 from rlseq.engine.models import load_model, load_tokenizer
 from rlseq.errors import ConfigError, ModelError
@@ -140,7 +140,7 @@ def test_an_adapter_names_the_file_as_its_base(tiny, tmp_path):
 
 
 def test_the_doctor_examines_a_file(tiny):
-    findings = {finding.check: finding for finding in examine_model(str(tiny[0]))}
-    assert [check for check, finding in findings.items() if finding.status == FAILED] == []
-    assert "finite, in 1 gguf file" in findings["weights"].found
-    assert findings["saving"].found == "logits survive, embeddings stay tied"
+    results = {result.check: result for result in examine_model(str(tiny[0]))}
+    assert [check for check, result in results.items() if result.status == FAILED] == []
+    assert "finite, in 1 gguf file" in results["weights"].found
+    assert results["saving"].found == "logits survive, embeddings stay tied"

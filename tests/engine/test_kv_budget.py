@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from rlseq import evaluation
 from rlseq.config.training import EvaluationArguments
-from rlseq.engine.sampling import rows_within, sample
+from rlseq.engine.kv_budget import rows_within
+from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import parse_strategy
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.decode import decode

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemm
 from rlseq.config.training import ModelArguments
 from rlseq.engine import backends, decoders
 from rlseq.engine.beam import beam
+from rlseq.engine.kv_budget import cached_numbers, rows_within
 from rlseq.engine.likelihood import score
-from rlseq.engine.sampling import cached_numbers, rows_within, sample
+from rlseq.engine.sampling import sample
 from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.strategies import Beam, Greedy, Sample
 from rlseq.evaluation.measure.loading import load_checkpoint

@@ -13,7 +13,8 @@ from test_decoding import warped
 from tiny import EOS, PAD, VOCAB, tiny_model
 
 from rlseq.engine import sampling
-from rlseq.engine.sampling import pick, sample, stop_ids_of, stream_keys, uniforms
+from rlseq.engine.noise import pick, stream_keys, uniforms
+from rlseq.engine.sampling import sample, stop_ids_of
 from rlseq.engine.strategies import Beam, Greedy, Sample
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt

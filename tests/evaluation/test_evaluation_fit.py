@@ -75,7 +75,7 @@ def test_images_are_refused_before_any_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
     rows = [{**ROWS[0], "image": None}, {**ROWS[1], "image": "x.png"}]
     settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=())
-    said = r"^row 1: column 'image' holds an image, and text alone is served"
+    said = r"^row 1: column 'image' holds an image, but rlseq serves only text"
     with load_rewards(["exact_match"]) as suite, pytest.raises(DataError, match=said):
         contrast(models, rows, suite, settings=settings, quiet=True)
 

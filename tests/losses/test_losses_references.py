@@ -114,7 +114,7 @@ def test_rewards_of_no_tokens_and_of_the_wrong_number():
     assert last_token_rewards(tensor([1.0, 2.0]), torch.zeros(2, 0).bool()).shape == (2, 0)
     rewards = tensor([1.0]).requires_grad_()
     assert not last_token_rewards(rewards, mask([1])).requires_grad
-    with pytest.raises(ValueError, match="one a sequence"):
+    with pytest.raises(ValueError, match="one per sequence"):
         last_token_rewards(tensor([1.0]), mask([1], [1]))
     with pytest.raises(ValueError, match="bool"):
         last_token_rewards(tensor([1.0]), torch.ones(1, 2))

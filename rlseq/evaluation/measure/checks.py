@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.data.rows import build_prompts
-from rlseq.doctor.finding import FAILED, WARNING
-from rlseq.doctor.preflight import load_configs, preflight
-from rlseq.engine.exact_map import refuse_states
+from rlseq.doctor.check import FAILED, WARNING
+from rlseq.doctor.static import load_configs, static_checks
+from rlseq.engine.exact_map import validate_cache
 from rlseq.engine.model_class import causal_class
 from rlseq.engine.strategies import ExactMAP
 from rlseq.errors import ConfigError, ModelError
@@ -60,15 +60,15 @@ def check_models(
         except ModelError as error:
             raise ModelError(f"cannot load model {name!r} from {str(path)!r}: {error}") from error
         options = {"generation_config": generation_config, "max_new_tokens": settings.max_new_tokens}
-        findings = preflight(model_config, tokenizer, prompts, **options)
-        failed = [f for f in findings if f.status == FAILED and f.check in CHECKS]
+        results = static_checks(model_config, tokenizer, prompts, **options)
+        failed = [r for r in results if r.status == FAILED and r.check in CHECKS]
         if failed:
             said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]
-            raise ModelError("\n  ".join([*said, *(f.sentence for f in failed)]))
-        found = [f.sentence for f in findings if f.check == "references" and f.status in (WARNING, FAILED)]
+            raise ModelError("\n  ".join([*said, *(r.sentence for r in failed)]))
+        found = [r.sentence for r in results if r.check == "references" and r.status in (WARNING, FAILED)]
         warnings += [f"model {name!r}: {sentence}" for sentence in found]
         if searched:
-            refuse_states(model_config)
+            validate_cache(model_config)
     return warnings
 
 

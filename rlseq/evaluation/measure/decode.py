@@ -16,8 +16,9 @@ import torch
 
 from rlseq.engine.beam import beam
 from rlseq.engine.exact_map import TOGETHER, modes
+from rlseq.engine.kv_budget import rows_within
 from rlseq.engine.likelihood import score
-from rlseq.engine.sampling import rows_within, sample
+from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import LOGPROB, MBR, Beam, BestOf, ExactMAP, Greedy, Rerank, Sample, Strategy
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring import RewardSuite
@@ -52,7 +53,7 @@ def decode(
         num_samples: completions a prompt under strategies that sample; the others give one.
         seed, stream: name the noise of sampling, as in `rlseq.engine.sampling.sample`.
         batch_rows: prompts decoded together.
-        max_kv_gb: a budget for the KV cache (`rlseq.engine.sampling.rows_within`); fewer are decoded together where it
+        max_kv_gb: a budget for the KV cache (`rlseq.engine.kv_budget.rows_within`); fewer are decoded together where it
             says so.
         exact_rows: exact search runs on the first N prompts; the others get no completion. None: on all.
         progress: called with the number of prompts finished.

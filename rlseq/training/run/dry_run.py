@@ -17,7 +17,7 @@ from accelerate import PartialState
 from rlseq.common.disk import readable_size
 from rlseq.common.tables import render_table
 from rlseq.config.training import ModelArguments, RunArguments
-from rlseq.data.prompts import reference_ids
+from rlseq.data.chat import reference_ids
 from rlseq.training.run.directory import check_available
 from rlseq.training.run.memory import (
     PEAK,

@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from rlseq.doctor.preflight import load_configs
+from rlseq.doctor.static import load_configs
+from rlseq.engine.kv_budget import cached_numbers
 from rlseq.engine.model_class import causal_class
 from rlseq.engine.model_info import base_of
 from rlseq.engine.models import is_adapter
-from rlseq.engine.sampling import cached_numbers
 from rlseq.errors import ConfigError, ModelError
 from rlseq.training.critic import critic_folder, first_line
 from rlseq.training.models import freeze_other_senses

@@ -23,9 +23,9 @@ from rlseq.config.config_file import changed_values
 from rlseq.config.parser import write_config
 from rlseq.config.training import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
 from rlseq.data.rows import build_prompts, describe_shared, keeping_all, load_rows, made_prompts
-from rlseq.doctor.finding import FAILED, WARNING
-from rlseq.doctor.preflight import load_configs, preflight
+from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.prompts import check_context
+from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.models import is_adapter
 from rlseq.errors import ConfigError, ModelError
 from rlseq.scoring import RewardSuite, load_rewards
@@ -183,10 +183,10 @@ def check_fit(
             "own_sampler": not config.sampled_by_trl,
             "needs_references": config.uses_references,
         }
-    findings = preflight(model_config, tokenizer, prompts, generation_config=generation_config, **options)
+    results = static_checks(model_config, tokenizer, prompts, generation_config=generation_config, **options)
     if drawn is not None:
-        findings.append(check_context(model_config, prompts, drawn, setting="rejection_max_new_tokens"))
-    lines = {status: [f.sentence for f in findings if f.status == status] for status in (FAILED, WARNING)}
+        results.append(check_context(model_config, prompts, drawn, setting="rejection_max_new_tokens"))
+    lines = {status: [r.sentence for r in results if r.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
     there = is_adapter(model_args.model_name_or_path)

@@ -309,7 +309,7 @@ def test_images_are_refused_before_a_model_loads(name, task, tmp_path, monkeypat
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     arguments = ["--config", task / f"{name}.yaml", "--dataset_name", task / "images", "--output_dir", tmp_path / "run"]
     assert run(monkeypatch, name, *arguments) == 2
-    assert "train.jsonl, line 2: column 'image' holds an image, and text alone is served" in capsys.readouterr().err
+    assert "train.jsonl, line 2: column 'image' holds an image, but rlseq serves only text" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a check says: its status, what was found and what to do."""
+"""The result of a check: its status, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Problem = tuple[str, str, str]  # status, what was found, what to do
 
 
 @dataclass(frozen=True)
-class Finding:
+class Result:
     """One check's result.
 
     Attributes:
@@ -29,17 +29,17 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """The finding and what to do, on one line."""
+        """What was found and what to do, on one line."""
         return f"{self.check}: {self.found}. To do: {'; '.join(self.todo.splitlines())}."
 
 
-def judge(check: str, problems: Sequence[Problem], fine: Callable[[], str]) -> Finding:
-    """One finding of several problems, as bad as the worst of them; `fine()` is said where there are none."""
+def judge(check: str, problems: Sequence[Problem], fine: Callable[[], str]) -> Result:
+    """One result for several problems, with the worst status; without problems it says `fine()`."""
     if not problems:
-        return Finding(check, OK, fine())
+        return Result(check, OK, fine())
     status = FAILED if any(status == FAILED for status, _, _ in problems) else WARNING
     todos = dict.fromkeys(todo for _, _, todo in problems)
-    return Finding(check, status, "; ".join(found for _, found, _ in problems), "\n".join(todos))
+    return Result(check, status, "; ".join(found for _, found, _ in problems), "\n".join(todos))
 
 
 def named(tokenizer: Any, token: int | None) -> str:

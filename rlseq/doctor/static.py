@@ -1,6 +1,6 @@
-"""The checks that need no forward pass: a tokenizer, a configuration and prompts are read, nothing runs.
+"""Static checks: they read a tokenizer, a configuration and prompts, and run no model.
 
-Prompts are all looked at. References are tokenised again, so the first one of 500 rows, evenly spaced, stands for all.
+All prompts are checked. References are tokenised again, so only the first reference of 500 rows, evenly spaced, is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from rlseq.doctor.chat import check_template, end_of_turn
-from rlseq.doctor.finding import FAILED, OK, SKIPPED, WARNING, Finding, Problem, judge, named
+from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Problem, Result, judge, named
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
 from rlseq.engine.models import adapter_base, is_adapter, load_config, reason
 from rlseq.engine.sampling import stop_ids_of
@@ -50,7 +50,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def preflight(
+def static_checks(
     model_config: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt] = (),
@@ -62,8 +62,8 @@ def preflight(
     own_sampler: bool = True,
     needs_references: bool = False,
     elsewhere: bool = False,
-) -> list[Finding]:
-    """Make every check that needs no forward pass; half a second for 100,000 prompts.
+) -> list[Result]:
+    """Make every check that needs no forward pass.
 
     Args:
         model_config, generation_config: of the model, as `load_configs` gives them; without the second, what the
@@ -75,8 +75,8 @@ def preflight(
         disable_dropout: whether training turns dropout off.
         own_sampler: whether rollouts come from rlseq's sampler, which does not read `generation_config`.
         needs_references: whether references are completions to the run (a loss or an evaluation scores them).
-        elsewhere: whether to look, too, at what rlseq takes care of or makes no use of, and other code may not: the
-            padding, the template where prompts are text, conversations of several turns.
+        elsewhere: whether to check also what only code outside rlseq depends on: the padding, the template if prompts
+            are text, conversations of several turns.
     """
     generation_config = generation_config or GenerationConfig.from_model_config(model_config)
     rows = model_config.get_text_config().vocab_size
@@ -94,7 +94,7 @@ def preflight(
         check_bos(tokenizer, prompts),
         check_template(tokenizer, chat=chat, several_turns=elsewhere)
         if chat or elsewhere
-        else Finding("chat template", SKIPPED, "the prompts are text"),
+        else Result("chat template", SKIPPED, "the prompts are text"),
         check_dropout(model_config, disabled=disable_dropout),
         check_generation_config(generation_config, ignored=own_sampler),
         check_context(model_config, prompts, longest, setting=setting),
@@ -123,7 +123,7 @@ def load_configs(name_or_path: str, revision: str | None = None) -> tuple[Any, A
         return config, GenerationConfig.from_model_config(config)
 
 
-def check_padding(tokenizer: Any, rows: int, *, elsewhere: bool = True) -> Finding:
+def check_padding(tokenizer: Any, rows: int, *, elsewhere: bool = True) -> Result:
     """Prompts are padded on the left for generation, by a token that the embedding (rows) holds and that is not EOS.
 
     rlseq pads on the left and masks by lengths whatever the tokenizer says: only what other code does (`elsewhere`)
@@ -147,7 +147,7 @@ def check_padding(tokenizer: Any, rows: int, *, elsewhere: bool = True) -> Findi
 
 def check_stops(
     tokenizer: Any, generation_config: Any, rows: int, *, chat: bool = False, template: bool = True
-) -> Finding:
+) -> Result:
     """Tokenizer, generation_config and chat template agree on what ends a completion, and rlseq stops at all of it.
 
     Args:
@@ -182,7 +182,7 @@ def check_stops(
     return judge("stop tokens", problems, lambda: ", ".join(named(tokenizer, i) for i in stops))
 
 
-def check_dropout(config: Any, *, disabled: bool = True) -> Finding:
+def check_dropout(config: Any, *, disabled: bool = True) -> Result:
     """Dropout is off in RL, else the ratio of a recomputed log-prob to the sampled one is not 1 on policy."""
     rates = [
         f"{name} {value:g}"
@@ -193,10 +193,10 @@ def check_dropout(config: Any, *, disabled: bool = True) -> Finding:
         and value > 0
     ]
     if not rates:
-        return Finding("dropout", OK, "none")
+        return Result("dropout", OK, "none")
     if disabled:
-        return Finding("dropout", OK, f"{', '.join(rates)}: RL turns it off (disable_dropout)")
-    return Finding(
+        return Result("dropout", OK, f"{', '.join(rates)}: RL turns it off (disable_dropout)")
+    return Result(
         "dropout",
         WARNING,
         f"{', '.join(rates)} stays on",
@@ -204,7 +204,7 @@ def check_dropout(config: Any, *, disabled: bool = True) -> Finding:
     )
 
 
-def check_generation_config(generation_config: Any, *, ignored: bool = False) -> Finding:
+def check_generation_config(generation_config: Any, *, ignored: bool = False) -> Result:
     """No field of generation_config.json changes the distribution that rollouts are sampled from."""
     values = generation_config.to_dict()
     leaks = [
@@ -213,33 +213,29 @@ def check_generation_config(generation_config: Any, *, ignored: bool = False) ->
         if values.get(name) not in (None, [], {}) and values[name] not in neutral
     ]
     if not leaks:
-        return Finding("generation config", OK, "changes no sampling")
+        return Result("generation config", OK, "changes no sampling")
     if ignored:
-        return Finding("generation config", OK, f"{', '.join(leaks)}: rlseq's sampler reads none of it")
-    todo = (
-        "rlseq's sampler reads none of it; where `generate` or vLLM draws, set it back or train on what was not drawn"
-    )
-    return Finding("generation config", WARNING, ", ".join(leaks), todo)
+        return Result("generation config", OK, f"{', '.join(leaks)}: rlseq's sampler reads none of it")
+    todo = "rlseq's sampler reads none of it; if `generate` or vLLM samples, reset it there"
+    return Result("generation config", WARNING, ", ".join(leaks), todo)
 
 
-def check_vocabulary(tokenizer: Any, rows: int) -> Finding:
+def check_vocabulary(tokenizer: Any, rows: int) -> Result:
     """Every token of the tokenizer has a row in the embedding."""
     tokens = max(tokenizer.get_vocab().values()) + 1
     if tokens > rows:
         todo = "model.resize_token_embeddings(len(tokenizer)) and save, or take the model's own tokenizer"
-        return Finding("vocabulary", FAILED, f"{tokens:,} tokens, but an embedding of {rows:,} rows", todo)
+        return Result("vocabulary", FAILED, f"{tokens:,} tokens, but an embedding of {rows:,} rows", todo)
     spare = f", {rows - tokens:,} rows to spare" if rows > tokens else ""
-    return Finding("vocabulary", OK, f"{tokens:,} tokens in {rows:,} rows{spare}")
+    return Result("vocabulary", OK, f"{tokens:,} tokens in {rows:,} rows{spare}")
 
 
-def check_dtype(config: Any) -> Finding:
+def check_dtype(config: Any) -> Result:
     """The precision that the weights were saved in."""
     dtype = str(getattr(config, "dtype", None) or "unstated").removeprefix("torch.")
     if dtype == "float16":
-        return Finding(
-            "dtype", WARNING, dtype, "small updates round to nothing: train in float32 or bfloat16 (--dtype)"
-        )
-    return Finding("dtype", OK, f"{dtype} on disk; float32 in training unless --dtype says otherwise")
+        return Result("dtype", WARNING, dtype, "small updates round to nothing: train in float32 or bfloat16 (--dtype)")
+    return Result("dtype", OK, f"{dtype} on disk; float32 in training unless --dtype says otherwise")
 
 
 def _stop_ids(generation_config: Any, tokenizer: Any) -> list[int]:
