@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -145,7 +146,7 @@ def test_two_messages_that_nobody_can_act_on_are_not_printed_and_others_are(tmp_
 
 
 @pytest.mark.soak
-def test_a_wheel_installed_in_a_fresh_environment_works_from_an_empty_folder(tmp_path):
+def test_a_wheel_installed_in_a_fresh_environment_trains_and_evaluates_from_an_empty_folder(tmp_path):
     pytest.importorskip("hatchling", reason="the build backend, of the extra dev, is absent")
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -178,3 +179,30 @@ def test_a_wheel_installed_in_a_fresh_environment_works_from_an_empty_folder(tmp
     launched = [python, "-m", "accelerate.commands.launch", "-m", "rlseq.recipes.grpo", "--dry_run", "true"]
     assert "checkpoints on disk" in call(*launched)
     assert list(empty.iterdir()) == []
+
+    # A user's folder holds a reward, and then what the recipes, the bundled task and the bundled rewards make in it.
+    (empty / "brevity.py").write_text("def brevity(completion):\n    return -float(len(completion.split()))\n")
+    trained = call(
+        *(python, "-m", "rlseq.recipes.grpo", "--reward_funcs", "phoneme_accuracy", "brevity.py:brevity"),
+        *("--reward_weights", "1", "0.01", "--max_steps", "2", "--per_device_train_batch_size", "16"),
+        *("--warmup_steps", "0", "--save_steps", "2", "--eval_strategy", "no", "--no_evaluate", "--output_dir", "run"),
+    )
+    assert "53,821 prompts" in trained
+    rollouts = [json.loads(line) for line in (empty / "run/rollouts/000002.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 16 and set(rollouts[0]["values"]) == {"phoneme_accuracy", "brevity"}
+    assert all(r["values"]["brevity"] == -len(r["completion"].split()) for r in rollouts)
+    weights = [folder / "model.safetensors" for folder in (ROOT / "recipes/g2p/half-base", empty / "run")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+    assert "Step 2: 16 rollouts of 2 prompts" in call(python.parent / "rlseq", "show", "run")
+    replayed = call(python.parent / "rlseq", *"reward replay run --reward_funcs exact_match".split())
+    assert ["exact_match", "1", "32"] in [line.split()[:3] for line in replayed.splitlines()]
+    base = site / "rlseq/bundled/recipes/g2p/half-base"
+    call(
+        *(python, "-m", "rlseq.recipes.evaluate", "--config", "recipes/g2p/evaluate.yaml", "--output_dir", "contrast"),
+        *("--models", f"base={base}", "rl=run", "--eval_rows", "20"),
+    )
+    results = json.loads((empty / "contrast/results.json").read_text())
+    assert list(results["models"]) == ["base", "rl"] and results["rows"] == 20
+    assert 0.7 < results["models"]["base"]["strategies"]["greedy"]["phoneme_accuracy"]["value"] <= 1.0
+    assert "<html" in (empty / "contrast/report.html").read_text()
+    assert {path.name for path in empty.iterdir()} - {"__pycache__"} == {"brevity.py", "run", "contrast"}
