@@ -36,7 +36,7 @@ COLUMNS = {
     "sampled WER": ("sample", "wer", 100),
     "exact accuracy": (None, "exact_accuracy", 100),
     "right in 256 samples": (None, "exact_pass_at_k.256", 100),
-    "NLL a token": (None, "nll_per_token", 1),
+    "NLL per token": (None, "nll_per_token", 1),
     "own log-prob": ("sample", "logprob", 1),
 }
 MATRIX = {"greedy": "greedy", **{f"T {t}": name for t, name in zip(TEMPERATURES, STRATEGIES[1:], strict=True)}}

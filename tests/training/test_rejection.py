@@ -230,7 +230,7 @@ def test_training_on_a_log_teaches_its_best_completions_and_validates_on_referen
         assert greedy(model, [VOCABULARY.index(word) for word in row["prompt"].split()]) == [*wanted, EOS]
     assert not (tmp_path / "run/rollouts").exists()
 
-    # Without learning, the validation loss is the references' NLL a token under the start.
+    # Without learning, the validation loss is the references' NLL per token under the start.
     still = [*common, "--output_dir", tmp_path / "still", "--learning_rate", 0, "--eval_strategy", "steps"]
     run_sft(monkeypatch, *still, "--eval_steps", 1)
     (loss,) = (line["eval_loss"] for line in read_lines(tmp_path / "still/metrics.jsonl") if "eval_loss" in line)
