@@ -54,20 +54,11 @@ def evaluate_or_join(
 
     evaluate(
         arguments.models or [],
-        dataset_name=data.dataset_name,
-        split=data.eval_split,
-        limit=data.eval_rows,
-        config_name=data.dataset_config,
-        prompt_options=data.prompt_options() | arguments.template_options(),
-        reward_funcs=measured,
+        data,
+        measured,
+        settings=ContrastSettings.of(arguments, evaluation),
+        template_options=arguments.template_options(),
         max_error_rate=rewards.max_error_rate,
-        settings=ContrastSettings(
-            **evaluation.contrast_values(arguments.max_new_tokens),
-            choose_split=arguments.choose_split,
-            choose_rows=arguments.choose_rows,
-            dtype=arguments.dtype,
-            allow_missing_weights=arguments.allow_missing_weights,
-        ),
         output_dir=arguments.output_dir,
     )
 
@@ -135,16 +126,13 @@ def parse_models(specs: Sequence[str]) -> dict[str, str]:
 
 def evaluate(
     models: Sequence[str],
-    *,
-    dataset_name: str | None,
-    split: str,
-    limit: int | None,
-    config_name: str | None,
-    prompt_options: Mapping[str, Any],
+    data: DataArguments,
     reward_funcs: Sequence[Any] | None,
+    *,
     settings: Any,
-    output_dir: str,
-    max_error_rate: float = 0.05,
+    output_dir: str | Path,
+    template_options: Mapping[str, Any] | None = None,
+    max_error_rate: float = RewardArguments.max_error_rate,
 ) -> dict[str, Any]:
     """Check everything cheap, contrast the models, write the report and print its summary."""
     with ending_quietly():
@@ -159,24 +147,21 @@ def evaluate(
     named = parse_models(models)
     if not named:
         raise ConfigError("no model is named; give --models NAME=PATH ..., or --compare to join finished evaluations")
-    if not dataset_name:
+    if not data.dataset_name:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if not reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
+    split, prompt_options = data.eval_split, data.prompt_options() | (template_options or {})
     choosing = [sweep.signature for sweep in sweeps(settings)]
     if choosing and settings.choose_split == split:
         raise ConfigError(
             f"strategy {choosing[0]!r} is to be chosen on the split {split!r}, which is the one evaluated: it would "
             "look better than it is. Give another --choose_split, or another --eval_split (test, for the final claim)."
         )
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--eval_rows is {limit}; expected at least 1")
     PartialState(cpu=not torch.accelerator.is_available())  # else several processes on CPUs each evaluate alone
-    made_by: dict[str, Any] = {
-        name: prompt_options[name] for name in ("prompt_column", "prompt_template") if name in prompt_options
-    }
-    load: Callable[[str], list[dict[str, Any]]] = partial(load_rows, dataset_name, config_name=config_name, **made_by)
-    rows = load(split)[:limit]
+    made_by = {"prompt_column": data.prompt_column, "prompt_template": data.prompt_template}
+    load: Callable[[str], list[dict[str, Any]]] = partial(load_rows, data.dataset_name, **data.row_options())
+    rows = load(split)[: data.eval_rows]
     if PartialState().is_main_process and split != TRAIN:
         _say_shared(rows, split, load, partial(made_prompts, **made_by))
     choice_rows = []
@@ -190,7 +175,7 @@ def evaluate(
             settings=settings,
             prompt_options=prompt_options,
             output_dir=Path(output_dir),
-            data_name=f"{dataset_name} ({split})",
+            data_name=f"{data.dataset_name} ({split})",
             choice_rows=choice_rows,
         )
 

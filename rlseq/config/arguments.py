@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from rlseq.config.fields import (
@@ -19,6 +19,7 @@ from rlseq.config.fields import (
     SHARE,
     Range,
     Settings,
+    as_declared,
     at_least,
     setting,
 )
@@ -61,6 +62,7 @@ class EvaluateArguments(Settings):
     )
     output_dir: str = setting("runs/contrast", "Where results.json and report.html go.")
     max_new_tokens: int = setting(256, "Longest completion, in tokens.", range=at_least(1))
+    seed: int = setting(0, "Seed of the evaluation's sampling and of its bootstrap.")
     dtype: str = setting(
         "float32",
         "Precision of the models' weights; auto: each checkpoint's own.",
@@ -174,7 +176,6 @@ class EvaluationArguments(Settings):
         "Budget for the KV cache of its decoding, in gigabytes: fewer rows together; default: none.",
         range=ABOVE_0,
     )
-    eval_seed: int = setting(0, "Seed of the evaluation's sampling and of its bootstrap.")
     resamples: int = setting(
         10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.", range=at_least(1)
     )
@@ -211,14 +212,6 @@ class EvaluationArguments(Settings):
     primary: str | None = setting(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
     primary_against: str | None = setting(None, "The start's strategy in it, if another: its best decoding.")
 
-    def contrast_values(self, max_new_tokens: int) -> dict[str, Any]:
-        """These settings by the names of `rlseq.evaluation.settings.ContrastSettings`."""
-        renamed = {"eval_seed": "seed", "eval_batch_size": "batch_rows"}
-        found = {renamed.get(f.name, f.name): getattr(self, f.name) for f in fields(EvaluationArguments)}
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-        values["studies"] = tuple(name for name in self.studies if name != "none")
-        return values | {"max_new_tokens": max_new_tokens}
-
 
 @dataclass
 class TrainingEvaluationArguments(EvaluationArguments):
@@ -230,6 +223,7 @@ class TrainingEvaluationArguments(EvaluationArguments):
         "What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, lookahead, "
         "or none (docs/evaluation.md).",
     )
+    eval_seed: int = as_declared(EvaluateArguments, "seed")  # seed is that of training
     probe_rows: int = setting(
         500,
         "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split.",

@@ -15,8 +15,7 @@ from typing import Any
 
 from rlseq.errors import ConfigError
 
-# Keys of a field's metadata that argparse does not get: its range, and its flag's name where that is another.
-RANGE, FLAG = "range", "flag"
+RANGE = "range"  # the key of a field's metadata that argparse does not get
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def as_declared(settings: type, name: str, **default: Any) -> Any:
     declared = {field.name: field for field in dataclasses.fields(settings)}[name]
     value = default_of(declared)
     value = default.get("default", tuple(value) if isinstance(value, list) else value)
-    return dataclasses.field(default=value, metadata={FLAG: name, **declared.metadata})
+    return dataclasses.field(default=value, metadata=declared.metadata)
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -78,7 +77,7 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def for_argparse(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """A field's metadata without what only this module reads."""
-    return {name: value for name, value in metadata.items() if name not in (RANGE, FLAG)}
+    return {name: value for name, value in metadata.items() if name != RANGE}
 
 
 def check_ranges(settings: Any, prefix: str = "--") -> None:
@@ -88,14 +87,14 @@ def check_ranges(settings: Any, prefix: str = "--") -> None:
         prefix: put before the name in the message.
 
     Raises:
-        ConfigError: names the first setting by its flag, and its range.
+        ConfigError: names the first setting, and its range.
     """
     inherited = getattr(settings, "ranges_of_inherited", {})
     for field in dataclasses.fields(settings):
         value, allowed = getattr(settings, field.name), field.metadata.get(RANGE) or inherited.get(field.name)
         if allowed is None or value is None:
             continue
-        name = prefix + field.metadata.get(FLAG, field.name)
+        name = prefix + field.name
         if isinstance(value, list | tuple):
             if outside := [number for number in value if number not in allowed]:
                 raise ConfigError(f"{name} holds {outside[0]:g}; expected each to be {allowed.words}")

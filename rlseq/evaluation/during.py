@@ -58,7 +58,7 @@ class ValidationProbe:
         max_new_tokens: completions are cut after this many tokens.
         seed: of the sampling. The draws are fixed, so a row always meets the same noise.
         samples_per_row: completions a row under `sample`.
-        batch_rows: rows decoded together; changes memory and time only.
+        eval_batch_size: rows decoded together; changes memory and time only.
 
     Attributes:
         metrics: by key, whether higher is better (None: neither). Every call returns these keys.
@@ -80,7 +80,7 @@ class ValidationProbe:
         max_new_tokens: int,
         seed: int = 0,
         samples_per_row: int = 1,
-        batch_rows: int = 256,
+        eval_batch_size: int = 256,
     ):
         if not prompts:
             raise DataError("evaluation during training was given no validation rows")
@@ -91,7 +91,7 @@ class ValidationProbe:
             samples_per_row=samples_per_row,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            batch_rows=batch_rows,
+            eval_batch_size=eval_batch_size,
         )
         self.suite, names = measured_together(suite, eval_suite)
         self.suite.check_columns(column_names(self.prompts))

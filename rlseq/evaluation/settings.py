@@ -22,7 +22,7 @@ class ContrastSettings:
         max_new_tokens: completions are cut after this many tokens.
         seed: of the sampling and of the bootstrap.
         resamples: bootstrap resamples, and sign flips of the permutation test.
-        batch_rows: rows decoded together; changes memory and time only.
+        eval_batch_size: rows decoded together; changes memory and time only.
         max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
@@ -48,9 +48,9 @@ class ContrastSettings:
     strategies: tuple[str, ...] = as_declared(EvaluationArguments, "strategies")
     samples_per_row: int = as_declared(EvaluationArguments, "samples_per_row")
     max_new_tokens: int = as_declared(EvaluateArguments, "max_new_tokens")
-    seed: int = as_declared(EvaluationArguments, "eval_seed")
+    seed: int = as_declared(EvaluateArguments, "seed")
     resamples: int = as_declared(EvaluationArguments, "resamples")
-    batch_rows: int = as_declared(EvaluationArguments, "eval_batch_size")
+    eval_batch_size: int = as_declared(EvaluationArguments, "eval_batch_size")
     max_kv_gb: float | None = as_declared(EvaluationArguments, "max_kv_gb")
     primary: str | None = as_declared(EvaluationArguments, "primary")
     primary_against: str | None = as_declared(EvaluationArguments, "primary_against")
@@ -73,6 +73,19 @@ class ContrastSettings:
     allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")
     quantization: Mapping[str, Any] | None = None
 
+    @classmethod
+    def of(cls, *arguments: Any, **more: Any) -> ContrastSettings:
+        """The settings that these dataclasses of `rlseq.config.arguments` hold.
+
+        Args:
+            more: settings by name, in place of theirs.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        found = {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part)} | more
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in names}
+        values["studies"] = tuple(name for name in values.get("studies", ()) if name != "none")
+        return cls(**values)
+
     def parsed(self) -> list[Strategy]:
         """The strategies as objects."""
         return [parse_strategy(text) for text in self.strategies]
@@ -80,7 +93,7 @@ class ContrastSettings:
     def decisive(self) -> dict[str, Any]:
         """The settings that decide numbers, by name, in JSON's types: those of memory and time alone are left out."""
         shown = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-        without = ["batch_rows", "max_kv_gb"]
+        without = ["eval_batch_size", "max_kv_gb"]
         if not any(isinstance(strategy, Sweep) for strategy in self.parsed()):
             without += ["choose_split", "choose_rows"]
         without += [name for name in ("allow_missing_weights", "quantization") if not getattr(self, name)]

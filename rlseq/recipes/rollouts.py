@@ -70,9 +70,10 @@ def prepare(
     during = config.eval_strategy != "no"
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
     measured, _ = measured_together(task.suite, task.eval_suite)
-    values = evaluation.contrast_values(config.max_completion_length)
-    settings = ContrastSettings(
-        **values,
+    settings = ContrastSettings.of(
+        evaluation,
+        max_new_tokens=config.max_completion_length,
+        seed=evaluation.eval_seed,
         allow_missing_weights=model_args.allow_missing_weights,
         quantization=quantization_of(model_args),
     )

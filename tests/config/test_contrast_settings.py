@@ -6,6 +6,7 @@ from test_data import word_tokenizer
 from tiny import tiny_model
 
 from rlseq.cli.evaluate import evaluate, parse_models
+from rlseq.config.arguments import DataArguments
 from rlseq.engine import model_class
 from rlseq.errors import ConfigError, DataError, ModelError, RewardError
 
@@ -83,10 +84,9 @@ def test_no_models_and_models_that_do_not_load_are_named(checkpoints, tmp_path):
 def test_a_folder_that_cannot_be_made_is_found_before_anything_is_measured(no_model, checkpoints, tmp_path):
     (tmp_path / "test.jsonl").write_text('{"prompt": "a = ", "references": ["A"]}\n')
     (tmp_path / "file").touch()
-    given = {"dataset_name": str(tmp_path / "test.jsonl"), "split": "test", "limit": None, "config_name": None}
-    given |= {"prompt_options": {}, "reward_funcs": ["phoneme_accuracy"], "settings": SETTINGS}
+    data, out = DataArguments(dataset_name=str(tmp_path / "test.jsonl"), eval_split="test"), tmp_path / "file/out"
     with pytest.raises(ConfigError, match=r"cannot make .*Give another --output_dir"):
-        evaluate([f"x={checkpoints['one']}"], **given, output_dir=str(tmp_path / "file/out"))
+        evaluate([f"x={checkpoints['one']}"], data, ["phoneme_accuracy"], settings=SETTINGS, output_dir=out)
 
 
 def test_models_are_named_or_called_after_their_folder(checkpoints):
@@ -114,15 +114,15 @@ def test_models_that_cannot_be_meant_are_refused(checkpoints, tmp_path, specs, m
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("data", "rewards", "message"),
     [
-        ({"dataset_name": None}, "give --dataset_name"),
-        ({"reward_funcs": []}, "give --reward_funcs"),
-        ({"limit": 0}, "--eval_rows is 0"),
+        ({}, ["phoneme_accuracy"], "give --dataset_name"),
+        ({"dataset_name": "x.csv"}, [], "give --reward_funcs"),
+        ({"dataset_name": "x.csv", "eval_rows": 0}, ["phoneme_accuracy"], "--eval_rows is 0"),
     ],
 )
-def test_the_command_says_what_is_missing(no_model, checkpoints, tmp_path, changes, message):
-    given = {"dataset_name": "x.csv", "split": "test", "limit": None, "config_name": None, "prompt_options": {}}
-    given |= {"reward_funcs": ["phoneme_accuracy"], "settings": SETTINGS, "output_dir": str(tmp_path)}
+def test_the_command_says_what_is_missing(no_model, checkpoints, tmp_path, data, rewards, message):
     with pytest.raises(ConfigError, match=message):
-        evaluate([f"x={checkpoints['one']}"], **given | changes)
+        evaluate(
+            [f"x={checkpoints['one']}"], DataArguments(**data), rewards, settings=SETTINGS, output_dir=str(tmp_path)
+        )

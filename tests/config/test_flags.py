@@ -8,6 +8,7 @@ from test_dry_run import run
 
 from rlseq.cli import evaluate
 from rlseq.cli.main import Parser, main
+from rlseq.config.arguments import DataArguments
 from rlseq.config.flags import from_flags
 from rlseq.config.parser import RecipeParser
 from rlseq.errors import ConfigError
@@ -69,7 +70,7 @@ LINES = [
     ["--dataset_name", "none", "--prompt-template", "null", "--primary", "wer:greedy"],
     ["--reward_funcs", "a", '{"func": "b"}', "--eval_reward_funcs", "c", "--max_error_rate", "1e-1"],
     ["--temperatures", "0.5", "1", "--prefix_lengths", "3", "--strategies", "sample:temperature=0.5/1"],
-    ["--studies", "none", "--studies", "ranking", "lookahead", "--eval_seed", "-1", "--max_kv_gb", "inf"],
+    ["--studies", "none", "--studies", "ranking", "lookahead", "--seed", "-1", "--max_kv_gb", "inf"],
 ]
 
 
@@ -105,7 +106,7 @@ def test_both_evaluate_with_what_was_given(monkeypatch):
         "--prompt_column", "q", "--reference_column", "r", "--prompt_template", "{{ q }}",
         "--reference_template", "{{ r }}", "--merge_references", "--reward_funcs", "x", "y", "--eval_reward_funcs", "z",
         "--max_error_rate", "0.2", "--strategies", "greedy", "--samples_per_row", "3", "--max_new_tokens", "9",
-        "--eval_seed", "5", "--resamples", "11", "--eval_batch_size", "13", "--max_kv_gb", "0.5",
+        "--seed", "5", "--resamples", "11", "--eval_batch_size", "13", "--max_kv_gb", "0.5",
         "--primary", "p:greedy", "--primary_against", "beam", "--exact_map_rows", "2", "--choose_split", "dev",
         "--choose_rows", "17", "--studies", "none", "--study_rows", "19", "--coverage_samples", "23",
         "--temperatures", "0.1", "--prefix_lengths", "6", "--likelihood_dataset", "l", "--likelihood_config", "m",
@@ -113,24 +114,21 @@ def test_both_evaluate_with_what_was_given(monkeypatch):
         "--likelihood_context", "37", "--output_dir", "out",
     ]  # fmt: skip
     settings = ContrastSettings(
-        strategies=("greedy",), samples_per_row=3, max_new_tokens=9, seed=5, resamples=11, batch_rows=13, max_kv_gb=0.5,
-        primary="p:greedy", primary_against="beam", exact_map_rows=2, choose_split="dev", choose_rows=17, studies=(),
-        study_rows=19, coverage_samples=23, temperatures=(0.1,), prefix_lengths=(6,), likelihood_dataset="l",
-        likelihood_config="m", likelihood_split="n", likelihood_column="o", likelihood_rows=29, likelihood_stride=31,
-        likelihood_context=37,
+        strategies=("greedy",), samples_per_row=3, max_new_tokens=9, seed=5, resamples=11, eval_batch_size=13,
+        max_kv_gb=0.5, primary="p:greedy", primary_against="beam", exact_map_rows=2, choose_split="dev", choose_rows=17,
+        studies=(), study_rows=19, coverage_samples=23, temperatures=(0.1,), prefix_lengths=(6,),
+        likelihood_dataset="l", likelihood_config="m", likelihood_split="n", likelihood_column="o", likelihood_rows=29,
+        likelihood_stride=31, likelihood_context=37,
     )  # fmt: skip
-    prompts = {
-        "prompt_column": "q", "reference_column": "r", "prompt_template": "{{ q }}", "reference_template": "{{ r }}",
-        "merge_references": True,
-    }  # fmt: skip
-    options = {
-        "dataset_name": "d", "config_name": "c", "split": "test", "limit": 7, "prompt_options": prompts,
-        "reward_funcs": ["x", "y", "z"], "max_error_rate": 0.2, "settings": settings, "output_dir": "out",
-    }  # fmt: skip
+    data = DataArguments(
+        dataset_name="d", dataset_config="c", eval_split="test", eval_rows=7, prompt_column="q", reference_column="r",
+        prompt_template="{{ q }}", reference_template="{{ r }}", merge_references=True,
+    )  # fmt: skip
+    options = {"template_options": {}, "max_error_rate": 0.2, "settings": settings, "output_dir": "out"}
     calls = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda models, **given: calls.append((models, given)))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *named, **given: calls.append((named, given)))
     assert main(["evaluate", *line]) == 0 and run(monkeypatch, "evaluate", *line) == 0
-    assert calls == [(["a=b"], options)] * 2
+    assert calls == [((["a=b"], data, ["x", "y", "z"]), options)] * 2
 
 
 def test_help_of_the_evaluation_imports_neither_torch_nor_trl():
@@ -147,12 +145,12 @@ def test_help_of_the_evaluation_imports_neither_torch_nor_trl():
 @pytest.mark.parametrize("given", ['{"enable_thinking": false}', None])
 def test_chat_templates_are_told_the_same_by_command_and_recipe(given, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda models, **options: asked.append(options["prompt_options"]))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: asked.append(options["template_options"]))
     flags = [] if given is None else ["--chat_template_kwargs", given]
     assert main(["evaluate", "--models", "m", *flags]) == 0
     run(monkeypatch, "evaluate", "--models", "m", *flags)
     expected = {} if given is None else {"chat_template_kwargs": {"enable_thinking": False}}
-    assert [{k: v for k, v in options.items() if k == "chat_template_kwargs"} for options in asked] == [expected] * 2
+    assert asked == [expected] * 2
 
 
 @pytest.mark.parametrize(("given", "said"), [("{thinking", "is not JSON"), ("3", "expected a mapping")])

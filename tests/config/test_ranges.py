@@ -25,7 +25,7 @@ OUTSIDE = {
     (RejectionArguments, "temperature"): (float("inf"), "--temperature is inf; expected a finite number above 0"),
     (EvaluateArguments, "max_new_tokens"): (0, "--max_new_tokens is 0; expected at least 1"),
     (TrainingEvaluationArguments, "resamples"): (0, "--resamples is 0; expected at least 1"),
-    (ContrastSettings, "batch_rows"): (0, "--eval_batch_size is 0; expected at least 1"),
+    (ContrastSettings, "eval_batch_size"): (0, "--eval_batch_size is 0; expected at least 1"),
     (ContrastSettings, "max_kv_gb"): (-1.0, "--max_kv_gb is -1.0; expected a number above 0"),
     (ContrastSettings, "likelihood_context"): (1, "--likelihood_context is 1; expected at least 2"),
     (ContrastSettings, "study_rows"): (0, "--study_rows is 0; expected at least 1"),
@@ -58,19 +58,23 @@ def test_not_a_number_is_in_no_range():
 
 def test_python_has_the_defaults_and_ranges_of_the_flags():
     flags = {f.name: f for part in (EvaluateArguments, EvaluationArguments) for f in dataclasses.fields(part)}
-    names = {"seed": "eval_seed", "batch_rows": "eval_batch_size"}
     others = {"studies": (), "choose_split": None}  # a library measures no study unless told to, and has no splits
     for field in dataclasses.fields(ContrastSettings):
         if field.name == "quantization":  # of training alone, which quantises as it trained
             continue
-        flag = flags[names.get(field.name, field.name)]
+        flag = flags[field.name]
         default = flag.default if flag.default is not dataclasses.MISSING else tuple(flag.default_factory())
         assert field.default == others.get(field.name, default), field.name
         assert field.metadata.get(RANGE) is flag.metadata.get(RANGE), field.name
 
 
 def test_the_flags_of_an_evaluation_become_its_settings():
-    given = EvaluationArguments(eval_seed=3, eval_batch_size=7, studies=["none"], temperatures=[0.5])
-    settings = ContrastSettings(**given.contrast_values(9))
-    assert (settings.seed, settings.batch_rows, settings.max_new_tokens) == (3, 7, 9)
+    given = EvaluationArguments(eval_batch_size=7, studies=["none"], temperatures=[0.5])
+    settings = ContrastSettings.of(EvaluateArguments(seed=3, max_new_tokens=5), given, max_new_tokens=9)
+    assert (settings.seed, settings.eval_batch_size, settings.max_new_tokens) == (3, 7, 9)
     assert (settings.studies, settings.temperatures, settings.strategies) == ((), (0.5,), ("greedy", "sample", "beam"))
+
+
+def test_a_training_run_calls_the_seed_of_its_evaluation_eval_seed():
+    names = [{f.name for f in dataclasses.fields(part)} for part in (TrainingEvaluationArguments, EvaluateArguments)]
+    assert [name & {"seed", "eval_seed"} for name in names] == [{"eval_seed"}, {"seed"}]

@@ -11,6 +11,7 @@ from tiny_task import tiny_trainer
 
 from rlseq.cli.doctor import examine_model
 from rlseq.cli.evaluate import evaluate, parse_models
+from rlseq.config.arguments import DataArguments
 from rlseq.config.training import ModelArguments
 from rlseq.doctor.check import FAILED
 from rlseq.engine.gguf_files import gguf_file, where_and_how
@@ -89,12 +90,8 @@ def test_an_evaluation_of_a_file_gives_the_numbers_of_the_model_saved_from_it(ti
     load_tokenizer(file).save_pretrained(tmp_path / "plain")
     results = evaluate(
         [f"file={file}", f"plain={tmp_path / 'plain'}"],
-        dataset_name=str(write_rows(tmp_path)),
-        split="train",
-        limit=None,
-        config_name=None,
-        prompt_options={},
-        reward_funcs=["exact_match"],
+        DataArguments(dataset_name=str(write_rows(tmp_path)), eval_split="train"),
+        ["exact_match"],
         settings=ContrastSettings(strategies=("greedy", "sample"), max_new_tokens=4, resamples=50),
         output_dir=str(tmp_path / "out"),
     )

@@ -152,7 +152,7 @@ def test_a_budget_that_is_none_is_refused_before_a_model_loads(value):
     ):
         check_settings(ContrastSettings(max_kv_gb=value), suite)
     with load_rewards([letters]) as suite, pytest.raises(ConfigError, match="--eval_batch_size is 0"):
-        check_settings(ContrastSettings(batch_rows=0), suite)
+        check_settings(ContrastSettings(eval_batch_size=0), suite)
 
 
 def test_an_evaluation_keeps_to_its_budget_and_gives_the_same_samples_and_signature(tmp_path):
@@ -160,16 +160,16 @@ def test_an_evaluation_keeps_to_its_budget_and_gives_the_same_samples_and_signat
     word_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": "a b = ", "references": ["A B"]}, {"prompt": "c = ", "references": ["C"]}] * 3
     settings = EvaluationArguments(studies=["ranking"], resamples=20, max_kv_gb=1e-5)
-    assert settings.contrast_values(4)["max_kv_gb"] == 1e-5
+    assert ContrastSettings.of(settings).max_kv_gb == 1e-5
     found = []
     for budget in (settings.max_kv_gb, None):
-        options = settings.contrast_values(4) | {"max_kv_gb": budget, "strategies": ("greedy", "sample")}
+        more = {"max_new_tokens": 4, "max_kv_gb": budget, "strategies": ("greedy", "sample")}
         with load_rewards([letters]) as suite:
             results = contrast(
                 {"m": tmp_path / "model"},
                 rows,
                 suite,
-                settings=ContrastSettings(**options),
+                settings=ContrastSettings.of(settings, **more),
                 output_dir=tmp_path,
                 quiet=True,
             )

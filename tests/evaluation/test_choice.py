@@ -9,6 +9,7 @@ from test_data import VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
 from rlseq.cli.evaluate import evaluate
+from rlseq.config.arguments import DataArguments
 from rlseq.engine.strategies import BestOf, Sample, Sweep, parse_strategy
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.compare import join
@@ -214,12 +215,8 @@ def test_a_choice_that_is_none_is_refused_before_a_model_loads(models, tmp_path,
     with pytest.raises(ConfigError, match="on the split 'validation', which is the one evaluated"):
         evaluate(
             [f"base={models['hot']}"],
-            dataset_name=str(tmp_path / "rows.jsonl"),
-            split="validation",
-            limit=None,
-            config_name=None,
-            prompt_options={},
-            reward_funcs=["phoneme_accuracy"],
+            DataArguments(dataset_name=str(tmp_path / "rows.jsonl")),
+            ["phoneme_accuracy"],
             settings=SETTINGS,
             output_dir=str(tmp_path / "out"),
         )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.cli.evaluate import evaluate, parse_models
 from rlseq.cli.main import main
+from rlseq.config.arguments import DataArguments
 from rlseq.errors import ConfigError, DataError, FormatError, RewardError
 from rlseq.evaluation.compare import join
 from rlseq.evaluation.run import ContrastSettings, contrast
@@ -66,12 +67,8 @@ def reported(place, out, *models):
     """As the command evaluates, report and all."""
     evaluate(
         arguments(place, models),
-        dataset_name=str(place / "validation.jsonl"),
-        split="validation",
-        limit=None,
-        config_name=None,
-        prompt_options={},
-        reward_funcs=["phoneme_accuracy", str(place / "loud.py")],
+        DataArguments(dataset_name=str(place / "validation.jsonl")),
+        ["phoneme_accuracy", str(place / "loud.py")],
         settings=SETTINGS,
         output_dir=str(out),
     )
@@ -83,7 +80,16 @@ def measured(place, out, *models, rows=ROWS, settings=SETTINGS):
     named = parse_models(arguments(place, models))
     with load_rewards(["phoneme_accuracy", str(place / "loud.py")]) as suite:
         name = f"{place / 'validation.jsonl'} (validation)"
-        return contrast(named, rows, suite, settings=settings, output_dir=out, quiet=True, data_name=name)
+        return contrast(
+            named,
+            rows,
+            suite,
+            settings=settings,
+            prompt_options=DataArguments().prompt_options(),
+            output_dir=out,
+            quiet=True,
+            data_name=name,
+        )
 
 
 @pytest.fixture(scope="module")

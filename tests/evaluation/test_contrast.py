@@ -257,7 +257,7 @@ def test_the_same_checkpoint_under_two_names_differs_by_exactly_nothing(checkpoi
 
 
 def test_results_do_not_depend_on_how_many_rows_are_decoded_together(checkpoints):
-    one, many = (quick(checkpoints, batch_rows=n) for n in (1, 256))
+    one, many = (quick(checkpoints, eval_batch_size=n) for n in (1, 256))
     assert one["signature"] == many["signature"]
 
     def values(node):

@@ -275,7 +275,7 @@ def test_differences_are_b_less_a_and_of_equal_models_0(measured, checkpoints):
 
 def test_what_is_held_at_once_changes_no_number(measured, checkpoints, monkeypatch):
     monkeypatch.setattr(coverage, "_HELD_TOKENS", 1)
-    again = run({"one": checkpoints["one"]}, batch_rows=2)["studies"]["coverage"]["models"]["one"]
+    again = run({"one": checkpoints["one"]}, eval_batch_size=2)["studies"]["coverage"]["models"]["one"]
     for curve, cells in measured[0]["studies"]["coverage"]["models"]["one"].items():
         for k, cell in cells.items():
             assert again[curve][k]["value"] == pytest.approx(cell["value"], rel=1e-5)

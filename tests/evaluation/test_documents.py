@@ -379,7 +379,7 @@ def test_recipes_take_the_same_settings():
 
     taken = {"dataset": "d", "config": "c", "split": "s", "column": "t", "rows": 1, "stride": 2, "context": 3}
     named = {f"likelihood_{name}": value for name, value in taken.items()}
-    made = dataclasses.asdict(ContrastSettings(**EvaluationArguments(**named).contrast_values(8)))
+    made = dataclasses.asdict(ContrastSettings.of(EvaluationArguments(**named)))
     assert {name: made[name] for name in named} == named
 
 

@@ -209,7 +209,7 @@ def one_more(completion, references):
     ("changes", "decoded"),
     [
         ({}, ["exact_map"]),
-        ({"settings": dataclasses.replace(SETTINGS, batch_rows=2, max_kv_gb=1.0)}, ["exact_map"]),
+        ({"settings": dataclasses.replace(SETTINGS, eval_batch_size=2, max_kv_gb=1.0)}, ["exact_map"]),
         ({"settings": dataclasses.replace(SETTINGS, seed=1)}, list(STRATEGIES)),
         ({"settings": dataclasses.replace(SETTINGS, strategies=("greedy", "exact_map", "sample"))}, None),
         ({"rows": [*ROWS[:2], {**ROWS[2], "references": ["D"]}]}, list(STRATEGIES)),

@@ -273,4 +273,4 @@ def test_more_lengths_and_smaller_batches_change_no_number(checkpoints):
             results = contrast({"one": checkpoints["one"]}, ROWS, suite, settings=settings, quiet=True)
         return results["studies"]["prefixes"]["models"]["one"]["continued"]["2"]
 
-    assert run() == run(prefix_lengths=(2, 3), batch_rows=1)
+    assert run() == run(prefix_lengths=(2, 3), eval_batch_size=1)

@@ -279,7 +279,7 @@ def _measure_rows(
             stream=index,
             stop_ids=stops,
             tokenizer=tokenizer,
-            batch_rows=settings.batch_rows,
+            batch_rows=settings.eval_batch_size,
             max_kv_gb=settings.max_kv_gb,
             exact_rows=exact_rows,
             progress=progress,

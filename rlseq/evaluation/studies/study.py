@@ -86,7 +86,7 @@ class Context:
             stream=rng_stream(study, part),
             stop_ids=self.stop_ids,
             tokenizer=self.tokenizer,
-            batch_rows=settings.batch_rows * settings.samples_per_row,
+            batch_rows=settings.eval_batch_size * settings.samples_per_row,
             max_kv_gb=settings.max_kv_gb,
             **{"num_samples": settings.samples_per_row, "max_new_tokens": settings.max_new_tokens, **options},
         )
