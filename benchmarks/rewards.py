@@ -2,9 +2,9 @@
 
     python benchmarks/rewards.py [--completions 1024] [--repeats 7]
 
-Prints the overhead of `suite.score` a completion (a reward that only returns a constant), for each way to run one,
-beside TRL's bare call of a batch function; and what a reward that hangs on 1 of 256 completions with a timeout of 1 s
-costs. Targets: under 20 µs a completion in process; under 3 s for the hang. Times are the median of the repeats.
+Prints the overhead of `suite.score` per completion (a reward that only returns a constant), for each way to run one,
+next to TRL's bare call of a batch function; and what a reward that hangs on 1 of 256 completions with a timeout of 1 s
+costs. Targets: under 20 µs per completion in process; under 3 s for the hang. Times are the median of the repeats.
 Takes about 20 seconds.
 """
 

@@ -1,6 +1,6 @@
 """The process of `python_tests`: reads a task from its standard input, limits itself, runs it, reports.
 
-A file of its own, so that nothing but the standard library is imported beside the code under test.
+A file of its own, so that nothing but the standard library is imported next to the code under test.
 """
 
 import builtins
@@ -214,7 +214,7 @@ def _plain(value: object) -> object:
             return as_json(value)
     if issubclass(type(value), numbers.Number):  # Fraction, Decimal
         return _plain(int(value)) if value == int(value) else _plain(float(value))
-    raise TypeError(f"{type(value).__name__} is no plain value")
+    raise TypeError(f"{type(value).__name__} is not a plain value")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def constraints_met(completion: str, constraints: list[dict[str, Any]]) -> tuple
 
     * `sentences`, `count`: exactly `count` sentences. A sentence ends at . ! ? or … before white space or the end
       (closing quotes, brackets and asterisks may stand between) and at a line break. A piece without a letter, as the
-      number of a list, is no sentence; the rest after the last end is one. "e.g. this" is an end, "3.5" is not.
+      number of a list, is not a sentence; the rest after the last end is one. "e.g. this" is an end, "3.5" is not.
     * `max_words`, `min_words`, `count`: at most, at least `count` words. A word is a run of letters and digits;
       apostrophes within join ("don't" is one word), hyphens and points part ("well-known" and "3.5" are two each).
     * `use_words`, `avoid_words`, `words`: each of them, none of them is among the words. Case and a final 's are

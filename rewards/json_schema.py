@@ -12,7 +12,7 @@ from rlseq.scoring import reward
 def json_schema(completion: str, schema: dict | str) -> tuple[float, dict]:
     """1 if the completion is JSON that follows `schema` (a mapping, or its text), else 0.
 
-    NaN and Infinity are no JSON. Details: the first thing that is wrong, or None.
+    NaN and Infinity are not valid JSON. Details: the first thing that is wrong, or None.
     """
     validator = _validator(schema if isinstance(schema, str) else json.dumps(schema, sort_keys=True))
     try:

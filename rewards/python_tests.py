@@ -48,8 +48,8 @@ def python_tests(
     Of a test `assert EXPRESSION == LITERAL` the process is given the expression alone and tells its value, in plain
     types; the comparison is made here, so neither an object that is equal to everything nor a forged report passes it.
 
-    **This is no sandbox for hostile code.** Without bubblewrap the user's files can be read and written, and tests of
-    any other form run beside the code that they test: code that sets out to pass them without solving the task can. A
+    **This is not a sandbox for hostile code.** Without bubblewrap the user's files can be read and written, and any
+    other test runs in the process of the code that it tests: code made to pass it without solving the task can. A
     report that cannot be true passes no test. For code from anyone but your own model, run the whole training in a
     container.
 

@@ -1,5 +1,4 @@
-"""`rlseq reward list | check | score | replay`. These commands are on top: they use the package's public
-names."""
+"""`rlseq reward list | check | score | replay`."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(check)
     check.add_argument("--rows", type=int, default=32, help="Rows to try it on (default: 32).")
     check.add_argument("--model_name_or_path", help="Sample from this model: do its completions differ in reward?")
-    check.add_argument("--num_generations", type=int, default=8, help="Samples a row then (default: 8).")
+    check.add_argument("--num_generations", type=int, default=8, help="Samples per row then (default: 8).")
     check.add_argument("--max_completion_length", type=int, default=256, help="Their tokens at most (default: 256).")
     check.set_defaults(reward_run=_check)
 
@@ -54,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     score.add_argument(
         "--rollouts", type=Path, required=True, help="jsonl with prompt, completion and columns, or a run."
     )
-    score.add_argument("--output", type=Path, help="Write the records there with values, status, details and total.")
+    score.add_argument(
+        "--output", type=Path, help="Write the records there with values, status, details and total (the weighted sum)."
+    )
     add_data_arguments(score, "for columns that the rollouts lack")
     score.set_defaults(reward_run=_score)
 
@@ -62,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replay.add_argument("run_directory", metavar="RUN", type=Path, help="A run directory, or a jsonl of its rollouts.")
     replay.add_argument("--reward_funcs", nargs="+", required=True, metavar="SPEC", help=SPEC_HELP)
     replay.add_argument("--reward_weights", nargs="+", type=float, help="A weight for each (default: 1).")
-    replay.add_argument("--output", type=Path, help="Write the records there with the new values and total.")
+    replay.add_argument(
+        "--output", type=Path, help="Write the records there with the new values and total (the weighted sum)."
+    )
     add_data_arguments(replay, "for columns that the log lacks; by default as in RUN/config.yaml")
     replay.set_defaults(reward_run=_replay)
 
@@ -106,7 +109,7 @@ def _check(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(args.model_name_or_path, "--model_name_or_path", padding_side="left")
     prompts = prompts_of(args, tokenizer)
     if args.model_name_or_path:
-        _check_room(args, prompts)
+        _check_context(args, prompts)
     checks = run_checks(spec, prompts, Path.cwd())
     if args.model_name_or_path and all(check.passed is not False for check in checks[:3]):
         checks.append(_spread(spec, prompts, tokenizer, args))
@@ -123,8 +126,8 @@ def _check(args: argparse.Namespace) -> int:
     return int(bool(wrong))
 
 
-def _check_room(args: argparse.Namespace, prompts: list[Prompt]) -> None:
-    """Refuse a model without positions for prompt and samples, before anything is scored or loaded."""
+def _check_context(args: argparse.Namespace, prompts: list[Prompt]) -> None:
+    """Raise ModelError for a model without positions for prompt and samples, before anything is scored or loaded."""
     from rlseq.doctor.check import FAILED
     from rlseq.doctor.prompts import check_context
     from rlseq.doctor.static import load_configs
@@ -193,7 +196,7 @@ def _summary(suite: RewardSuite, table: ScoreTable) -> None:
     for name, weight in zip(suite.names, suite.weights, strict=True):
         counts = [f"{count:,}" for count in table.failure_counts[name].values()]
         rows.append((name, f"{weight:g}", *_moments(table.values[name]), *counts))
-    rows.append(("total", "", *_moments(table.totals), "", "", "", ""))
+    rows.append(("weighted sum", "", *_moments(table.totals), "", "", "", ""))
     header = ("reward", "weight", "n", "mean", "sd", "min", "max", "abstained", "error", "timeout", "invalid")
     print(render_table(rows, header, right=range(1, len(header))))
     count = len(table.totals)

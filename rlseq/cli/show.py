@@ -110,7 +110,7 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
     rollouts = [rollout for group in groups.values() for rollout in group]
     console.print(
         f"Step {step}: {len(rollouts):,} rollouts of {len(groups):,} prompts, "
-        f"mean total {_number(_mean(r.get('total') for r in rollouts))}",
+        f"mean reward {_number(_mean(r.get('total') for r in rollouts))}",
         style="bold",
         highlight=False,
     )
@@ -124,7 +124,7 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("#", justify="right")
         table.add_column("completion", ratio=1, overflow="fold", min_width=16)
-        for name in [*names, "total", "advantage", "log-prob", "tokens"]:
+        for name in [*names, "reward", "advantage", "log-prob", "tokens"]:
             table.add_column(Text(visible(name)), justify="right", overflow="fold")
         for rollout in group:
             values, status = rollout.get("values") or {}, rollout.get("status") or {}

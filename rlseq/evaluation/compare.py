@@ -158,7 +158,7 @@ def _suite(first: Evaluation, reward_funcs: Sequence[Any] | None) -> RewardSuite
             f"{error} If it has moved since {str(first.path)!r} was made, give --reward_funcs."
         ) from error
     for name, had in expected.items():
-        has = spec_on_file(suite.signature().get(name))
+        has = spec_on_file(suite.fingerprint().get(name))
         if has != had:
             fields = [key for key in had if has is None or has[key] != had[key]]
             raise RewardError(

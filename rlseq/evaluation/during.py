@@ -207,7 +207,7 @@ def _decisive(suite: RewardSuite) -> dict[str, dict[str, Any]]:
     """By name, all that decides a reward's values."""
     return {
         name: {key: value for key, value in signature.items() if key != "weight"}
-        for name, signature in suite.signature().items()
+        for name, signature in suite.fingerprint().items()
     }
 
 

@@ -357,7 +357,7 @@ def _signature(
             "prompt": dict(prompt_options),
         },
         "seed": settings.seed,
-        "rewards": suite.signature(),
+        "rewards": suite.fingerprint(),
         "data": {"rows": len(prompts), "fingerprint": fingerprint(prompts)},
     }
 

@@ -20,7 +20,7 @@ from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.report.write import write_plane
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast_and_report, read_jsonl
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.check.smoke_test import try_rewards
+from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.models import named_alone
 from rlseq.training.run.best import choose_best_by
@@ -86,7 +86,7 @@ def prepare(
     if during:
         prompts = build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **prompt_options(data, config))
         if not evaluation.evaluate:
-            try_rewards(measured, prompts)
+            smoke_test_rewards(measured, prompts)
         probe = ValidationProbe(
             prompts,
             task.tokenizer,

@@ -44,7 +44,7 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.run import read_jsonl
 from rlseq.scoring import load_rewards
-from rlseq.scoring.check.smoke_test import try_rewards
+from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.scoring.find import bundled_folder
 from rlseq.training.models import (
     build_model,
@@ -144,7 +144,7 @@ def main() -> None:
         suite = load_rewards(
             rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
         )
-        try_rewards(suite, prompts)
+        smoke_test_rewards(suite, prompts)
         what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"
     else:
         train = references_of(prompts, data.train_split)

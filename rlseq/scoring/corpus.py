@@ -19,10 +19,10 @@ def statistics_of(name: str, metric: Any, details: Mapping[str, Any]) -> list[fl
     Args:
         name: of the metric.
         metric: a `CorpusMetric` or `Ratio` of a loaded suite.
-        details: what the reward returned beside its value.
+        details: what the reward returned next to its value.
 
     Raises:
-        RewardError: a statistic is there and is no finite number.
+        RewardError: a statistic is present and not a finite number.
     """
     if any(key not in details for key in metric.statistics):
         return None

@@ -35,7 +35,7 @@ class Found:
         function: the function itself.
         name: its name, as the series is called.
         address: "path.py:function" or "module:function", from which another process loads the same function;
-            None for a function handed over as an object that no other process can find.
+            None for a function object that no other process can find.
         kwargs: arguments the spec implies (the model of a model id).
         source: of the file that holds it, as it was loaded: a process that starts later runs this, whatever became of
             the file. None where there is no Python file.
@@ -58,7 +58,7 @@ def bundled_folder(name: str = "rewards") -> Path:
 def named_files(search_root: Path) -> dict[str, list[Path]]:
     """Reward files by name: `./rewards/*.py`, then the bundled ones.
 
-    One file met twice counts once, and so does a copy of it: a checkout as working directory beside an installed
+    A file found twice counts once, and so does a copy of it: a checkout as working directory beside an installed
     wheel holds the bundled ones again.
     """
     files: dict[str, list[Path]] = {}
@@ -76,7 +76,7 @@ def _same_file(path: Path, other: Path) -> bool:
 def entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
     """Rewards that installed packages offer under the entry point group `rlseq.rewards`, by name.
 
-    A name that several packages offer has several; one package met twice on sys.path counts once.
+    A name that several packages offer has several; a package found twice on sys.path counts once.
     """
     points: dict[str, list[importlib.metadata.EntryPoint]] = {}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
@@ -120,8 +120,8 @@ def find(spec: str | Callable, search_root: Path) -> Found:
         return _model(spec, search_root)
     if "/" in spec or folder.is_dir():
         raise RewardError(
-            f"reward {spec!r} is no model: {folder} {'has no config.json' if folder.is_dir() else 'does not exist'}. "
-            "Expected a folder with a saved sequence-classification model, its id on the hub (owner/name), or "
+            f"reward {spec!r} is not a model: {folder} {'has no config.json' if folder.is_dir() else 'does not exist'}."
+            " Expected a folder with a saved sequence-classification model, its id on the hub (owner/name), or "
             "path/to/file.py:function."
         )
     names = sorted({*named_files(search_root), *entry_points()})
@@ -205,7 +205,7 @@ def load_file(path: Path, source: bytes | None = None) -> ModuleType:
 class _Files:
     """Imports the files that were loaded here, by their private names.
 
-    Processes that multiprocessing starts look for what they are sent by the name of its module. They are handed this
+    Processes that multiprocessing starts look for what they are sent by the name of its module. They receive this
     with multiprocessing's own settings, which reach them before that: without it, a pool of a reward file would start
     processes for ever, none of which finds the function it is to call.
     """
@@ -354,8 +354,8 @@ def _import_advice(path: Path, error: ImportError) -> str:
     sibling = path.parent / f"{(error.name or '').split('.')[0]}.py"
     if error.name and sibling.is_file():
         return (
-            f"{path} imports {error.name!r}, which lies beside it; files are loaded by location and sys.path is left "
-            "alone. Put the helper in the same file, or install both as a package."
+            f"{path} imports {error.name!r}, which is in the same folder; files are loaded by location and sys.path is "
+            "not edited. Put the helper in the same file, or install both as a package."
         )
     return f"{path} fails when imported: {error}. Install what it needs into this environment."
 

@@ -1,4 +1,4 @@
-"""Hashes of a reward and of the files it needs: what the cache and the signature know it by."""
+"""Hashes of a reward and of the files it needs: what identifies it in the cache and in results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MAY_BE_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def code_hash(function: Callable, depth: int = 5) -> str:
-    """A hash of what decides the values of a function beside its arguments; the same in every process.
+    """A hash of what decides the values of a function besides its arguments; the same in every process.
 
     That is the source file that defines it (helpers included), or its bytecode without one; and what it carries: a
     partial's arguments, an object's attributes and a closure's variables, as they are when it is loaded, `depth`
@@ -94,7 +94,7 @@ def _array_content(value: Any, inner: Callable[[Any], str]) -> str:
 
 
 def needed_files(function: Callable, kwargs: Mapping[str, Any]) -> dict[str, str]:
-    """Hashes of what decides a reward's values beside its own file and its arguments.
+    """Hashes of what decides a reward's values besides its own file and its arguments.
 
     Returns:
         By name: "module PATH", relative to the function's file, of each local module that it imports, directly or
@@ -119,7 +119,7 @@ def hub_commits(kwargs: Mapping[str, Any]) -> dict[str, str]:
             continue
         from huggingface_hub import try_to_load_from_cache
 
-        with suppress(ValueError):  # no hub id after all
+        with suppress(ValueError):  # not a hub id after all
             files = (try_to_load_from_cache(value, file) for file in ("config.json", "tokenizer_config.json"))
             if path := next((file for file in files if isinstance(file, str)), None):
                 found[f"weights of {name}"] = Path(path).parent.name

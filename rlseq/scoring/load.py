@@ -32,7 +32,7 @@ def load_rewards(
             raises.
 
     Raises:
-        RewardError: a reward cannot be found, fits no form, or its options do not fit together.
+        RewardError: a reward cannot be found, matches no signature, or its options do not fit together.
     """
     specs = [specs] if isinstance(specs, (str, Mapping)) or callable(specs) else list(specs)
     specs = [parse_spec(spec) for spec in specs]

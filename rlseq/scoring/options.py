@@ -21,12 +21,12 @@ from rlseq.scoring.fingerprint import code_hash, needed_files
 from rlseq.scoring.reward import SCOPES, RewardInfo, info_of
 from rlseq.scoring.signatures import (
     AS_MESSAGES,
-    FORMS_HELP,
     ONE_AT_A_TIME,
     SAMPLED,
+    SIGNATURES_HELP,
     Parameters,
+    detect_signature,
     parameters_of,
-    tell_form,
 )
 
 OPTIONS = (
@@ -51,7 +51,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     """Load one reward from a string, a function or a mapping of options (docs/rewards.md lists them).
 
     Raises:
-        RewardError: an unknown option or value, or a reward that is not found or fits no form.
+        RewardError: an unknown option or value, or a reward that is not found or matches no signature.
     """
     options = _checked_options(spec)
     with kept_settings(advance=False):
@@ -66,11 +66,11 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     info = dataclasses.replace(info, scope=_choice(name, "scope", options.get("scope", info.scope), SCOPES))
     parameters = parameters_of(found.function)
     columns = _mapping(name, "columns", options.get("columns"))
-    form = _form(name, found.function, info, parameters, columns)
-    if info.scope == "group" and form in ONE_AT_A_TIME:
+    signature = _signature(name, found.function, info, parameters, columns)
+    if info.scope == "group" and signature in ONE_AT_A_TIME:
         raise RewardError(
             f"reward {name!r} has scope 'group', but takes one completion at a time. A group reward takes lists: "
-            f"f(completions, **columns) -> list of numbers.\n{FORMS_HELP}"
+            f"f(completions, **columns) -> list of numbers.\n{SIGNATURES_HELP}"
         )
     on_error = _choice(name, "on_error", options.get("on_error", "raise"), ON_ERROR)
     cache = _cache(name, options.get("cache", False), search_root)
@@ -79,7 +79,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
     return Reward(
         name=name,
         function=found.function,
-        form=form,
+        signature=signature,
         parameters=parameters,
         info=info,
         executor=executor,
@@ -98,20 +98,20 @@ def parse_spec(spec: Any) -> Any:
     """A spec as given; a JSON mapping of options, as the command line has it, as that mapping.
 
     Raises:
-        RewardError: it starts like JSON, but is none.
+        RewardError: it starts like JSON, but is not valid JSON.
     """
     if not isinstance(spec, str) or not spec.lstrip().startswith("{"):
         return spec
     try:
         return dict(json.loads(spec))
     except ValueError as error:
-        _refuse_passwords(spec)
+        _validate_no_passwords(spec)
         raise RewardError(f"the reward spec {spec!r} is not a JSON mapping: {error}.") from error
 
 
 def _checked_options(spec: Any) -> dict[str, Any]:
     options = dict(spec) if isinstance(spec, Mapping) else {"func": spec}
-    _refuse_passwords(options)
+    _validate_no_passwords(options)
     for option in options:
         if option not in OPTIONS:
             raise RewardError(
@@ -124,23 +124,23 @@ def _checked_options(spec: Any) -> dict[str, Any]:
     return options
 
 
-def _form(name: str, function: Any, info: RewardInfo, parameters: Parameters, columns: Mapping[str, Any]) -> str:
-    """The form of a reward. `columns: {completion: messages}` makes one that takes a completion take its messages."""
-    form = tell_form(parameters, name)
-    takes_one = form == "single" and "completion" in parameters.named
+def _signature(name: str, function: Any, info: RewardInfo, parameters: Parameters, columns: Mapping[str, Any]) -> str:
+    """Detect a reward's signature. With `columns: {completion: messages}` the completion is passed as its messages."""
+    signature = detect_signature(parameters, name)
+    takes_one = signature == "single" and "completion" in parameters.named
     for sampled in SAMPLED.intersection(columns):
         if (sampled, columns[sampled]) != AS_MESSAGES or not takes_one:
             raise RewardError(
-                f"reward {name!r}: columns maps {sampled!r}, which is what the model sampled and no column; only "
+                f"reward {name!r}: columns maps {sampled!r}, which the model sampled; it is not a column. Only "
                 "completion: messages is possible, for a reward that takes one completion and reads its messages."
             )
     if takes_one and (AS_MESSAGES in columns.items() or (not info.marked and reads_messages(function))):
         return "verifiers"
-    return form
+    return signature
 
 
-def _refuse_passwords(spec: Any) -> None:
-    """Refuse a URL with a password or key in it: a run writes the spec to config.yaml, logs and model card."""
+def _validate_no_passwords(spec: Any) -> None:
+    """Raise RewardError for a URL with a password or key: a run writes the spec to config.yaml, logs and model card."""
     if holds_password(spec):
         func = f" {spec['func']!r}" if isinstance(spec, Mapping) and not holds_password(spec.get("func")) else ""
         raise RewardError(

@@ -17,7 +17,7 @@ class Outcome(NamedTuple):
     """The result for one completion.
 
     `status` is "ok", "abstained" (the reward returned None), "error" (it raised), "timeout" (it was killed)
-    or "invalid" (neither a finite number nor one a token). `message` says what went wrong, for the three failures.
+    or "invalid" (neither a finite number nor one per token). `message` says what went wrong, for the three failures.
     """
 
     value: float | None
@@ -38,7 +38,7 @@ DEEPEST = 40  # levels of details that are kept
 ROUNDING = 1e-6  # share by which a value may pass its declared range
 NO_DETAILS: Mapping[str, Any] = {}
 TOKEN_REWARDS = "token_rewards"
-EXPECTED = "expected a number, None to abstain, or one number a token of completion_ids"
+EXPECTED = "expected a number, None to abstain, or one number per token of completion_ids"
 ABSTAINED = Outcome(None, "abstained", NO_DETAILS)
 
 
@@ -49,7 +49,7 @@ class ArrayOfOne(list):
 def interpret(raw: Any, length: int) -> Outcome:
     """Turn what a reward returned for one completion of `length` tokens into an `Outcome`.
 
-    Accepts a number (Python, numpy or a tensor of one element), None, one number a token (a list, a tuple, an
+    Accepts a number (Python, numpy or a tensor of one element), None, one number per token (a list, a tuple, an
     array or a tensor of one axis), or a pair (one of these, dict of details). The value of numbers a token is
     their sum, and they are kept in the details as `token_rewards`.
     """
@@ -96,7 +96,7 @@ def in_range(outcome: Outcome, limits: tuple[float, float] | None) -> Outcome:
 
 
 def _interpret_tokens(raw: Sequence[Any], length: int) -> Outcome:
-    """One number a token: their sum, with the numbers in the details."""
+    """One number per token: their sum, with the numbers in the details."""
     if len(raw) != length:
         return _invalid(f"returned {len(raw)} values for {length} tokens ({shorten(raw, 80)}); {EXPECTED}")
     values = []
@@ -134,7 +134,7 @@ def interpret_many(raw: Any, lengths: Sequence[int], name: str) -> list[Outcome]
     """Turn what a batch call returned for completions of these lengths (tokens) into an `Outcome` each.
 
     Raises:
-        RewardError: when it is no sequence, or has another length than `lengths`: then nothing says which value
+        RewardError: when it is not a sequence, or has another length than `lengths`: then nothing says which value
             belongs to which completion.
     """
     raw, count = plain(raw), len(lengths)
@@ -145,7 +145,7 @@ def interpret_many(raw: Any, lengths: Sequence[int], name: str) -> list[Outcome]
         )
     if len(raw) != count:
         raise RewardError(
-            f"reward {name!r} returned {len(raw)} values for {count} completions; expected one value a completion, "
+            f"reward {name!r} returned {len(raw)} values for {count} completions; expected one value per completion, "
             "None where it abstains."
         )
     return [interpret(value, length) for value, length in zip(raw, lengths, strict=True)]
@@ -179,7 +179,7 @@ def plain(value: Any) -> Any:
 
 
 def snapshot(value: Any, depth: int = DEEPEST) -> Any:
-    """Details as they are now, in JSON's types: arrays as lists, what has no form as its text.
+    """Details as they are now, in JSON's types: arrays as lists, anything else as its text.
 
     What holds itself, or is nested `depth` levels deep, ends in "...".
     """

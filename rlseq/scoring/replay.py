@@ -32,7 +32,7 @@ OPTIONAL = ("completion_ids", "raw_completion", "logprobs", "finish_reason")
 class Logged:
     """Rollouts of a log with their columns and the records they were read from; equal lengths, same order.
 
-    `absent` names the fields of a rollout that some record lacks: what stands for them in the rollouts is no value.
+    `absent` names the fields of a rollout that some record lacks: their stand-ins in the rollouts are not values.
     """
 
     rollouts: list[Rollout]
@@ -45,11 +45,11 @@ def read_rollouts(path: Path) -> Logged:
     """Read rollouts from a jsonl file, or from all of a run's `rollouts/`.
 
     A record needs `prompt` and `completion`. Token ids, log-probs, the raw text and the finish reason may be absent, as
-    where the completions were written by hand; a reward that asks for them is then refused.
+    where the completions were written by hand; a reward that asks for them then raises RewardError.
 
     Raises:
         RunDirectoryError: there are none.
-        RewardError: a line is no record of a rollout.
+        RewardError: a line is not a record of a rollout.
         FormatError: the log is of a version that cannot be read.
     """
     path = Path(path)
@@ -111,7 +111,7 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
 
 
 def check_log(suite: RewardSuite, logged: Logged) -> None:
-    """Refuse rewards that ask by name for what the log lacks and no data set has.
+    """Raise RewardError for rewards that ask by name for what the log lacks and no data set has.
 
     Raises:
         RewardError: names the reward and what it asks for.
@@ -156,10 +156,10 @@ def score_by_step(suite: RewardSuite, logged: Logged) -> ScoreTable:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How another reward's totals stand to those that were optimised.
+    """How the rewards of another suite compare with those that were optimised.
 
     Attributes:
-        rollouts, groups: how many have both totals, and how many groups of two or more they form.
+        rollouts, groups: how many have both rewards, and how many groups of two or more they form.
         rank_correlation: Spearman's ρ over all rollouts; NaN if either side is constant.
         group_correlation: its mean over the groups in which both sides vary; `varying` counts those.
         reversed: share of rollouts whose advantage has the opposite sign.
@@ -177,12 +177,12 @@ class Comparison:
 
 
 def compare(logged: Logged, totals: Sequence[float | None]) -> Comparison:
-    """Compare new totals with the logged ones.
+    """Compare new rewards (`table.totals`) with the logged ones.
 
-    An advantage is a total minus its group's mean; its sign is all that is read, so no scale matters.
+    An advantage is a reward minus its group's mean; its sign is all that is read, so no scale matters.
 
     Raises:
-        RewardError: no rollout has both totals.
+        RewardError: no rollout has both rewards.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for row, (record, rollout) in enumerate(zip(logged.records, logged.rollouts, strict=True)):
@@ -219,12 +219,12 @@ def _nothing_to_compare(logged: Logged, totals: Sequence[float | None]) -> str:
     count = len(totals)
     if all(record.get("total") is None for record in logged.records):
         return (
-            f"none of the {count} rollouts has a total in the log; expected one that a training run wrote. "
+            f"none of the {count} rollouts has a reward ('total') in the log; expected one that a training run wrote. "
             "`rlseq reward score` scores completions of any origin."
         )
     if all(total is None for total in totals):
         return f"the rewards abstained or failed on all {count} rollouts; there is nothing to compare."
-    return f"none of the {count} rollouts has a total both in the log and now; there is nothing to compare."
+    return f"none of the {count} rollouts has a reward both in the log and now; there is nothing to compare."
 
 
 def _signs(values: Sequence[float]) -> list[int]:

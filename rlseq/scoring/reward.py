@@ -21,12 +21,12 @@ class CorpusMetric:
     As in sacrebleu, a metric is statistics -> sums -> score; a bootstrap then only resamples the statistics.
 
     Attributes:
-        statistics: names of numbers in the details a reward returns beside its value. A completion whose details lack
+        statistics: names of numbers in the details a reward returns next to its value. A completion whose details lack
             one of them is left out.
         function: maps {statistic: sums, any array shape (..., )} to scores of that shape.
         higher_is_better: which way is good.
         description: one line for tables and reports, or a function that makes it from the kwargs of the reward's spec
-            (a signature depends on them); text once a suite is loaded.
+            (sacrebleu's signature depends on them); text once a suite is loaded.
         label: what tables and reports call it; by default its name.
         reward: the name of the reward whose details hold the statistics; set when a suite is loaded.
     """
@@ -121,7 +121,7 @@ def reward(
         range: lowest and highest value it gives; `on_error: floor` and `rlseq reward check` read it.
         extra: the extra of rlseq that installs what it needs.
         scope: "sample", "group" or "batch"; see `RewardInfo`.
-        corpus: corpus metrics by name, over the details that the reward returns beside its value.
+        corpus: corpus metrics by name, over the details that the reward returns next to its value.
 
     Raises:
         RewardError: for an unknown scope or an inverted range.

@@ -1,13 +1,13 @@
-"""The forms of a reward, distinguished by parameter names, and the arguments each is called with.
+"""The signatures that a reward may have, detected by parameter names, and the arguments each is called with.
 
-    one at a time   f(completion, **fields and columns) -> number | None | one number a token | (these, dict)
+    one at a time   f(completion, **fields and columns) -> number | None | one number per token | (these, dict)
     TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of those
     verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
     OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict
     verifiers'      f(completion, **fields and columns), where `completion` is read as a list of messages
 
-A *call* is (row indices, keyword arguments). The forms one-at-a-time, verl's and verifiers' make a call for each row;
-the two batch forms one for all rows, or for each group, or (under `split`) for each row.
+A *call* is (row indices, keyword arguments). One-at-a-time, verl's and verifiers' functions are called for each row;
+the two batch functions for all rows, for each group, or (under `split`) for each row.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlseq.types import ABSENT, Rollout
 
 Call = tuple[Sequence[int], dict[str, Any]]
 
-FORMS_HELP = """\
-  one at a time   f(completion, **any dataset column or field) -> number | None | one number a token | (these, dict)
+SIGNATURES_HELP = """\
+  one at a time   f(completion, **any dataset column or field) -> number | None | one number per token | (these, dict)
   TRL's batch     f(prompts, completions, completion_ids, **columns) -> list of these
   verl's          compute_score(data_source, solution_str, ground_truth, extra_info=None) -> number | dict
   OpenRLHF's      reward_func(queries, prompts, labels) -> tensor | dict
@@ -43,7 +43,7 @@ FIELDS: dict[str, Callable[[Rollout], Any]] = {
     "sample": lambda rollout: rollout.sample,
 }
 RESERVED = ("prompt", "completion", "completion_ids", "raw_completion", "finish_reason")
-# What no column can stand for, and the one pair of `columns` that says how it is handed over.
+# What a column cannot replace, and the one pair of `columns` that says how it is passed.
 SAMPLED = frozenset(
     ("completion", "completions", "completion_ids", "raw_completion", "finish_reason", "solution_str", "queries")
 )
@@ -66,7 +66,7 @@ class Parameters:
 
 
 def parameters_of(function: Callable) -> Parameters:
-    """Read a function's parameters. Positional-only ones are refused: rewards are called by name.
+    """Read a function's parameters. Rewards are called by name, so none may be positional-only.
 
     Raises:
         RewardError: for positional-only parameters, or a callable without a readable signature.
@@ -85,11 +85,11 @@ def parameters_of(function: Callable) -> Parameters:
     )
 
 
-def tell_form(parameters: Parameters, name: str) -> str:
+def detect_signature(parameters: Parameters, name: str) -> str:
     """Return "single", "batch", "verl" or "openrlhf".
 
     Raises:
-        RewardError: listing the forms, when the parameter names fit none.
+        RewardError: listing the signatures, when the parameter names match none.
     """
     names = set(parameters.named)
     if "solution_str" in names:
@@ -100,7 +100,7 @@ def tell_form(parameters: Parameters, name: str) -> str:
     if "completion" in names and both:
         raise RewardError(
             f"reward {name!r} asks for 'completion', of one row, and for {', '.join(sorted(both))}, of many; keep one "
-            f"kind.\n{FORMS_HELP}"
+            f"kind.\n{SIGNATURES_HELP}"
         )
     if both:
         return "batch"
@@ -111,21 +111,23 @@ def tell_form(parameters: Parameters, name: str) -> str:
     given = ", ".join([*parameters.named, *["**any name"] * parameters.takes_any]) or "no parameters"
     near = [did_you_mean(n, ("completion", "completions", "solution_str", "queries")) for n in parameters.named]
     raise RewardError(
-        f"reward {name!r} takes ({given}), which fits no form of reward.{next(filter(None, near), '')} "
-        f"A reward is one of\n{FORMS_HELP}"
+        f"reward {name!r} takes ({given}), which matches no signature of a reward.{next(filter(None, near), '')} "
+        f"A reward is one of\n{SIGNATURES_HELP}"
     )
 
 
-def missing_columns(form: str, parameters: Parameters, given: Iterable[str], available: Iterable[str]) -> list[str]:
-    """Names a reward requires that are no field, no keyword argument of its spec and no column."""
+def missing_columns(
+    signature: str, parameters: Parameters, given: Iterable[str], available: Iterable[str]
+) -> list[str]:
+    """Names that a reward requires and that are neither a field nor a keyword argument of its spec nor a column."""
     have = {*given, *available, *FIELDS, "prompt"}
-    if form == "batch":
+    if signature == "batch":
         have |= {"prompts", "completions", *CONTEXT}
-    elif form == "verl":
+    elif signature == "verl":
         have |= {"solution_str", "data_source", "extra_info"}
         if "reward_model" in have:
             have.add("ground_truth")
-    elif form == "openrlhf":
+    elif signature == "openrlhf":
         have |= {"queries", "prompts"}
         if "label" in have:
             have.add("labels")
@@ -183,7 +185,7 @@ class Rows:
 
 
 def make_calls(
-    form: str,
+    signature: str,
     parameters: Parameters,
     info: RewardInfo,
     rows: Rows,
@@ -192,11 +194,13 @@ def make_calls(
     split: bool = False,
     context: Mapping[str, Any] | None = None,
 ) -> list[Call]:
-    """Return the calls that score all rows; `split` makes batch forms of scope "sample" take one row a
-    call."""
-    read = {"single": _single, "batch": _batch, "verl": _verl, "openrlhf": _openrlhf, "verifiers": _verifiers}[form]
+    """Return the calls that score all rows; `split` calls batch functions of scope "sample" with one row
+    at a time."""
+    read = {"single": _single, "batch": _batch, "verl": _verl, "openrlhf": _openrlhf, "verifiers": _verifiers}[
+        signature
+    ]
     lists = {name: values for name, values in read(parameters, info, rows).items() if name not in kwargs}
-    if form in ONE_AT_A_TIME:
+    if signature in ONE_AT_A_TIME:
         names = tuple(lists)
         if not names:
             return [((row,), dict(kwargs)) for row in range(len(rows.rollouts))]
@@ -258,7 +262,7 @@ def _batch(parameters: Parameters, info: RewardInfo, rows: Rows) -> dict[str, Se
         "completions": lambda: rows.completions(as_text=info.marked),
     }
     names = _wanted(parameters, rows, ("prompts", "completions", "completion_ids"))
-    # TRL hands a catch-all every column but these three
+    # TRL passes every column but these three to **kwargs
     names = [n for n in names if n in parameters.named or n not in ("prompt", "completion")]
     return {
         name: made[name]() if name in made else rows.values(name) for name in names if name in made or rows.knows(name)

@@ -28,8 +28,8 @@ class ScoreTable:
         scored: the rollouts with their values, statuses, totals and details.
         values: value by reward name; None where it abstained or failed.
         status: "ok", "abstained", "error", "timeout" or "invalid", by reward name.
-        totals: as in `ScoredRollout.total`.
-        details: by reward name, what it returned beside each value.
+        totals: the weighted sum of each rollout's values, which is its reward; as `ScoredRollout.total`.
+        details: by reward name, what it returned next to each value.
         messages: by reward name, {row: what went wrong} for the failures.
     """
 
@@ -88,8 +88,8 @@ class RewardSuite:
                 said = definition.description
                 description = said(**reward.kwargs) if callable(said) else said
                 self.corpus[key] = dataclasses.replace(definition, reward=reward.name, description=description)
-        _refuse_names_of_shares("reward", self.names, "failed")
-        _refuse_names_of_shares("corpus metric", self.corpus, "present")
+        _validate_share_names("reward", self.names, "failed")
+        _validate_share_names("corpus metric", self.corpus, "present")
 
     def __enter__(self) -> RewardSuite:
         return self
@@ -108,8 +108,8 @@ class RewardSuite:
         for reward in self.rewards:
             reward.check_columns(available)
 
-    def signature(self) -> dict[str, Any]:
-        """By name, all that decides a reward's values, hashes of code and files included: equal ones score equally."""
+    def fingerprint(self) -> dict[str, Any]:
+        """By name, everything that decides a reward's values, with hashes of code and files."""
         return {
             reward.name: {
                 "weight": weight,
@@ -133,7 +133,7 @@ class RewardSuite:
         """
         self._held_states.close()
         rollouts = list(rollouts)
-        apart = [reward for reward in self.rewards if reward.executor.apart]
+        apart = [reward for reward in self.rewards if reward.executor.in_background]
         if not apart or not rollouts or "prompt" not in columns:
             return PendingScores(rollouts)
         rows = Rows(rollouts, columns)
@@ -157,7 +157,7 @@ class RewardSuite:
         Args:
             rollouts: N rollouts. Rewards of scope "group" need all G samples of each prompt among them.
             columns: lists of N values by column name, with `prompt` (as the user wrote it) among them.
-            context: for TRL's batch form, an object with `trainer_state`, `log_extra` and `log_metric`.
+            context: for TRL's batch signature, an object with `trainer_state`, `log_extra` and `log_metric`.
             gather: where several processes each score a part of a step: hands a small picklable object to all
                 of them and returns everybody's, in the same order everywhere (with accelerate,
                 `lambda mine: gather_object([mine])`). It is called exactly once, also where scoring fails here;
@@ -166,7 +166,7 @@ class RewardSuite:
             absent: fields that the rollouts were read without, which no reward then gets.
 
         Raises:
-            RewardError: a reward failed and its `on_error` is "raise"; a batch form returned a wrong number
+            RewardError: a reward failed and its `on_error` is "raise"; a batch function returned a wrong number
                 of values; more than `max_error_rate` of the rows failed; or the columns do not fit.
         """
         rollouts = list(rollouts)
@@ -192,7 +192,7 @@ class RewardSuite:
                 futures[reward.name].result() if reward.name in futures else reward.outcomes(rows, context)
                 for reward in self.rewards
             ]
-            self._check_totals(outcomes)
+            self._check_sums(outcomes)
         except Exception as error:
             if gather is None:
                 raise
@@ -211,7 +211,7 @@ class RewardSuite:
         return self._table(rollouts, outcomes)
 
     def _judge(self, parts: Sequence[Sequence[_Failures]]) -> None:
-        """Stop on a reward that is broken. One lone failure is no evidence of that, unless none is allowed."""
+        """Stop on a broken reward. One failure alone does not show that, unless none is allowed."""
         for name, mine in zip(self.names, zip(*parts, strict=True), strict=True):
             failed, count = sum(part.failed for part in mine), sum(part.scored for part in mine)
             if failed > self.max_error_rate * count and (failed > 1 or self.max_error_rate == 0):
@@ -223,13 +223,13 @@ class RewardSuite:
                 )
 
     def token_rewards(self, scored: ScoredRollout) -> list[float]:
-        """Spread a rollout's total over its T tokens: T numbers whose sum is the total.
+        """Spread a rollout's reward over its T tokens: T numbers whose sum is the reward (`scored.total`).
 
-        A reward that gave one value a token puts each where it belongs, any other its value on the last token;
-        weights and abstentions count as in the total.
+        A function that gave one value per token keeps each on its token; the value of any other is put on the last
+        token. Weights and abstentions count as in the sum.
 
         Raises:
-            ValueError: the total is None, or there is no token to put a value on.
+            ValueError: the reward is None, or there is no token to put a value on.
         """
         if scored.total is None:
             raise ValueError("every reward abstained on this rollout; it has no rewards to spread")
@@ -262,19 +262,19 @@ class RewardSuite:
         for name, values in rows.columns.items():
             if len(values) != len(rows.rollouts):
                 raise RewardError(
-                    f"column {name!r} has {len(values)} values for {len(rows.rollouts)} rollouts; expected one value a "
-                    "rollout (repeat a prompt's value for each of its samples)."
+                    f"column {name!r} has {len(values)} values for {len(rows.rollouts)} rollouts; expected one value "
+                    "per rollout (repeat a prompt's value for each of its samples)."
                 )
 
-    def _check_totals(self, outcomes: list[list[Outcome]]) -> None:
-        """Refuse weights under which values that are allowed have a total that is not."""
+    def _check_sums(self, outcomes: list[list[Outcome]]) -> None:
+        """Raise RewardError for weights under which allowed values have a sum that is too large."""
         for row in zip(*outcomes, strict=True):
-            total = weighted_total([outcome.value for outcome in row], self.weights)
+            total = weighted_sum([outcome.value for outcome in row], self.weights)
             if total is not None and not abs(total) <= LARGEST:
                 weights = ", ".join(f"{name} {weight:g}" for name, weight in zip(self.names, self.weights, strict=True))
                 raise RewardError(
-                    f"the weighted total of a completion is {total:g}, which training cannot compute with; expected at "
-                    f"most {LARGEST:g} in size. Lower the weights: {weights}"
+                    f"the reward of a completion, the weighted sum, is {total:g}, which training cannot compute with; "
+                    f"expected at most {LARGEST:g} in size. Lower the weights: {weights}"
                 )
 
     def _table(self, rollouts: list[Rollout], outcomes: list[list[Outcome]]) -> ScoreTable:
@@ -282,7 +282,7 @@ class RewardSuite:
         scored, totals = [], []
         for row, rollout in enumerate(rollouts):
             mine = [column[row] for column in outcomes]
-            total = weighted_total([outcome.value for outcome in mine], weights)
+            total = weighted_sum([outcome.value for outcome in mine], weights)
             totals.append(total)
             scored.append(
                 ScoredRollout(
@@ -304,10 +304,10 @@ class RewardSuite:
         )
 
 
-def weighted_total(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
     """Σ w·v over the values present, times Σ|w| over all / Σ|w| over those present; None if none is.
 
-    So an abstention changes no scale. Where only rewards of weight 0 are present the total is None, unless
+    An abstention therefore leaves the scale unchanged. If only rewards of weight 0 are present, the sum is None, unless
     every weight is 0: then it is 0.
     """
     present = [(w, v) for w, v in zip(weights, values, strict=True) if v is not None]
@@ -322,7 +322,7 @@ def weighted_total(values: Sequence[float | None], weights: Sequence[float]) -> 
 
 
 class _Failures(NamedTuple):
-    """How one reward failed on one process's part of a step: what the processes tell one another."""
+    """How one reward failed on one process's part of a step: what the processes exchange."""
 
     failed: int
     scored: int
@@ -343,8 +343,8 @@ def describe(rollout: Rollout, outcome: Outcome) -> str:
     )
 
 
-def _refuse_names_of_shares(what: str, names: Collection[str], share: str) -> None:
-    """Refuse a name that the evaluation gives to a share of the completions of another of these names."""
+def _validate_share_names(what: str, names: Collection[str], share: str) -> None:
+    """Raise RewardError for a name that the evaluation gives to a share of completions under another of these names."""
     for name in names:
         if f"{name}/{share}" in names:
             raise RewardError(

@@ -53,7 +53,7 @@ def show(capsys, monkeypatch, *argv):
 
 def test_last_step_is_shown_unless_told_otherwise(run_directory, capsys, monkeypatch):
     out = show(capsys, monkeypatch, run_directory)
-    assert "Step 3: 3 rollouts of 2 prompts, mean total 0.417" in out  # (0.25 + 0.25 + 0.75) / 3
+    assert "Step 3: 3 rollouts of 2 prompts, mean reward 0.417" in out  # (0.25 + 0.25 + 0.75) / 3
     assert "cow 3.0" in out and "cat" not in out
     assert "Step 1: 2 rollouts of 1 prompts" in show(capsys, monkeypatch, run_directory, "--step", 1)
 

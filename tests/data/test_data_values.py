@@ -14,7 +14,7 @@ from rlseq.errors import DataError
 from rlseq.recipes.sft import examples
 from rlseq.scoring import load_rewards
 from rlseq.scoring.check.check import make_rollout
-from rlseq.scoring.check.smoke_test import try_rewards
+from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.training.grpo import training_rows
 from rlseq.types import ABSENT, columns_of
 
@@ -235,7 +235,7 @@ def test_a_reward_has_its_default_where_a_row_lacks_the_column(reward):
     prompts = build_prompts(rows, TOKENIZER)
     lacking = -1.0 if reward in (must_have, batch) else 10.0
     with load_rewards([reward]) as suite:
-        try_rewards(suite, prompts)
+        smoke_test_rewards(suite, prompts)
         table = suite.score([make_rollout(prompt, "x") for prompt in prompts], columns_of(prompts))
     assert columns_of(prompts)["level"][0] is ABSENT
     assert list(table.totals) == [lacking, 3.0, -1.0 if reward in (must_have, batch) else 0.0]

@@ -1,4 +1,4 @@
-"""Finding rewards, telling their forms apart, and what they are called with."""
+"""Finding rewards, detecting their signatures, and what they are called with."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_columns_maps_a_parameter_to_a_column_of_another_name():
 
     spec = {"func": f, "columns": {"references": "answer"}}
     assert values(spec, ["a"], {"answer": [["a"]]}) == [1.0]
-    with pytest.raises(RewardError, match=r"'answer', which is no column\. Did you mean 'answers'"):
+    with pytest.raises(RewardError, match=r"'answer', which is not a column\. Did you mean 'answers'"):
         load_rewards([spec]).check_columns(["prompt", "answers"])
 
 
@@ -350,7 +350,7 @@ def test_no_rollouts_give_an_empty_table():
     assert (table.scored, table.values, table.failures) == ([], {"exact_match": []}, {"exact_match": 0})
 
 
-# Names, weights, totals
+# Names, weights, sums
 
 
 def test_two_rewards_of_one_name_stay_two_series():
@@ -426,7 +426,7 @@ def test_the_signature_tells_code_and_arguments_apart():
     def f(completion, bonus=1):
         return bonus
 
-    plain = load_rewards([f]).signature()
-    assert plain == load_rewards([f]).signature()
-    assert plain != load_rewards([{"func": f, "kwargs": {"bonus": 2}}]).signature()
-    assert plain != load_rewards([f], weights=[2]).signature()
+    plain = load_rewards([f]).fingerprint()
+    assert plain == load_rewards([f]).fingerprint()
+    assert plain != load_rewards([{"func": f, "kwargs": {"bonus": 2}}]).fingerprint()
+    assert plain != load_rewards([f], weights=[2]).fingerprint()

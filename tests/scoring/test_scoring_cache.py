@@ -175,7 +175,7 @@ def test_a_decorated_reward_has_the_same_key_in_every_process(tmp_path):
         "def twice(f):\n    def inner(completion): return 2 * f(completion)\n    return inner\n\n"
         "@twice\ndef judged(completion): return len(completion)\n"
     )
-    script = f"from rlseq import load_rewards; print(load_rewards([{f'{path}:judged'!r}]).signature())"
+    script = f"from rlseq import load_rewards; print(load_rewards([{f'{path}:judged'!r}]).fingerprint())"
     said = {subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout for _ in range(2)}
     assert len(said) == 1
     assert "code" in said.pop()

@@ -241,7 +241,7 @@ def test_a_worker_is_back_soon_after_a_kill_also_where_loading_is_slow(tmp_path,
 
 
 def test_a_timeout_under_on_error_raise_ends_the_run(slow):
-    with pytest.raises(RewardError, match=r"reward 'slow' did not return in time: .* 0\.3 s a completion"):
+    with pytest.raises(RewardError, match=r"reward 'slow' did not return in time: .* 0\.3 s per completion"):
         score({"func": f"{slow}:slow", "timeout": 0.3}, ["loop"])
 
 

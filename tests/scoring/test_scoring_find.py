@@ -168,7 +168,7 @@ def test_a_changed_file_is_loaded_afresh(folder):
     folder("mine.py", "def f(completion): return 2\n")
     second = load_rewards([f"{path}:f"])
     assert second.score([rollout("a")], {"prompt": ["q"]}).totals == [2.0]
-    assert first.signature() != second.signature()
+    assert first.fingerprint() != second.fingerprint()
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(folder):
@@ -181,7 +181,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(folder):
 def test_a_helper_beside_the_file_is_explained(folder):
     folder("helper.py", "")
     path = folder("mine.py", "import helper\ndef f(completion): return 1\n")
-    with pytest.raises(RewardError, match="imports 'helper', which lies beside it"):
+    with pytest.raises(RewardError, match="imports 'helper', which is in the same folder"):
         load_rewards([f"{path}:f"])
 
 
@@ -308,13 +308,13 @@ def test_a_model_folder_with_the_name_of_a_reward_is_an_error_naming_both(folder
 
 @pytest.mark.parametrize("spec", ["/nowhere/model", "./model", "../model", "~/no-such-model", "a/b/c"])
 def test_a_model_folder_that_does_not_exist_is_not_asked_for_at_the_hub(folder, spec):
-    with pytest.raises(RewardError, match=r"is no model: .* does not exist"):
+    with pytest.raises(RewardError, match=r"is not a model: .* does not exist"):
         load_rewards([spec], search_root=folder.root)
 
 
 def test_a_folder_that_is_no_model_says_so(folder):
     folder("runs/model/notes.txt", "")
-    with pytest.raises(RewardError, match=r"is no model: .*runs/model has no config\.json"):
+    with pytest.raises(RewardError, match=r"is not a model: .*runs/model has no config\.json"):
         load_rewards(["runs/model"], search_root=folder.root)
 
 

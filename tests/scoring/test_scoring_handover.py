@@ -191,7 +191,7 @@ def test_columns_can_say_that_a_completion_is_handed_over_as_messages():
     ],
 )
 def test_columns_of_what_was_sampled_are_refused_in_one_line(function, columns):
-    with pytest.raises(RewardError, match="which is what the model sampled and no column; only") as refused:
+    with pytest.raises(RewardError, match=r"which the model sampled; it is not a column\. Only") as refused:
         load_rewards([{"func": function, "columns": columns}])
     assert "\n" not in str(refused.value)
 
@@ -470,7 +470,9 @@ def test_weights_that_make_a_total_too_large_to_train_on_are_refused(weight):
         return 1.0
 
     suite = load_rewards([large, small], weights=[weight, 1.0])
-    with pytest.raises(RewardError, match=r"weighted total of a completion is -?(1e|inf).* at most 1e\+18") as refused:
+    with pytest.raises(
+        RewardError, match=r"the reward of a completion, the weighted sum, is -?(1e|inf).* at most 1e\+18"
+    ) as refused:
         suite.score([rollout()], {"prompt": ["?"]})
     assert str(refused.value).endswith(f"Lower the weights: large {weight:g}, small 1")
     assert load_rewards([large, small], weights=[1e8, 1.0]).score([rollout()], {"prompt": ["?"]}).totals == [1e18 + 1]

@@ -176,12 +176,12 @@ def test_bad_logs_are_named(tmp_path):
         read_rollouts(tmp_path / "bad.jsonl")
     with pytest.raises(RewardError, match="line 1 has prompt; expected prompt and completion"):
         read_rollouts(jsonl(tmp_path / "short.jsonl", [{"prompt": "a"}]))
-    with pytest.raises(RewardError, match="none of the 1 rollouts has a total in the log"):
+    with pytest.raises(RewardError, match=r"none of the 1 rollouts has a reward \('total'\) in the log"):
         compare(read_rollouts(jsonl(tmp_path / "r.jsonl", [{"prompt": "a", "completion": "b"}])), [1.0])
     two = read_rollouts(jsonl(tmp_path / "t.jsonl", [record(1, "p", 0, "x", 1.0), record(1, "p", 1, "y", None)]))
     with pytest.raises(RewardError, match="abstained or failed on all 2 rollouts"):
         compare(two, [None, None])
-    with pytest.raises(RewardError, match="a total both in the log and now"):
+    with pytest.raises(RewardError, match="a reward both in the log and now"):
         compare(two, [None, 1.0])
 
 

@@ -18,7 +18,7 @@ from rlseq.evaluation.metrics import BUILT_IN
 from rlseq.evaluation.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.check.smoke_test import try_rewards
+from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.types import Prompt
 
 # What an evaluation cannot do without; the others are of training.
@@ -51,9 +51,9 @@ def check_models(
         prompts = build_prompts(rows, tokenizer, **prompt_options)
         check_answers(settings, prompts)
         if number == 0:  # of another checkpoint the prompts differ in their ids alone
-            try_rewards(suite, prompts)
+            smoke_test_rewards(suite, prompts)
             if choice_rows:
-                try_rewards(suite, build_prompts(choice_rows, tokenizer, **prompt_options))
+                smoke_test_rewards(suite, build_prompts(choice_rows, tokenizer, **prompt_options))
         try:
             model_config, generation_config = load_configs(str(path))
             causal_class(model_config)  # refuses some

@@ -225,13 +225,13 @@ def reads(reward: Any, available: Collection[str]) -> set[str]:
     own = set(available) - {"prompt"}
     named, takes_any = set(reward.parameters.named), reward.parameters.takes_any
     read = own & named
-    if takes_any and reward.form in ("single", "verifiers", "batch"):
+    if takes_any and reward.signature in ("single", "verifiers", "batch"):
         read |= own
-    if reward.form == "verl":
+    if reward.signature == "verl":
         read |= own & {"data_source", "ground_truth", "extra_info"} if takes_any else set()
         if "ground_truth" not in own and (takes_any or "ground_truth" in named):
             read |= own & {"reward_model"}
-    if reward.form == "openrlhf" and (takes_any or "labels" in named):
+    if reward.signature == "openrlhf" and (takes_any or "labels" in named):
         read |= own & {"labels", "label"}
     return (read - set(reward.kwargs) - set(reward.columns)) | (set(reward.columns.values()) & own)
 

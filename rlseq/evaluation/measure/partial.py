@@ -171,7 +171,7 @@ def parts_of(
         "model": [name, *checkpoints, *fingerprints],
         "rows": [vars(prompt) for prompt in prompts],
         "documents": documents,
-        "rewards": suite.signature(),
+        "rewards": suite.fingerprint(),
         "settings": settings.decisive(),
         "chosen": {family: strategy.signature for family, strategy in chosen.items()},
         "versions": versions(),

@@ -21,7 +21,7 @@ def as_messages(turns: Any) -> Any:
 
 def fresh(value: Any) -> Any:
     """A copy of data, nested data included. What cannot be changed in place is not copied, and neither are objects
-    that are no data (a client, a tokenizer).
+    that are not data (a client, a tokenizer).
     """
     kind = type(value)
     if kind in IMMUTABLE:

@@ -24,7 +24,7 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True)
 class Retry:
-    """How an async reward is called: at most `concurrency` at a time, each tried `retries` times more after
+    """How an async reward is called: at most `concurrency` at a time, each tried up to `retries` times again after
     an error (waiting 0.5, 1, 2, ... seconds), each attempt given `timeout` seconds (None: any).
     """
 
@@ -73,12 +73,12 @@ async def call_concurrently(function: Callable, calls: Sequence[Arguments], retr
 
     async def attempt(arguments: Arguments) -> Any:
         async with turn:
-            for trial in range(retry.retries + 1):
+            for attempts in range(retry.retries + 1):
                 result = await _call_in_task(function, arguments, retry.timeout)
                 if type(result) is not Failed:
                     return result
-                if trial < retry.retries:
-                    await asyncio.sleep(retry.first_wait * 2**trial)
+                if attempts < retry.retries:
+                    await asyncio.sleep(retry.first_wait * 2**attempts)
             return result
 
     return list(await asyncio.gather(*map(attempt, calls)))
@@ -111,7 +111,7 @@ async def _call_in_task(function: Callable, arguments: Arguments, timeout: float
 class InProcess:
     """Calls a reward here, one call after another: the fast path."""
 
-    apart = False
+    in_background = False
     draws_here = True
 
     def __init__(self, function: Callable):
@@ -128,7 +128,7 @@ class InProcess:
 class Concurrent:
     """Calls an async reward on an event loop of its own thread, so that it works inside a running loop, too."""
 
-    apart = True
+    in_background = True
     draws_here = True
 
     def __init__(self, function: Callable, retry: Retry):

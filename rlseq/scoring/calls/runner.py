@@ -33,11 +33,11 @@ class Executor(Protocol):
     """Makes calls and returns what each gave, or a `Failed`, in order.
 
     Attributes:
-        apart: whether the calls are made elsewhere than on the caller's thread, which only waits for them.
+        in_background: whether the calls are made elsewhere than on the caller's thread, which only waits.
         draws_here: whether the calls draw from the random states of this process.
     """
 
-    apart: bool
+    in_background: bool
     draws_here: bool
 
     def run(self, calls: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[Any]: ...
@@ -51,9 +51,9 @@ class Reward:
 
     Attributes:
         name: its series name.
-        function, form, parameters, info: the function, which form it has, its parameters, and what
+        function, signature, parameters, info: the function, its kind of signature, its parameters, and what
         `@reward` says. executor: how its calls are made: in this process, on an event loop, or in worker
-        processes. split: whether a batch form of scope "sample" is called with one completion at a time.
+        processes. split: whether a batch function of scope "sample" is called with one completion at a time.
         code: a hash of the function and its file; `files` are those of what else decides its values, by name.
         kwargs: arguments from the spec.
         columns: {parameter: column} where the two are called differently.
@@ -63,7 +63,7 @@ class Reward:
 
     name: str
     function: Callable
-    form: str
+    signature: str
     parameters: Parameters
     info: RewardInfo
     executor: Executor
@@ -90,11 +90,11 @@ class Reward:
         for parameter, column in self.columns.items():
             if column not in available and (parameter, column) != AS_MESSAGES:
                 raise RewardError(
-                    f"reward {self.name!r}: columns maps {parameter!r} to {column!r}, which is no column."
+                    f"reward {self.name!r}: columns maps {parameter!r} to {column!r}, which is not a column."
                     f"{did_you_mean(column, available)} The columns are {', '.join(available)}."
                 )
         given = [*self.kwargs, *self.columns]
-        missing = missing_columns(self.form, self.parameters, given, available)
+        missing = missing_columns(self.signature, self.parameters, given, available)
         if missing:
             near = did_you_mean(missing[0], [*available, *FIELDS, "prompt"])
             raise RewardError(
@@ -107,14 +107,14 @@ class Reward:
     @property
     def asked(self) -> list[str]:
         """The fields and columns that the reward asks for by name."""
-        made_of = {"verl": {"ground_truth": "reward_model"}, "openrlhf": {"labels": "label"}}.get(self.form, {})
+        made_of = {"verl": {"ground_truth": "reward_model"}, "openrlhf": {"labels": "label"}}.get(self.signature, {})
         named = [self.columns.get(name, name) for name in self.parameters.named if name not in self.kwargs]
         return [*named, *(made_of[name] for name in named if name in made_of)]
 
     def check_logged(self, absent: Collection[str]) -> None:
         """Raise RewardError if the reward asks by name for what a log of rollouts lacks: these fields, or a trainer."""
         lacks = {*absent, "trainer_state"}
-        if self.form == "openrlhf" and "raw_completion" in absent:
+        if self.signature == "openrlhf" and "raw_completion" in absent:
             lacks.add("queries")
         asked = [name for name in self.asked if name in lacks]
         if asked:
@@ -139,7 +139,7 @@ class Reward:
             rows = dataclasses.replace(rows, columns={**rows.columns, **mapped})
         extras = NO_CONTEXT if context is None else {name: getattr(context, name, None) for name in CONTEXT}
         calls = make_calls(
-            self.form, self.parameters, self.info, rows, kwargs=self.kwargs, split=self.split, context=extras
+            self.signature, self.parameters, self.info, rows, kwargs=self.kwargs, split=self.split, context=extras
         )
         lengths = [len(rollout.completion_ids) for rollout in rows.rollouts]
         outcomes: list[Outcome] = [None] * len(rows.rollouts)  # type: ignore[list-item]
@@ -149,7 +149,7 @@ class Reward:
         return self._settle(outcomes, rows)
 
     def needed(self) -> dict[str, str]:
-        """What decides the values beside code and arguments: `files`, and commits of the hub that are known by now."""
+        """What decides the values besides code and arguments: `files`, and the hub commits that are known by now."""
         return {**self.files, **hub_commits(self.kwargs)}
 
     def _answers(self, calls: list[Call], lengths: Sequence[int]) -> list[list[Outcome]]:
@@ -161,7 +161,7 @@ class Reward:
         code = " ".join([self.code, *(f"{name} {digest}" for name, digest in self.needed().items())])
         keys = [key_of(code, content) for content in contents]
         known = self.cache.get(keys)
-        # the same text may be other tokens, which kept values a token do not fit
+        # the same text may have other tokens, which cached values per token do not fit
         hits = [known.get(key) for key in keys]
         hits = [hit if hit and _fit(hit, size) else None for hit, size in zip(hits, sizes, strict=True)]
         new = {key: call for key, call, hit in zip(keys, calls, hits, strict=True) if hit is None}
@@ -192,11 +192,11 @@ class Reward:
             return [Outcome(None, "invalid", NO_DETAILS, " ".join(what.split()))] * len(lengths)
 
     def _interpret(self, raw: Any, lengths: Sequence[int]) -> list[Outcome]:
-        if self.form in ("single", "verifiers"):
+        if self.signature in ("single", "verifiers"):
             return [interpret(raw, lengths[0])]
-        if self.form == "verl":
+        if self.signature == "verl":
             return [interpret_score_dict(raw, lengths[0])]
-        if self.form == "openrlhf":
+        if self.signature == "openrlhf":
             return interpret_reward_dict(raw, lengths, self.name)
         return interpret_many(raw, lengths, self.name)
 
@@ -220,7 +220,7 @@ class Reward:
 
 
 def _fit(outcomes: Sequence[Outcome], lengths: Sequence[int]) -> bool:
-    """Whether values a token, where there are some, are as many as the tokens."""
+    """Whether values per token, if there are any, are as many as the tokens."""
     return all(
         TOKEN_REWARDS not in outcome.details or len(outcome.details[TOKEN_REWARDS]) == length
         for outcome, length in zip(outcomes, lengths, strict=True)

@@ -2,8 +2,8 @@
 
 A thread cannot be stopped and a signal handler does not run inside a C call, so a reward that may hang runs
 in a process of its own, started afresh from `worker.py` (a fork would copy the trainer's memory and
-threads, and `multiprocessing`'s spawn would run the recipe again). One event loop in the caller deals out
-tasks, watches the deadlines, and kills what is late with all processes of its session; a spare takes its place.
+threads, and `multiprocessing`'s spawn would run the recipe again). The caller hands out tasks,
+watches the deadlines, and kills a late worker with all processes of its session; a spare takes its place.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class WorkerPool:
             the file then holds.
     """
 
-    apart = True
+    in_background = True
     draws_here = False
 
     def __init__(
@@ -110,7 +110,7 @@ class WorkerPool:
                 busy = sum(worker.task is not None for worker in self._workers)
                 for worker in self._workers:
                     if worker.loaded and worker.task is None and waiting and busy < self.count:
-                        self._give(worker, waiting.popleft(), calls)
+                        self._send(worker, waiting.popleft(), calls)
                         busy += 1
                 undone -= self._collect(waiting, results)
         except BaseException:
@@ -144,7 +144,7 @@ class WorkerPool:
         self._workers.append(_Worker(process, connection, time.monotonic() + LOAD_LIMIT))
         connection.send((self.address, self.source, self.retry))
 
-    def _give(self, worker: _Worker, task: _Task, calls: Sequence[Arguments]) -> None:
+    def _send(self, worker: _Worker, task: _Task, calls: Sequence[Arguments]) -> None:
         try:
             message = pickle.dumps([calls[i] for i in task.indices])
         except Exception as error:
@@ -181,7 +181,7 @@ class WorkerPool:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
             if not worker.loaded:
                 raise RewardError(f"reward {self.name!r}: its worker process {how} while loading it.") from None
-            if self._apart(task, waiting):
+            if self._split(task, waiting):
                 return 0
             return self._fail(task, results, "error", f"its worker process {how}")
         if not worker.loaded:
@@ -198,14 +198,16 @@ class WorkerPool:
         self._kill(worker)
         if worker.task is None:
             raise RewardError(f"reward {self.name!r} took more than {LOAD_LIMIT:g} s to load in a worker process.")
-        if self._apart(worker.task, waiting):
+        if self._split(worker.task, waiting):
             return 0
-        limit = "" if self.timeout is None else f" (timeout: {self.timeout:g} s a completion)"
+        limit = "" if self.timeout is None else f" (timeout: {self.timeout:g} s per completion)"
         return self._fail(worker.task, results, "timeout", f"was killed{limit}")
 
-    def _apart(self, task: _Task | None, waiting: deque[_Task]) -> bool:
-        """Whether calls of an async reward were made together: one of them blocked the loop or ended the process, and
-        each is made again by itself, which tells which."""
+    def _split(self, task: _Task | None, waiting: deque[_Task]) -> bool:
+        """Queue the calls of an async reward again, one at a time; return False for a single call.
+
+        One of them blocked the event loop or ended the process, and this shows which.
+        """
         if task is None or len(task.indices) == 1:
             return False
         waiting.extend(_Task([i], 1) for i in task.indices)

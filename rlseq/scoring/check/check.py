@@ -33,7 +33,7 @@ from rlseq.types import Prompt, Rollout, column_names
 
 PATIENCE = 10.0  # seconds that any one strange completion may take
 LONG = 100_000  # characters
-SLOW = 50.0  # completions a second: below it a step of some hundreds waits for the reward
+SLOW = 50.0  # completions per second: below it a step of some hundreds waits for the reward
 
 STRANGE = {
     "the empty string": "",
@@ -72,7 +72,9 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
         return [Check("it loads", False, str(error))]
     with suite:
         reward = suite.rewards[0]
-        checks = [Check("it loads", True, f"form: {FORM_NAMES[reward.form]}; scope: {reward.info.scope}")]
+        checks = [
+            Check("it loads", True, f"signature: {SIGNATURE_NAMES[reward.signature]}; scope: {reward.info.scope}")
+        ]
         try:
             suite.check_columns(column_names(prompts))
         except RewardError as error:
@@ -98,7 +100,7 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
 
 
 def _corpus(suite: RewardSuite, table: Any) -> list[Check]:
-    """Whether the details hold what corpus metrics are computed of: finite numbers, at least where there is a value."""
+    """Whether the details hold the numbers that corpus metrics need: finite ones, at least where there is a value."""
     checks = []
     for name, metric in suite.corpus.items():
         question = f"details for the corpus metric {name}"
@@ -115,7 +117,7 @@ def _corpus(suite: RewardSuite, table: Any) -> list[Check]:
     return checks
 
 
-FORM_NAMES = {
+SIGNATURE_NAMES = {
     "single": "one at a time",
     "batch": "TRL's batch",
     "verl": "verl's",
@@ -125,7 +127,7 @@ FORM_NAMES = {
 
 
 def _items(prompts: Sequence[Prompt]) -> list[Item]:
-    """Three completions a row: right where a reference is known, damaged, and another row's."""
+    """Three completions per row: right where a reference is known, damaged, and another row's."""
     answers = [reference_of(prompt) or prompt.text for prompt in prompts]
     texts = [
         (answer, corrupt(answer, random.Random(number)), answers[number - 1]) for number, answer in enumerate(answers)
@@ -259,7 +261,7 @@ def _speed(suite: RewardSuite, items: list[Item], seconds: float) -> Check:
         score_items(suite, items)
         calls += len(items)
     rate = calls / (time.perf_counter() - start)
-    finding = f"{rate:,.3g} completions a second" if rate < 100 else f"{rate:,.0f} completions a second"
+    finding = f"{rate:,.3g} completions per second" if rate < 100 else f"{rate:,.0f} completions per second"
     if rate < SLOW:
         finding += "; slow: try `workers: n` (CPU), an async function (waiting) or `cache: true` (the same again)"
     return Check("speed", None, finding)

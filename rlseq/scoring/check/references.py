@@ -153,5 +153,5 @@ def _hackability(
             f"hackable by {name}?",
             None if isnan(score) or nothing_earned else score < goal,
             f"mean {score:.3g}, references {form} {goal:.3g}",
-            "Training will find this; combine with a reward that it loses, or mend it.",
+            "Training will find this; combine with a reward that it loses, or fix it.",
         )

@@ -1,4 +1,4 @@
-"""Rewards tried on a few rows of the data before anything expensive starts, where a row may be what they fail on."""
+"""A smoke test of rewards: a few rows of the data are scored before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from rlseq.scoring.suite import RewardSuite
 from rlseq.types import ABSENT, Prompt, column_names
 
 
-def try_rewards(suite: RewardSuite, prompts: Sequence[Prompt]) -> None:
-    """Score of each column the first row with a value and the first without one: a reward may fail on either alone.
+def smoke_test_rewards(suite: RewardSuite, prompts: Sequence[Prompt]) -> None:
+    """Score the first row with a value and the first row without one, for each column: a reward may fail on either.
 
-    The completion is the row's first reference, or its prompt where it has none. Every process of a run calls it, and
-    what fails on one is raised on all.
+    The completion is the row's first reference, or its prompt if there is none. Every process of a run calls this, and
+    an error on one is raised on all.
 
     Raises:
-        RewardError: a reward asks for a column that is not there, or fails; the message names the row and what it has
-            nothing in.
+        RewardError: a reward asks for a column that is not there, or fails; the message names the row and its empty
+            columns.
     """
     from rlseq.common.ranks import raise_on_all_ranks
 
     with raise_on_all_ranks():
-        for number in _unlike(prompts):
-            _try(suite, prompts, number)
+        for number in _differing_rows(prompts):
+            _score_row(suite, prompts, number)
 
 
-def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
+def _score_row(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
     prompt = prompts[number]
     columns = {name: [prompt.columns.get(name, ABSENT)] for name in column_names(prompts)}
     suite.check_columns(columns)
@@ -40,8 +40,8 @@ def _try(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> None:
         raise RewardError(f"tried on row {number + 1:,} of {len(prompts):,}{without}: {error}") from error
 
 
-def _unlike(prompts: Sequence[Prompt]) -> list[int]:
-    """Of each column the first prompt with a value and the first without one, by number."""
+def _differing_rows(prompts: Sequence[Prompt]) -> list[int]:
+    """Indices of the first prompt with a value and of the first without one, for each column."""
     first: dict[tuple[str, bool], int] = {}
     names = [name for name in column_names(prompts) if name != "prompt"]
     for number, prompt in enumerate(prompts):

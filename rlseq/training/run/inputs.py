@@ -33,7 +33,7 @@ def run_inputs(
     """
     found: dict[str, dict[str, Any]] = {}
     for kind, suite in suites.items():
-        for name, about in (suite.signature() if suite is not None else {}).items():
+        for name, about in (suite.fingerprint() if suite is not None else {}).items():
             found[f"{kind} {name!r}"] = about
     for spec in functions:
         function = find(spec, Path.cwd()).function

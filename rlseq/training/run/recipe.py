@@ -29,7 +29,7 @@ from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.models import is_adapter
 from rlseq.errors import ConfigError, ModelError
 from rlseq.scoring import RewardSuite, load_rewards
-from rlseq.scoring.check.smoke_test import try_rewards
+from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.models import check_attention, check_model_path, load_tokenizer
 from rlseq.training.run.callbacks import GracefulStop
@@ -125,7 +125,7 @@ def load_task(
         shared = describe_shared(held_out, data.eval_split, (p.prompt for p in prompts), data.train_split)
     for each in (suite, eval_suite):
         if each is not None:
-            try_rewards(each, prompts)
+            smoke_test_rewards(each, prompts)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), shared, suite, eval_suite)
 

@@ -337,7 +337,7 @@ class RolloutMixin(trl.GRPOTrainer):
 
 
 class _RewardContext:
-    """What TRL's batch form of a reward may ask the trainer for."""
+    """What TRL's batch signature of a reward may ask the trainer for."""
 
     def __init__(self, trainer: RolloutMixin):
         self.trainer_state = trainer.state
