@@ -19,7 +19,8 @@ from packaging.utils import canonicalize_name
 
 import rlseq
 from rlseq.config.config_file import beside_config, find_config
-from rlseq.scoring.find import bundled_folder, describe_file
+from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.reward_files import describe_file
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -15,8 +15,9 @@ import yaml
 
 from rlseq import load_rewards
 from rlseq.cli.main import main
-from rlseq.scoring.find import bundled_folder, describe_file
+from rlseq.scoring.find import bundled_folder
 from rlseq.scoring.options import OPTIONS
+from rlseq.scoring.reward_files import describe_file
 from rlseq.scoring.signatures import FIELDS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"

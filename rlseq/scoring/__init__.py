@@ -1,8 +1,8 @@
-"""How rewards are found, adapted, run, isolated, cached and checked; the rewards themselves are in
-`rewards/`."""
+"""How rewards are found, called, isolated, cached, checked and replayed; the rewards are in `rewards/`."""
 
 from rlseq.scoring.load import load_rewards
 from rlseq.scoring.reward import CorpusMetric, Ratio, reward
-from rlseq.scoring.suite import RewardSuite, ScoreTable
+from rlseq.scoring.suite import RewardSuite
+from rlseq.scoring.table import ScoreTable
 
 __all__ = ["CorpusMetric", "Ratio", "RewardSuite", "ScoreTable", "load_rewards", "reward"]

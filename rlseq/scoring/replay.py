@@ -12,8 +12,9 @@ from typing import Any
 
 from rlseq.common.formats import ROLLOUTS
 from rlseq.errors import RewardError, RunDirectoryError
-from rlseq.scoring.suite import RewardSuite, ScoreTable
-from rlseq.types import ABSENT, Rollout
+from rlseq.scoring.suite import RewardSuite
+from rlseq.scoring.table import ScoreTable
+from rlseq.types import ABSENT, Rollout, ScoredRollout
 
 # what a run logs of a rollout; any other key of a record is a column
 LOGGED = frozenset(
@@ -131,27 +132,16 @@ def score_by_step(suite: RewardSuite, logged: Logged) -> ScoreTable:
     steps: dict[Hashable, list[int]] = defaultdict(list)
     for row, record in enumerate(logged.records):
         steps[record.get("step"), record.get("model"), record.get("strategy")].append(row)
-    parts: list[tuple[list[int], ScoreTable]] = []
+    scored: dict[int, ScoredRollout] = {}
+    messages: dict[str, dict[int, str]] = {name: {} for name in suite.names}
     for rows in steps.values():
         columns = {name: [values[row] for row in rows] for name, values in logged.columns.items()}
-        parts.append((rows, suite.score([logged.rollouts[row] for row in rows], columns, absent=logged.absent)))
-    place = {row: (table, i) for rows, table in parts for i, row in enumerate(rows)}
-    ordered = [place[row] for row in range(len(logged.rollouts))]
-
-    def merge(attribute: str) -> dict[str, list[Any]]:
-        return {name: [getattr(table, attribute)[name][i] for table, i in ordered] for name in suite.names}
-
-    return ScoreTable(
-        scored=[table.scored[i] for table, i in ordered],
-        values=merge("values"),
-        status=merge("status"),
-        totals=[table.totals[i] for table, i in ordered],
-        details=merge("details"),
-        messages={
-            name: {row: table.messages[name][i] for row, (table, i) in enumerate(ordered) if i in table.messages[name]}
-            for name in suite.names
-        },
-    )
+        table = suite.score([logged.rollouts[row] for row in rows], columns, absent=logged.absent)
+        scored |= zip(rows, table.scored, strict=True)
+        for name, said in table.messages.items():
+            messages[name] |= {rows[i]: message for i, message in said.items()}
+    ordered = {name: dict(sorted(said.items())) for name, said in messages.items()}
+    return ScoreTable(suite.names, [scored[row] for row in range(len(logged.rollouts))], ordered)
 
 
 @dataclass(frozen=True)

@@ -17,39 +17,8 @@ from rlseq.scoring.calls.runner import Reward
 from rlseq.scoring.outcome import FAILURES, LARGEST, TOKEN_REWARDS, Outcome, shorten
 from rlseq.scoring.reward import CorpusMetric, Ratio
 from rlseq.scoring.signatures import Rows
+from rlseq.scoring.table import ScoreTable, weighted_sum
 from rlseq.types import Rollout, ScoredRollout
-
-
-@dataclass(frozen=True)
-class ScoreTable:
-    """What a suite said of N rollouts; every list has N entries, in the order of the rollouts.
-
-    Attributes:
-        scored: the rollouts with their values, statuses, totals and details.
-        values: value by reward name; None where it abstained or failed.
-        status: "ok", "abstained", "error", "timeout" or "invalid", by reward name.
-        totals: the weighted sum of each rollout's values, which is its reward; as `ScoredRollout.total`.
-        details: by reward name, what it returned next to each value.
-        messages: by reward name, {row: what went wrong} for the failures.
-    """
-
-    scored: list[ScoredRollout]
-    values: dict[str, list[float | None]]
-    status: dict[str, list[str]]
-    totals: list[float | None]
-    details: dict[str, list[Mapping[str, Any]]]
-    messages: dict[str, dict[int, str]] = field(default_factory=dict)
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """How many completions each reward failed on (error, timeout or invalid)."""
-        return {name: sum(s in FAILURES for s in statuses) for name, statuses in self.status.items()}
-
-    @property
-    def failure_counts(self) -> dict[str, dict[str, int]]:
-        """The same by kind: {reward: {"abstained": .., "error": .., "timeout": .., "invalid": ..}}."""
-        kinds = ("abstained", *FAILURES)
-        return {name: {kind: statuses.count(kind) for kind in kinds} for name, statuses in self.status.items()}
 
 
 @dataclass(frozen=True)
@@ -278,47 +247,23 @@ class RewardSuite:
                 )
 
     def _table(self, rollouts: list[Rollout], outcomes: list[list[Outcome]]) -> ScoreTable:
-        names, weights = self.names, self.weights
-        scored, totals = [], []
+        scored = []
         for row, rollout in enumerate(rollouts):
-            mine = [column[row] for column in outcomes]
-            total = weighted_sum([outcome.value for outcome in mine], weights)
-            totals.append(total)
+            mine = {name: column[row] for name, column in zip(self.names, outcomes, strict=True)}
             scored.append(
                 ScoredRollout(
                     rollout,
-                    {name: outcome.value for name, outcome in zip(names, mine, strict=True)},
-                    {name: outcome.status for name, outcome in zip(names, mine, strict=True)},
-                    total,
-                    {name: outcome.details for name, outcome in zip(names, mine, strict=True)},
+                    {name: outcome.value for name, outcome in mine.items()},
+                    {name: outcome.status for name, outcome in mine.items()},
+                    weighted_sum([outcome.value for outcome in mine.values()], self.weights),
+                    {name: outcome.details for name, outcome in mine.items()},
                 )
             )
-        by_name = list(zip(names, outcomes, strict=True))
-        return ScoreTable(
-            scored,
-            values={name: [o.value for o in column] for name, column in by_name},
-            status={name: [o.status for o in column] for name, column in by_name},
-            totals=totals,
-            details={name: [o.details for o in column] for name, column in by_name},
-            messages={name: {row: o.message for row, o in enumerate(column) if o.message} for name, column in by_name},
-        )
-
-
-def weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """Σ w·v over the values present, times Σ|w| over all / Σ|w| over those present; None if none is.
-
-    An abstention therefore leaves the scale unchanged. If only rewards of weight 0 are present, the sum is None, unless
-    every weight is 0: then it is 0.
-    """
-    present = [(w, v) for w, v in zip(weights, values, strict=True) if v is not None]
-    if len(present) == len(values):
-        return float(sum(w * v for w, v in present))
-    if not present:
-        return None
-    everything, there = sum(map(abs, weights)), sum(abs(w) for w, _ in present)
-    if there == 0:
-        return 0.0 if everything == 0 else None
-    return float(sum(w * v for w, v in present) * everything / there)
+        messages = {
+            name: {row: outcome.message for row, outcome in enumerate(column) if outcome.message}
+            for name, column in zip(self.names, outcomes, strict=True)
+        }
+        return ScoreTable(self.names, scored, messages)
 
 
 class _Failures(NamedTuple):

@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rlseq.scoring.calls.execute import Retry, call_concurrently, call_once, failed
-from rlseq.scoring.find import load_address
 from rlseq.scoring.outcome import Failed, plain
+from rlseq.scoring.reward_files import load_address
 
 PR_SET_PDEATHSIG = 1
 

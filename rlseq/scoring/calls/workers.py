@@ -52,7 +52,7 @@ class WorkerPool:
     """Runs the calls of one reward in worker processes, results in order.
 
     Args:
-        address: the reward, as `find.load_address` takes it.
+        address: the reward, as `reward_files.load_address` takes it.
         name: its series name, for messages.
         workers: number of processes at work; with a timeout there is a spare one more.
         timeout: seconds a call may take; a late call's process is killed and the call becomes a "timeout".

@@ -28,7 +28,8 @@ from rlseq.scoring.check.references import against_references
 from rlseq.scoring.corpus import of_completions
 from rlseq.scoring.load import load_rewards
 from rlseq.scoring.outcome import FAILURES, shorten
-from rlseq.scoring.suite import RewardSuite, ScoreTable
+from rlseq.scoring.suite import RewardSuite
+from rlseq.scoring.table import ScoreTable
 from rlseq.types import Prompt, Rollout, column_names
 
 PATIENCE = 10.0  # seconds that any one strange completion may take

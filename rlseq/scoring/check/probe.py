@@ -6,7 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlseq.scoring.suite import RewardSuite, ScoreTable
+from rlseq.scoring.suite import RewardSuite
+from rlseq.scoring.table import ScoreTable
 from rlseq.types import Prompt, Rollout, columns_of
 
 

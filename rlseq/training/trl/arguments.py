@@ -27,7 +27,8 @@ from rlseq.data.rows import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.during import ValidationProbe
 from rlseq.scoring import RewardSuite, load_rewards
-from rlseq.scoring.find import bundled_folder, load_file
+from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.reward_files import load_file
 from rlseq.training.models import load_model, load_tokenizer
 from rlseq.training.run.best import choose_best_by
 from rlseq.types import Prompt
