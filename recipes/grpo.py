@@ -4,10 +4,10 @@ The recipe itself, which explains what it does and what it takes, is rlseq/recip
 without a checkout, `accelerate launch -m rlseq.recipes.grpo` is the same.
 """
 
-from rlseq.common.interrupts import ending_quietly
+from rlseq.common.interrupts import exit_on_sigint
 
 if __name__ == "__main__":  # processes that multiprocessing spawns import this file too, and need nothing of it
-    with ending_quietly():
+    with exit_on_sigint():
         from rlseq.recipes.grpo import main
         from rlseq.training.run.launch import run_recipe
 

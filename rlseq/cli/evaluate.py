@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlseq.common.interrupts import ending_quietly
+from rlseq.common.interrupts import exit_on_sigint
 from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
 from rlseq.config.flags import HelpFormatter, add_flags, from_flags
 from rlseq.engine.gguf_files import gguf_file, may_be_on_hub
@@ -49,7 +49,7 @@ def evaluate_or_join(
     if arguments.compare:
         refuse_beside_compare(arguments, data, rewards, evaluation)
         return join_finished(arguments.compare, output_dir=arguments.output_dir, reward_funcs=measured or None)
-    with ending_quietly():
+    with exit_on_sigint():
         from rlseq.evaluation.settings import ContrastSettings
 
     evaluate(
@@ -81,7 +81,7 @@ def refuse_beside_compare(*settings: Any) -> None:
 
 def join_finished(evaluations: Sequence[str], *, output_dir: str, reward_funcs: Sequence[Any] | None) -> None:
     """Join finished evaluations, write the report and print its summary; in the first process alone."""
-    with ending_quietly():
+    with exit_on_sigint():
         from accelerate import PartialState
 
         from rlseq.evaluation.compare import join_and_report
@@ -135,7 +135,7 @@ def evaluate(
     max_error_rate: float = RewardArguments.max_error_rate,
 ) -> dict[str, Any]:
     """Check everything cheap, contrast the models, write the report and print its summary."""
-    with ending_quietly():
+    with exit_on_sigint():
         import torch
         from accelerate import PartialState
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from rlseq import __version__
 from rlseq.common.escapes import visible
-from rlseq.common.interrupts import INTERRUPTED, ending_quietly
+from rlseq.common.interrupts import INTERRUPTED, exit_on_sigint
 from rlseq.errors import ConfigError, RlseqError, did_you_mean
 
 
@@ -103,7 +103,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
         raise ConfigError(
             f"there is no command {name!r}; there are {', '.join(COMMANDS)}.{did_you_mean(name, COMMANDS)}"
         )
-    with ending_quietly():
+    with exit_on_sigint():
         module = importlib.import_module(COMMANDS[name].module)
     parser = Parser(prog=f"rlseq {name}", description=COMMANDS[name].help)
     module.add_arguments(parser)

@@ -1,4 +1,4 @@
-"""Error messages for disks that are full or cannot be written."""
+"""Free space, and error messages for disks that are full or cannot be written."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import errno
 import shutil
 from pathlib import Path
 
-# Errors of a write, wherever they come from; others may be of a read.
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# Errors that only a write raises; other errors of the system may come from a read.
+WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
-def write_message(path: Path, error: BaseException, then: str = "") -> str:
-    """The message for a failed write: the path, the reason, how much is free there, and what to do."""
+def write_error_message(path: Path, error: BaseException, then: str = "") -> str:
+    """The message for a failed write: the path, the reason, how much is free there, and what to do (`then`)."""
     reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return f"cannot write {path}: {reason} ({free_space(path)}). {then or 'Make room, or change --output_dir.'}"
 
@@ -24,7 +24,7 @@ def free_space(path: Path) -> str:
 
 
 def readable_size(size: float) -> str:
-    """Bytes with three digits, in the unit that suits them."""
+    """A number of bytes with three digits, in kB, MB or GB."""
     for unit, least in (("GB", 1e9), ("MB", 1e6)):
         if size >= least:
             return f"{size / least:,.0f} {unit}" if size >= 1000 * least else f"{size / least:.3g} {unit}"

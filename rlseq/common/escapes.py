@@ -1,4 +1,4 @@
-"""Characters that cannot be encoded, act on a terminal or turn the direction of text: shown as escapes."""
+"""Escapes for characters that cannot be encoded, control a terminal or change the direction of text."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def visible(text: str) -> str:
-    """The text with such characters as escapes (\\u202e), those of JSON: JSON text reads back as the same values."""
+    """Return the text with such characters as JSON escapes (\\u202e): JSON text keeps its values."""
     return _HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

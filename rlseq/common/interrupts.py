@@ -1,4 +1,4 @@
-"""Ctrl-C while a command imports what it needs, which takes seconds: it ends at once and says nothing."""
+"""Exit on Ctrl-C while a command imports libraries, which takes seconds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ INTERRUPTED = 130
 
 
 @contextmanager
-def ending_quietly() -> Iterator[None]:
-    """Around imports: exit with 130 at Ctrl-C, without a `KeyboardInterrupt`, which torch's C++ code aborts on.
+def exit_on_sigint() -> Iterator[None]:
+    """Exit with 130 on Ctrl-C, silently: a `KeyboardInterrupt` during its import makes torch's C++ code abort.
 
-    Nothing has started that would need cleaning up. A handler that somebody else has set stays in place.
+    Only for imports, when nothing needs cleaning up yet. A handler that the caller has set stays in place.
     """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))

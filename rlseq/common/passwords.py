@@ -1,12 +1,12 @@
-"""Passwords and keys in what a user gives, which no file of a run may show."""
+"""Detection of passwords and keys in URLs, which no file of a run may show."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-# A password, or over HTTP a user name alone, which is a token. Each pattern begins at "://" or with a few letters: one
-# that began with a scheme of any length took the square of a long text's length.
+# A password, or over HTTP a user name alone, which is a token. Each pattern starts at "://" or with a few letters: with
+# a scheme of any length in front, the time would grow with the square of the text's length.
 _USER = re.compile(
     r"(?<=[a-z0-9+.-])://[^\s/?#@:]*:([^\s/?#]+)@|\b(?:https?|wss?)://([^\s/?#@:\"',<>]+):?@", re.IGNORECASE
 )
@@ -21,7 +21,7 @@ ADVICE = (
 
 
 def holds_password(value: Any) -> bool:
-    """Whether a value, or anything in it, is a URL with a password or key; an environment variable's name is none."""
+    """Whether a value, or anything in it, is a URL with a password or key. A variable's name (`${KEY}`) is not one."""
     text = str(value)
     found = [password or token for password, token in _USER.findall(text)]
     for word in _WORD.findall(text):

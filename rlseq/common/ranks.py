@@ -1,12 +1,12 @@
-"""What fails on one process of several ends them all, with what failed: any exception, wherever it is raised.
+"""An exception on one process of a run ends all its processes, with the same message.
 
-Two ways to learn of it, since a process may only take part in a collective that the others take part in:
+The others hear of it in one of two ways, because a collective needs all processes:
 
-* a part of the work without collectives (drawing, scoring, an evaluation, a study) ends with an exchange, in which
-  every process hears how the others fared: `raise_on_all_ranks()`;
-* elsewhere (an update, a checkpoint, a whole run) the others may be within a collective. The process that fails says
-  why in the store by which the processes found each other, and leaves the group; the collective then fails on the
-  others, and they look there: `raise_on_all_ranks(exchange=False)`. Nothing is sent while nothing fails.
+* work without collectives (sampling, scoring, an evaluation, a study) ends with an exchange of the exceptions:
+  `raise_on_all_ranks()`;
+* elsewhere (an update, a checkpoint, a whole run) the others may be within a collective. The failing process writes
+  its exception to the store of the process group and leaves the group. The collective then fails on the others, and
+  they read the store: `raise_on_all_ranks(exchange=False)`. Nothing is sent while nothing fails.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.distributed as dist
 from rlseq.errors import RlseqError, TrainingError
 
 _KEY = "rlseq/failure"
-_SECONDS = 10.0  # that leaving the group may take, where this process's own collectives are pending
-_left: list[Any] = []  # the stores of groups that this process has left
+_SECONDS = 10.0  # that leaving the group may take while this process's own collectives are pending
+_kept_stores: list[Any] = []  # of groups that this process has left
 _FAILURES = (Exception, SystemExit)  # a KeyboardInterrupt reaches all processes of a terminal by itself
 
 
@@ -35,14 +35,14 @@ def raise_on_all_ranks(*, exchange: bool = True) -> Iterator[None]:
     failed: an `RlseqError` as it is, anything else as a `TrainingError` that names the process and the exception.
 
     Args:
-        exchange: the body has no collectives but such as all processes finish or none does, so it may end with one.
-            False: it may fail between any two.
+        exchange: the body has no collectives, or only those that all processes finish or none does, so it may end with
+            one. False: it may fail between any two.
     """
-    if not exchange:  # it may hold the whole run, which finds the others only within
-        with _told_through_store():
+    if not exchange:  # the body may start the process group
+        with _raise_through_store():
             yield
         return
-    if _number() == 1:
+    if _world_size() == 1:
         yield
         return
     own: BaseException | None = None
@@ -50,16 +50,16 @@ def raise_on_all_ranks(*, exchange: bool = True) -> Iterator[None]:
         yield
     except _FAILURES as error:
         own = error
-    told: list[RlseqError | None] = [None] * _number()
-    dist.all_gather_object(told, None if own is None else as_told(own))
-    failures = [failure for failure in told if failure is not None]
+    gathered: list[RlseqError | None] = [None] * _world_size()
+    dist.all_gather_object(gathered, None if own is None else shared_error(own))
+    failures = [failure for failure in gathered if failure is not None]
     if failures:
         failure = failures[0] if own is None else own
-        failure.known_to_all = True
+        failure.on_all_ranks = True
         raise failure
 
 
-def as_told(error: BaseException) -> RlseqError:
+def shared_error(error: BaseException) -> RlseqError:
     """What the other processes raise for an exception of this one."""
     of_this_rank = isinstance(error, TrainingError) and not error.on_every_rank
     if isinstance(error, RlseqError) and not of_this_rank:
@@ -71,26 +71,26 @@ def as_told(error: BaseException) -> RlseqError:
 
 
 @contextlib.contextmanager
-def _told_through_store() -> Iterator[None]:
+def _raise_through_store() -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        if _number() == 1 or _known_to_all(error):  # alone, or an inner one has left the group already
+        if _world_size() == 1 or _on_all_ranks(error):  # alone, or an inner one has left the group already
             raise
-        told = _read()
-        if told is not None:  # this is what another's failure does to a collective of this process
-            _leave()
-            raise told from error
-        _write(as_told(error))
-        _leave()
+        first = _read()
+        if first is not None:  # another process failed, and with it a collective of this one
+            _leave_group()
+            raise first from error
+        _write(shared_error(error))
+        _leave_group()
         raise
 
 
-def _known_to_all(error: BaseException) -> bool:
-    return getattr(error, "known_to_all", False) or getattr(error, "on_every_rank", False)
+def _on_all_ranks(error: BaseException) -> bool:
+    return getattr(error, "on_all_ranks", False) or getattr(error, "on_every_rank", False)
 
 
-def _number() -> int:
+def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -99,7 +99,7 @@ def _store() -> Any:
 
 
 def _read() -> RlseqError | None:
-    with contextlib.suppress(Exception):  # the process that keeps the store may be gone: then nobody says why
+    with contextlib.suppress(Exception):  # the process that holds the store may be gone: then the reason is lost
         if _store().check([_KEY]):
             return pickle.loads(_store().get(_KEY))
     return None
@@ -110,13 +110,13 @@ def _write(failure: RlseqError) -> None:
         _store().set(_KEY, pickle.dumps(failure))
 
 
-def _leave() -> None:
+def _leave_group() -> None:
     """Leave the group without waiting for the others, so that the collectives they are in fail.
 
-    The store lasts for as long as this process, which may be the one that keeps it for all.
+    The store is kept until this process ends, because it may hold it for all.
     """
     with contextlib.suppress(Exception):
-        _left.append(_store())
+        _kept_stores.append(_store())
     thread = threading.Thread(target=_abort, daemon=True)
     thread.start()
     thread.join(_SECONDS)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
-from rlseq.common.disk import FULL, write_message
+from rlseq.common.disk import WRITE_ERRNOS, write_error_message
 from rlseq.errors import ConfigError
 
 _LOCK = ".evaluating"
@@ -32,10 +32,10 @@ def claimed(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in WRITE_ERRNOS:
             raise
         raise ConfigError(
-            write_message(
+            write_error_message(
                 Path(error.filename or folder),
                 error,
                 "Make room, or change --output_dir; in the same one the same command resumes from what is finished.",
@@ -58,5 +58,5 @@ def _refusal(folder: Path, lock: FileLock) -> str | None:
             "end, or give another --output_dir."
         )
     except OSError as error:
-        return write_message(folder, error)
+        return write_error_message(folder, error)
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlseq.common.interrupts import ending_quietly
+from rlseq.common.interrupts import exit_on_sigint
 
 ROOT = Path(__file__).parents[2]
 # In the place of torch: the user presses Ctrl-C while it is imported, and C++ code aborts on the exception.
@@ -47,12 +47,12 @@ def test_the_handler_is_as_before_afterwards_and_that_of_others_stays():
     before = signal.getsignal(signal.SIGINT)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with pytest.raises(ZeroDivisionError), ending_quietly():
+        with pytest.raises(ZeroDivisionError), exit_on_sigint():
             assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
             _ = 1 / 0
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with ending_quietly():
+        with exit_on_sigint():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

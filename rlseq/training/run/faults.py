@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from rlseq.common.disk import FULL, write_message
+from rlseq.common.disk import WRITE_ERRNOS, write_error_message
 from rlseq.errors import ConfigError, RlseqError, TrainingError
 from rlseq.training.run.checkpoints import earlier_of
 
@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_failed_write(error: BaseException) -> bool:
     """Whether an error, come from where it may, says that a file could not be written: full, too long, read-only."""
     if isinstance(error, OSError):
-        return error.errno in FULL
+        return error.errno in WRITE_ERRNOS
     if isinstance(error, SafetensorError):
         return any(text in str(error) for text in _SAFETENSORS_WRITE)
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_WRITE)
@@ -72,7 +72,7 @@ def writing(path: str | os.PathLike, then: str = "") -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, OSError) or is_failed_write(error)):
             raise
-        raise TrainingError(write_message(Path(path), error, then)) from error
+        raise TrainingError(write_error_message(Path(path), error, then)) from error
 
 
 @contextlib.contextmanager
@@ -118,7 +118,7 @@ def explained(error: Exception) -> RlseqError | None:
     if is_out_of_memory(error):
         return TrainingError(_memory_message("evaluation, or while a model loaded", error, ELSEWHERE))
     if is_failed_write(error):
-        return TrainingError(write_message(Path(getattr(error, "filename", None) or "."), error))
+        return TrainingError(write_error_message(Path(getattr(error, "filename", None) or "."), error))
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST):
         return TrainingError(
             "another process of this run has ended, so this one cannot continue. The launcher names its rank and its "
