@@ -1,4 +1,4 @@
-"""Decoders: prefixes that are continued together, one token a step, and where their keys and values are kept.
+"""Decoders: prefixes that are continued together, one token per step, and the cache of their keys and values.
 
 A decoder holds U prefixes, each at a slot, and gives the logits of the token after each. `advance` appends one token to
 every slot; a slot may also continue the prefix of another slot, as samples that branch and beams do. All decoders give
@@ -158,7 +158,7 @@ class UncachedDecoder:
 
 
 class ByLengthDecoder:
-    """One batch per prefix length. No batch is padded, then or later: all prefixes grow by one token a step.
+    """One batch per prefix length. No batch is padded, then or later: all prefixes grow by one token per step.
 
     Args:
         kind: of the batches, `CachedDecoder` or `UncachedDecoder`; the other arguments are theirs.
@@ -179,7 +179,7 @@ class ByLengthDecoder:
         for number in range(len(distinct)):
             here = np.flatnonzero(self.part == number)
             self.place[here] = np.arange(len(here))
-            self.parts.append(kind(model, [prefixes[u] for u in here], max_rows, max_tokens))
+            self.parts.append(kind(model, [prefixes[u] for u in here.tolist()], max_rows, max_tokens))
         self._gather()
 
     def advance(self, sources: np.ndarray | None, tokens: np.ndarray) -> None:

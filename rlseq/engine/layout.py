@@ -1,7 +1,6 @@
 """Groups of prompts and completions as rows of tokens, common prefixes written once.
 
-The layout that `rlseq.engine.packing` explains: which tokens stand where, and from which column on each is no longer
-seen.
+`rlseq.engine.packing` explains the layout: the place of each token, and the column from which on it is masked.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ class Shared:
     """A group's completions in lexicographic order.
 
     Attributes:
-        order: which completion stands at each place.
-        shared: tokens that the completion there shares with the one before it; 0 for the first.
-        tokens: those it adds to the row; the first adds the prompt's too.
+        order: the index of the completion at each place.
+        shared: tokens that it shares with the completion before it; 0 for the first.
+        tokens: tokens that it adds to the row; the first adds the prompt's too.
     """
 
     order: list[int]
@@ -93,7 +92,7 @@ def fill_rows(blocks: list[Block], row_tokens: int | None) -> list[list[Block]]:
 
 
 class Layout:
-    """Where the tokens of blocks come to stand.
+    """The places of the tokens of blocks.
 
     Attributes:
         ids: the tokens of each piece, a run of tokens that follow each other in a row.
@@ -142,7 +141,7 @@ class Layout:
         return column
 
     def _hide(self, still_seen: list[tuple[int, int, int]], position: int, row: int, column: int) -> None:
-        """Tokens from a position on are not seen from a column on."""
+        """Mask the tokens from a position on for all columns from a column on."""
         while still_seen and still_seen[-1][0] + still_seen[-1][2] > position:
             first, start, count = still_seen.pop()
             kept = max(0, position - first)
@@ -157,7 +156,7 @@ def ramps(lengths: np.ndarray) -> np.ndarray:
 
 
 def ranks(of: np.ndarray) -> np.ndarray:
-    """Of each entry, how many equal ones stand before it."""
+    """The number of equal entries before each entry."""
     order = np.argsort(of, kind="stable")
     rank = np.empty_like(of)
     rank[order] = np.arange(len(of)) - np.searchsorted(of[order], of[order])

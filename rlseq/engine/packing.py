@@ -38,14 +38,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from rlseq.engine.layout import Group, Layout, arrange, fill_rows, ramps, split
 from rlseq.engine.prefix_attention import mark_causal
 
-FLEX = "flex_attention"  # transformers' name of it
-FLEX_BLOCK = 128  # rows are a multiple of it in tokens: its kernels are compiled for few lengths, and none is ragged
+FLEX = "flex_attention"  # transformers' name
+FLEX_BLOCK = 128  # row lengths are a multiple of it, so that kernels are compiled for few lengths
 IGNORED = -100  # the label of positions that are not scored, as in torch.nn.functional.cross_entropy
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """R rows of S tokens that hold B completions with N tokens in all, and where each of those tokens is.
+    """R rows of S tokens that hold B completions of N tokens in all, and the places of these tokens.
 
     Attributes:
         input_ids: (R, S) long.
@@ -69,7 +69,7 @@ class PackedBatch:
 
     @property
     def model_inputs(self) -> dict[str, Any]:
-        """The arguments of a model's forward; labels apart, since not every forward takes them."""
+        """The arguments of a model's forward, without labels: not every forward takes them."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -97,8 +97,8 @@ def pack(
         row_tokens: None gives each group a row. A number is a budget: several groups share a row by first
             fit, longest first, and a longer group is split into several with the prompt repeated; a single
             completion that exceeds the budget gets a row of its own.
-        whole_groups: no group is split: the budget is that of the longest where it is above `row_tokens`.
-        attention: the model's attention implementation (`attention_of`), which says what the mask is.
+        whole_groups: split no group; the budget becomes the tokens of the longest group if that is above `row_tokens`.
+        attention: the model's attention implementation (`attention_of`), which determines the kind of mask.
 
     Returns:
         The batch; its completions are the groups' in order, flattened.
@@ -173,7 +173,7 @@ def _rule(seen_RS: Tensor) -> BlockMask:
 def rows_of_group(
     prompt: Sequence[int], completions: Sequence[Sequence[int]], row_tokens: int | None
 ) -> list[tuple[int, list[int]]]:
-    """How `pack` would split a group: for each row its tokens, and the indices of the completions that it holds."""
+    """How `pack` would split a group: for each row the number of tokens, and the indices of its completions."""
     blocks = split([(prompt, completions)], [arrange(prompt, completions)], row_tokens)
     return [(block.tokens, [index for index, _, _ in block.completions]) for block in blocks]
 

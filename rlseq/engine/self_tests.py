@@ -115,8 +115,8 @@ def decoder_fault(model: nn.Module, make: Callable[..., Decoder]) -> str | None:
             decoder.advance(index, tokens)
             found.append(decoder.logits.clone())  # a graph writes the next step's over them
             expected.append(alone())
-        if getattr(decoder, "refused", None):
-            return f"its step cannot be captured ({decoder.refused})"
+        if refused := getattr(decoder, "refused", None):  # of a CUDA graph
+            return f"its step cannot be captured ({refused})"
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may refuse cache, mask or positions in any way; the reason is handed on
