@@ -151,11 +151,14 @@ def steps_of(make: Callable[..., Any], folder: str, steps: int, layout: int) -> 
     return times.seconds[1:], {name: seconds * steps / (steps + 1) for name, seconds in spent.items()}
 
 
-PHASES = {
+PHASES = {  # methods of TRL's trainer, and of rlseq's
     "_generate": "rollouts",
+    "_complete": "rollouts",
     "_calculate_rewards": "rewards",
+    "_score": "rewards",
     "_get_per_token_logps_and_entropies": "log-probs of the old policy",
-    "_compute_loss": "forward and loss",
+    "_add_logprobs": "log-probs of the old policy",
+    "compute_loss": "forward and loss",
 }
 
 
@@ -180,7 +183,8 @@ def phases(trainer: Any) -> Iterator[dict[str, float]]:
         return call
 
     for method, name in PHASES.items():
-        setattr(trainer, method, timed(name, getattr(trainer, method)))
+        if hasattr(trainer, method):
+            setattr(trainer, method, timed(name, getattr(trainer, method)))
     trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
     create = trainer.create_optimizer
 
@@ -355,7 +359,7 @@ def updating(
         row for row in (dict(mine.train_dataset[i]) for i in range(len(prompts))) for _ in range(mine.num_generations)
     ]
     with quiet():
-        inputs = mine._generate_and_score_completions(groups)
+        inputs = mine.make_batch(groups).inputs
     for trainer in (mine, other):
         trainer.current_gradient_accumulation_steps = 1
     losses: dict[str, float] = {}
@@ -371,7 +375,7 @@ def updating(
                     k: v[start : start + layout] if isinstance(v, torch.Tensor) and v.ndim else v
                     for k, v in inputs.items()
                 }
-                loss = trainer._compute_loss(trainer.model, part)
+                loss = trainer.compute_loss(trainer.model, part)
                 loss.backward()
                 total += loss.item()
             losses[name] = total

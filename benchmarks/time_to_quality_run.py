@@ -96,14 +96,15 @@ def train(side: str, seed: int, layout: int, args: argparse.Namespace, folder: P
     watch = Watch(
         folder / "curve.jsonl", validation(trainer, tokenizer, reward, args), args.level, args.every, resident_peak
     )
-    generate = trainer._generate
+    name = "_complete" if hasattr(trainer, "_complete") else "_generate"  # rlseq's, or TRL's
+    complete = getattr(trainer, name)
 
-    def counted(prompts: Any) -> Any:
-        found = generate(prompts)
+    def counted(asked: Any) -> Any:
+        found = complete(asked)
         watch.count(found[0], found[1])
         return found
 
-    trainer._generate = counted
+    setattr(trainer, name, counted)
 
     class Steps(transformers.TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:

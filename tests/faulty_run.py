@@ -52,8 +52,8 @@ def main() -> None:
     trainer.add_callback(Fault(kind, out))
     trainer.add_callback(stop := GracefulStop())
     if kind == "loss":
-        plain = trainer._compute_loss
-        trainer._compute_loss = lambda model, inputs: (
+        plain = trainer.micro_batch_loss
+        trainer.micro_batch_loss = lambda model, inputs: (
             plain(model, inputs) + (float("nan") if rank() == 1 and trainer.state.global_step == 1 else 0.0)
         )
     trainer.train()

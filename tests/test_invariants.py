@@ -62,13 +62,13 @@ def test_tests_that_other_pages_name_are_there():
 
 def batches(trainer):
     """What reaches the loss while the trainer trains: the inputs of every micro-batch."""
-    seen, compute = [], trainer._compute_loss
+    seen, compute = [], trainer.micro_batch_loss
 
     def record(model, inputs):
         seen.append({k: v.detach().clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)})
         return compute(model, inputs)
 
-    trainer._compute_loss = record
+    trainer.micro_batch_loss = record
     trainer.train()
     return seen
 
@@ -90,7 +90,7 @@ def test_loss_and_gradient_do_not_depend_on_the_order_of_rows(tmp_path, pack_upd
             "num_items_in_batch": torch.tensor(7.0),
             "prompt_index": torch.tensor([0, 0, 2])[order],
         }
-        loss = trainer._compute_loss(trainer.model, inputs)
+        loss = trainer.micro_batch_loss(trainer.model, inputs)
         loss.backward()
         return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
@@ -115,12 +115,7 @@ def test_what_is_trained_is_what_was_drawn_with_the_log_probs_it_was_drawn_with(
     stops = sum(int(ids[-1] == 2) for ids in drawn)
     assert sum(map(len, reencoded)) < mask.sum() - stops  # other special tokens were drawn too
     trainer.model.train()
-    now, _, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model,
-        torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-        mask.size(1),
-    )
+    now = trainer.token_scores(trainer.model, inputs).logprobs
     ratio = (now - inputs["old_per_token_logps"])[mask].exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
 

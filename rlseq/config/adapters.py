@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import trl
+from peft import PeftConfig
 
 from rlseq.engine.models import is_adapter
 from rlseq.errors import ConfigError
+
+
+def peft_config_of(model_args: trl.ModelConfig) -> PeftConfig | None:
+    """The adapter that the settings ask for; None without `use_peft`."""
+    return trl.get_peft_config(model_args)
 
 
 def check_adapter_settings(model_args: trl.ModelConfig) -> None:

@@ -122,7 +122,7 @@ class DefaultsMixin:
     report_to: str | list[str] = setting("none", "Trackers to report to, or none.")
     logging_steps: float = setting(1, "Log every N steps.")
     output_dir: str | None = setting("runs/run", "The run directory.")
-    max_refused_steps: int = setting(
+    max_skipped_steps: int = setting(
         3,
         "End the run after N optimizer steps in a row whose loss or gradient was not finite; they are skipped.",
         range=at_least(1),

@@ -13,6 +13,7 @@ from rlseq.losses.advantages import (
     gae,
     group_advantages,
     last_token_rewards,
+    normalize_then_sum,
     whiten,
 )
 from rlseq.losses.critic import error_by_position, explained_variance, value_loss
@@ -24,7 +25,7 @@ from rlseq.losses.expected_reward import (
     rest_reward_elsewhere,
 )
 from rlseq.losses.masking import masked_mean
-from rlseq.losses.policy import adapt_kl_coefficient, clipped_surrogate, kl_estimate
+from rlseq.losses.policy import adapt_kl_coefficient, clipped_surrogate, importance_ratio, kl_estimate
 
 __all__ = [
     "STD_EPSILON",
@@ -35,10 +36,12 @@ __all__ = [
     "explained_variance",
     "gae",
     "group_advantages",
+    "importance_ratio",
     "kl_estimate",
     "last_token_rewards",
     "masked_mean",
     "minimum_risk",
+    "normalize_then_sum",
     "reference_exact_references",
     "reference_exact_weight",
     "rest_reward_elsewhere",

@@ -179,3 +179,36 @@ def _check_sequences(mask_BT: Tensor, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != mask_BT.shape[:1]:
             raise ValueError(f"{name} is {describe(tensor)}; expected shape ({len(mask_BT)},), one per sequence")
+
+
+def normalize_then_sum(values_PGF: Tensor, weights: Tensor) -> Tensor:
+    """Advantages of several rewards, each normalised in its group before they are summed (GDPO, arXiv 2601.05242).
+
+        a_igf = (v_igf − mean_g v_igf) / (std_g v_igf + ε),   s_ig = Σ_f w_f a_igf,   A = (s − mean s) / (std s + ε)
+
+    with the last mean and deviation over all samples. A reward that abstained (NaN) leaves its group's mean and
+    deviation and adds nothing; a sample on which all did has advantage 0. ε = 1e-4 is TRL's.
+
+    Args:
+        values_PGF: (P, G, F) values of F rewards, NaN where abstained.
+        weights: (F,).
+
+    Returns:
+        (P, G), without gradient.
+    """
+    values = values_PGF.detach()
+    each = (values - values.nanmean(1, keepdim=True)) / (_nanstd(values, 1) + STD_EPSILON)
+    total = (each * weights.to(each)).nansum(-1)  # (P, G)
+    total = torch.where(values.isnan().all(-1), torch.nan, total)
+    present = total[~total.isnan()]
+    deviation = present.std() if len(present) > 1 else total.new_tensor(torch.nan)
+    advantages = (total - total.nanmean()) / (deviation + STD_EPSILON)
+    return advantages.nan_to_num(nan=0.0)
+
+
+def _nanstd(x: Tensor, dim: int) -> Tensor:
+    """The sample deviation (n − 1 below) along a dimension, kept; NaN values are left out."""
+    mean = x.nanmean(dim, keepdim=True)
+    count = (~x.isnan()).sum(dim, keepdim=True)
+    squares = ((x - mean) ** 2).nansum(dim, keepdim=True)
+    return torch.where(count > 1, squares / (count - 1), torch.nan).sqrt()

@@ -120,3 +120,39 @@ def adapt_kl_coefficient(coefficient: float, kl: float, *, target: float, rate: 
         raise ValueError(f"coefficient is {coefficient} and target {target}; expected both above 0")
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + rate * error)
+
+
+def importance_ratio(
+    old_logprobs_BT: Tensor,
+    sampled_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    level: Literal["token", "sequence"],
+    how: Literal["truncate", "mask"],
+    low: float | None = None,
+    high: float | None = None,
+) -> Tensor:
+    """Weights that correct for a generator whose probabilities are not the policy's, as TRL corrects for vLLM's.
+
+        token:     w_t = π(y_t) / q(y_t)        sequence:  w = Π_t π(y_t) / q(y_t)
+
+    Args:
+        old_logprobs_BT: (B, T) nats, of the policy.
+        sampled_logprobs_BT: (B, T) nats, of the generator; NaN where it gave none, which counts as equal.
+        mask_BT: (B, T) bool.
+        level: of the ratio.
+        how: a ratio outside [low, high] becomes the nearer bound, "truncate", or 0, "mask".
+        low, high: None leaves that side open.
+
+    Returns:
+        (B, T), 1 where the mask is False; at sequence level (B, 1). Without gradient.
+    """
+    check_tokens(mask_BT, old_logprobs_BT=old_logprobs_BT, sampled_logprobs_BT=sampled_logprobs_BT)
+    if level not in ("token", "sequence") or how not in ("truncate", "mask"):
+        raise ValueError(f"{level!r}, {how!r}; expected 'token' or 'sequence', and 'truncate' or 'mask'")
+    difference = torch.where(mask_BT, old_logprobs_BT - sampled_logprobs_BT, 0.0).detach().nan_to_num(nan=0.0)
+    ratio = (difference.sum(1, keepdim=True) if level == "sequence" else difference).exp()
+    low, high = -torch.inf if low is None else low, torch.inf if high is None else high
+    if how == "truncate":
+        return ratio.clamp(low, high)
+    return torch.where((ratio < low) | (ratio > high), 0.0, ratio)

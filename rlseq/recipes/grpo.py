@@ -16,9 +16,9 @@ Other objectives are one flag away (docs/objectives.md): --advantage_baseline le
 takes the same flags and puts a critic in place of the group.
 """
 
-import trl
 from accelerate import PartialState
 
+from rlseq.config.adapters import peft_config_of
 from rlseq.config.parser import RecipeParser
 from rlseq.config.training import (
     DataArguments,
@@ -67,7 +67,7 @@ def main() -> None:
         processing_class=task.tokenizer,
         rollouts_dir=directory.rollouts,
         probe=prepared.probe,
-        peft_config=trl.get_peft_config(model_args),
+        peft_config=peft_config_of(model_args),
         callbacks=[MetricsWriter(directory.metrics)],
     )
     ended = train(trainer, directory, prepared.probe)

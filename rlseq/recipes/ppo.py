@@ -14,9 +14,9 @@ num_iterations epochs of steps_per_generation minibatches: clipped policy gradie
 docs/objectives.md explains every setting and every logged number.
 """
 
-import trl
 from accelerate import PartialState
 
+from rlseq.config.adapters import peft_config_of
 from rlseq.config.parser import RecipeParser
 from rlseq.config.training import (
     DataArguments,
@@ -67,7 +67,7 @@ def main() -> None:
         processing_class=task.tokenizer,
         rollouts_dir=directory.rollouts,
         probe=prepared.probe,
-        peft_config=trl.get_peft_config(model_args),
+        peft_config=peft_config_of(model_args),
         callbacks=[MetricsWriter(directory.metrics)],
     )
     ended = train(trainer, directory, prepared.probe)

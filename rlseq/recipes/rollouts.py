@@ -26,9 +26,9 @@ from rlseq.training.models import named_alone
 from rlseq.training.run.best import choose_best_by
 from rlseq.training.run.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.run.directory import RunDirectory
-from rlseq.training.run.model_card import publish
 from rlseq.training.run.recipe import Task, finish, load_task, prompt_options, say
 from rlseq.training.trl.arguments import check_init_kwargs
+from rlseq.training.trl.publish import publish
 from rlseq.training.trl.tracking import log_contrast
 
 

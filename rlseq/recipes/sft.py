@@ -24,11 +24,11 @@ from typing import Any
 
 import datasets
 import torch
-import trl
 from accelerate import PartialState
 from transformers import set_seed
 
 from rlseq.common.formats import METRICS
+from rlseq.config.adapters import peft_config_of
 from rlseq.config.checks import describe_left_out
 from rlseq.config.parser import RecipeParser
 from rlseq.config.training import (
@@ -69,10 +69,11 @@ from rlseq.training.run.dry_run import describe_examples, plan_examples
 from rlseq.training.run.inputs import run_inputs
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.run.memory import weightless_model
-from rlseq.training.run.model_card import publish
 from rlseq.training.run.recipe import announce, check_fit, default_config, finish, open_run, prompt_options, say
 from rlseq.training.run.rollout_log import write_rollouts
-from rlseq.training.sft import MEASURED, SFTTrainer, check_examples, check_prefill
+from rlseq.training.sft import MEASURED, check_examples, check_prefill
+from rlseq.training.trl.publish import publish
+from rlseq.training.trl.sft import SFTTrainer
 from rlseq.types import Prompt
 
 DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "sft.yaml"
@@ -206,7 +207,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        peft_config=trl.get_peft_config(model_args),
+        peft_config=peft_config_of(model_args),
         callbacks=callbacks,
     )
     Progress.replace_default(trainer)

@@ -62,7 +62,7 @@ class WeightAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.step_was_refused:
+        if self.trainer.step_was_skipped:
             return
         for name, p in self._trained().items():
             self.average[name].lerp_(p.to(_wide(p)), 1 - self.decay)

@@ -60,7 +60,7 @@ def load_environment(config: Any, prompts: Sequence[Prompt], suite: RewardSuite)
         )
     if not hasattr(first, "__dict__"):
         raise ConfigError(f"{name} makes a {type(first).__name__} with __slots__, which is not served; leave them out.")
-    methods = [getattr(first, m) for m in members if m not in OWN and not m.startswith("_")]
+    methods = callable_methods(first)
     if not methods:
         raise ConfigError(f"{name} has no method that the model may call: none beside reset and get_reward is public.")
     for method in methods:
@@ -79,6 +79,11 @@ def load_environment(config: Any, prompts: Sequence[Prompt], suite: RewardSuite)
         )
     _check_reward(suite, prompts, "get_reward" in members, name)
     return _reset_by_row(name, factory, first, asked, prompts)
+
+
+def callable_methods(environment: Any) -> list[Callable]:
+    """The methods of an environment that the model may call."""
+    return [getattr(environment, name) for name in _members(environment) if name not in OWN and name[0] != "_"]
 
 
 def check_measured(config: Any, suite: RewardSuite, eval_suite: RewardSuite | None) -> None:

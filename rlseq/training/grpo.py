@@ -1,18 +1,17 @@
 """Training on sampled rollouts: `trl.GRPOTrainer` with rlseq's rollouts, rewards, objectives and packed updates.
 
-How a step flows (TRL's method, and what happens there):
+How a step flows:
 
-    _prepare_inputs                      a generation batch in; shuffles whole groups, hands out micro-batches
-      _generate_and_score_completions    keeps the rows; afterwards sets the advantages and logs the rollouts
-        _generate                        rows -> rollouts, by rlseq.engine.sampling
-        _calculate_rewards               rollouts -> values, by the reward suite
-    _compute_loss                        TRL's losses or one of rlseq's objectives, plus the reference loss
-      _get_per_token_logps_and_entropies one packed forward a micro-batch, positions explicit
+    _prepare_inputs    a batch of rows in; micro-batches out                             rlseq/training/trl/batches.py
+      make_batch       rows -> RolloutBatch: sample, score, log-probs, advantages, log
+        _complete      rows -> completions, by rlseq.engine.sampling or by TRL           rlseq/training/trl/rollouts.py
+        _score         completions -> values and totals, by the reward suite             rlseq/training/trl/scoring.py
+        advantages_of  totals -> advantages                                              here, and in ppo.py
+    micro_batch_loss   a micro-batch -> one packed forward -> a loss                     rlseq/training/trl/loss.py
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 
 import datasets
 import torch
-import trl
 from accelerate.utils import gather_object
 from peft import PeftConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
@@ -31,23 +29,13 @@ from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.config.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
-from rlseq.data.rows import reference_ids
-from rlseq.engine.model_info import attention_of
 from rlseq.engine.self_tests import supports_packing
 from rlseq.errors import ConfigError
-from rlseq.losses import group_advantages, kl_estimate, rest_reward_elsewhere
+from rlseq.losses import group_advantages, normalize_then_sum, rest_reward_elsewhere
 from rlseq.training.environment import load_environment
-from rlseq.training.forward import Ids, Scores, forward, ragged
 from rlseq.training.models import disable_dropout
-from rlseq.training.objectives import (
-    expected_accuracy_loss,
-    minimum_risk_loss,
-    reference_exact_loss,
-    reference_loss,
-)
 from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.run.faults import memory_for
-from rlseq.training.run.model_card import ModelCardMixin
 from rlseq.training.run.rollout_log import rollout_records, write_rollouts
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
@@ -59,12 +47,14 @@ from rlseq.training.trl.arguments import (
     settings_of,
     suite_of,
     tokenizer_of,
+    training_rows,
 )
 from rlseq.training.trl.guard import RolloutGuardMixin
 from rlseq.training.trl.head import add_cpu_head
-from rlseq.training.trl.reference import begin_adapter_reference, reference_of
-from rlseq.training.trl.resume_state import ExactStateMixin
-from rlseq.training.trl.rollouts import RolloutMixin
+from rlseq.training.trl.loss import LossMixin
+from rlseq.training.trl.publish import PublishMixin
+from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
+from rlseq.training.trl.resume_state import ResumeStateMixin
 from rlseq.training.trl.tracking import TrackingMixin
 from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.types import Prompt
@@ -73,20 +63,7 @@ NAN = float("nan")
 ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
 
-def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
-    """Make the data set that TRL's data loader draws from: the prompt and the index of the `Prompt` it stands for.
-
-    The prompts are put in as they are drawn: kept in Arrow, messages would have each other's keys, as None.
-    """
-
-    def drawn(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        return {"prompt": [copy.deepcopy(prompts[i].prompt) for i in batch["index"]], "index": batch["index"]}
-
-    numbers = list(range(len(prompts)))
-    return datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers}).with_transform(drawn)
-
-
-class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMixin, RolloutMixin, trl.GRPOTrainer):
+class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, TrackingMixin, PublishMixin, LossMixin):
     """TRL's GRPOTrainer with rlseq's rollouts, rewards, objectives and packed updates; a drop-in for it.
 
     Args:
@@ -103,7 +80,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         callbacks, optimizers, peft_config, tools, rollout_func: as TRL takes them. What a `rollout_func` returns beside
             ids and log-probs are columns for the rewards.
         reward_processing_classes, quantization_config, environment_factory: of TRL; refused, with what to do instead.
-        rollouts_dir: every rollout is appended there, one file a generation round; None writes nothing.
+        rollouts_dir: every rollout is appended there, one file per batch; None writes nothing.
         probe: measures the model in place of `eval_dataset`: called with it, returns numbers by name, equal on every
             rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
 
@@ -117,7 +94,7 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self,
         model: str | Path | torch.nn.Module,
         reward_funcs: Any = None,
-        args: trl.GRPOConfig | None = None,
+        args: Any = None,
         train_dataset: datasets.Dataset | list[Prompt] | None = None,
         eval_dataset: datasets.Dataset | list[Prompt] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -157,14 +134,13 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         self.suite = suite
         self.rollouts_dir = rollouts_dir
         self.batch = RolloutBatch()
-        self._logged_round = 0, 0  # the optimizer step of the last round that was logged, and which of its rounds
-        self._asked_references: list[list[Ids]] = []  # of each row, what the next forward scores beside the completions
-        self._scores: Scores | None = None  # what the last forward gave
-        self._sums: dict[str, Tensor] = {}  # Σ and tokens of what is logged, of the optimizer step under way
+        self._logged_batch = 0, 0  # the optimizer step of the last batch that was logged, and which of its batches
+        self._sums = {}
         critic = self._build_critic(model, args)
         if args.disable_dropout:
             disable_dropout(model)  # TRL's own, afterwards, turns off that of adapters
-        with reference_of(model), vllm_on_cpu(args, model):
+        reference = reference_of(model, args, peft_config)
+        with reference_added_later(args, reference), vllm_on_cpu(args, model):
             super().__init__(
                 model,
                 reward_funcs=[_name_only(name) for name in suite.names],
@@ -179,11 +155,11 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        add_reference(self, reference)
         if not args.cast_lm_head_to_fp32:
             for one in (self.model, self.ref_model):
                 if one is not None:
                     add_cpu_head(one.get_base_model() if isinstance(one, PeftModel) else one, self.temperature)
-        begin_adapter_reference(self.model)
         self.reward_weights = torch.tensor(suite.weights)
         self._leave_rewards_to_suite()
         self._check_rendering()
@@ -227,242 +203,74 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
             return None  # the template tells of them, and `reset` may add to a prompt: its own length says little
         return max(len(p.prompt_ids) for p in self.prompts) + self.args.max_completion_length
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
+    # -- batches -------------------------------------------------------------------------------------------------
 
     @property
-    def _accumulation(self) -> int:
-        return self.current_gradient_accumulation_steps if self.model.training else 1
+    def samples(self) -> bool:
+        """Expected accuracy is exact: it has no rollouts."""
+        return self.args.objective != "expected_accuracy"
 
-    # -- advantages ----------------------------------------------------------------------------------------------
+    def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
+        """Of the total that is optimised; an abstention has none, and counts in no baseline."""
+        groups = self._groups(batch)  # (P, G)
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            advantages = normalize_then_sum(values.view(*groups.shape, -1), self.reward_weights)
+        else:
+            baseline: Any = self.args.advantage_baseline
+            if baseline == "greedy":
+                baseline = batch.greedy_totals.view(groups.shape)[:, 0]
+            elif baseline == "batch":
+                present = groups[~groups.isnan()]
+                baseline = (present.mean() if len(present) else groups.new_tensor(NAN)).expand(len(groups))
+            advantages = group_advantages(groups, baseline=baseline, scale=ADVANTAGE_SCALES[self.scale_rewards])
+        return {"advantages": self._local(batch, advantages.flatten())}
 
-    def _generate_and_score_completions(self, inputs):
-        prompt_index = torch.tensor([row["index"] for row in inputs], device=self.accelerator.device)
-        if self.args.objective == "expected_accuracy":
-            return {"prompt_index": prompt_index}  # exact: no rollouts
-        self.batch = RolloutBatch(inputs)
-        output = super()._generate_and_score_completions(inputs)
-        output["prompt_index"] = prompt_index
-        exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
-        if "old_per_token_logps" in output and self.batch.rollouts is not None and exact:
-            # The sampler recorded them as it drew: the same numbers as a fresh forward, to rounding. bfloat16's, under
-            # autocast, would leave GSPO's narrow clip: there they stay those of a forward like the update's.
-            output["old_per_token_logps"] = output["sampling_per_token_logps"]
-        if self.args.reference_prefix:
-            self._leave_out_prefixes(output)
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            self._set_advantages(output)
-        self._add_objective_inputs(output)
-        advantages = output["advantages"]
-        if advantages.ndim > 1:  # one a token: their mean
-            advantages = advantages.sum(1) / self._mask(output).sum(1).clamp(min=1)
-        self.keep_for_table(advantages, self.batch.totals)
-        if self._mode == "train" and self.rollouts_dir is not None:
-            self._log_rollouts(advantages)
-        return output
-
-    def _set_advantages(self, output: dict[str, Tensor]) -> None:
-        """Advantages of the total that is optimised, in place of TRL's, which count an abstention as zero."""
-        groups = self._groups()
-        baseline = self.args.advantage_baseline
-        present = self.batch.totals[~self.batch.totals.isnan()]
-        if baseline == "greedy":
-            baseline = self.batch.greedy_totals.view(groups.shape)[:, 0]
-        elif baseline == "batch":
-            baseline = (present.mean() if len(present) else self.batch.totals.new_tensor(NAN)).expand(len(groups))
-        scale = ADVANTAGE_SCALES[self.scale_rewards]
-        advantages = group_advantages(groups, baseline=baseline, scale=scale).flatten()
-        output["advantages"] = self._local(advantages).to(output["advantages"])
-        spread = torch.where(groups.isnan(), -torch.inf, groups).amax(1) - torch.where(
-            groups.isnan(), torch.inf, groups
-        ).amin(1)
-        metrics = self._metrics[self._mode]
-        metrics["reward"][-1] = present.mean().item() if len(present) else NAN
-        metrics["reward_std"][-1] = present.std().item() if len(present) > 1 else 0.0
-        if self.args.counts_equal_groups:
-            metrics["frac_reward_zero_std"][-1] = (spread <= 0).float().mean().item()
-        else:  # a group of equal rewards teaches too: they are compared with something else than each other
-            metrics.pop("frac_reward_zero_std")
-        if self.batch.greedy_totals is not None:
-            metrics["greedy_reward"].append(self.batch.greedy_totals.nanmean().item())
-
-    def _groups(self) -> Tensor:
-        """Totals of all ranks as groups, (P, G)."""
-        return self.batch.totals.view(-1, self.num_generations if self.model.training else self.num_generations_eval)
-
-    def _local(self, over_all_ranks: Tensor) -> Tensor:
-        """This process's rows of a tensor of all ranks' rows."""
-        first = self.accelerator.process_index * len(self.batch.rows)
-        return over_all_ranks[first : first + len(self.batch.rows)]
-
-    def _leave_out_prefixes(self, output: dict[str, Tensor]) -> None:
-        """Train sampled tokens only: TRL's mask of tokens the model did not choose hides the forced ones."""
-        trained = torch.ones_like(output["completion_mask"])
-        for row, rollout in enumerate(self.batch.rollouts):
-            trained[row, : len(rollout.trained_mask)] = torch.tensor(rollout.trained_mask, device=trained.device).long()
-        output["tool_mask"] = trained
-        counted = (output["completion_mask"] * trained).sum()
-        output["num_items_in_batch"] = self.accelerator.gather(counted).sum()
-
-    def _add_objective_inputs(self, output: dict[str, Tensor]) -> None:
-        """What rlseq's objectives read, as one entry a row, so that it survives the shuffle and the split."""
+    def objective_inputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """What rlseq's objectives read: the totals, and of those with references which rollouts are one."""
         if self.args.objective == "policy_gradient":
-            return
-        output["totals"] = self._local(self.batch.totals)
+            return {}
+        found = {"totals": self._local(batch, batch.totals)}
         if self.args.objective != "reference_exact":
-            return
-        known = [set(self._references_of(self.prompts[index])) for index in self.batch.indices]
+            return found
+        known = [set(self._references_of(self.prompts[index])) for index in batch.indices]
         is_reference = torch.tensor(
-            [one.rollout.completion_ids in ids for one, ids in zip(self.batch.scored, known, strict=True)],
-            device=self.batch.totals.device,
+            [one.rollout.completion_ids in ids for one, ids in zip(batch.scored, known, strict=True)],
+            device=batch.totals.device,
         )
-        rejected = self.accelerator.gather(is_reference)  # (B,), all ranks
-        rest = ~rejected & ~self.batch.totals.isnan()
-        groups = self._groups()
+        rejected = self.accelerator.gather(is_reference)  # (N·B,), all processes
+        rest = ~rejected & ~batch.totals.isnan()
+        groups = self._groups(batch)
         elsewhere, counts = rest_reward_elsewhere(groups, rest.view(groups.shape))  # (P,) each
-        output["is_reference"] = is_reference
-        output["num_rest"] = self._local(counts.repeat_interleave(groups.shape[1]))
-        output["rest_reward"] = self._local(elsewhere.repeat_interleave(groups.shape[1]))
         self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
+        return found | {
+            "is_reference": is_reference,
+            "num_rest": self._local(batch, counts.repeat_interleave(groups.shape[1])),
+            "rest_reward": self._local(batch, elsewhere.repeat_interleave(groups.shape[1])),
+        }
 
-    def _log_rollouts(self, advantages: Tensor) -> None:
+    def log_rollouts(self, batch: RolloutBatch, advantages: Tensor) -> None:
+        """Write the rollouts to `rollouts_dir`, one file per batch."""
+        if self.rollouts_dir is None or not self.model.training:
+            return
         step = self.state.global_step + 1  # the first step they train
-        last, part = self._logged_round
-        part = part + 1 if last == step else 0  # several rounds may share an optimizer step
-        self._logged_round = step, part
-        prompts = [self.prompts[index] for index in self.batch.indices]
+        last, part = self._logged_batch
+        part = part + 1 if last == step else 0  # several batches may share an optimizer step
+        self._logged_batch = step, part
+        prompts = [self.prompts[index] for index in batch.indices]
         if self.environments:  # what `reset` told the model belongs to the prompt
-            asked = zip(prompts, self.batch.asked, strict=True)
+            asked = zip(prompts, batch.asked, strict=True)
             prompts = [dataclasses.replace(prompt, prompt=messages) for prompt, messages in asked]
-        records = gather_object(rollout_records(step, prompts, self.batch.scored, advantages.tolist(), self.batch.told))
+        records = gather_object(rollout_records(step, prompts, batch.scored, advantages.tolist(), batch.told))
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)
 
-    # -- update --------------------------------------------------------------------------------------------------
+    # -- training and evaluation ---------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
         # Adapters are in float32; under autocast PEFT's cast of their inputs to that, and autocast's cast back, are two
         # copies of every activation for the same numbers.
         with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"):
             return super().train(*args, **kwargs)
-
-    def _compute_loss(self, model, inputs):
-        rows = inputs["prompt_index"].tolist()
-        self._scores = None
-        self._asked_references = self._references_of_rows(rows) if self.args.uses_references else []
-        if self.args.objective == "policy_gradient":
-            loss = self._policy_gradient(model, inputs)
-        else:
-            loss = self._own_objective(model, inputs, rows) / self._accumulation
-        loss = loss + self._additional_loss(inputs)
-        self._asked_references, self._scores = [], None
-        return loss
-
-    def _additional_loss(self, inputs: Mapping[str, Tensor]) -> Tensor | float:
-        """What is added to the objective, from the same forward: teacher forcing on the references."""
-        if not self.args.reference_loss_coef:
-            return 0.0
-        # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
-        rows = inputs["prompt_index"].tolist()
-        total = reference_loss(self._scores.references)
-        if total is None:
-            total = torch.zeros((), device=self.accelerator.device)
-        with_references = [bool(found) for found in self._asked_references]
-        self._log_sums("reference_nll", total, torch.tensor(sum(with_references), device=total.device))
-        return self.args.reference_loss_coef * total / len(rows) / self._accumulation
-
-    def _policy_gradient(self, model, inputs) -> Tensor:
-        """TRL's losses; the KL to the start is TRL's, or that of the estimator named, added to them."""
-        if self.args.kl_estimator is None or not self.beta:
-            return super()._compute_loss(model, inputs)
-        beta, self.beta = self.beta, 0.0
-        try:
-            loss = super()._compute_loss(model, inputs)
-        finally:
-            self.beta = beta
-        return loss + self._kl_loss(inputs)
-
-    def _kl_loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """β times the estimated KL to the start: its mean over the tokens of the whole step."""
-        kl = kl_estimate(self._scores.logprobs, inputs["ref_per_token_logps"], kind=self.args.kl_estimator or "k3")
-        mask = self._mask(inputs)
-        self._log_masked_mean("kl", kl, mask)
-        return self.beta * self._step_mean(kl, mask, inputs)
-
-    @staticmethod
-    def _mask(inputs: Mapping[str, Tensor]) -> Tensor:
-        """The trained tokens of a micro-batch, (B, T) bool."""
-        mask = inputs["completion_mask"]
-        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
-
-    def _step_mean(self, x_BT: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """This micro-batch's part of the mean over all counted tokens of the optimizer step, on all ranks."""
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes  # of the whole round
-        if self.model.training:
-            tokens = tokens * self._accumulation / self.args.steps_per_generation
-        return torch.where(mask, x_BT, 0.0).sum() / tokens
-
-    def _own_objective(self, model, inputs, rows: list[int]) -> Tensor:
-        """rlseq's objectives: the mean over the micro-batch's rows."""
-        args, G = self.args, self.num_generations
-        prompts = [self.prompts[i].prompt_ids for i in rows]
-        if args.objective == "expected_accuracy":
-            self._scores = self._forward(model, prompts, None, 0)
-            if self._scores.references.logprobs:
-                loss, P = expected_accuracy_loss(self._scores.references)
-            else:
-                loss = self._scores.logprobs.sum()  # 0, and a backward on this rank as on the others
-                P = torch.zeros(1, device=loss.device)
-            self._log_mean("exact_accuracy", P.mean())
-            return loss / len(rows)
-        ids, mask = inputs["completion_ids"], self._mask(inputs)
-        lengths = inputs["completion_mask"].sum(1).tolist()
-        completions = [tuple(x[:n]) for x, n in zip(ids.tolist(), lengths, strict=True)]
-        self._scores = scores = self._forward(model, prompts, completions, ids.shape[1])
-        rewards = [self._rewards_of_references(i) for i in rows] if args.scores_references else []
-        if args.objective == "minimum_risk":
-            loss = minimum_risk_loss(
-                scores,
-                inputs["totals"],
-                completions,
-                mask,
-                num_generations=G,
-                sharpness=args.minimum_risk_sharpness,
-                reference_ids=self._asked_references if args.minimum_risk_references else [],
-                reference_rewards=rewards,
-            )
-        else:
-            loss, P = reference_exact_loss(
-                scores,
-                inputs,
-                mask,
-                num_generations=G,
-                clip_low=self.epsilon_low,
-                clip_high=self.epsilon_high,
-                reference_rewards=rewards,
-            )
-            self._log_mean("exact_accuracy", P.mean())
-        self._log_masked_mean("entropy", scores.entropies, mask)
-        loss = loss / len(rows)
-        return loss + self._kl_loss(inputs) * self._accumulation if self.beta else loss
-
-    def _log_mean(self, name: str, value: Tensor) -> None:
-        self._metrics[self._mode][name].append(self.accelerator.gather(value.detach()).mean().item())
-
-    def _log_masked_mean(self, name: str, x_BT: Tensor, mask: Tensor) -> None:
-        """The mean over the counted tokens of an optimizer step: of all its micro-batches, on all ranks."""
-        self._log_sums(name, torch.where(mask, x_BT, 0.0).sum(), mask.sum())
-
-    def _log_sums(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Σ total / Σ count over the micro-batches of an optimizer step and all ranks."""
-        sums = torch.stack([total.detach(), count.to(total.dtype)])
-        self._sums[name] = self._sums.get(name, 0.0) + sums
-        if self.accelerator.sync_gradients:
-            total, count = self.accelerator.reduce(self._sums.pop(name), reduction="sum").tolist()
-            self._metrics[self._mode][name].append(total / max(count, 1.0))
-
-    # -- evaluation ----------------------------------------------------------------------------------------------
 
     @raise_on_all_ranks(exchange=False)  # before the guard's, which this class hides
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -477,76 +285,6 @@ class GRPOTrainer(RolloutGuardMixin, ExactStateMixin, TrackingMixin, ModelCardMi
         Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def predict(self, *_: Any, **__: Any):
-        """Refused: a trainer on rollouts predicts no labels."""
-        raise ConfigError("predict has nothing to say of rollouts: draw by rlseq.sample, or measure by rlseq.contrast")
-
-    # -- references ----------------------------------------------------------------------------------------------
-
-    def _references_of(self, prompt: Prompt) -> list[Ids]:
-        found = reference_ids(prompt, self.processing_class, self.eos_token_ids)
-        # One longer than a completion may be has no chance to be sampled: an exact objective leaves it out, and so does
-        # the reference loss beside one.
-        return found if self.args.objective == "policy_gradient" else [x for x in found if self._fits(x)]
-
-    def _fits(self, completion: Ids) -> bool:
-        return len(completion) <= self.max_completion_length
-
-    def _references_of_rows(self, rows: list[int]) -> list[list[Ids]]:
-        known = {i: self._references_of(self.prompts[i]) for i in dict.fromkeys(rows)}
-        return [known[i] for i in rows]
-
-    # -- forward -------------------------------------------------------------------------------------------------
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        compute_aux_loss=False,
-        **multimodal,
-    ):
-        if compute_aux_loss or any(value is not None for value in multimodal.values()):
-            return super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids,
-                attention_mask,
-                logits_to_keep,
-                batch_size,
-                compute_entropy,
-                compute_aux_loss,
-                **multimodal,
-            )
-        prompts, completions = ragged(input_ids, attention_mask, logits_to_keep)
-        chunk = batch_size or len(prompts)
-        parts = [
-            self._forward(model, prompts[i : i + chunk], completions[i : i + chunk], logits_to_keep)
-            for i in range(0, len(prompts), chunk)
-        ]
-        self._scores = parts[-1]
-        logps = torch.cat([part.logprobs for part in parts])
-        entropies = torch.cat([part.entropies for part in parts]) if compute_entropy else None
-        return logps, entropies, None
-
-    def _forward(self, model, prompts: list[Ids], completions: list[Ids] | None, width: int, **more: Any) -> Scores:
-        with self.accelerator.autocast():
-            return forward(
-                model,
-                prompts,
-                completions,
-                width,
-                references=self._asked_references,
-                packs=self.packs,
-                pad_id=self.processing_class.pad_token_id,
-                dtype=self.model.dtype,
-                device=self.accelerator.device,
-                attention=attention_of(self.model),
-                **more,
-            )
 
 
 def _name_only(name: str):

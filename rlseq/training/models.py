@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import (
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from rlseq.config.adapters import quantization_of
+from rlseq.config.training import ModelArguments
 from rlseq.engine import models
 from rlseq.engine.gguf_files import gguf_file, may_be_on_hub
 from rlseq.engine.packing import FLEX
@@ -55,7 +55,7 @@ def check_model_path(name_or_path: str | None) -> None:
         raise ModelError(f"there is no model at {name_or_path!r}.{near}")
 
 
-def named_alone(model_args: trl.ModelConfig) -> str:
+def named_alone(model_args: ModelArguments) -> str:
     """The model that a run starts from by a name that needs no revision: that revision's folder in the hub's cache."""
     name, revision = model_args.model_name_or_path, model_args.model_revision
     if revision in (None, "main") or Path(name).is_dir():
@@ -78,7 +78,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = "main") -> PreTr
     return tokenizer
 
 
-def check_attention(model_args: trl.ModelConfig) -> None:
+def check_attention(model_args: ModelArguments) -> None:
     """Refuse FlexAttention where it has no gradient.
 
     Raises:
@@ -88,7 +88,7 @@ def check_attention(model_args: trl.ModelConfig) -> None:
         raise ConfigError(f"--attn_implementation {FLEX} has no gradient on a CPU; leave it out, which gives sdpa")
 
 
-def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
+def load_model(model_args: ModelArguments) -> PreTrainedModel:
     """Load the causal language model that `model_args` names, in float32 unless a dtype is given.
 
     An adapter's folder gives its base with the adapter in place, trainable: TRL takes its reference from a `PeftModel`
@@ -112,7 +112,7 @@ def load_model(model_args: trl.ModelConfig) -> PreTrainedModel:
     return model
 
 
-def _load_trainable(path: str, model_args: trl.ModelConfig, quantization: Mapping[str, Any] | None) -> Any:
+def _load_trainable(path: str, model_args: ModelArguments, quantization: Mapping[str, Any] | None) -> Any:
     if models.is_adapter(path):
         check_model_path(models.adapter_base(path))
     return models.load_model(
@@ -140,13 +140,13 @@ def freeze_other_senses(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def merge_result(run: str, model_args: trl.ModelConfig) -> None:
+def merge_result(run: str, model_args: ModelArguments) -> None:
     """Where --merge_adapter asks for it, write the run's adapter merged into its base, from the first process."""
     if model_args.merge_adapter and PartialState().is_main_process:
         print(f"rlseq: the adapter merged into its base is in {write_merged(Path(run), model_args)}", flush=True)
 
 
-def write_merged(run: Path, model_args: trl.ModelConfig) -> Path:
+def write_merged(run: Path, model_args: ModelArguments) -> Path:
     """Merge the adapter that a run saved into its base, and write the whole model, with its tokenizer, to RUN/merged.
 
     The base is loaded again, and not quantised: merging into rounded weights would round the adapter too.

@@ -2,10 +2,10 @@
 
 What differs from a step of GRPO:
 
-    _set_advantages      rewards a token (the reward on the last, minus the KL penalty) -> GAE against the critic
-    _forward             asks the critic too, in the one wrapped forward of a micro-batch
-    _additional_loss     adds the value loss
-    training_step        holds the policy still while the critic warms up, and leaves out the rest of a round once
+    advantages_of        rewards a token (the reward on the last, minus the KL penalty) -> GAE against the critic
+    asks_values          the one wrapped forward of a micro-batch asks the critic, too
+    additional_loss      adds the value loss
+    training_step        holds the policy still while the critic warms up, and leaves out the rest of a batch once
                          the policy is too far from its rollouts
 
 The policy's loss is TRL's on advantages (B, T), so its loss types, entropy bonus and clips work as in GRPO.
@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.models.utils import disable_gradient_checkpointing
 
 from rlseq.config.training import PPOConfig
 from rlseq.engine.model_info import base_of
@@ -39,6 +38,7 @@ from rlseq.scoring.outcome import TOKEN_REWARDS
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
+from rlseq.training.rollouts import RolloutBatch
 from rlseq.types import ScoredRollout
 
 
@@ -50,14 +50,14 @@ class PPOTrainer(GRPOTrainer):
     """
 
     settings = PPOConfig
+    asks_values = True
 
     def _build_critic(self, model: PreTrainedModel, args: PPOConfig) -> torch.nn.Module:
         critic = build_critic(model, args.critic, args.critic_name_or_path, trunk_gradient=args.critic_trunk_gradient)
         if args.disable_dropout:
             disable_dropout(critic)
-        self._asks_values = False
         self._drift = torch.zeros(2)  # Σ of approx_kl and tokens, of the optimizer step under way
-        self._round_is_over = False  # target_kl was passed: the other updates on these rollouts are left out
+        self._batch_is_over = False  # target_kl was passed: the other updates on these rollouts are left out
         return critic
 
     def _add_critic(self, critic: torch.nn.Module) -> None:
@@ -69,7 +69,7 @@ class PPOTrainer(GRPOTrainer):
                 "critic_warmup_steps and target_kl hold parameters still by dropping their gradients, which "
                 "DeepSpeed's step does not see. Leave them out, or use another accelerate config."
             )
-        self._next_beta = self.beta  # of the next round, where it adapts
+        self._next_beta = self.beta  # of the next batch, where it adapts
         attach(self._causal_model(), critic)
         if self.packs:
             self.packs, reason = critic.supports_packing(self._longest())
@@ -86,17 +86,16 @@ class PPOTrainer(GRPOTrainer):
 
     # -- advantages ----------------------------------------------------------------------------------------------
 
-    def _set_advantages(self, output: dict[str, Tensor]) -> None:
-        super()._set_advantages(output)  # logs the reward
-        metrics, args = self._metrics[self._mode], self.args
-        mask = self._mask(output)
-        if self.model.training and self.critic.is_new and not self.batch.totals.isnan().all():
-            self.critic.begin_at(self.batch.totals.nanmean().item())
-        values, after, logprobs = self._ask_critic(output)
-        totals = self._local(self.batch.totals)
-        mask = mask & ~totals.isnan()[:, None]  # abstained: no advantage, and nothing for the critic to learn
-        truncated = torch.tensor([s.rollout.finish_reason == "length" for s in self.batch.scored], device=totals.device)
-        per_token, at_end = self._token_rewards(totals, mask)
+    def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
+        """Per token, against the critic; with its values and the returns that it learns from."""
+        metrics, args, inputs = self._metrics[self._mode], self.args, batch.inputs
+        if self.model.training and self.critic.is_new and not batch.totals.isnan().all():
+            self.critic.begin_at(batch.totals.nanmean().item())
+        state_values, after, logprobs = self._ask_critic(inputs)
+        totals = self._local(batch, batch.totals)
+        mask = self._mask(inputs) & ~totals.isnan()[:, None]  # abstained: nothing for the critic to learn
+        truncated = torch.tensor([s.rollout.finish_reason == "length" for s in batch.scored], device=totals.device)
+        per_token, at_end = self._token_rewards(batch, totals, mask)
         bootstrap = None
         if args.truncated_completions == "penalty":
             at_end = at_end - truncated * args.truncation_penalty
@@ -105,10 +104,10 @@ class PPOTrainer(GRPOTrainer):
             bootstrap = torch.where(truncated, after, 0.0)
         rewards = per_token + last_token_rewards(at_end, mask)
         if args.kl_in_reward and self.beta:
-            kl = self._kl_penalty(logprobs, output["ref_per_token_logps"], self._mask(output))
+            kl = self._kl_penalty(logprobs, inputs["ref_per_token_logps"], self._mask(inputs))
             rewards = rewards - self.beta * kl
-        advantages, returns = gae(rewards, values, mask, gamma=args.gamma, lam=args.lam, bootstrap_B=bootstrap)
-        everywhere = (self._gather_tokens(x) for x in (advantages, returns, values, mask))
+        advantages, returns = gae(rewards, state_values, mask, gamma=args.gamma, lam=args.lam, bootstrap_B=bootstrap)
+        everywhere = (self._gather_tokens(x) for x in (advantages, returns, state_values, mask))
         all_advantages, all_returns, all_values, counted = everywhere
         if counted.any():
             spread = all_advantages[counted]
@@ -117,10 +116,10 @@ class PPOTrainer(GRPOTrainer):
                 advantages = whiten(advantages, mask, mean=mean, std=std)
             metrics["advantages/std"].append(std.item())
             self._log_critic(all_values, all_returns, counted)
-        output |= {"advantages": advantages, "values": values, "returns": returns, "value_mask": mask}
+        return {"advantages": advantages, "values": state_values, "returns": returns, "value_mask": mask}
 
     def _log_critic(self, values: Tensor, returns: Tensor, counted: Tensor) -> None:
-        """How well the critic knew the returns of the round, on all ranks, before it learns from them."""
+        """How well the critic knew the returns of the batch, on all ranks, before it learns from them."""
         metrics = self._metrics[self._mode]
         metrics["returns/mean"].append(returns[counted].mean().item())
         metrics["returns/std"].append(returns[counted].std(correction=0).item())
@@ -128,28 +127,19 @@ class PPOTrainer(GRPOTrainer):
         for part, error in enumerate(error_by_position(values, returns, counted).tolist(), start=1):
             metrics[f"critic/error_quarter_{part}"].append(error)
 
-    def _ask_critic(self, output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _ask_critic(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Values (B, T) before each token, (B,) after the last, and log-probs (B, T), by the weights that sampled."""
-        prompts = [self.prompts[index].prompt_ids for index in self.batch.indices]
-        completions = [one.rollout.completion_ids for one in self.batch.scored]
-        width = output["completion_ids"].shape[1]
-        chunk = self.args.per_device_train_batch_size
-        checkpointing = self.args.gradient_checkpointing_kwargs
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, checkpointing):
-            parts = [
-                self._forward(self.model, prompts[i : i + chunk], completions[i : i + chunk], width, values=True)
-                for i in range(0, len(prompts), chunk)
-            ]
+        parts = self.scores_in_parts(self.model, inputs, values=True)
         return (
             torch.cat([part.values for part in parts]),
             torch.cat([part.last_values for part in parts]),
             torch.cat([part.logprobs for part in parts]),
         )
 
-    def _token_rewards(self, totals: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_rewards(self, batch: RolloutBatch, totals: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) what rewards gave token by token, where they gave it, and (B,) the rest of the totals, for the end."""
         per_token = torch.zeros(mask.shape, device=totals.device)
-        for row, one in enumerate(self.batch.scored):
+        for row, one in enumerate(batch.scored):
             if one.total is not None and one.rollout.completion_ids:
                 values = self.suite.token_rewards(_token_part(one))
                 per_token[row, : len(values)] = torch.tensor(values, device=totals.device)
@@ -176,26 +166,15 @@ class PPOTrainer(GRPOTrainer):
 
     # -- update --------------------------------------------------------------------------------------------------
 
-    def _forward(self, model, prompts, completions, width, **more):
-        if self._asks_values:
-            more["values"] = True
-        return super()._forward(model, prompts, completions, width, **more)
+    @property
+    def kl_loss_coef(self) -> float:
+        """0 where the reward holds the KL already."""
+        return 0.0 if self.args.kl_in_reward else self.beta
 
-    def _compute_loss(self, model, inputs):
-        self._asks_values = True
-        beta = self.beta
-        if self.args.kl_in_reward:
-            self.beta = 0.0  # the reward holds it already
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._asks_values = False
-            self.beta = beta
-
-    def _additional_loss(self, inputs: Mapping[str, Tensor]) -> Tensor | float:
+    def additional_loss(self, scores, inputs, references) -> Tensor | float:
         """The value loss, beside what GRPO adds; and how far the policy is from its rollouts."""
         args, mask = self.args, inputs["value_mask"]
-        values, old = self._scores.values, inputs["values"]
+        values, old = scores.values, inputs["values"]
         loss = value_loss(values, old, inputs["returns"], mask, clip=args.value_clip)
         self._log_masked_mean("critic/value_loss", loss, mask)
         if args.value_clip is not None:
@@ -205,16 +184,16 @@ class PPOTrainer(GRPOTrainer):
         if old_logprobs is not None:
             trained = self._mask(inputs)
             # k3 of KL(rollout policy ‖ policy), from the rollout policy's samples
-            drift = torch.where(trained, kl_estimate(old_logprobs, self._scores.logprobs.detach(), "k3"), 0.0)
+            drift = torch.where(trained, kl_estimate(old_logprobs, scores.logprobs.detach(), "k3"), 0.0)
             self._log_masked_mean("approx_kl", drift, trained)
             self._drift = self._drift.to(drift) + torch.stack([drift.sum(), trained.sum()])
-        return super()._additional_loss(inputs) + args.vf_coef * self._step_mean(loss, mask, inputs)
+        return super().additional_loss(scores, inputs, references) + args.vf_coef * self._step_mean(loss, mask, inputs)
 
     def training_step(self, model, inputs, num_items_in_batch):
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:  # a round begins
-            self._round_is_over = False
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:  # a batch begins
+            self._batch_is_over = False
             self.beta = self._next_beta
-        if self._round_is_over:
+        if self._batch_is_over:
             self._step += 1  # no forward, no gradient: the optimizer finds nothing to do
             loss = torch.zeros((), device=self.accelerator.device)
         else:
@@ -228,11 +207,11 @@ class PPOTrainer(GRPOTrainer):
         if self.args.target_kl is not None:
             total, count = self.accelerator.reduce(self._drift.to(self.accelerator.device)).tolist()
             self._drift = torch.zeros(2)
-            self._round_is_over = self._round_is_over or total / max(count, 1.0) > self.args.target_kl
-            self._metrics["train"]["updates_left_out"].append(float(self._round_is_over))
+            self._batch_is_over = self._batch_is_over or total / max(count, 1.0) > self.args.target_kl
+            self._metrics["train"]["updates_left_out"].append(float(self._batch_is_over))
         for name, parameter in self.model.named_parameters():
             warming_up = self.state.global_step < self.args.critic_warmup_steps and not is_critic(name)
-            if self._round_is_over or warming_up:
+            if self._batch_is_over or warming_up:
                 parameter.grad = None
 
     # -- optimizer, checkpoints ----------------------------------------------------------------------------------
@@ -257,12 +236,12 @@ class PPOTrainer(GRPOTrainer):
         if self.args.should_save:
             self.critic.save(Path(output_dir or self.args.output_dir) / FOLDER, critic)
 
-    def exact_state(self):
-        return super().exact_state() | {"round_is_over": self._round_is_over}
+    def resume_state(self):
+        return super().resume_state() | {"batch_is_over": self._batch_is_over}
 
-    def restore_exact_state(self, state):
-        super().restore_exact_state(state)
-        self._round_is_over = state["round_is_over"]
+    def restore_resume_state(self, state):
+        super().restore_resume_state(state)
+        self._batch_is_over = state["batch_is_over"]
 
     def shared_state(self):
         return super().shared_state() | {"beta": self.beta, "next_beta": self._next_beta}

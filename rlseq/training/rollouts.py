@@ -29,6 +29,7 @@ class RolloutBatch:
         totals: (N·B,) rewards of all processes, NaN where every reward abstained.
         greedy: prompt index -> its greedy completion, where its reward is the baseline.
         greedy_totals: (N·B,) reward of each rollout's greedy completion, likewise; None without that baseline.
+        inputs: what is trained on, by name, B rows each; the masks and log-probs are padded to (B, T).
         reference_rewards: prompt index -> the reward of each of its references, NaN where every reward abstained.
     """
 
@@ -42,6 +43,7 @@ class RolloutBatch:
     totals: Tensor = field(default_factory=lambda: torch.empty(0))
     greedy: dict[int, Rollout] = field(default_factory=dict)
     greedy_totals: Tensor | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     reference_rewards: dict[int, list[float]] = field(default_factory=dict)
 
     @property

@@ -57,9 +57,9 @@ READERS = {
     "a replay": ("rollouts/000001.jsonl", read_rollouts),
     "resuming, of the rollouts": ("rollouts/000001.jsonl", resume),
     "resuming, of the metrics": ("metrics.jsonl", resume),
-    "resuming, of the checkpoint": ("checkpoint-2/exact_state/format.json", resume),
+    "resuming, of the checkpoint": ("checkpoint-2/resume_state/format.json", resume),
     "a dry run": (
-        "checkpoint-2/exact_state/format.json",
+        "checkpoint-2/resume_state/format.json",
         lambda path: check_available(path, resume="latest", overwrite=False),
     ),
     "the curves of a report": ("metrics.jsonl", lambda path: read_jsonl(path / "metrics.jsonl", formats.METRICS)),
@@ -108,7 +108,7 @@ def test_a_run_writes_the_versions_and_its_checkpoint_is_refused_where_they_are_
     trainer.train()
     (log,) = (tmp_path / "rollouts").iterdir()
     assert {json.loads(line)["format_version"] for line in log.read_text().splitlines()} == {1}
-    file = tmp_path / "checkpoint-1/exact_state/format.json"
+    file = tmp_path / "checkpoint-1/resume_state/format.json"
     assert json.loads(file.read_text()) == {"format_version": 1}
     newer(file)
     with pytest.raises(FormatError, match="checkpoint-1 is a checkpoint of format version 99"):

@@ -64,7 +64,7 @@ def in_scoring(folder):
 
 
 def in_the_loss(folder):
-    return trained(folder, lambda trainer: _on_one_rank(trainer, "_compute_loss", key_error))
+    return trained(folder, lambda trainer: _on_one_rank(trainer, "micro_batch_loss", key_error))
 
 
 def in_the_update_where_gradients_are_exchanged(folder):
@@ -92,7 +92,7 @@ def in_an_evaluation_during_training(folder):
 
 def in_saving(folder):
     return trained(
-        folder, lambda trainer: _on_one_rank(trainer, "exact_state", key_error), save_strategy="steps", save_steps=1
+        folder, lambda trainer: _on_one_rank(trainer, "resume_state", key_error), save_strategy="steps", save_steps=1
     )
 
 

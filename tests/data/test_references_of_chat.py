@@ -22,8 +22,9 @@ from rlseq.recipes.sft import examples
 from rlseq.scoring import load_rewards
 from rlseq.training import rejection
 from rlseq.training.ppo import PPOTrainer
-from rlseq.training.sft import SFTTrainer, check_examples
+from rlseq.training.sft import check_examples
 from rlseq.training.tools import check_tools
+from rlseq.training.trl.sft import SFTTrainer
 
 CHATML = (
     "{% for m in messages %}{{ '<' + m.role + '>' }}{% if think is defined and m.role == 'assistant' and loop.last %}"
@@ -166,7 +167,7 @@ def test_rollouts_continue_the_answer_that_a_prompt_begins(own, tmp_path):
         max_steps=1,
         rlseq_sampler=own,
     )
-    compute, compared = trainer._compute_loss, []
+    compute, compared = trainer.micro_batch_loss, []
 
     def by_hand(model, inputs):
         """The tokens that the update scores, and the log-prob that was sampled, by one pass over one text."""
@@ -180,7 +181,7 @@ def test_rollouts_continue_the_answer_that_a_prompt_begins(own, tmp_path):
             compared.append((trainer.batch.scored[row].rollout, logprobs.item()))
         return compute(model, inputs)
 
-    trainer._compute_loss = by_hand
+    trainer.micro_batch_loss = by_hand
     trainer.train()
     assert len(compared) == 6
     if own:
@@ -206,7 +207,7 @@ def test_ppo_continues_and_values_the_answer_that_a_prompt_begins(flags, task, t
     (task / "own.py").write_text(
         "def own(prompt, completion):\n    return len(completion) - len(prompt[-1]['content']) / 4\n"
     )
-    tokenizer, compute, updates = characters(), PPOTrainer._compute_loss, []
+    tokenizer, compute, updates = characters(), PPOTrainer.micro_batch_loss, []
 
     def by_hand(self, model, inputs):
         """What the update learns from, beside a forward of each sequence alone by the weights that sampled it."""
@@ -228,7 +229,7 @@ def test_ppo_continues_and_values_the_answer_that_a_prompt_begins(flags, task, t
             assert inputs["advantages"][row, :length].tolist() == pytest.approx(advantages, abs=1e-3)
         return compute(self, model, inputs)
 
-    monkeypatch.setattr(PPOTrainer, "_compute_loss", by_hand)
+    monkeypatch.setattr(PPOTrainer, "micro_batch_loss", by_hand)
     arguments = ["--config", task / "sft.yaml", "--reward_funcs", f"{task}/own.py:own"]
     arguments += ["--dataset_name", tmp_path / "mixed", "--evaluate", "false"]
     arguments += ["--max_steps", 2, "--per_device_train_batch_size", 2 * len(rows), "--num_generations", 2]

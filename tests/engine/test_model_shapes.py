@@ -220,15 +220,10 @@ def test_a_step_of_grpo_trains_on_the_log_probs_of_one_sequence(name, tmp_path, 
     model = tiny_shape(name)
     start = copy.deepcopy(model)
     trainer = tiny_trainer(tmp_path, model=model, max_steps=1, max_completion_length=4, beta=0.0, num_iterations=1)
-    trained, compute = [], trainer._compute_loss
+    trained, compute = [], trainer.micro_batch_loss
 
     def remember(model, inputs):
-        found = trainer._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-            inputs["completion_ids"].shape[1],
-        )[0]
+        found = trainer.token_scores(model, inputs).logprobs
         trained.extend(
             (tuple(ids[mask.bool()].tolist()), logps[mask.bool()].tolist(), tuple(p[m.bool()].tolist()))
             for ids, mask, logps, p, m in zip(
@@ -242,7 +237,7 @@ def test_a_step_of_grpo_trains_on_the_log_probs_of_one_sequence(name, tmp_path, 
         )
         return compute(model, inputs)
 
-    trainer._compute_loss = remember
+    trainer.micro_batch_loss = remember
     trainer.train()
     assert ("updates are not packed" in capsys.readouterr().out) == (name not in PACKED)
     assert len(trained) == 16

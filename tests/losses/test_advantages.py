@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_losses import noise, tensor
 
-from rlseq.losses import gae, group_advantages
+from rlseq.losses import gae, group_advantages, normalize_then_sum
 
 NAN = math.nan
 
@@ -32,6 +32,17 @@ def test_batch_scale_divides_by_the_deviation_of_all_rewards():
     std = math.sqrt(56 / 3) + 1e-4
     found = group_advantages(rewards, scale="batch")
     assert found.flatten().tolist() == pytest.approx([-1 / std, 1 / std, -3 / std, 3 / std])
+
+
+def test_rewards_normalised_before_they_are_summed_by_hand():
+    values = tensor([[[1, 0], [3, NAN]], [[5, 2], [5, 6]]])  # (P, G, F)
+    one, other = 1 / (math.sqrt(2) + 1e-4), 2 / (math.sqrt(8) + 1e-4)  # a group's deviation by its std; alone: nothing
+    sums = [-one, one, -0.5 * other, 0.5 * other]  # weights 1 and 0.5; a group of equal values adds 0
+    std = math.sqrt(sum(s * s for s in sums) / 3) + 1e-4
+    found = normalize_then_sum(values, tensor([1, 0.5]))
+    assert found.flatten().tolist() == pytest.approx([s / std for s in sums])
+    nothing = normalize_then_sum(tensor([[[NAN, NAN], [2, 1], [4, 1]]]), tensor([1, 1]))
+    assert nothing[0, 0] == 0 and nothing[0, 1] == -nothing[0, 2] < 0
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])

@@ -11,6 +11,7 @@ from rlseq.losses import (
     expected_accuracy,
     gae,
     group_advantages,
+    importance_ratio,
     kl_estimate,
     masked_mean,
     minimum_risk,
@@ -154,6 +155,23 @@ def exact_kl(forward):
     p, q = (ref, logprobs) if forward else (logprobs, ref)
     kl = sum(p[y].exp() * (p[y] - q[y]) for y in range(5))
     return kl.item(), torch.autograd.grad(kl, logits)[0]
+
+
+def test_the_ratio_to_a_generator_is_cut_or_left_out_by_token_or_by_sequence():
+    policy, generator = tensor([[-1, -2, -3], [-1, -1, -9]]), tensor([[-2, -1, math.nan], [-1.5, -1, -1]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+
+    def ratio(level, how, **bounds):
+        return importance_ratio(policy, generator, mask, level=level, how=how, **bounds).tolist()
+
+    e, root = math.e, math.exp(0.5)
+    assert ratio("token", "truncate") == [pytest.approx([e, 1 / e, 1]), pytest.approx([root, 1, 1])]
+    assert ratio("token", "truncate", low=0.5, high=1.5) == [[1.5, 0.5, 1], [1.5, 1, 1]]
+    assert ratio("token", "mask", low=0.5, high=2) == [[0, 0, 1], pytest.approx([root, 1, 1])]
+    assert ratio("sequence", "truncate", high=1.5) == [[1], [1.5]]  # e · 1/e, and √e
+    assert ratio("sequence", "mask", high=1.5) == [[1], [0]]
+    with pytest.raises(ValueError, match="expected 'token' or 'sequence'"):
+        ratio("word", "mask")
 
 
 def test_kl_estimators_as_values_and_as_losses():

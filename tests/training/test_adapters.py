@@ -13,14 +13,13 @@ from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlseq.config.adapters import ignored_adapter_settings
+from rlseq.config.adapters import ignored_adapter_settings, peft_config_of
 from rlseq.config.training import GRPOConfig, ModelArguments, SFTConfig
 from rlseq.data.rows import build_prompts
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.loading import load_checkpoint
-from rlseq.training import models
 from rlseq.training.models import load_model, write_merged
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.run.memory import checkpoint_bytes, optimizer_bytes, size_of, weightless_model
@@ -67,13 +66,14 @@ def test_the_kl_is_to_the_adapter_that_the_run_started_from(dora, folders, tmp_p
     trainer = tiny_trainer(
         tmp_path / "run", model=load_model(ModelArguments(model_name_or_path=str(start))), beta=0.5, max_steps=2
     )
-    asked, generate = [], trainer._generate_and_score_completions
+    asked, make = [], trainer.make_batch
 
     def remember(inputs):
-        asked.append(generate(inputs))
-        return asked[-1]
+        batch = make(inputs)
+        asked.append(batch.inputs)
+        return batch
 
-    trainer._generate_and_score_completions = remember
+    trainer.make_batch = remember
     trainer.train()
     # At the first step no weight has moved: the reference is the policy. At the second it is still the start.
     first, second = (line["kl"] for line in trainer.state.log_history if "kl" in line)
@@ -189,7 +189,7 @@ def test_a_dry_run_counts_what_a_run_holds(flags, dtype, folders, tmp_path):
         **flags,
     )
     size = size_of(weightless_model(args))
-    settings = models.trl.get_peft_config(args)
+    settings = peft_config_of(args)
     trainer = tiny_trainer(tmp_path, model=load_model(args), peft_config=settings, max_steps=1)
     trainer.train()
     found = [size.parameters, size.trained, size.weight_bytes, size.trained_bytes]

@@ -174,13 +174,13 @@ def test_each_rollout_has_an_environment_of_its_own_and_earns_what_that_says(nam
 
 def test_what_the_environment_says_is_never_trained(tmp_path, monkeypatch):
     trainer, _ = made(tmp_path, monkeypatch, max_steps=1)
-    batches, compute = [], trainer._compute_loss
+    batches, compute = [], trainer.micro_batch_loss
 
     def remember(model, inputs):
         batches.append({name: x.clone() for name, x in inputs.items() if torch.is_tensor(x)})
         return compute(model, inputs)
 
-    trainer._compute_loss = remember
+    trainer.micro_batch_loss = remember
     trainer.train()
     (batch,) = batches
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool()

@@ -83,7 +83,7 @@ def test_settings_of_trl_keep_trl_s_values_and_rlseq_s_own_are_at_their_defaults
     assert kept == given and not trainer.args.disable_dropout and trainer.args.gradient_checkpointing
     assert vars(args) == given and type(args) is trl.GRPOConfig  # the script's own object is left alone
     assert trainer.args.objective == "policy_gradient" and trainer.args.pack_updates
-    assert trainer.args.max_refused_steps == rlseq.GRPOConfig(output_dir=str(tmp_path)).max_refused_steps
+    assert trainer.args.max_skipped_steps == rlseq.GRPOConfig(output_dir=str(tmp_path)).max_skipped_steps
 
 
 def test_no_settings_are_the_defaults_of_rlseq(folder, tmp_path, monkeypatch):

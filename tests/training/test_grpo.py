@@ -41,13 +41,9 @@ def test_log_probs_and_entropies_equal_those_of_each_sequence_alone(tmp_path, fa
     trainer = tiny_trainer(tmp_path, family=family, pack_updates=pack_updates, temperature=0.7)
     assert trainer.packs == pack_updates
     prompt_ids, prompt_mask, completion_ids, completion_mask = padded_batch()
-    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model,
-        torch.cat([prompt_ids, completion_ids], 1),
-        torch.cat([prompt_mask, completion_mask], 1),
-        3,
-        compute_entropy=True,
-    )
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    found = trainer.token_scores(trainer.model, dict(zip(names, padded_batch(), strict=True)))
+    logps, entropies = found.logprobs, found.entropies
     for row in range(3):
         prompt = prompt_ids[row][prompt_mask[row].bool()].tolist()
         completion = completion_ids[row][completion_mask[row].bool()].tolist()
@@ -92,7 +88,7 @@ def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, 
     for trainer in (ours, theirs):
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
-        loss = trainer._compute_loss(trainer.model, inputs)
+        loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad for p in trainer.model.parameters()])
@@ -275,8 +271,8 @@ def test_every_round_is_logged_however_rounds_fall_on_optimizer_steps(tmp_path, 
         steps_per_generation=per_round,
         max_steps=4,
     )
-    rounds, score = [], trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda rows: (rounds.append(len(rows)), score(rows))[1]
+    rounds, make = [], trainer.make_batch
+    trainer.make_batch = lambda rows: (rounds.append(len(rows)), make(rows))[1]
     trainer.train()
     files = list((tmp_path / "rollouts").glob("*.jsonl"))
     assert len(files) == len(rounds)
@@ -320,7 +316,7 @@ def chat_trainer(path, rendered, given):
 def test_the_update_scores_the_prompts_that_were_sampled_from(tmp_path):
     silent = {"enable_thinking": False}
     trainer = chat_trainer(tmp_path, silent, silent)
-    output = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4])
+    output = trainer.make_batch([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4]).inputs
     for row, index in enumerate(output["prompt_index"].tolist()):
         scored = output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist()
         assert tuple(scored) == tuple(trainer.prompts[index].prompt_ids)

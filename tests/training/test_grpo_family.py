@@ -161,6 +161,27 @@ def len_of(completion):
     return float(len(completion))
 
 
+def test_rewards_of_different_scales_have_equal_weight_where_each_is_normalised_first(tmp_path):
+    def large(completion):
+        return 100.0 * len(completion)
+
+    trainer = tiny_trainer(tmp_path, rewards=[shares_letters, large], multi_objective_aggregation="normalize_then_sum")
+    trainer.model.train()
+    batch = trainer.make_batch([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4])
+
+    def normalised(values):
+        mean = sum(values) / len(values)
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        return [(v - mean) / (std + 1e-4) for v in values]
+
+    sums = [0.0] * 8
+    for name in trainer.suite.names:
+        values = [one.values[name] for one in batch.scored]
+        sums = [s + v for s, v in zip(sums, normalised(values[:4]) + normalised(values[4:]), strict=True)]
+    assert len(set(sums)) > 2
+    assert batch.inputs["advantages"].tolist() == pytest.approx(normalised(sums), abs=1e-4)
+
+
 def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path):
     rows = [{"prompt": "a b = ", "references": ["A B C D", "E"]}, {"prompt": "c = ", "references": []}]
     trainer = family_trainer(
@@ -169,7 +190,7 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     tokenizer = tiny_tokenizer()
-    inputs = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4])
+    inputs = trainer.make_batch([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4]).inputs
     forced = {0: tokenizer("A B C")["input_ids"], 1: tokenizer("E")["input_ids"]}  # a token at least is sampled
     trained = 0
     for row, rollout in enumerate(trainer.batch.rollouts):
@@ -186,7 +207,7 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
     assert trainer._mask(inputs).sum() == trained
 
     inputs["advantages"] = torch.ones(8)
-    loss = trainer._compute_loss(trainer.model, inputs)
+    loss = trainer.micro_batch_loss(trainer.model, inputs)
     found = torch.autograd.grad(loss, list(trainer.model.parameters()))
     # dapo on policy with advantages of 1: minus the mean of ∇log π over the tokens that were sampled
     total = 0.0

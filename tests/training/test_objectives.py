@@ -117,8 +117,8 @@ def test_the_mean_over_real_draws_is_the_exact_gradient_within_its_standard_erro
     found = []
     for round in range(60):
         trainer._step = round  # names the noise
-        inputs = trainer._generate_and_score_completions(rows)
-        found.append(gradient(trainer._compute_loss(trainer.model, inputs), trainer.model))
+        inputs = trainer.make_batch(rows).inputs
+        found.append(gradient(trainer.micro_batch_loss(trainer.model, inputs), trainer.model))
     directions = torch.randn(len(exact), 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     draws = torch.stack(found) @ directions  # (60, 20)
     error = draws.std(0) / math.sqrt(60)
@@ -212,7 +212,7 @@ def test_grpo_under_exact_match_has_expected_accuracy_as_its_mean(tmp_path, monk
         tmp_path / "a", rows=ROWS[row : row + 1], objective="expected_accuracy", per_device_train_batch_size=2
     )
     sampled = toy_trainer(tmp_path / "b", rows=ROWS[row : row + 1], rewards=[is_reference], num_generations=2)
-    loss = exact._compute_loss(exact.model, {"prompt_index": torch.tensor([0, 0])})
+    loss = exact.micro_batch_loss(exact.model, {"prompt_index": torch.tensor([0, 0])})
     rewards = {y: is_reference(y, ROWS[row]["references"]) for y in COMPLETIONS}
     chance = expected_reward(exact.model, exact.prompts[0].prompt_ids, rewards)
     assert loss.item() == pytest.approx(-chance.item(), abs=ROUNDING)
@@ -318,7 +318,7 @@ def test_a_kl_in_the_loss_is_that_of_the_next_token_with_prefixes_held_fixed(tmp
 def kl_gradient(trainer, start, y):
     ref = padded(token_logprobs(start, PROMPT, y).detach())
     inputs = hand_made(y, ref_per_token_logps=ref, totals=torch.zeros(1, dtype=torch.float64))
-    return gradient(trainer._compute_loss(trainer.model, inputs), trainer.model)
+    return gradient(trainer.micro_batch_loss(trainer.model, inputs), trainer.model)
 
 
 def test_k1_in_the_loss_regularises_nothing(tmp_path):
@@ -341,6 +341,6 @@ def test_k1_as_reward_to_go_is_the_sequence_s_reverse_kl(tmp_path):
     for y in COMPLETIONS:
         difference = (token_logprobs(trainer.model, PROMPT, y) - token_logprobs(start, PROMPT, y)).detach()
         to_go = difference.flip(0).cumsum(0).flip(0)  # Σ_{s ≥ t} k1_s
-        loss = trainer._compute_loss(trainer.model, hand_made(y, advantages=-padded(to_go)))
+        loss = trainer.micro_batch_loss(trainer.model, hand_made(y, advantages=-padded(to_go)))
         found = found + logprobs[y].exp().item() * gradient(loss, trainer.model)
     assert_equal(found, gradient(kl, trainer.model))

@@ -96,9 +96,9 @@ def test_the_kl_penalty_is_the_log_ratio_of_each_token_to_the_start(tmp_path, mo
     assert metrics["kl_penalty"] == [pytest.approx(beta * total / 4, abs=1e-5)]
     assert metrics["kl_coefficient"] == [beta]
     # The reward holds it: the loss does not add it again.
-    with_beta = trainer._compute_loss(trainer.model, output).item()
+    with_beta = trainer.micro_batch_loss(trainer.model, output).item()
     trainer.beta = 0.0
-    assert trainer._compute_loss(trainer.model, output).item() == with_beta
+    assert trainer.micro_batch_loss(trainer.model, output).item() == with_beta
 
 
 def test_the_kl_that_is_logged_and_steered_by_is_of_all_completions_abstained_or_not(tmp_path, monkeypatch):
@@ -140,9 +140,9 @@ def test_the_kl_may_be_in_the_loss_instead(tmp_path, monkeypatch):
     draws(monkeypatch, trainer, COMPLETIONS)
     output = generated(trainer, ROWS)
     assert_targets(trainer, output, [at_the_end(REWARDS[y], len(y)) for y in COMPLETIONS])
-    with_kl = trainer._compute_loss(trainer.model, output).item()
+    with_kl = trainer.micro_batch_loss(trainer.model, output).item()
     trainer.beta = 0.0
-    without = trainer._compute_loss(trainer.model, output).item()
+    without = trainer.micro_batch_loss(trainer.model, output).item()
     k3 = [math.exp(-d) - 1 + d for row in ROWS for d in log_ratio(trainer, start, row)]
     assert with_kl - without == pytest.approx(0.3 * sum(k3) / 13, abs=1e-5)
     assert sum(k3) > 0.01
@@ -168,10 +168,11 @@ def test_a_truncated_completion_may_lose_a_penalty(tmp_path, monkeypatch):
 
 def test_the_advantage_that_is_logged_is_the_mean_over_all_trained_tokens(tmp_path):
     trainer = tiny_ppo(tmp_path, head=0, lam=0.0, whiten_advantages=False, max_steps=1)
-    outputs, score = [], trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda rows: (outputs.append(score(rows)), outputs[-1])[1]
+    batches, make = [], trainer.make_batch
+    trainer.make_batch = lambda rows: (batches.append(make(rows)), batches[-1])[1]
     trainer.train()
-    advantages, mask = outputs[0]["advantages"], outputs[0]["completion_mask"].bool()
+    (output,) = (one.inputs for one in batches)
+    advantages, mask = output["advantages"], output["completion_mask"].bool()
     assert (advantages[mask] == 0).any()  # with one value for every state, all but a completion's last token
     rows = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
     for row, mine, counted in zip(rows, advantages, mask, strict=True):
@@ -190,10 +191,10 @@ def test_an_abstention_gives_advantage_0_and_leaves_the_critic_s_loss(tmp_path, 
         expected = [(a - mean) / (std + 1e-4) for a in raw[row][0]]
         assert output["advantages"][row, : len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
     assert not output["advantages"][1].any() and not output["value_mask"][1].any()
-    loss = trainer._compute_loss(trainer.model, output).item()
+    loss = trainer.micro_batch_loss(trainer.model, output).item()
     other = {**output, "returns": output["returns"].clone()}
     other["returns"][1] = 100.0
-    assert trainer._compute_loss(trainer.model, other).item() == loss
+    assert trainer.micro_batch_loss(trainer.model, other).item() == loss
 
 
 def test_advantages_are_whitened_over_all_tokens_not_over_rows(tmp_path, monkeypatch):
@@ -288,7 +289,7 @@ def test_the_share_of_groups_without_spread_is_not_logged_since_samples_are_comp
 def test_a_batch_in_which_every_reward_abstains_moves_nothing(tmp_path, monkeypatch):
     trainer, output = batch(tmp_path, monkeypatch, rewards=[lambda completion: None])
     assert not output["value_mask"].any()
-    loss = trainer._compute_loss(trainer.model, output)
+    loss = trainer.micro_batch_loss(trainer.model, output)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())

@@ -58,7 +58,7 @@ def test_a_micro_batch_takes_one_forward(tmp_path, monkeypatch, critic, trunk_gr
     trunks = [trainer.model.get_decoder()] + ([trainer.critic.backbone] if critic == "separate" else [])
     for trunk in trunks:
         trunk.register_forward_hook(lambda module, *_: passes.append(module))
-    trainer._compute_loss(model, output)
+    trainer.micro_batch_loss(model, output)
     assert model.calls == 1
     assert passes == trunks
 
@@ -96,7 +96,7 @@ def test_the_loss_is_the_clipped_surrogate_plus_the_value_loss(
     parameters = dict(trainer.model.named_parameters())
     found, expected = [], []
     for into, loss in (
-        (found, trainer._compute_loss(trainer.model, output)),
+        (found, trainer.micro_batch_loss(trainer.model, output)),
         (expected, plain_loss(trainer, output, vf_coef=0.7, value_clip=value_clip)),
     ):
         into.append(loss.detach())
@@ -136,14 +136,14 @@ def gradients(trainer, loss):
 def test_the_value_loss_reaches_what_it_may(tmp_path, monkeypatch, critic, trunk_gradient, reached):
     trainer, output = batch(tmp_path, monkeypatch, critic=critic, critic_trunk_gradient=trunk_gradient)
     output["advantages"] = torch.zeros_like(output["advantages"])
-    assert gradients(trainer, trainer._compute_loss(trainer.model, output)) == reached
+    assert gradients(trainer, trainer.micro_batch_loss(trainer.model, output)) == reached
 
 
 @pytest.mark.parametrize(("critic", "trunk_gradient"), CRITICS)
 def test_the_policy_s_loss_leaves_the_critic_alone(tmp_path, monkeypatch, critic, trunk_gradient):
     settings = {"critic": critic, "critic_trunk_gradient": trunk_gradient, "vf_coef": 0.0}
     trainer, output = batch(tmp_path, monkeypatch, **settings)
-    assert gradients(trainer, trainer._compute_loss(trainer.model, output)) == [True, False, False]
+    assert gradients(trainer, trainer.micro_batch_loss(trainer.model, output)) == [True, False, False]
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"])
@@ -154,7 +154,7 @@ def test_each_loss_of_trl_takes_advantages_a_token_as_it_takes_them_a_row(tmp_pa
     of_rows = torch.tensor([1.0, -0.5, 0.25, -2.0])
     found = []
     for advantages in (of_rows, of_rows[:, None].expand(4, 6).contiguous()):
-        loss = trainer._compute_loss(trainer.model, {**output, "advantages": advantages})
+        loss = trainer.micro_batch_loss(trainer.model, {**output, "advantages": advantages})
         found.append(torch.autograd.grad(loss, trainer.model.lm_head.weight)[0])
     assert found[0].abs().max() > 1e-4
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
@@ -247,14 +247,14 @@ def test_every_epoch_compares_with_the_log_probs_and_values_of_rollout_time(tmp_
     trainer = tiny_ppo(tmp_path, max_steps=4, **EPOCHS)
     model, seen = tiny_model("llama", initializer_range=0.1), []
     critic = {name: p.clone() for name, p in trainer.critic.state_dict().items()}
-    compute = trainer._compute_loss
+    compute = trainer.micro_batch_loss
 
     def looking(model, inputs):
         loss = compute(model, inputs)
         seen.append(inputs)
         return loss
 
-    trainer._compute_loss = looking
+    trainer.micro_batch_loss = looking
     trainer.train()
     assert len(seen) == 4
     rows = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]

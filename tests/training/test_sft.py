@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
-from rlseq.training.sft import LengthGroupedBatches
+from rlseq.training.trl.sft import LengthGroupedBatches
 
 
 def lengths(count=1000):

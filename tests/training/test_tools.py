@@ -79,13 +79,13 @@ def trained(tmp_path, monkeypatch):
     )
     scripted = Scripted(tokenizer)
     monkeypatch.setattr(model, "generate", scripted)
-    batches, compute = [], trainer._compute_loss
+    batches, compute = [], trainer.micro_batch_loss
 
     def remember(model, inputs):
         batches.append({name: x.clone() for name, x in inputs.items() if torch.is_tensor(x)})
         return compute(model, inputs)
 
-    monkeypatch.setattr(trainer, "_compute_loss", remember)
+    monkeypatch.setattr(trainer, "micro_batch_loss", remember)
     trainer.train()
     return trainer, batches, scripted
 
@@ -151,7 +151,7 @@ def test_the_log_probs_of_the_tools_words_have_no_gradient(trained):
 
     trainer._get_per_token_logps_and_entropies = remember
     trainer.model.train()
-    trainer._compute_loss(trainer.model, batch).backward()
+    trainer.micro_batch_loss(trainer.model, batch).backward()
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
     assert torch.equal(found[0].grad != 0, mask)
 

@@ -170,13 +170,13 @@ def test_the_table_of_ppo_has_the_advantages_that_were_trained(tmp_path):
 
     trainer = tiny_ppo(tmp_path, log_completions=True, num_completions_to_print=1, max_steps=1)
     kept = {}
-    compute = trainer._compute_loss
+    compute = trainer.micro_batch_loss
 
     def spy(model, inputs):
         kept.update(advantages=inputs["advantages"].clone(), mask=inputs["completion_mask"].bool())
         return compute(model, inputs)
 
-    trainer._compute_loss = spy
+    trainer.micro_batch_loss = spy
     trainer.train()
     table = pandas.read_parquet(tmp_path / "completions/completions_00001.parquet")
     means = [row[mask].mean().item() for row, mask in zip(kept["advantages"], kept["mask"], strict=True)]

@@ -13,9 +13,9 @@ from trl.trainer import utils
 
 import rlseq
 
-LIMIT = 21
-SEAMS = {
-    "_generate_and_score_completions": ["inputs"],
+LIMIT = 14
+SEAMS = {  # overridden or called
+    "_generate": ["prompts"],
     "_generate_single_turn": [
         "prompt_ids",
         "images",
@@ -23,8 +23,8 @@ SEAMS = {
         "num_generations",
         "has_tool_images",
     ],
-    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_prepare_inputs": ["generation_batch"],
+    "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
     "_compute_loss": ["model", "inputs"],
     "_save_checkpoint": ["model", "trial"],
 }
@@ -52,14 +52,15 @@ def test_the_version_is_the_one_that_was_read():
 
 
 @pytest.mark.parametrize("name", list(SEAMS))
-def test_a_method_that_is_overridden_has_the_parameters_relied_on(name):
+def test_a_method_has_the_parameters_relied_on(name):
     assert parameters(getattr(trl.GRPOTrainer, name)) == SEAMS[name]
 
 
-def test_log_probs_are_computed_behind_one_method():
-    taken = parameters(trl.GRPOTrainer._get_per_token_logps_and_entropies)
-    assert taken[:4] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
-    assert {"batch_size", "compute_entropy", "compute_aux_loss"} <= set(taken)
+def test_the_loss_asks_the_model_once_by_keyword_for_log_probs_and_entropies():
+    assert called_in("_compute_loss").count("            model,\n") == 1  # a callable stands in its place
+    asked = called_in("_get_per_token_logps_and_entropies")
+    assert "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)" in asked
+    assert "outputs.log_probs[:, -logits_to_keep:]" in asked and "outputs.entropy[:, -logits_to_keep:]" in asked
 
 
 def called_in(method):
@@ -72,8 +73,7 @@ def called_in(method):
     [
         ("_prepare_inputs", "_generate_and_score_completions"),
         ("_prepare_inputs", "_buffered_inputs"),
-        ("_generate_and_score_completions", "_calculate_rewards"),
-        ("_generate_and_score_completions", "_get_per_token_logps_and_entropies"),
+        ("compute_loss", "_compute_loss"),
         ("_generate", "_generate_single_turn"),
         ("_compute_loss", "_get_per_token_logps_and_entropies"),
     ],
@@ -87,8 +87,15 @@ def test_the_loss_reads_what_is_put_into_the_batch(key):
     assert f'"{key}"' in called_in("_compute_loss")
 
 
-def test_the_reference_is_made_by_one_function_of_the_module():
-    assert "self.ref_model = create_model_from_path(" in called_in("__init__")
+def test_without_kl_no_reference_is_made_and_what_makes_one_stands_after_the_policy():
+    made = called_in("__init__")
+    without = made.index("if self.beta == 0.0:\n            # If beta is 0.0, the reference model is not needed")
+    assert without < made.index("self.ref_model = create_model_from_path(")
+    assert made.count("self.beta") == 3 and "if args.sync_ref_model:\n            if self.beta == 0.0:" in made
+    # What happens to a reference beside, in this order; a dropout that is off is off in its copy.
+    after = ("disable_dropout_in_model(self.ref_model)", "_cast_lm_head_to_fp32(self.ref_model)")
+    after += ("add_fused_lm_head(\n                self.ref_model", "prepare_deepspeed(self.ref_model")
+    assert [made.index(call) for call in after] == sorted(made.index(call) for call in after)
 
 
 def test_environments_are_reset_by_row_and_looked_up_by_class():
@@ -102,6 +109,9 @@ def test_environments_are_reset_by_row_and_looked_up_by_class():
     assert all(f"self.{name}.append(" in made for name in lists)
     assert "self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])" in made
     assert "self.async_loop" in made and "self.vllm_mode" in made
+    # What TRL's method sets for its loop of tool calls, make_batch sets.
+    assert "self._batch_environments = [" in used
+    assert "self._sync_tool_dicts.append(" in used and "self._async_tool_dicts.append(" in used
     # A vLLM server draws a group from its first prompt.
     assert "all_prompts[::num_generations]" in inspect.getsource(VLLMGeneration.generate)
 
@@ -146,16 +156,16 @@ def test_fsdp_and_deepspeed_load_a_checkpoint_in_one_method_before_which_its_nam
 
 
 @pytest.mark.parametrize("trainer", [trl.GRPOTrainer, trl.SFTTrainer])
-def test_a_card_is_written_by_one_method_before_each_checkpoint(trainer):
-    assert parameters(trainer.create_model_card) == ["model_name", "dataset_name", "tags"]
-    assert "self.create_model_card(" in inspect.getsource(trainer._save_checkpoint)
+def test_trls_card_is_written_before_a_checkpoint_is_saved_and_rlseqs_after(trainer):
+    source = inspect.getsource(trainer._save_checkpoint)
+    assert source.index("self.create_model_card(") < source.index("super()._save_checkpoint(")
+    assert "self.callback_handler.on_save(" in inspect.getsource(Trainer._maybe_log_save_evaluate)
 
 
 def test_a_push_saves_and_uploads_the_output_directory():
     for push in (Trainer.push_to_hub, Trainer._push_from_checkpoint):
         source = inspect.getsource(push)
         assert "self.args.output_dir" in source and "upload_folder(" in source
-    assert "self.create_model_card(" in inspect.getsource(Trainer.push_to_hub)
     assert parameters(Trainer.push_to_hub)[:2] == ["commit_message", "blocking"]
     assert parameters(Trainer.save_model) == ["output_dir", "_internal_call"]
 

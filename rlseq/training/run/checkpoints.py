@@ -21,7 +21,7 @@ from rlseq.errors import RunDirectoryError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-RESUME_STATE = "exact_state"  # the folder of a checkpoint that rlseq writes beside the files of transformers
+RESUME_STATE = "resume_state"  # the folder of a checkpoint that rlseq writes beside the files of transformers
 _FORMAT_FILE = "format.json"
 _NAME = re.compile(r"checkpoint-(\d+)|\.checkpoint-(\d+)\.earlier")
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import psutil
 import torch
-import trl
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
+from rlseq.config.adapters import peft_config_of
+from rlseq.config.training import ModelArguments
 from rlseq.doctor.static import load_configs
 from rlseq.engine.kv_budget import cached_numbers
 from rlseq.engine.model_class import causal_class
@@ -73,7 +74,7 @@ class ModelSize:
     cached: int
 
 
-def weightless_model(model_args: trl.ModelConfig) -> nn.Module:
+def weightless_model(model_args: ModelArguments) -> nn.Module:
     """The model that `load_model` loads, with the adapter that training puts on it, on the meta device.
 
     Raises:
@@ -96,7 +97,7 @@ def weightless_model(model_args: trl.ModelConfig) -> nn.Module:
             settings = PeftConfig.from_pretrained(path, trust_remote_code=False)
             settings.inference_mode = False
         else:
-            settings = trl.get_peft_config(model_args)
+            settings = peft_config_of(model_args)
         if settings is None:
             return model
         layers = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}

@@ -94,6 +94,19 @@ def _extended(args: trl.GRPOConfig) -> GRPOConfig:
     return config
 
 
+def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
+    """Make the data set that TRL's data loader draws from: the prompt and the index of the `Prompt` it stands for.
+
+    The prompts are put in as they are drawn: kept in Arrow, messages would have each other's keys, as None.
+    """
+
+    def drawn(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        return {"prompt": [copy.deepcopy(prompts[i].prompt) for i in batch["index"]], "index": batch["index"]}
+
+    numbers = list(range(len(prompts)))
+    return datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers}).with_transform(drawn)
+
+
 def model_of(model: Any, args: GRPOConfig) -> torch.nn.Module:
     """The policy: a loaded model as given, or the one of a path or hub id, loaded by `args.model_init_kwargs`.
 

@@ -1,8 +1,8 @@
 """Around a trainer's step: what is not finite moves nothing, what fails for want of memory or disk says so.
 
-training_step      a failed allocation names the update and what to lower
-  _prepare_inputs  the micro-batch is remembered until the optimizer has stepped
-_get_grad_norm     the last call before the optimizer: here a step is refused, on all ranks or on none
+train              a failed allocation names the update and what to lower
+  compute_loss     micro-batch and loss are remembered until the optimizer has stepped
+_get_grad_norm     the last call before the optimizer: here a step is skipped, on all ranks or on none
 _save_checkpoint   a checkpoint is whole, or is not there
 """
 
@@ -25,33 +25,35 @@ from rlseq.training.run.checkpoints import through_to_disk
 from rlseq.training.run.faults import memory_for, saving
 from rlseq.training.run.records import append_jsonl
 from rlseq.training.run.rollout_log import trained_records
+from rlseq.training.trl.resume_state import ResumeStateMixin
 from rlseq.types import Prompt
 
-FOLDER = "refused"
+FOLDER = "skipped"
 NAN = float("nan")
 
 
 class GuardMixin(Trainer):
-    """For TRL's trainers: refuses optimizer steps whose loss or gradient is not finite, and explains other faults.
+    """For TRL's trainers: skips optimizer steps whose loss or gradient is not finite, and explains other faults.
 
-    A refused step moves no weight, no optimizer state and no average of weights; it counts as a step, and the
-    learning rate's schedule continues. Its batch is kept in RUN/refused/step-N/, one file per rank. After
-    `args.max_refused_steps` of them in a row the run ends with a `TrainingError`.
+    A skipped step moves no weight, no optimizer state and no average of weights; it counts as a step, and the
+    learning rate's schedule continues. Its batch is kept in RUN/skipped/step-N/, one file per rank. After
+    `args.max_skipped_steps` of them in a row the run ends with a `TrainingError`.
 
     Attributes:
-        step_was_refused: whether the last optimizer step was.
+        step_was_skipped: whether the last optimizer step was.
     """
 
-    step_was_refused = False
-    _refused_in_a_row = 0
-    _micro_batches: tuple[Mapping[str, Any], ...] = ()
-    _losses: tuple[torch.Tensor, ...] = ()
+    step_was_skipped = False
+    _skipped_in_a_row = 0
+    _skipped_since_logged = 0
+    _micro_batches: tuple[tuple[Mapping[str, Any], torch.Tensor], ...] = ()  # and their losses, since the last step
 
     # What a script calls by itself, too: a process that fails leaves no other waiting.
 
     @raise_on_all_ranks(exchange=False)
     def train(self, *args, **kwargs):
-        return super().train(*args, **kwargs)
+        with memory_for("the update", self._memory_advice):
+            return super().train(*args, **kwargs)
 
     @raise_on_all_ranks(exchange=False)
     def evaluate(self, *args, **kwargs):
@@ -62,44 +64,41 @@ class GuardMixin(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        with memory_for("the update", self._memory_advice):
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        self._losses += (loss,)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        given = dict(inputs)  # SFT's loss takes what it needs out of `inputs`
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
+            return found
+        loss = found[0] if return_outputs else found
+        self._micro_batches += ((given, loss.detach()),)
         # NaN would stay in transformers' running sum for good; the log says it another way.
-        return torch.where(loss.isfinite(), loss, 0.0)
-
-    def _prepare_inputs(self, inputs):
-        inputs = super()._prepare_inputs(inputs)
-        if self.model.training:
-            self._micro_batches += (dict(inputs),)  # SFT's loss takes what it needs out of `inputs`
-        return inputs
+        loss = torch.where(loss.isfinite(), loss, 0.0)
+        return (loss, *found[1:]) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        batches = tuple(zip(self._micro_batches, self._losses, strict=True))
-        self._micro_batches, self._losses = (), ()
+        batches, self._micro_batches = self._micro_batches, ()
         losses = torch.stack([loss for _, loss in batches]) if batches else torch.zeros(1)
-        norm = NAN if grad_norm is None else float(grad_norm)
         bad = not losses.isfinite().all().item()
+        norm = NAN if grad_norm is None or bad else float(grad_norm)
         if self.accelerator.scaler is None:  # a gradient that overflows in float16 is the loss scaler's to skip
             bad = bad or not (math.isfinite(norm) or grad_norm is None)
-        refused = self.accelerator.reduce(torch.tensor(float(bad), device=self.accelerator.device)).item() > 0
-        self.step_was_refused = refused
-        self._refused_in_a_row = self._refused_in_a_row + 1 if refused else 0
-        if refused:
-            self._refuse(model, batches, norm)
+        skipped = self.accelerator.reduce(torch.tensor(float(bad), device=self.accelerator.device)).item() > 0
+        self.step_was_skipped = skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            self._skip(model, batches, norm)
         return grad_norm
 
-    def _refuse(self, model, batches: Sequence[tuple[Mapping[str, Any], torch.Tensor]], grad_norm: float) -> None:
-        step, limit = self.state.global_step + 1, self.args.max_refused_steps
+    def _skip(self, model, batches: Sequence[tuple[Mapping[str, Any], torch.Tensor]], grad_norm: float) -> None:
+        step, limit = self.state.global_step + 1, self.args.max_skipped_steps
         for parameter in model.parameters():
             parameter.grad = None  # what has no gradient is left alone by the optimizer, its state too
-        self._metrics["train"]["refused_steps"].append(1.0)
+        self._skipped_since_logged += 1
         folder = Path(self.args.output_dir) / FOLDER / f"step-{step:06d}"
         keep_batch(folder, step, self.accelerator.process_index, batches, self.describe_rows)
         losses = [round(loss.item(), 6) for _, loss in batches]
-        what = f"optimizer step {step} was refused: loss {losses}, norm of the gradient {grad_norm:.4g}"
+        what = f"optimizer step {step} was skipped: loss {losses}, norm of the gradient {grad_norm:.4g}"
         if self.accelerator.is_main_process:
             print(f"warning, {what}. Its batch: {folder}", file=sys.stderr, flush=True)
         if self.is_deepspeed_enabled:
@@ -108,9 +107,9 @@ class GuardMixin(Trainer):
                 "--learning_rate.",
                 on_every_rank=True,
             )
-        if self._refused_in_a_row >= limit:
+        if self._skipped_in_a_row >= limit:
             raise TrainingError(
-                f"{what}; so were {limit} in a row (max_refused_steps), so the run ends. The weights are as before "
+                f"{what}; so were {limit} in a row (max_skipped_steps), so the run ends. The weights are as before "
                 f"them. Look at the batches in {folder.parent} (a reward or a log-prob that is huge?), check that the "
                 "model's own weights are finite (`rlseq doctor`), and resume from the last checkpoint with a lower "
                 "--learning_rate, a --max_grad_norm above 0, or --bf16 false --fp16 false.",
@@ -123,10 +122,11 @@ class GuardMixin(Trainer):
         return [] if ids is None else [{"text": self.processing_class.decode(row)} for row in ids.tolist()]
 
     def log(self, logs, start_time=None):
-        refused = self._metrics["train"].get("refused_steps")
-        if refused and "loss" in logs:
-            refused[:] = [sum(refused)]  # TRL logs the mean; this is a number of steps
-            logs = logs | {"loss": NAN}  # a mean with steps left out would look like one without
+        if self._skipped_since_logged and self.model.training:
+            logs = logs | {"skipped_steps": self._skipped_since_logged}
+            if "loss" in logs:
+                logs["loss"] = NAN  # a mean with steps left out would look like one without
+            self._skipped_since_logged = 0
         super().log(logs, start_time)
 
     def _memory_advice(self) -> str:
@@ -156,8 +156,8 @@ class GuardMixin(Trainer):
                 wait()
 
 
-class RolloutGuardMixin(GuardMixin):
-    """What training on rollouts adds: where the memory went, and what the rows of a refused step were."""
+class RolloutGuardMixin(GuardMixin, ResumeStateMixin):
+    """What training on rollouts adds: where the memory went, and what the rows of a skipped step were."""
 
     prompts: list[Prompt]
     batch: RolloutBatch
@@ -174,6 +174,13 @@ class RolloutGuardMixin(GuardMixin):
             f"of now ({args.gradient_accumulation_steps}), which leaves the batch as it is. --num_generations "
             f"({args.num_generations}) must divide the completions that all processes draw at a time: lower it, too."
         )
+
+    def resume_state(self):
+        return super().resume_state() | {"skipped_since_logged": self._skipped_since_logged}
+
+    def restore_resume_state(self, state):
+        super().restore_resume_state(state)
+        self._skipped_since_logged = state["skipped_since_logged"]
 
     def describe_rows(self, inputs):
         return trained_records(inputs, self.prompts, self.batch.scored, self.processing_class)

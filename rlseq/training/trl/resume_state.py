@@ -3,7 +3,7 @@
 TRL 1.16 saves weights, optimizer, scheduler and random states. It leaves out its count of micro-batches, the rollouts
 that are still to be trained on, the metrics and losses not yet logged, the order of any epoch but the first, and a
 reference model that has moved (`sync_ref_model`).
-Each rank writes its own to `checkpoint-N/exact_state/`, before the trainer's state, which marks a checkpoint as whole.
+Each rank writes its own to `checkpoint-N/resume_state/`, before the trainer's state, which marks a checkpoint as whole.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 REFERENCE_FILE = "reference.safetensors"
 
 
-class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
-    """Saves and restores what TRL's trainer forgets; a subclass extends `exact_state` and `restore_exact_state`."""
+class ResumeStateMixin(ResumeMixin, trl.GRPOTrainer):
+    """Saves and restores what TRL's trainer forgets; a subclass extends `resume_state` and `restore_resume_state`."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -40,7 +40,7 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
             )
         self.add_callback(_Restore(self))
 
-    def exact_state(self) -> dict[str, Any]:
+    def resume_state(self) -> dict[str, Any]:
         """This rank's state as tensors and plain values."""
         in_a_round = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return {
@@ -62,8 +62,8 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
     def restore_shared_state(self, state: dict[str, Any]) -> None:
         """Take up what `shared_state` returned."""
 
-    def restore_exact_state(self, state: dict[str, Any]) -> None:
-        """Take up where `exact_state` was called."""
+    def restore_resume_state(self, state: dict[str, Any]) -> None:
+        """Take up where `resume_state` was called."""
         device = self.accelerator.device
         self._step = state["step"]
         self.batch.reference_rewards = state["reference_rewards"]
@@ -91,6 +91,28 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
         for name, p in self.ref_model.named_parameters():
             p.copy_(saved[name])
 
+    def begin_or_resume(self) -> None:
+        """Count from the step that training is at, and take up the state of the checkpoint, where there is one."""
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._total_loss_since = self.state.global_step
+        if self.resumed_from is None:
+            return
+        self.restore_reference(self.resumed_from)
+        file = self.resumed_from / RESUME_STATE / f"rank-{self.accelerator.process_index}.pt"
+        if not file.is_file():
+            logger.warning("%s is missing: the run resumes, but not bit for bit", file)
+            return
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        self.restore_shared_state(saved["shared"])
+        if saved["world_size"] != self.accelerator.num_processes:
+            logger.warning(
+                "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are sampled again",
+                saved["world_size"],
+                self.accelerator.num_processes,
+            )
+            return
+        self.restore_resume_state(saved)
+
     def log(self, logs, start_time=None):
         if "train_loss" in logs:  # transformers divides the loss of the whole run by the steps since it was resumed
             steps = self.state.global_step - self._total_loss_since
@@ -109,7 +131,7 @@ class ExactStateMixin(ResumeMixin, trl.GRPOTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
             write_format(checkpoint)
-        torch.save(self.exact_state(), folder / f"rank-{self.accelerator.process_index}.pt")
+        torch.save(self.resume_state(), folder / f"rank-{self.accelerator.process_index}.pt")
         if self.args.sync_ref_model and self.args.should_save:
             reference = {name: p.detach().contiguous().cpu() for name, p in self.ref_model.named_parameters()}
             save_file(reference, folder / REFERENCE_FILE)
@@ -135,27 +157,8 @@ def sampler_of(loader: Any) -> RepeatSampler:
 class _Restore(TrainerCallback):
     """Restores the state once the trainer has set its own to that of a new run."""
 
-    def __init__(self, trainer: ExactStateMixin):
+    def __init__(self, trainer: ResumeStateMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        trainer._step = state.global_step * args.gradient_accumulation_steps
-        trainer._total_loss_since = state.global_step
-        if trainer.resumed_from is None:
-            return
-        trainer.restore_reference(trainer.resumed_from)
-        file = trainer.resumed_from / RESUME_STATE / f"rank-{trainer.accelerator.process_index}.pt"
-        if not file.is_file():
-            logger.warning("%s is missing: the run resumes, but not bit for bit", file)
-            return
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        trainer.restore_shared_state(saved["shared"])
-        if saved["world_size"] != trainer.accelerator.num_processes:
-            logger.warning(
-                "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are sampled again",
-                saved["world_size"],
-                trainer.accelerator.num_processes,
-            )
-            return
-        trainer.restore_exact_state(saved)
+        self.trainer.begin_or_resume()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import trl
-from torch import Tensor
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
@@ -24,18 +23,6 @@ class TrackingMixin(trl.GRPOTrainer):
     """
 
     trackio_run: str | None = None
-
-    def keep_for_table(self, advantages: Tensor, totals: Tensor) -> None:
-        """Keep what was optimised beside TRL's columns of the round.
-
-        Args:
-            advantages: (B,), of this process's rows; they replace TRL's, which count an abstention as zero.
-            totals: (B,) of all processes' rows, NaN where every reward abstained.
-        """
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(self.accelerator.gather(advantages).tolist())
-        self._logs["extra"]["total"].clear()
-        self._logs["extra"]["total"].extend(totals.tolist())
 
     def log(self, logs, start_time=None):
         # The closing summary has no rollouts of its own, nor has a run that was resumed within a round.

@@ -24,7 +24,7 @@ from rlseq.training.averaging import WeightAverage
 from rlseq.training.run.callbacks import MetricsWriter
 from rlseq.training.run.checkpoints import find_defect, newest_whole_checkpoint
 from rlseq.training.run.launch import run_recipe
-from rlseq.training.sft import SFTTrainer
+from rlseq.training.trl.sft import SFTTrainer
 
 
 def tiny_sft(path, **settings):
@@ -122,28 +122,28 @@ def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does(make, pla
         assert moved == [True, False, True, True]
     assert all(p.isfinite().all() for p in weights[-1].values())
     logged = [line for line in lines(tmp_path / "metrics.jsonl") if not line.get("summary")]
-    assert [line.get("refused_steps") for line in logged] == [None, 1, None, None]
+    assert [line.get("skipped_steps") for line in logged] == [None, 1, None, None]
     assert [line["loss"] is None for line in logged] == [False, True, False, False]
-    (folder,) = (tmp_path / "refused").iterdir()
+    (folder,) = (tmp_path / "skipped").iterdir()
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning, optimizer step")]
-    assert len(said) == 1 and "step 2 was refused" in said[0] and str(folder) in said[0]
+    assert len(said) == 1 and "step 2 was skipped" in said[0] and str(folder) in said[0]
 
 
-def test_a_gradient_that_overflows_under_a_finite_loss_is_refused(tmp_path):
+def test_a_step_whose_gradient_overflows_under_a_finite_loss_is_skipped(tmp_path):
     trainer = tiny_grpo(tmp_path, max_steps=5)
     embedding(trainer).weight.register_hook(lambda gradient: gradient * 1e38)  # finite numbers whose squares are not
     before = copy.deepcopy(trainer.model.state_dict())
     with pytest.raises(TrainingError, match=r"3 in a row.*--learning_rate"):
         trainer.train()
     assert same(before, trainer.model.state_dict()) and trainer.state.global_step == 2
-    assert len(list((tmp_path / "refused").iterdir())) == 3
+    assert len(list((tmp_path / "skipped").iterdir())) == 3
 
 
-def test_the_batch_that_was_refused_is_kept_with_what_it_earned(tmp_path):
+def test_the_batch_of_a_skipped_step_is_kept_with_what_it_earned(tmp_path):
     trainer = tiny_grpo(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2)
     break_at(trainer, embedding(trainer), {3}, lambda x: x * math.nan)
     trainer.train()
-    folder = tmp_path / "refused" / "step-000003"
+    folder = tmp_path / "skipped" / "step-000003"
     kept, drawn = lines(folder / "rank-0.jsonl"), lines(tmp_path / "rollouts" / "000003.jsonl")
     assert len(kept) == len(drawn) == 16 and {row["step"] for row in kept} == {3}
     names = ("prompt_key", "prompt", "completion", "values", "total")
@@ -160,35 +160,35 @@ def test_the_batch_that_was_refused_is_kept_with_what_it_earned(tmp_path):
     assert tensors["0.advantages"].tolist() == pytest.approx([row["advantage"] for row in kept[:8]])
 
 
-def test_what_sft_refused_can_be_read(tmp_path):
+def test_the_batch_that_sft_skipped_can_be_read(tmp_path):
     trainer = tiny_sft(tmp_path)
     break_at(trainer, embedding(trainer), {1}, lambda x: x * math.nan)
     trainer.train()
-    rows = lines(tmp_path / "refused" / "step-000001" / "rank-0.jsonl")
+    rows = lines(tmp_path / "skipped" / "step-000001" / "rank-0.jsonl")
     texts = {f"{row['prompt']}{row['references'][0]}".replace(" ", "") for row in ROWS}
     kept = {row["text"].replace(" ", "").replace("<pad>", "").replace("<eos>", "") for row in rows}
     assert len(rows) == 4 and kept < texts
 
 
-def test_a_run_ends_only_after_refused_steps_in_a_row(tmp_path):
-    trainer = tiny_grpo(tmp_path, max_steps=6, max_refused_steps=2)
+def test_a_run_ends_only_after_skipped_steps_in_a_row(tmp_path):
+    trainer = tiny_grpo(tmp_path, max_steps=6, max_skipped_steps=2)
     break_at(trainer, embedding(trainer), {1, 3, 5, 6}, lambda x: x * math.nan)
-    with pytest.raises(TrainingError, match=r"step 6 was refused.*2 in a row"):
+    with pytest.raises(TrainingError, match=r"step 6 was skipped.*2 in a row"):
         trainer.train()
 
 
-def test_refused_steps_are_counted_where_several_steps_are_logged_together(tmp_path):
+def test_skipped_steps_are_counted_where_several_steps_are_logged_together(tmp_path):
     trainer = tiny_grpo(tmp_path, max_steps=8, logging_steps=4)
     break_at(trainer, embedding(trainer), {2, 4}, lambda x: x * math.nan)
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]
-    assert [line.get("refused_steps") for line in logged] == [2, None]
+    assert [line.get("skipped_steps") for line in logged] == [2, None]
     assert math.isnan(logged[0]["loss"]) and math.isfinite(logged[1]["loss"])
 
 
-def test_no_step_may_be_refused_zero_times_in_a_row(tmp_path):
-    with pytest.raises(ConfigError, match="max_refused_steps is 0"):
-        tiny_grpo(tmp_path, max_refused_steps=0)
+def test_a_run_may_not_end_at_zero_skipped_steps(tmp_path):
+    with pytest.raises(ConfigError, match="max_skipped_steps is 0"):
+        tiny_grpo(tmp_path, max_skipped_steps=0)
 
 
 # -- memory

@@ -35,14 +35,14 @@ def digests(out, rank):
     return [line.split()[1] for line in (out / f"rank-{rank}.txt").read_text().splitlines()]
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_is_refused_on_both(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_on_both(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tests/faulty_run.py", "loss", str(tmp_path)])
     run_ranks(2, faulty_run.main, tmp_path / "log")
     first, second, third = digests(tmp_path, 0)
     assert [first, second, third] == digests(tmp_path, 1)
     assert first == second != third
-    assert (tmp_path / "log").read_text().count("optimizer step 2 was refused") == 1
-    names = sorted(file.name for file in (tmp_path / "refused" / "step-000002").iterdir())
+    assert (tmp_path / "log").read_text().count("optimizer step 2 was skipped") == 1
+    names = sorted(file.name for file in (tmp_path / "skipped" / "step-000002").iterdir())
     assert names == ["rank-0.jsonl", "rank-0.safetensors", "rank-1.jsonl", "rank-1.safetensors"]
 
 
@@ -78,4 +78,4 @@ def test_a_signal_to_the_launcher_lets_both_processes_save_and_end(number, to_al
     from rlseq.training.run.checkpoints import find_defect
 
     assert find_defect(checkpoint) is None
-    assert len(list((checkpoint / "exact_state").glob("rank-*.pt"))) == 2
+    assert len(list((checkpoint / "resume_state").glob("rank-*.pt"))) == 2

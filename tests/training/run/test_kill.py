@@ -16,8 +16,8 @@ import torch
 import yaml
 from forks import end_of, fork, recipe
 from safetensors.torch import load_file
-from test_exact_state import WALL_CLOCK
 from test_recipes import REWARD, ROOT, read_lines
+from test_resume_state import WALL_CLOCK
 from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer
 from transformers import TrainerState
@@ -158,7 +158,7 @@ def test_a_run_killed_in_a_step_and_in_a_save_ends_as_the_undisturbed_one(task, 
 
     assert end_of(fork(lambda: kill_in_the_save_of(18, continued), log)) == -signal.SIGKILL, log.read_text()
     assert find_defect(run / "checkpoint-18") == "it has no trainer_state.json"
-    assert (run / "checkpoint-18/exact_state/rank-0.pt").exists()
+    assert (run / "checkpoint-18/resume_state/rank-0.pt").exists()
 
     assert end_of(fork(continued, log)) == 0, log.read_text()
     assert len(list(run.glob("superseded-checkpoint-18-*"))) == 1

@@ -24,7 +24,9 @@ import rlseq
 from rlseq.config.training import GRPOConfig
 from rlseq.evaluation.report.write import write_report
 from rlseq.training.run import model_card as module
-from rlseq.training.run.model_card import launch_command, model_card, publish, report_sections
+from rlseq.training.run.model_card import launch_command, model_card, report_sections
+from rlseq.training.trl import publish as publish_module
+from rlseq.training.trl.publish import publish
 
 GIVEN = {
     "model_name": "speller",
@@ -67,6 +69,7 @@ class LocalHub:
 def hub(tmp_path, monkeypatch):
     hub = LocalHub(tmp_path / "the-hub")
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    monkeypatch.setattr(publish_module, "upload_folder", hub.upload_folder)
     return hub
 
 

@@ -19,8 +19,8 @@ from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from rlseq.config.training import SFTConfig
-from rlseq.training.run.model_card import publish
-from rlseq.training.sft import SFTTrainer
+from rlseq.training.trl.publish import publish
+from rlseq.training.trl.sft import SFTTrainer
 
 ADAPTER = (PUSHED - {"config.json", "generation_config.json", "model.safetensors"}) | {
     "adapter_config.json",

@@ -25,8 +25,8 @@ def make_checkpoint(run, step, *, weights="model.safetensors"):
     path = Path(run) / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"w": torch.zeros(3, 2)}, path / weights)
-    (path / "exact_state").mkdir()
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "exact_state/rank-0.pt"):
+    (path / "resume_state").mkdir()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "resume_state/rank-0.pt"):
         torch.save({}, path / name)
     for name in ("config.json", "tokenizer.json"):
         (path / name).write_text(json.dumps({"a": 1}))
@@ -181,7 +181,7 @@ def lose_a_shard(path):
         (remove("scheduler.pt"), "no scheduler.pt"),
         *(
             (cut(name), f"{name} was cut short")
-            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "exact_state/rank-0.pt", "config.json")
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "resume_state/rank-0.pt", "config.json")
         ),
         (cut("tokenizer.json"), "tokenizer.json was cut short"),
         (copied, "trainer_state.json is of step 3"),

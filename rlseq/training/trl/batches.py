@@ -1,0 +1,332 @@
+"""How a batch of rollouts is made: one method of the trainer, in place of TRL's, which this states once.
+
+    make_batch         rows -> RolloutBatch: sample, old and reference log-probs, score, advantages, log
+    _prepare_inputs    makes one when it is due, and hands out its micro-batches
+
+TRL's own completions (tools, `rollout_func`, vLLM, continuous batching) come by its `_generate` and
+`_generate_single_turn`. What its loss reads is laid out as TRL lays it out: padded, prompts on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
+
+from rlseq.engine.model_info import attention_of
+from rlseq.errors import ConfigError
+from rlseq.losses import importance_ratio
+from rlseq.training.forward import Ids, Scores, forward, ragged
+from rlseq.training.rollouts import RolloutBatch
+from rlseq.training.run.faults import memory_for
+from rlseq.training.trl.rollouts import SamplingMixin
+from rlseq.training.trl.scoring import ScoringMixin
+
+NAN = float("nan")
+
+
+class BatchMixin(SamplingMixin, ScoringMixin):
+    """Makes batches of rollouts. A trainer says what their advantages are, and what else its loss reads.
+
+    Attributes:
+        packs: whether a forward takes packed rows.
+        asks_values: whether the forward of an update asks a critic, too.
+    """
+
+    packs: bool
+    asks_values = False
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _prepare_inputs(self, generation_batch):
+        # TRL shuffles single rows, which would tear prompts from their samples; groups are shuffled whole, by a
+        # generator of their own, so that no other draw of the run moves.
+        if not self.model.training:
+            raise ConfigError(
+                "rollouts are not predicted: sample by rlseq.sample, or measure by evaluate or rlseq.contrast"
+            )
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+            with memory_for("scoring the rollouts (log-probs, the reference, values)", self._memory_advice):
+                inputs = self.make_batch(generation_batch).inputs
+            if self.args.steps_per_generation > 1:
+                inputs = self._shuffle_groups(inputs)
+            self._buffered_inputs = split_tensor_dict(inputs, self.args.steps_per_generation)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def make_batch(self, rows: list[dict[str, Any]]) -> RolloutBatch:
+        """Sample, score and log the rollouts of B rows of the data set."""
+        batch = RolloutBatch(rows)
+        prompt_index = torch.tensor(batch.indices, device=self.accelerator.device)
+        if not self.samples:
+            batch.inputs = {"prompt_index": prompt_index}
+            return batch
+        self.batch = batch
+        batch.asked = self._ask(rows)
+        prompt_ids, completion_ids, batch.tool_mask, completions, logprobs, told, *_ = self._complete(batch)
+        batch.told = [
+            {name: of[i] if isinstance(of, list) else of for name, of in told.items()} for i in range(len(rows))
+        ]
+        batch.inputs = inputs = self._laid_out(batch, prompt_ids, completion_ids, logprobs)
+        inputs["prompt_index"] = prompt_index
+        self._add_logprobs(batch)
+        values = self._score(batch, completions, completion_ids)
+        self._log_rewards(batch, values)
+        inputs |= self.advantages_of(batch, values)
+        inputs |= self.objective_inputs(batch)
+        advantages = inputs["advantages"]
+        if advantages.ndim > 1:  # one per token: their mean
+            advantages = advantages.sum(1) / self._mask(inputs).sum(1).clamp(min=1)
+        self._keep_for_table(batch, completions, values, advantages)
+        self.log_rollouts(batch, advantages)
+        return batch
+
+    @property
+    def samples(self) -> bool:
+        """Whether the objective needs rollouts."""
+        return True
+
+    def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
+        """The advantages of a batch, (B,) or (B, T), and what comes with them, by the names that the loss reads.
+
+        Args:
+            batch: sampled and scored.
+            values: (N·B, rewards) of all processes, NaN where abstained.
+        """
+        raise NotImplementedError
+
+    def objective_inputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """What an objective reads beside that, one entry per row, so that it survives the shuffle and the split."""
+        return {}
+
+    def log_rollouts(self, batch: RolloutBatch, advantages: Tensor) -> None:
+        """Write the rollouts, with their advantages (B,), where they are written."""
+
+    # -- layout --------------------------------------------------------------------------------------------------
+
+    def _laid_out(
+        self,
+        batch: RolloutBatch,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        logprobs: list[list[float | None]] | None,
+    ) -> dict[str, Tensor]:
+        """Ids and masks of the batch, padded; masks are 0 on padding, and on completions that count for nothing."""
+
+        def padded(rows: Sequence[Any], value: float, side: str = "right") -> Tensor:
+            tensors = [row if torch.is_tensor(row) else torch.tensor(row) for row in rows]
+            options = {"padding_value": value, "padding_side": side, "pad_to_multiple_of": self.pad_to_multiple_of}
+            return pad(tensors, **options).to(self.accelerator.device)
+
+        pad_id = self.processing_class.pad_token_id
+        inputs = {
+            "prompt_ids": padded(prompt_ids, pad_id, "left"),
+            "prompt_mask": padded([torch.ones(len(ids), dtype=torch.long) for ids in prompt_ids], 0, "left"),
+            "completion_ids": padded(completion_ids, pad_id),
+            "completion_mask": padded([torch.ones(len(ids), dtype=torch.long) for ids in completion_ids], 0),
+        }
+        if batch.tool_mask is not None:
+            inputs["tool_mask"] = padded(batch.tool_mask, 1)
+        if self.mask_truncated_completions:
+            ends = {*self.eos_token_ids, pad_id}
+            ended = torch.tensor([ids[-1] in ends for ids in completion_ids], device=self.accelerator.device)
+            for name in ("completion_mask", "tool_mask"):
+                if name in inputs:
+                    inputs[name] = inputs[name] * ended[:, None].int()
+        if self.args.reference_prefix:  # sampled tokens alone are trained, not those that were forced
+            inputs["tool_mask"] = padded([torch.tensor(r.trained_mask).long() for r in batch.rollouts], 1)
+        if logprobs is not None:  # vLLM gives None for a NaN
+            known = [[NAN if x is None else x for x in of] for of in logprobs]
+            inputs["sampling_per_token_logps"] = padded(known, 0.0)
+        inputs["num_items_in_batch"] = self.accelerator.gather(self._mask(inputs).sum()).sum()
+        return inputs
+
+    @staticmethod
+    def _mask(inputs: Mapping[str, Tensor]) -> Tensor:
+        """The tokens of a micro-batch that are trained, (B, T) bool."""
+        mask = inputs["completion_mask"]
+        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+    def _shuffle_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Deal the groups of a batch to its K minibatches: of every K that follow each other, each gets one, at random.
+
+        So which groups share a minibatch, over all processes, does not depend on how many of those there are. Where
+        groups do not come out even, this process's are shuffled.
+        """
+        rows: dict[int, list[int]] = {}
+        for row, prompt in enumerate(batch["prompt_index"].tolist()):
+            rows.setdefault(prompt, []).append(row)
+        groups, K = list(rows.values()), self.args.steps_per_generation
+
+        def permutation(size: int, *name: int) -> list[int]:
+            generator = torch.Generator().manual_seed(hash((self.args.seed, self.draw, *name)) % 2**63)
+            return torch.randperm(size, generator=generator).tolist()
+
+        if len(groups) % K or len({len(group) for group in groups}) > 1:
+            order = [groups[g] for g in permutation(len(groups))]
+        else:
+            blocks = len(groups) // K
+            first = self.accelerator.process_index * blocks  # of the blocks of all processes
+            dealt = [permutation(K, first + block) for block in range(blocks)]
+            order = [groups[block * K + dealt[block][minibatch]] for minibatch in range(K) for block in range(blocks)]
+        index = [row for group in order for row in group]
+        return {key: value[index] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
+
+    # -- log-probs -----------------------------------------------------------------------------------------------
+
+    def _add_logprobs(self, batch: RolloutBatch) -> None:
+        """Log-probs of the policy that sampled, where the update will have left it, and of the reference."""
+        inputs, args = batch.inputs, self.args
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        if corrects or args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
+            exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
+            if batch.rollouts is not None and exact:
+                # The sampler recorded them as it drew: the same numbers as a fresh forward, to rounding. bfloat16's,
+                # under autocast, would leave GSPO's narrow clip: there they are those of a forward like the update's.
+                inputs["old_per_token_logps"] = inputs["sampling_per_token_logps"]
+            else:
+                inputs["old_per_token_logps"] = self._logprobs_by(self.model, inputs)
+        if corrects:
+            inputs["importance_sampling_ratio"] = self._importance_ratio(inputs)
+        if self.beta == 0.0:
+            return
+        if self.ref_model is not None:
+            inputs["ref_per_token_logps"] = self._logprobs_by(self.ref_model, inputs)
+        else:  # an adapter: the base without it, or with the copy of the one that trains on
+            model = self.accelerator.unwrap_model(self.model)
+            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                inputs["ref_per_token_logps"] = self._logprobs_by(self.model, inputs)
+
+    def _logprobs_by(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([part.logprobs for part in self.scores_in_parts(model, inputs)])
+
+    def scores_in_parts(self, model: torch.nn.Module, inputs: Mapping[str, Tensor], **more: Any) -> list[Scores]:
+        """What a model says of a batch's completions, without gradient, a micro-batch at a time."""
+        size = self.args.per_device_train_batch_size
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        starts = range(0, len(inputs["prompt_ids"]), size)
+        parts = [{name: inputs[name][start : start + size] for name in names} for start in starts]
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return [self.token_scores(model, part, **more) for part in parts]
+
+    def _importance_ratio(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Policy over vLLM, (B, T), or (B, 1) of whole sequences, clipped as `vllm_importance_sampling_mode` says."""
+        level, _, how = self.vllm_importance_sampling_mode.partition("_")
+        mask = self._mask(inputs)
+        old, sampled = inputs["old_per_token_logps"], inputs["sampling_per_token_logps"]
+        ratio = importance_ratio(
+            old,
+            sampled,
+            mask,
+            level=level,
+            how=how,
+            low=self.vllm_importance_sampling_clip_min,
+            high=self.vllm_importance_sampling_clip_max,
+        )
+        apart = (old - sampled).abs()[mask & ~sampled.isnan()]
+        of = ratio.flatten() if level == "sequence" else ratio[mask]
+        if not len(apart):
+            apart = apart.new_zeros(1)
+        if not len(of):
+            of = of.new_zeros(1)
+        metrics, gather = self._metrics[self._mode], self.accelerator.gather
+        difference, ratios = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+        metrics[f"{difference}/mean"].append(gather(apart.mean()).mean().item())
+        metrics[f"{difference}/max"].append(gather(apart.max()).max().item())
+        metrics[f"{ratios}/min"].append(gather(of.min()).min().item())
+        metrics[f"{ratios}/mean"].append(gather(of.mean()).mean().item())
+        metrics[f"{ratios}/max"].append(gather(of.max()).max().item())
+        return ratio
+
+    def token_scores(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Tensor],
+        references: Sequence[Sequence[Ids]] = (),
+        **more: Any,
+    ) -> Scores:
+        """What one forward of a micro-batch says of its completions, and of the references of its rows.
+
+        Args:
+            model: the policy, or the reference.
+            inputs: `prompt_ids` and `completion_ids` with their masks; without them, `prompt_index` of rows whose
+                references alone are scored.
+            references: of each row.
+            more: for `rlseq.training.forward.forward`.
+        """
+        if "completion_ids" in inputs:
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            width = inputs["completion_ids"].shape[1]
+            prompts, completions = ragged(ids, mask, width)
+        else:
+            prompts = [self.prompts[i].prompt_ids for i in inputs["prompt_index"].tolist()]
+            completions, width = None, 0
+        with self.accelerator.autocast():
+            return forward(
+                model,
+                prompts,
+                completions,
+                width,
+                references=references,
+                packs=self.packs,
+                pad_id=self.processing_class.pad_token_id,
+                dtype=self.model.dtype,
+                device=self.accelerator.device,
+                attention=attention_of(self.model),
+                **more,
+            )
+
+    # -- logs ----------------------------------------------------------------------------------------------------
+
+    def _local(self, batch: RolloutBatch, over_all_processes: Tensor) -> Tensor:
+        """This process's rows of a tensor of all processes' rows."""
+        first = self.accelerator.process_index * len(batch.rows)
+        return over_all_processes[first : first + len(batch.rows)]
+
+    def _groups(self, batch: RolloutBatch) -> Tensor:
+        """Totals of all processes as groups, (P, G)."""
+        return batch.totals.view(-1, self._group_size)
+
+    def _log_rewards(self, batch: RolloutBatch, values: Tensor) -> None:
+        """Means and deviations over the batch of all processes, of what did not abstain."""
+        metrics = self._metrics[self._mode]
+        for name, of in zip(self.suite.names, values.unbind(1), strict=True):
+            metrics[f"rewards/{name}/mean"].append(of.nanmean().item())
+            metrics[f"rewards/{name}/std"].append(nanstd(of).item())
+        present = batch.totals[~batch.totals.isnan()]
+        metrics["reward"].append(present.mean().item() if len(present) else NAN)
+        metrics["reward_std"].append(present.std().item() if len(present) > 1 else 0.0)
+        if self.args.counts_equal_groups:  # else they teach too: they are compared with something else than each other
+            groups = self._groups(batch)
+            most = torch.where(groups.isnan(), -torch.inf, groups).amax(1)
+            least = torch.where(groups.isnan(), torch.inf, groups).amin(1)
+            metrics["frac_reward_zero_std"].append((most <= least).float().mean().item())
+        if batch.greedy_totals is not None:
+            metrics["greedy_reward"].append(batch.greedy_totals.nanmean().item())
+        # What rewards logged by `log_metric`; sorted, so that all processes gather in one order.
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            mine = self._pending_metrics.get(name, [])
+            sums = torch.tensor([sum(mine), len(mine)], dtype=torch.float32, device=self.accelerator.device)
+            total, count = self.accelerator.gather(sums).view(-1, 2).sum(0).tolist()
+            metrics[name].append(total / count)
+        self._pending_metrics.clear()
+
+    def _keep_for_table(self, batch: RolloutBatch, completions: list[Any], values: Tensor, advantages: Tensor) -> None:
+        """The columns of TRL's table of completions, of all processes, and the total beside them."""
+        logs = self._logs
+        logs["prompt"].extend(gather_object(batch.asked))
+        logs["completion"].extend(gather_object(completions))
+        for name, of in zip(self.suite.names, values.unbind(1), strict=True):
+            logs["rewards"][name].extend(of.tolist())
+        logs["advantages"].extend(self.accelerator.gather(advantages).tolist())
+        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            logs["extra"][column].extend(gather_object(self._pending_extra_logs.get(column, [None] * len(batch.rows))))
+        self._pending_extra_logs.clear()
+        logs["extra"]["total"].extend(batch.totals.tolist())

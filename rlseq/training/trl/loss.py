@@ -1,0 +1,164 @@
+"""The loss of a micro-batch: one packed forward, then TRL's loss or one of rlseq's objectives, and what is added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import FusedCausalLMOutput
+
+from rlseq.losses import kl_estimate
+from rlseq.training.forward import Ids, Scores
+from rlseq.training.objectives import (
+    expected_accuracy_loss,
+    minimum_risk_loss,
+    reference_exact_loss,
+    reference_loss,
+)
+from rlseq.training.trl.batches import BatchMixin
+
+
+class LossMixin(BatchMixin):
+    """Turns a micro-batch, as `make_batch` laid it out, into a loss."""
+
+    _sums: dict[str, Tensor]  # Σ and count of what is logged, of the optimizer step under way
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.micro_batch_loss(model, inputs)
+
+    def micro_batch_loss(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The loss of a micro-batch, by one call of the model; divided by those that make up an optimizer step."""
+        references = self._references_of_rows(inputs) if self.args.uses_references else []
+        if self.aux_loss_enabled:  # the router's, which the packed forward does not ask for
+            return self._compute_loss(model, inputs)
+        scores = self.token_scores(model, inputs, references, values=self.asks_values)
+        if self.args.objective == "policy_gradient":
+            loss = self._policy_gradient(scores, inputs)
+        else:
+            loss = self._own_objective(scores, inputs, references) / self._accumulation
+        return loss + self.additional_loss(scores, inputs, references)
+
+    def additional_loss(
+        self, scores: Scores, inputs: Mapping[str, Tensor], references: Sequence[Sequence[Ids]]
+    ) -> Tensor | float:
+        """What is added to the objective, from the same forward: teacher forcing on the references."""
+        if not self.args.reference_loss_coef:
+            return 0.0
+        # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
+        total = reference_loss(scores.references)
+        if total is None:
+            total = torch.zeros((), device=self.accelerator.device)
+        with_references = [bool(found) for found in references]
+        self._log_sums("reference_nll", total, torch.tensor(sum(with_references), device=total.device))
+        return self.args.reference_loss_coef * total / len(inputs["prompt_index"]) / self._accumulation
+
+    @property
+    def kl_loss_coef(self) -> float:
+        """What multiplies the KL to the start in the loss."""
+        return self.beta
+
+    def _policy_gradient(self, scores: Scores, inputs: Mapping[str, Tensor]) -> Tensor:
+        """TRL's losses; the KL to the start is TRL's, or that of the estimator named, added to them."""
+
+        def scored(**_: Any) -> FusedCausalLMOutput:  # in place of the model, which has answered already
+            return FusedCausalLMOutput(loss=None, log_probs=scores.logprobs, entropy=scores.entropies)
+
+        own_kl = self.args.kl_estimator is not None and self.kl_loss_coef != 0
+        with self._beta(0.0 if own_kl else self.kl_loss_coef):
+            loss = self._compute_loss(scored, inputs)
+        return loss + self._kl_loss(scores, inputs) if own_kl else loss
+
+    @contextmanager
+    def _beta(self, beta: float) -> Iterator[None]:
+        """TRL's loss takes the coefficient from here, as the batch's reference log-probs and the controller do."""
+        kept, self.beta = self.beta, beta
+        try:
+            yield
+        finally:
+            self.beta = kept
+
+    def _kl_loss(self, scores: Scores, inputs: Mapping[str, Tensor]) -> Tensor:
+        """β times the estimated KL to the start: its mean over the tokens of the whole step."""
+        kl = kl_estimate(scores.logprobs, inputs["ref_per_token_logps"], kind=self.args.kl_estimator or "k3")
+        mask = self._mask(inputs)
+        self._log_masked_mean("kl", kl, mask)
+        return self.kl_loss_coef * self._step_mean(kl, mask, inputs)
+
+    def _own_objective(
+        self, scores: Scores, inputs: Mapping[str, Tensor], references: Sequence[Sequence[Ids]]
+    ) -> Tensor:
+        """rlseq's objectives: the mean over the micro-batch's rows."""
+        args, G = self.args, self.num_generations
+        rows = inputs["prompt_index"].tolist()
+        if args.objective == "expected_accuracy":
+            if scores.references.logprobs:
+                loss, P = expected_accuracy_loss(scores.references)
+            else:
+                loss = scores.logprobs.sum()  # 0, and a backward on this rank as on the others
+                P = torch.zeros(1, device=loss.device)
+            self._log_mean("exact_accuracy", P.mean())
+            return loss / len(rows)
+        mask = self._mask(inputs)
+        rewards = [self._rewards_of_references(i) for i in rows] if args.scores_references else []
+        if args.objective == "minimum_risk":
+            lengths = inputs["completion_mask"].sum(1).tolist()
+            loss = minimum_risk_loss(
+                scores,
+                inputs["totals"],
+                [tuple(ids[:n]) for ids, n in zip(inputs["completion_ids"].tolist(), lengths, strict=True)],
+                mask,
+                num_generations=G,
+                sharpness=args.minimum_risk_sharpness,
+                reference_ids=references if args.minimum_risk_references else [],
+                reference_rewards=rewards,
+            )
+        else:
+            loss, P = reference_exact_loss(
+                scores,
+                inputs,
+                mask,
+                num_generations=G,
+                clip_low=self.epsilon_low,
+                clip_high=self.epsilon_high,
+                reference_rewards=rewards,
+            )
+            self._log_mean("exact_accuracy", P.mean())
+        self._log_masked_mean("entropy", scores.entropies, mask)
+        loss = loss / len(rows)
+        return loss + self._kl_loss(scores, inputs) * self._accumulation if self.kl_loss_coef else loss
+
+    def _references_of_rows(self, inputs: Mapping[str, Tensor]) -> list[list[Ids]]:
+        rows = inputs["prompt_index"].tolist()
+        known = {i: self._references_of(self.prompts[i]) for i in dict.fromkeys(rows)}
+        return [known[i] for i in rows]
+
+    @property
+    def _accumulation(self) -> int:
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    def _step_mean(self, x_BT: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """This micro-batch's part of the mean over all counted tokens of the optimizer step, on all ranks."""
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes  # of the whole batch
+        if self.model.training:
+            tokens = tokens * self._accumulation / self.args.steps_per_generation
+        return torch.where(mask, x_BT, 0.0).sum() / tokens
+
+    # -- logs ----------------------------------------------------------------------------------------------------
+
+    def _log_mean(self, name: str, value: Tensor) -> None:
+        self._metrics[self._mode][name].append(self.accelerator.gather(value.detach()).mean().item())
+
+    def _log_masked_mean(self, name: str, x_BT: Tensor, mask: Tensor) -> None:
+        """The mean over the counted tokens of an optimizer step: of all its micro-batches, on all ranks."""
+        self._log_sums(name, torch.where(mask, x_BT, 0.0).sum(), mask.sum())
+
+    def _log_sums(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Σ total / Σ count over the micro-batches of an optimizer step and all ranks."""
+        sums = torch.stack([total.detach(), count.to(total.dtype)])
+        self._sums[name] = self._sums.get(name, 0.0) + sums
+        if self.accelerator.sync_gradients:
+            total, count = self.accelerator.reduce(self._sums.pop(name), reduction="sum").tolist()
+            self._metrics[self._mode][name].append(total / max(count, 1.0))
