@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "scoring": BASE,
     "config": BASE | {"engine", "scoring"},
     "doctor": BASE | {"data", "engine"},
-    "evaluation": BASE | {"config.arguments", "config.fields", "data", "doctor", "engine", "scoring"},
+    "evaluation": BASE
+    | {"config.arguments", "config.fields", "config.validate", "data", "doctor", "engine", "scoring"},
     "evaluation.stats": BASE,
     "training": BASE | {"config", "data", "doctor", "engine", "evaluation.during", "losses", "scoring"},
 }

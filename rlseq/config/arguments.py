@@ -18,11 +18,11 @@ from rlseq.config.fields import (
     FINITE_ABOVE_0,
     SHARE,
     Range,
-    Settings,
     as_declared,
     at_least,
     setting,
 )
+from rlseq.config.validate import Settings
 from rlseq.errors import ConfigError
 
 COVERAGE = Range("2 to 256: the largest k is the largest power of two among them", least=2, most=256)

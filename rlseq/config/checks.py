@@ -22,6 +22,8 @@ def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
     While it looks, the whole generation batch passes for one group, which divides it whatever its size. So does the
     batch of an evaluation by TRL, of which there is none here.
     """
+    if config.num_generations is None:
+        raise ConfigError("num_generations is null; expected a whole number")
     single, of_evaluation = config.num_generations == 1, config.per_device_eval_batch_size
     if single:
         processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -31,7 +33,7 @@ def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
             raise ConfigError("one prompt with one sample a step gives nothing to compare; enlarge the batch")
         config.num_generations = batch
         config.num_generations_eval = config.num_generations_eval or 1
-    config.per_device_eval_batch_size = max(config.num_generations or 1, 1)
+    config.per_device_eval_batch_size = max(config.num_generations, 1)
     yield
     config.per_device_eval_batch_size = of_evaluation
     if single:
@@ -41,7 +43,7 @@ def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
 
 
-def check_length(config: Any) -> None:
+def validate_length(config: Any) -> None:
     """Refuse a run of no steps, of any recipe's settings.
 
     Raises:
@@ -51,16 +53,16 @@ def check_length(config: Any) -> None:
         raise ConfigError("max_steps is 0; expected at least 1, or -1, where num_train_epochs says how long")
     if config.max_steps < 0 and not config.num_train_epochs > 0:
         raise ConfigError(f"num_train_epochs is {config.num_train_epochs}; expected a number above 0")
-    if getattr(config, "num_generations", 1) is None:
-        raise ConfigError("num_generations is null; expected a whole number")
 
 
-def check_early_stopping(config: Any) -> None:
+def validate_early_stopping(config: Any) -> None:
     """Refuse a patience that nothing is held against, or whose best checkpoint would not be there.
 
     Raises:
         ConfigError: says what to give.
     """
+    if config.early_stopping_patience is None:
+        return
     evaluates, saves = (str(getattr(s, "value", s)) for s in (config.eval_strategy, config.save_strategy))
     if evaluates == "no" or saves not in (evaluates, "best"):
         raise ConfigError(
@@ -70,7 +72,30 @@ def check_early_stopping(config: Any) -> None:
         )
 
 
-def check_trackers(names: Sequence[str]) -> None:
+def validate_local_code(config: Any) -> None:
+    """Refuse to run code of a model's repository.
+
+    Raises:
+        ConfigError: trust_remote_code is set.
+    """
+    if config.trust_remote_code:
+        raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
+
+
+def validate_template_options(config: Any) -> None:
+    """Refuse options of the chat template that teacher forcing sets itself.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name in sorted({"add_generation_prompt", "continue_final_message"} & set(config.chat_template_kwargs or {})):
+        raise ConfigError(
+            f"chat_template_kwargs sets {name}, which teacher forcing sets itself: off where the answer is there, "
+            "and on where its prompt ends. Leave it out"
+        )
+
+
+def validate_trackers(config: Any) -> None:
     """Refuse to report to what transformers does not know, or to what is not installed.
 
     Raises:
@@ -78,7 +103,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """
     known = list(integration_utils.INTEGRATION_TO_CALLBACK)
     modules = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}  # where the name is another
-    for name in names:
+    for name in config.report_to:
         if name not in known:
             near = did_you_mean(name, known)
             raise ConfigError(f"--report_to is {name!r}; expected one of {', '.join(known)}, all or none.{near}")
@@ -87,7 +112,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"--report_to {name} needs {name}, which is not installed: pip install '{extra}'")
 
 
-def check_objective(config: Any) -> None:
+def validate_objective(config: Any) -> None:
     """Refuse settings of the objective that contradict each other or would be ignored.
 
     Raises:
@@ -253,7 +278,7 @@ WARPING = (
 )
 
 
-def refuse_warped_training(config: trl.GRPOConfig) -> None:
+def validate_sampling(config: trl.GRPOConfig) -> None:
     """Refuse truncated sampling in training: a token that leaves the nucleus has log-prob −∞ and no gradient.
 
     Raises:
@@ -288,7 +313,7 @@ def refuse_warped_training(config: trl.GRPOConfig) -> None:
         )
 
 
-def refuse_other_objectives(config: Any) -> None:
+def validate_ppo_objective(config: Any) -> None:
     """Refuse in PPO what is of GRPO alone, before anything else is said of it.
 
     Raises:
@@ -299,7 +324,7 @@ def refuse_other_objectives(config: Any) -> None:
         raise ConfigError(f"{name} is of recipes/grpo.py: PPO's advantages are against its critic. Leave it out.")
 
 
-def check_ppo(config: Any) -> None:
+def validate_ppo(config: Any) -> None:
     """Refuse settings of PPO that contradict each other or would be ignored.
 
     Raises:

@@ -1,21 +1,20 @@
-"""The fields of settings: what is declared in a field's metadata, and the one check of it.
+"""The fields of settings: a default, help, the range of a number, and what a setting needs to have an effect.
 
     samples_per_row: int = setting(4, "Completions per row.", range=at_least(1))
+    kl_target: float | None = setting(None, "...", needs=Need("beta above 0", lambda config: config.beta))
 
-A range may stand at a field that TRL or transformers declares: in the class attribute `ranges_of_inherited`, by name.
+`rlseq.config.validate` reads them. For fields that TRL or transformers declares they stand in `rlseq.config.inherited`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlseq.errors import ConfigError
-
-RANGE = "range"  # the key of a field's metadata that argparse does not get
+RANGE, NEEDS = "range", "needs"  # keys of a field's metadata that argparse does not get
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,19 @@ class Range:
     def __contains__(self, value: float) -> bool:
         inside = self.least <= value <= self.most
         return inside and (self.above is None or value > self.above) and (self.below is None or value < self.below)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a setting has no effect without.
+
+    Attributes:
+        words: name it in a message; where `met` is None, say why nothing reads the setting.
+        met: whether the settings have it.
+    """
+
+    words: str
+    met: Callable[[Any], Any] | None = None
 
 
 def at_least(least: int) -> Range:
@@ -50,7 +62,7 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     """A field with this default, or a new copy of it where that is a list.
 
     Args:
-        more: `range`, `metavar`, `choices`.
+        more: `range`, `needs`, and what argparse takes: `metavar`, `choices`.
     """
     metadata = {"help": help, **more}
     if isinstance(default, list):
@@ -77,33 +89,4 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def for_argparse(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """A field's metadata without what only this module reads."""
-    return {name: value for name, value in metadata.items() if name != RANGE}
-
-
-def check_ranges(settings: Any, prefix: str = "--") -> None:
-    """Refuse a number, or one in a list, outside the range that its field declares; None is inside each.
-
-    Args:
-        prefix: put before the name in the message.
-
-    Raises:
-        ConfigError: names the first setting, and its range.
-    """
-    inherited = getattr(settings, "ranges_of_inherited", {})
-    for field in dataclasses.fields(settings):
-        value, allowed = getattr(settings, field.name), field.metadata.get(RANGE) or inherited.get(field.name)
-        if allowed is None or value is None:
-            continue
-        name = prefix + field.name
-        if isinstance(value, list | tuple):
-            if outside := [number for number in value if number not in allowed]:
-                raise ConfigError(f"{name} holds {outside[0]:g}; expected each to be {allowed.words}")
-        elif value not in allowed:
-            raise ConfigError(f"{name} is {value}; expected {allowed.words}")
-
-
-class Settings:
-    """Base of rlseq's own settings, whose ranges are checked when they are made."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    return {name: value for name, value in metadata.items() if name not in (RANGE, NEEDS)}

@@ -33,8 +33,8 @@ from rlseq.config.config_file import (
 )
 from rlseq.config.fields import for_argparse
 from rlseq.config.flags import HelpFormatter
+from rlseq.config.validate import overruled
 from rlseq.config.values import TypeMismatch, check_value, describe_choices, flag_type
-from rlseq.config.without_effect import overruled
 from rlseq.errors import ConfigError, did_you_mean
 
 __all__ = ["RecipeParser", "resolved_values", "working_batch_sizes", "write_config"]

@@ -7,12 +7,14 @@ trl, come from `rlseq.config.arguments`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 import trl
 
+from rlseq.config import checks
 from rlseq.config.adapters import check_adapter_settings
 from rlseq.config.arguments import (
     DataArguments,
@@ -25,29 +27,9 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
     template_options,
 )
-from rlseq.config.checks import (
-    check_early_stopping,
-    check_length,
-    check_objective,
-    check_ppo,
-    check_trackers,
-    refuse_other_objectives,
-    refuse_warped_training,
-    single_generation,
-)
-from rlseq.config.fields import (
-    ABOVE_0,
-    FINITE_ABOVE_0,
-    FROM_0_BELOW_1,
-    FROM_0_TO_1,
-    NATS_ABOVE_0,
-    Range,
-    at_least,
-    check_ranges,
-    setting,
-)
-from rlseq.config.without_effect import refuse_without_effect
-from rlseq.errors import ConfigError
+from rlseq.config.fields import ABOVE_0, FROM_0_BELOW_1, FROM_0_TO_1, NATS_ABOVE_0, Need, at_least, setting
+from rlseq.config.inherited import ADAPTER_RANGES, OF_PPO, OF_ROLLOUTS, OF_SFT, RANGES
+from rlseq.config.validate import check_ranges, validate, validate_given
 
 __all__ = [
     "DataArguments",
@@ -74,6 +56,9 @@ def bf16_supported() -> bool:
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
+Conflicts = tuple[Callable[[Any], None], ...]
+
+
 @dataclass
 class ModelArguments(trl.ModelConfig):
     """The model: TRL's ModelConfig, in float32 unless told otherwise."""
@@ -88,11 +73,7 @@ class ModelArguments(trl.ModelConfig):
         False, "Let weights that the checkpoint lacks be random, and layers that its configuration leaves out be lost."
     )
 
-    ranges_of_inherited: ClassVar[dict[str, Range]] = {
-        "lora_r": at_least(1),
-        "lora_alpha": at_least(1),
-        "lora_dropout": FROM_0_BELOW_1,
-    }
+    ranges_of_inherited = ADAPTER_RANGES
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,32 +109,11 @@ class DefaultsMixin:
         range=at_least(1),
     )
 
-    # What TRL, transformers and torch would refuse late, by a traceback, or not at all.
-    ranges_of_inherited: ClassVar[dict[str, Range]] = {
-        "per_device_train_batch_size": at_least(1),
-        "per_device_eval_batch_size": at_least(1),
-        "gradient_accumulation_steps": at_least(1),
-        "steps_per_generation": at_least(1),
-        "num_generations": at_least(1),
-        "num_iterations": at_least(1),
-        "max_completion_length": at_least(1),
-        "max_length": at_least(1),
-        "save_total_limit": at_least(1),
-        "seed": at_least(0),
-        "learning_rate": at_least(0),
-        "adam_epsilon": at_least(0),
-        "adam_beta1": FROM_0_BELOW_1,
-        "adam_beta2": FROM_0_BELOW_1,
-        "epsilon": at_least(0),
-        "beta": at_least(0),
-        "temperature": FINITE_ABOVE_0,
-    }
+    ranges_of_inherited = RANGES
+    conflicts_as_given = (checks.validate_length, checks.validate_local_code)
+    conflicts: ClassVar[Conflicts] = (checks.validate_trackers,)
 
     def __post_init__(self) -> None:
-        check_ranges(self, prefix="")
-        check_length(self)
-        if self.trust_remote_code:
-            raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
         if getattr(self, "chat_template_kwargs", None) is not None:
             self.chat_template_kwargs = template_options(self.chat_template_kwargs)
         self.asked_direction = self.greater_is_better  # transformers fills it in by the name of the measure
@@ -167,7 +127,6 @@ class DefaultsMixin:
         if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
-        check_trackers(self.report_to)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"hub_token": None}  # transformers pickles settings into what is pushed
@@ -178,7 +137,9 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     """TRL's SFTConfig with rlseq's defaults: the loss is on the completion only."""
 
     _argument_group_name = "training (rlseq)"
-    _tables_without_effect = ("sft",)
+    needs_of_inherited = OF_SFT
+    conflicts_as_given = (*DefaultsMixin.conflicts_as_given, checks.validate_early_stopping)
+    conflicts = (*DefaultsMixin.conflicts, checks.validate_template_options)
 
     completion_only_loss: bool | None = setting(True, "Loss on the completion only.")
     chat_template_kwargs: dict | str | None = setting(
@@ -192,17 +153,14 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        refuse_without_effect(self)
-        check_ranges(self, prefix="")
+        validate_given(self)
         if self.early_stopping_patience is not None:
-            check_early_stopping(self)
             self.load_best_model_at_end = True
         super().__post_init__()
-        for name in sorted({"add_generation_prompt", "continue_final_message"} & set(self.chat_template_kwargs or {})):
-            raise ConfigError(
-                f"chat_template_kwargs sets {name}, which teacher forcing sets itself: off where the answer is there, "
-                "and on where its prompt ends. Leave it out"
-            )
+        validate(self)
+
+
+_MINIMUM_RISK = Need("objective minimum_risk", lambda config: config.objective == "minimum_risk")
 
 
 @dataclass
@@ -215,7 +173,8 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     """
 
     _argument_group_name = "training (rlseq)"
-    _tables_without_effect = ("rollouts",)
+    needs_of_inherited = OF_ROLLOUTS
+    conflicts = (*DefaultsMixin.conflicts, checks.validate_sampling, checks.validate_objective)
 
     disable_dropout: bool = setting(True, "Disable dropout in the model.")
     remove_unused_columns: bool | None = setting(False, "Keep columns: rewards read them.")
@@ -238,13 +197,19 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = setting(
         None,
-        "Estimator of the KL to the start that beta weighs, in the loss; default: TRL's (k3 times the ratio), and k3 "
-        "in the objectives that are rlseq's own.",
+        "Estimator of the KL to the start that beta weighs. Default in the loss: TRL's (k3 times the ratio), and k3 in "
+        "rlseq's objectives; in PPO's reward it is k1.",
+        needs=Need("beta above 0", lambda config: config.beta),
     )
     minimum_risk_sharpness: float = setting(
-        0.005, "Sharpness α of minimum risk training: samples weigh p^α, renormalised.", range=ABOVE_0
+        0.005,
+        "Sharpness α of minimum risk training: samples weigh p^α, renormalised.",
+        range=ABOVE_0,
+        needs=_MINIMUM_RISK,
     )
-    minimum_risk_references: bool = setting(False, "Put the references among the samples of minimum risk training.")
+    minimum_risk_references: bool = setting(
+        False, "Put the references among the samples of minimum risk training.", needs=_MINIMUM_RISK
+    )
     ema_decay: float = setting(
         0.0,
         "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights.",
@@ -254,6 +219,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         0.0,
         "Share of the weights that training started from in the result (needs ema_decay); 0: none.",
         range=FROM_0_BELOW_1,
+        needs=Need("ema_decay above 0", lambda config: config.ema_decay),
     )
     pack_updates: bool = setting(
         True, "Compute a prompt once for all its completions in the update (exact; off where a model cannot)."
@@ -302,15 +268,12 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         return self.objective == "minimum_risk" and not self.minimum_risk_references
 
     def __post_init__(self) -> None:
-        refuse_without_effect(self)
+        validate_given(self)
         if self.objective == "expected_accuracy":
             self.num_generations = 1  # no rollouts: a batch is of this many prompts
-        with single_generation(self):
+        with checks.single_generation(self):
             super().__post_init__()
-        refuse_warped_training(self)
-        check_objective(self)
-        if self.start_weight and not self.ema_decay:
-            raise ConfigError("start_weight mixes the start into the averaged weights; it needs ema_decay above 0")
+        validate(self)
 
 
 @dataclass
@@ -323,7 +286,9 @@ class PPOConfig(GRPOConfig):
       over tokens.
     """
 
-    _tables_without_effect = ("ppo", "rollouts")
+    needs_of_inherited = (*OF_PPO, *OF_ROLLOUTS)
+    conflicts_as_given = (checks.validate_ppo_objective, *GRPOConfig.conflicts_as_given)
+    conflicts = (*GRPOConfig.conflicts, checks.validate_ppo)
 
     num_generations: int | None = setting(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
     critic: Literal["separate", "shared"] = setting(
@@ -338,7 +303,11 @@ class PPOConfig(GRPOConfig):
     critic_warmup_steps: int = setting(
         0, "Steps that train the critic alone, before the policy moves.", range=at_least(0)
     )
-    critic_trunk_gradient: bool = setting(False, "Let the value loss of a shared critic train the policy's trunk.")
+    critic_trunk_gradient: bool = setting(
+        False,
+        "Let the value loss of a shared critic train the policy's trunk.",
+        needs=Need("critic shared", lambda config: config.critic == "shared"),
+    )
     vf_coef: float = setting(0.5, "Weight of the value loss.", range=at_least(0))
     value_clip: float | None = setting(
         None, "Clip of the value's change an update, in units of reward; default: none.", range=at_least(0)
@@ -348,9 +317,6 @@ class PPOConfig(GRPOConfig):
         0.95, "λ of generalised advantage estimation; 1: returns, 0: one-step differences.", range=FROM_0_TO_1
     )
     whiten_advantages: bool = setting(True, "Give advantages mean 0 and deviation 1 over all trained tokens.")
-    kl_estimator: Literal["k1", "k2", "k3"] | None = setting(
-        None, "Estimator of the KL to the start that beta weighs; default: k1 in the reward, TRL's in the loss."
-    )
     kl_in_reward: bool = setting(
         True, "Put the KL to the start (k1, weighed by beta) into each token's reward; false: into the loss (k2, k3)."
     )
@@ -370,7 +336,10 @@ class PPOConfig(GRPOConfig):
         "place of a reward (bootstrap), or loses truncation_penalty (penalty).",
     )
     truncation_penalty: float = setting(
-        1.0, "What a truncated completion loses under penalty, in units of reward.", range=at_least(0)
+        1.0,
+        "What a truncated completion loses under penalty, in units of reward.",
+        range=at_least(0),
+        needs=Need("truncated_completions penalty", lambda config: config.truncated_completions == "penalty"),
     )
 
     @property
@@ -382,8 +351,3 @@ class PPOConfig(GRPOConfig):
     def counts_equal_groups(self) -> bool:
         """A group of equal rewards still differs from the critic's values."""
         return False
-
-    def __post_init__(self) -> None:
-        refuse_other_objectives(self)
-        super().__post_init__()
-        check_ppo(self)

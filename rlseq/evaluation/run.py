@@ -17,7 +17,7 @@ from accelerate import PartialState
 from rlseq.common.escapes import visible
 from rlseq.common.formats import METRICS, RESULTS
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.config.fields import check_ranges
+from rlseq.config.validate import check_ranges
 from rlseq.data.rows import columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import (

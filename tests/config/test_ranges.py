@@ -14,8 +14,9 @@ from rlseq.config.arguments import (
     RewardArguments,
     TrainingEvaluationArguments,
 )
-from rlseq.config.fields import RANGE, check_ranges
+from rlseq.config.fields import RANGE
 from rlseq.config.training import PPOConfig
+from rlseq.config.validate import check_ranges
 from rlseq.errors import ConfigError
 from rlseq.evaluation.settings import ContrastSettings
 

@@ -20,9 +20,8 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
-from rlseq.config.checks import check_length, check_objective, check_trackers, refuse_warped_training
-from rlseq.config.fields import check_ranges
 from rlseq.config.training import DefaultsMixin, GRPOConfig, ModelArguments
+from rlseq.config.validate import validate, validate_given
 from rlseq.data.rows import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.during import ValidationProbe
@@ -73,8 +72,6 @@ def settings_of(args: Any, settings: type[GRPOConfig]) -> Any:
 
 def _extended(args: trl.GRPOConfig) -> GRPOConfig:
     """rlseq's settings with every value of TRL's, which has filled in its defaults, and what rlseq adds at its own."""
-    if args.trust_remote_code:
-        raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
     config = object.__new__(GRPOConfig)
     of_trl = vars(args)
     for field in dataclasses.fields(GRPOConfig):
@@ -86,11 +83,8 @@ def _extended(args: trl.GRPOConfig) -> GRPOConfig:
     config.asked_direction = None if filled_in else given
     if best in ("reward", "eval_reward"):
         config.metric_for_best_model = "sample/reward"  # what TRL's evaluation measures
-    check_ranges(config, prefix="")
-    check_length(config)
-    refuse_warped_training(config)
-    check_objective(config)
-    check_trackers(config.report_to)
+    validate_given(config, filled_in=True)
+    validate(config)
     return config
 
 
