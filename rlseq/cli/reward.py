@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the four subcommands."""
     commands = parser.add_subparsers(dest="reward_command", required=True, metavar="list | check | score | replay")
 
-    listing = commands.add_parser("list", help="The rewards that go by a name.")
+    listing = commands.add_parser("list", help="List the rewards that have a name.")
     listing.set_defaults(reward_run=_list)
 
-    check = commands.add_parser("check", help="Try a reward before a run; exit 1 if something is wrong.")
+    check = commands.add_parser("check", help="Check a reward before a run; exit 1 if something is wrong.")
     check.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
     add_data_arguments(check)
-    check.add_argument("--rows", type=int, default=32, help="Rows to try it on (default: 32).")
+    check.add_argument("--rows", type=int, default=32, help="Rows to check it on (default: 32).")
     check.add_argument("--model_name_or_path", help="Sample from this model: do its completions differ in reward?")
     check.add_argument("--num_generations", type=int, default=8, help="Samples per row then (default: 8).")
     check.add_argument("--max_completion_length", type=int, default=256, help="Their tokens at most (default: 256).")
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(score, "for columns that the rollouts lack")
     score.set_defaults(reward_run=_score)
 
-    replay = commands.add_parser("replay", help="What would other rewards or weights have said of a run's rollouts?")
+    replay = commands.add_parser("replay", help="Score a run's rollouts with other rewards or weights.")
     replay.add_argument("run_directory", metavar="RUN", type=Path, help="A run directory, or a jsonl of its rollouts.")
     replay.add_argument("--reward_funcs", nargs="+", required=True, metavar="SPEC", help=SPEC_HELP)
     replay.add_argument("--reward_weights", nargs="+", type=float, help="A weight for each (default: 1).")

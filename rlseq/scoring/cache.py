@@ -19,7 +19,7 @@ from rlseq.errors import RewardError
 from rlseq.scoring.outcome import Outcome, plain
 
 KEPT = ("ok", "abstained")
-PATIENCE = 60.0  # seconds to wait for another process's write
+LOCK_TIMEOUT = 60.0  # seconds to wait for another process's write
 
 
 def default_path() -> Path:
@@ -28,7 +28,7 @@ def default_path() -> Path:
 
 
 def key_of(code: str, arguments: Mapping[str, Any]) -> str:
-    """A hash of a reward's code and of the arguments of one call."""
+    """A hash of a reward's code and the arguments of one call."""
     content = json.dumps([code, arguments], sort_keys=True, default=_encode, ensure_ascii=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -73,7 +73,7 @@ class Cache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise self._trouble(error) from error
+            raise self._cache_error(error) from error
         with closing(self._open()) as database, database:
             self._do(database, "INSERT OR REPLACE INTO rewards VALUES (?, ?)", lines, many=True)
 
@@ -82,19 +82,19 @@ class Cache:
 
     def _open(self) -> sqlite3.Connection:
         try:
-            database = sqlite3.connect(self.path, timeout=PATIENCE)
+            database = sqlite3.connect(self.path, timeout=LOCK_TIMEOUT)
             database.execute("CREATE TABLE IF NOT EXISTS rewards (key TEXT PRIMARY KEY, outcomes TEXT NOT NULL)")
             return database
         except sqlite3.Error as error:
-            raise self._trouble(error) from error
+            raise self._cache_error(error) from error
 
     def _do(self, database: sqlite3.Connection, query: str, values: Any, many: bool = False) -> list[tuple]:
         try:
             return (database.executemany if many else database.execute)(query, values).fetchall()
         except sqlite3.Error as error:
-            raise self._trouble(error) from error
+            raise self._cache_error(error) from error
 
-    def _trouble(self, error: sqlite3.Error | OSError) -> RewardError:
+    def _cache_error(self, error: sqlite3.Error | OSError) -> RewardError:
         return RewardError(
             f"the reward cache {self.path} cannot be used: {error}. Give another file with cache: PATH, or delete it."
         )

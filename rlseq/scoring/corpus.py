@@ -1,4 +1,4 @@
-"""Corpus metrics over the details of completions: which completions count, and what their statistics add up to."""
+"""Corpus metrics over the details of completions: which completions count, and the sums of their statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlseq.scoring.outcome import plain, shorten
 def statistics_of(name: str, metric: Any, details: Mapping[str, Any]) -> list[float] | None:
     """The statistics of one completion, in the metric's order; None where the details lack one of them.
 
-    Such a completion (its reward abstained, failed, or gave no details) is left out of the metric: it is no 0.
+    Such a completion (its reward abstained, failed, or gave no details) is left out; it does not count as 0.
 
     Args:
         name: of the metric.
@@ -46,7 +46,7 @@ def _number(name: str, reward: str, key: str, value: Any) -> float:
 
 
 def value_of(name: str, metric: Any, sums: Mapping[str, Any]) -> Any:
-    """The metric of sums of each statistic; arrays keep their shape.
+    """Compute the metric from the sums of its statistics; arrays keep their shape.
 
     Raises:
         RewardError: the metric's own function raised.
@@ -61,7 +61,7 @@ def value_of(name: str, metric: Any, sums: Mapping[str, Any]) -> Any:
 
 
 def of_completions(name: str, metric: Any, details: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
-    """The metric over completions, and how many of them have its statistics; NaN where none has."""
+    """The metric over completions, and how many of them have its statistics; NaN if none has."""
     found = [row for one in details if (row := statistics_of(name, metric, one)) is not None]
     if not found:
         return math.nan, 0

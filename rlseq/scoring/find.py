@@ -41,7 +41,7 @@ class Found:
 
 
 def bundled_folder(name: str = "rewards") -> Path:
-    """Where the bundled "rewards" or "recipes" lie: inside an installed wheel, or at the top of a checkout."""
+    """The folder of the bundled "rewards" or "recipes": inside an installed wheel, or at the top of a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "bundled" / name
     return installed if installed.is_dir() else package.parent / name

@@ -58,7 +58,7 @@ def content_hash(value: Any) -> str:
 def _content(value: Any, depth: int, whole: bool = False) -> str:
     """A text that is equal for equal content, in every process (no address is in it).
 
-    Of arrays it holds their shapes, which may be weights; where `whole`, what is in them too.
+    Arrays count by their shape, because they may be weights; with `whole`, by their content.
     """
     if type(value) in _PLAIN or isinstance(value, (bool, int, float, complex, str, bytes, Path)):
         return repr(value)
@@ -98,7 +98,7 @@ def needed_files(function: Callable, kwargs: Mapping[str, Any]) -> dict[str, str
 
     Returns:
         By name: "module PATH", relative to the function's file, of each local module that it imports, directly or
-        through others (in the standard library, an installed package or rlseq itself is none); "weights of ARGUMENT",
+        through others (not of the standard library, an installed package or rlseq); "weights of ARGUMENT",
         of each argument that names the folder of a model.
     """
     found = {f"module {name}": file_hash(path) for name, path in sorted(local_modules(function).items())}
@@ -127,7 +127,7 @@ def hub_commits(kwargs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def folder_hash(folder: Path, *, times: bool = False) -> str:
-    """A hash of a folder's files (`file_hash`) and their names; if asked, of the times they were changed at, too."""
+    """A hash of a folder's files (`file_hash`) and their names; with `times`, also of their modification times."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         changed = f" {path.stat().st_mtime_ns}" if times else ""

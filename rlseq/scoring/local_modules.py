@@ -1,4 +1,4 @@
-"""The local modules that a function's file imports, read off its source: none is imported for it."""
+"""The local modules that a function's file imports, found in its source without importing them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _module_name(value: Any) -> str:
 
 
 def _find_module(name: str) -> tuple[Path, Mapping[str, Any]] | None:
-    """The file and the names of a module, which is not imported for it; None where there is no file."""
+    """The file and the names of a module, without importing it; None if there is no file."""
     module = sys.modules.get(name)
     if module is not None:
         file = _file_of(module)

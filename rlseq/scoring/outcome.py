@@ -33,7 +33,7 @@ class Failed(NamedTuple):
     message: str
 
 
-LARGEST = 1e18  # training computes in float32, and the square of a value, of which a spread is made, must fit it
+LARGEST = 1e18  # training computes in float32, which must hold the square of a value for the standard deviation
 DEEPEST = 40  # levels of details that are kept
 ROUNDING = 1e-6  # share by which a value may pass its declared range
 NO_DETAILS: Mapping[str, Any] = {}
@@ -50,8 +50,8 @@ def interpret(raw: Any, length: int) -> Outcome:
     """Turn what a reward returned for one completion of `length` tokens into an `Outcome`.
 
     Accepts a number (Python, numpy or a tensor of one element), None, one number per token (a list, a tuple, an
-    array or a tensor of one axis), or a pair (one of these, dict of details). The value of numbers a token is
-    their sum, and they are kept in the details as `token_rewards`.
+    array or a tensor of one axis), or a pair (one of these, dict of details). The value of a list is its
+    sum; the details keep the list as `token_rewards`.
     """
     if raw is None:
         return ABSTAINED
@@ -181,7 +181,7 @@ def plain(value: Any) -> Any:
 def snapshot(value: Any, depth: int = DEEPEST) -> Any:
     """Details as they are now, in JSON's types: arrays as lists, anything else as its text.
 
-    What holds itself, or is nested `depth` levels deep, ends in "...".
+    What contains itself, or is nested `depth` levels deep, ends in "...".
     """
     if value is None or type(value) in (bool, float, str):
         return value

@@ -1,4 +1,4 @@
-"""Rollouts read back from logs, and what another reward would have made of them."""
+"""Rollouts read from logs, and their rewards under other reward functions."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def read_rollouts(path: Path) -> Logged:
         raise RunDirectoryError(f"{path} has no rollouts: {len(files)} files, all empty.")
     names = dict.fromkeys(name for record in records for name in record if name not in LOGGED)
     columns = {name: [record.get(name, ABSENT) for record in records] for name in names}
-    told = dict.fromkeys(name for record in records for name in record.get("rollout_columns", {}))
-    columns |= {name: [record.get("rollout_columns", {}).get(name, ABSENT) for record in records] for name in told}
+    extra = dict.fromkeys(name for record in records for name in record.get("rollout_columns", {}))
+    columns |= {name: [record.get("rollout_columns", {}).get(name, ABSENT) for record in records] for name in extra}
     absent = frozenset(name for name in OPTIONAL if any(record.get(name) is None for record in records))
     return Logged([_rollout(record) for record in records], columns, records, absent)
 
@@ -94,7 +94,7 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
     text, prompt = record["completion"], record["prompt"]
     length = record.get("length")
     ids = record.get("completion_ids")
-    if ids is None:  # their number is known where the log has a length
+    if ids is None:  # their number is known if the log has a length
         ids = [0] * (len(text.split()) if length is None else length)
     chat = None if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
     return Rollout(

@@ -1,4 +1,4 @@
-"""Copies of what rewards are given: a reward that changes its arguments changes nothing for anyone else."""
+"""Copies of a reward's arguments: a reward that changes them changes nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def fresh(value: Any) -> Any:
 
 
 def as_returned(raw: Any) -> Any:
-    """What a reward returned, as it is now: its next call may change that list or dict, and return it again."""
+    """A copy of what a reward returned, because its next call may change that list or dict and return it again."""
     try:
         return fresh(raw) if type(raw) in (dict, list, tuple) else raw
-    except RecursionError:  # it holds itself; details are read only as deep as they can be kept
+    except RecursionError:  # it contains itself; `snapshot` cuts details off at a depth
         return raw
 
 

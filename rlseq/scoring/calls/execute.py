@@ -69,10 +69,10 @@ def call_once(function: Callable, arguments: Arguments) -> Any:
 
 async def call_concurrently(function: Callable, calls: Sequence[Arguments], retry: Retry) -> list[Any]:
     """Call an async reward for all arguments, results in order; an exception becomes a `Failed`."""
-    turn = asyncio.Semaphore(retry.concurrency)
+    slots = asyncio.Semaphore(retry.concurrency)
 
     async def attempt(arguments: Arguments) -> Any:
-        async with turn:
+        async with slots:
             for attempts in range(retry.retries + 1):
                 result = await _call_in_task(function, arguments, retry.timeout)
                 if type(result) is not Failed:

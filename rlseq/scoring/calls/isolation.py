@@ -1,4 +1,4 @@
-"""Settings and random states of the process that a reward may change: they are put back when it returns."""
+"""Restores settings and random states of the process that a reward may change."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _held = threading.local()
 
 @contextlib.contextmanager
 def random_states_held(*, advance: bool = True) -> Iterator[None]:
-    """Hold the random states, as `kept_settings` does, while reward code runs here or on threads `without_holding`.
+    """Restore the random states afterwards, as `kept_settings` does, for reward code here and on other threads, which
+    then call `without_holding`.
 
-    What this thread draws meanwhile comes from the states that reward code draws from, and leaves no trace either.
+    Until then this thread samples from the same states as the reward code, and that is undone, too.
     """
     torch = _imported(*_TORCH)
     unmoved, seed = random.getstate(), random.getrandbits(32)
@@ -33,7 +34,7 @@ def random_states_held(*, advance: bool = True) -> Iterator[None]:
 
 
 def without_holding(act: Callable[[], Any]) -> Any:
-    """Do something on a thread whose random states another thread holds."""
+    """Call `act` on a thread while another thread holds the random states: `kept_settings` then leaves them alone."""
     _held.elsewhere = True
     try:
         return act()
@@ -46,9 +47,9 @@ def kept_settings(*, advance: bool = True) -> Iterator[None]:
     """Run reward code, then restore what it changed: torch's grad mode, default dtype and device, CUDA device, threads,
     determinism, anomaly mode, precision and backend flags, and the random states of Python, numpy and torch.
 
-    The code draws from a seed that is taken from Python's random state: other noise at each call, the same noise in a
-    run that is resumed, and no trace in training's own states. Without `advance` (of code that is loaded and not
-    called) Python's state is left where it was, too. Modules that nobody imported are left alone.
+    The code samples from a seed taken from Python's random state: other noise at each call, the same noise in a resumed
+    run, and no effect on training's own states. Without `advance` (for code that is loaded and not called) Python's
+    state is unchanged, too. Modules that are not imported yet are left alone.
     """
     torch = _imported(*_TORCH)
     before = [_read(torch, read) for read, _ in _SETTINGS] if torch else []
@@ -57,16 +58,16 @@ def kept_settings(*, advance: bool = True) -> Iterator[None]:
         try:
             yield
         finally:
-            for (read, write), value in zip(_SETTINGS, before, strict=False):  # none where torch came meanwhile
+            for (read, write), value in zip(_SETTINGS, before, strict=False):  # none if the code imported torch
                 if value is not _UNREADABLE and _read(torch, read) != value:
                     write(torch, value)
 
 
 @contextlib.contextmanager
 def kept_random_states(devices: Sequence[Any] = (), device_type: str = "cuda") -> Iterator[None]:
-    """Put the random states of Python, numpy and torch (the CPU's and those of `devices`) back as they were.
+    """Restore the random states of Python, numpy and torch (the CPU's and those of `devices`) afterwards.
 
-    Modules that nobody imported are left alone.
+    Modules that are not imported yet are left alone.
     """
     numpy, torch = _imported(*_NUMPY), _imported(*_TORCH)
     python, legacy = random.getstate(), numpy and numpy.random.get_state()
@@ -94,7 +95,7 @@ def _seed(seed: int) -> None:
 
 
 _UNREADABLE = object()
-# Flags of `torch.backends`. A wider `fp32_precision` stands before what inherits it, the older names of it at first.
+# Flags of `torch.backends`: older names first, and a wider `fp32_precision` before those that inherit it.
 _FLAGS = (
     "cuda.matmul.allow_tf32",
     "cudnn.allow_tf32",
@@ -119,7 +120,7 @@ _FLAGS = (
 )
 _SDP = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")  # torch.backends.cuda.NAME_enabled, .enable_NAME
 
-# What is put back, in this order: how it is read, and how it is set.
+# What is restored, in this order: how it is read, and how it is set.
 _SETTINGS: list[tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
     (lambda torch: torch.is_grad_enabled(), lambda torch, value: torch.set_grad_enabled(value)),
     (lambda torch: torch.get_default_dtype(), lambda torch, value: torch.set_default_dtype(value)),

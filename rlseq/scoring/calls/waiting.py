@@ -18,7 +18,7 @@ _watchers: dict[int, threading.Thread] = {}  # by process id: a fork has none of
 
 @contextlib.contextmanager
 def still_waiting(name: str, calls: int) -> Iterator[None]:
-    """While the body runs, say every now and then (from `FIRST` seconds on) that reward `name` has not returned."""
+    """While the body runs, print at growing intervals (from `FIRST` seconds on) that reward `name` has not returned."""
     token = object()
     _waits[token] = [name, calls, time.monotonic(), FIRST]
     if os.getpid() not in _watchers:

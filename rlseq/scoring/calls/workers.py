@@ -1,7 +1,7 @@
 """Worker processes that are killed when their time is up.
 
 A thread cannot be stopped and a signal handler does not run inside a C call, so a reward that may hang runs
-in a process of its own, started afresh from `worker.py` (a fork would copy the trainer's memory and
+in a process of its own, started from `worker.py` (a fork would copy the trainer's memory and
 threads, and `multiprocessing`'s spawn would run the recipe again). The caller hands out tasks,
 watches the deadlines, and kills a late worker with all processes of its session; a spare takes its place.
 """
@@ -57,8 +57,8 @@ class WorkerPool:
         workers: number of processes at work; with a timeout there is a spare one more.
         timeout: seconds a call may take; a late call's process is killed and the call becomes a "timeout".
         retry: for an async reward: a process then makes `retry.concurrency` calls at a time.
-        source: of the reward's file when the run began, which a worker that takes another's place runs too; None: what
-            the file then holds.
+        source: of the reward's file when the run began, which replacement workers run, too; None: what the file
+            then holds.
     """
 
     in_background = True

@@ -1,4 +1,4 @@
-"""What the questions of `rlseq reward check` share: an answer, and completions that nobody sampled, scored."""
+"""Shared by the checks of `rlseq reward check`: their result, and the scores of completions that no model sampled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlseq.types import Prompt, Rollout, columns_of
 
 @dataclass(frozen=True)
 class Check:
-    """The answer to one question: `passed` is None where it could not be asked; `advice` says what to do."""
+    """The answer to one question: `passed` is None if it does not apply; `advice` says what to do."""
 
     question: str
     passed: bool | None
@@ -26,7 +26,7 @@ Values = Sequence[float | None]
 
 
 def make_rollout(prompt: Prompt, text: str, sample: int = 0) -> Rollout:
-    """A rollout of a text nobody sampled: token ids stand for its words, and its log-probs are 0."""
+    """A rollout of a text that no model sampled: token ids stand for its words, and its log-probs are 0."""
     count = len(text.split())
     chat = None if isinstance(prompt.prompt, str) else ({"role": "assistant", "content": text},)
     return Rollout(

@@ -1,4 +1,4 @@
-"""Rows of a data set for the commands: prompts to try a reward on, and the columns that a log of rollouts lacks."""
+"""Rows of a data set for the commands: prompts to check a reward on, and the columns that a log of rollouts lacks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, purpose: str = "") -> No
 
 
 def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
-    """The first `args.rows` rows of the data set that the flags name; made-up ones where they name none."""
+    """The first `args.rows` rows of the data set that the flags name; made-up ones if they name none."""
     if args.dataset_name is None:
         print("No --dataset_name: tried on made-up rows.\n", file=sys.stderr, flush=True)
         words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -60,9 +60,9 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
 def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.Namespace) -> Logged:
     """Rollouts with the columns that the rewards ask for: of the log or, where it lacks some, of the data set.
 
-    The data set is the one that the flags name, or else that of the run whose config.yaml lies in `path`. A log keeps
-    of each row the prompt's key, which finds the row again, and hashes of its columns: those of the run's own data set
-    have to be what the run had; of one that the flags name a line says where they are not.
+    The data set is the one that the flags name, or else that of the run whose config.yaml is in `path`. A log keeps the
+    prompt's key, by which its row is found, and hashes of the row's columns. The columns of the run's own data set must
+    have these hashes; for a data set named by flags, a warning says which do not.
 
     Raises:
         RewardError: the columns are found in neither, or are not what the run scored; or a prompt of the log is not in
@@ -105,7 +105,7 @@ def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.
 
 
 def _without(logged: Logged, required: bool, why: str, cause: Exception | None = None) -> Logged:
-    """The log alone, after a warning; where a reward cannot do without the columns, an error."""
+    """Return the log as it is, after a warning; raise RewardError if a reward requires the columns."""
     if required:
         raise RewardError(why) from cause
     print(f"rlseq: warning: {why}", file=sys.stderr, flush=True)
@@ -113,7 +113,7 @@ def _without(logged: Logged, required: bool, why: str, cause: Exception | None =
 
 
 def _lacking(suite: RewardSuite, logged: Logged) -> tuple[str, bool]:
-    """What a reward reads that the log does not hold, in a sentence, and whether it asks for that by its name."""
+    """A sentence on what a reward reads and the log lacks, and whether the reward has a parameter of that name."""
     try:
         suite.check_columns(logged.columns)
     except RewardError as error:
@@ -132,7 +132,7 @@ def _lacking(suite: RewardSuite, logged: Logged) -> tuple[str, bool]:
 
 
 def _edited(suite: RewardSuite, logged: Logged, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Which columns that the rewards read are not what they were when the log was written; empty where all are."""
+    """A sentence on columns that the rewards read and that changed since the log was written; empty if none did."""
     found: dict[str, list[str]] = {}
     takes_any = any(reward.parameters.takes_any for reward in suite.rewards)
     asked = {name for reward in suite.rewards for name in reward.asked}
@@ -176,7 +176,7 @@ def _load(name: str, options: dict[str, Any], tokenizer: Any, limit: int | None 
 
 
 class _WordTokenizer:
-    """Stands in where rows are read for their texts alone: a number for each word."""
+    """A stand-in tokenizer where only texts are read: one number per word."""
 
     chat_template = "none"
 
