@@ -19,10 +19,10 @@ from rlseq.losses.advantages import (
 from rlseq.losses.critic import error_by_position, explained_variance, value_loss
 from rlseq.losses.expected_reward import (
     expected_accuracy,
+    leave_one_prompt_out_baseline,
     minimum_risk,
     reference_exact_references,
     reference_exact_weight,
-    rest_reward_elsewhere,
 )
 from rlseq.losses.masking import masked_mean
 from rlseq.losses.policy import adapt_kl_coefficient, clipped_surrogate, importance_ratio, kl_estimate
@@ -39,12 +39,12 @@ __all__ = [
     "importance_ratio",
     "kl_estimate",
     "last_token_rewards",
+    "leave_one_prompt_out_baseline",
     "masked_mean",
     "minimum_risk",
     "normalize_then_sum",
     "reference_exact_references",
     "reference_exact_weight",
-    "rest_reward_elsewhere",
     "value_loss",
     "whiten",
 ]

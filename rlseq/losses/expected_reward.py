@@ -120,12 +120,12 @@ def reference_exact_references(
     return loss, P, baseline
 
 
-def rest_reward_elsewhere(rewards_PG: Tensor, rest_PG: Tensor) -> tuple[Tensor, Tensor]:
-    """v of each prompt: the mean reward of *other* prompts' rollouts that are no reference.
+def leave_one_prompt_out_baseline(rewards_PG: Tensor, rest_PG: Tensor) -> tuple[Tensor, Tensor]:
+    """v of each prompt: the mean reward of *other* prompts' rollouts that are not references.
 
-        v_i = Σ_{j ≠ i} Σ_{g rest} r_jg / Σ_{j ≠ i} n_j        n_i = how many of row i's rollouts are no reference
+        v_i = Σ_{j ≠ i} Σ_{g rest} r_jg / Σ_{j ≠ i} n_j        n_i = how many of row i's rollouts are not references
 
-    No draw of the prompt's own moves it, so it changes no expectation as a baseline.
+    It does not depend on the prompt's own samples, so as a baseline it changes no expectation.
 
     Args:
         rewards_PG: (P, G), all processes' rows; read where `rest_PG` is True.

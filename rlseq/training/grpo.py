@@ -31,7 +31,7 @@ from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
 from rlseq.engine.self_tests import supports_packing
 from rlseq.errors import ConfigError
-from rlseq.losses import group_advantages, normalize_then_sum, rest_reward_elsewhere
+from rlseq.losses import group_advantages, leave_one_prompt_out_baseline, normalize_then_sum
 from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
 from rlseq.training.rollouts import RolloutBatch
@@ -240,7 +240,7 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, TrackingMixin, PublishMix
         rejected = self.accelerator.gather(is_reference)  # (N·B,), all processes
         rest = ~rejected & ~batch.totals.isnan()
         groups = self._groups(batch)
-        elsewhere, counts = rest_reward_elsewhere(groups, rest.view(groups.shape))  # (P,) each
+        elsewhere, counts = leave_one_prompt_out_baseline(groups, rest.view(groups.shape))  # (P,) each
         self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
         return found | {
             "is_reference": is_reference,

@@ -11,9 +11,9 @@ from rlseq.losses import (
     error_by_position,
     explained_variance,
     last_token_rewards,
+    leave_one_prompt_out_baseline,
     reference_exact_references,
     reference_exact_weight,
-    rest_reward_elsewhere,
     whiten,
 )
 
@@ -190,11 +190,11 @@ def test_a_coefficient_that_could_not_move_is_refused():
 def test_the_reward_of_the_rest_is_told_by_other_prompts_alone():
     rewards = torch.tensor([[1.0, 0.25, 0.5], [0.5, 1.0, float("nan")], [1.0, 1.0, 1.0]])
     rest = torch.tensor([[False, True, True], [True, False, False], [False, False, False]])
-    elsewhere, counts = rest_reward_elsewhere(rewards, rest)
+    elsewhere, counts = leave_one_prompt_out_baseline(rewards, rest)
     # prompt 0: the 0.5 of prompt 1; prompt 1: 0.25 and 0.5; prompt 2: all three
     assert elsewhere.tolist() == pytest.approx([0.5, 0.375, 1.25 / 3])
     assert counts.tolist() == [2, 1, 0]
-    alone, _ = rest_reward_elsewhere(rewards[:1], rest[:1])
+    alone, _ = leave_one_prompt_out_baseline(rewards[:1], rest[:1])
     assert alone.tolist() == [0.0]
     with pytest.raises(ValueError, match="bool"):
-        rest_reward_elsewhere(rewards, rest.float())
+        leave_one_prompt_out_baseline(rewards, rest.float())
