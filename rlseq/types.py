@@ -77,7 +77,7 @@ class Rollout:
         prompt_key: `Prompt.key` of the prompt it continues.
         sample: which of the prompt's G samples it is, 0..G-1.
         completion_ids: the T sampled token ids, the stop token included when there is one.
-        trained_mask: T booleans; False marks tokens the model did not choose (tool output, forced prefix).
+        loss_mask: T booleans; False marks tokens the model did not choose (tool output, forced prefix).
         logprobs: T log-probs (nats) of the tokens under the distribution they were sampled from: temperature and
             truncation applied. For strategies that search rather than sample (greedy, beam), under the model's
             unwarped distribution.
@@ -91,7 +91,7 @@ class Rollout:
     prompt_key: str
     sample: int
     completion_ids: tuple[int, ...]
-    trained_mask: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
     logprobs: tuple[float, ...]
     text: str
     text_with_special_tokens: str

@@ -99,7 +99,7 @@ def rollout(model, prompt, number, completion):
         prompt_key=prompt.key,
         sample=number,
         completion_ids=tuple(completion),
-        trained_mask=(True,) * len(completion),
+        loss_mask=(True,) * len(completion),
         logprobs=tuple(logprobs.tolist()),
         text=" ".join("x" for _ in completion),
         text_with_special_tokens="",

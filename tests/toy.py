@@ -135,7 +135,7 @@ def rollout(model, prompt, number, completion):
         prompt_key=prompt.key,
         sample=number,
         completion_ids=completion,
-        trained_mask=(True,) * len(completion),
+        loss_mask=(True,) * len(completion),
         logprobs=logprobs,
         text="",
         text_with_special_tokens="",

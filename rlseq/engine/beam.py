@@ -118,7 +118,7 @@ def _rollouts(
                     prompt_key=prompt.key,
                     sample=0,
                     completion_ids=tuple(ids),
-                    trained_mask=(True,) * len(ids),
+                    loss_mask=(True,) * len(ids),
                     logprobs=tuple(row_logprobs.tolist()),
                     text=text,
                     text_with_special_tokens=tokenizer.decode(ids) if tokenizer is not None else "",

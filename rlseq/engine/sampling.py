@@ -72,7 +72,7 @@ def sample(
         tokenizer: decodes `text` and `text_with_special_tokens`; without one they are empty.
         samples: the sample indices of each prompt instead of 0..G-1, for groups that are spread over processes.
         prefixes: token ids that each completion of a prompt begins with, one list per prompt. They are part of the
-            completion, with log-prob 0 and `trained_mask` False; noise positions count from the first sampled token.
+            completion, with log-prob 0 and `loss_mask` False; noise positions count from the first sampled token.
         batch_rows: the most rows decoded together; bounds memory, changes no completion.
         max_kv_gb: a budget for the KV cache in gigabytes (`rows_within`), which may lower `batch_rows`; None: none.
         progress: called after each batch with the number of prompts finished.
@@ -124,7 +124,7 @@ def sample(
                         prompt_key=prompt.key,
                         sample=s,
                         completion_ids=tuple(row_ids),
-                        trained_mask=tuple(t >= len(forced[index]) for t in range(len(row_ids))),
+                        loss_mask=tuple(t >= len(forced[index]) for t in range(len(row_ids))),
                         logprobs=tuple(row_logprobs),
                         text=text,
                         text_with_special_tokens=raw,

@@ -101,7 +101,7 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
         prompt_key=str(record.get("prompt_key", record.get("key", prompt))),
         sample=record.get("sample", 0),
         completion_ids=tuple(ids),
-        trained_mask=(True,) * len(ids),
+        loss_mask=(True,) * len(ids),
         logprobs=tuple(record.get("logprobs") or ()),
         text=text,
         text_with_special_tokens=record.get("raw_completion") or text,

@@ -189,7 +189,7 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, TrackingMixin, PublishMix
     def _check_rendering(self) -> None:
         """Refuse prompts with other tokens than the update would score: those of a template otherwise filled, say."""
         if self.tools or self.environment_factories is not None:
-            return  # TRL draws, from what it renders itself
+            return  # TRL samples, from what it renders itself
         (ids,) = tokenize_prompts([self.prompts[0].prompt], self.processing_class, self.chat_template_kwargs)
         if tuple(ids) != tuple(self.prompts[0].prompt_ids):
             raise ConfigError(

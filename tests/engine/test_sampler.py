@@ -181,7 +181,7 @@ def test_a_completion_ends_with_the_first_stop_id_met_or_at_the_limit():
         assert not set(before) & set(STOPS)
         assert rollout.finish_reason == ("stop" if last in STOPS else "length")
         assert rollout.finish_reason == "stop" or len(rollout.completion_ids) == 9
-        assert rollout.trained_mask == (True,) * len(rollout.completion_ids)
+        assert rollout.loss_mask == (True,) * len(rollout.completion_ids)
         assert len(rollout.logprobs) == len(rollout.completion_ids)
         ends.add(last if last in STOPS else None)
     assert ends == {*STOPS, None}  # every declared stop was met, and the limit too
@@ -420,7 +420,7 @@ def test_forced_tokens_begin_the_completion_and_the_rest_follows_them(family, st
             ids = rollout.completion_ids
             assert ids[:k] == prefix
             assert rollout.logprobs[:k] == (0.0,) * k
-            assert rollout.trained_mask == (False,) * k + (True,) * (len(ids) - k)
+            assert rollout.loss_mask == (False,) * k + (True,) * (len(ids) - k)
             assert 1 <= len(ids) - k <= 9  # max_new_tokens is of the sampled
             for t in range(k, len(ids)):
                 logits = uncached_logits(model, [*p.prompt_ids, *ids[:t]]) / getattr(strategy, "temperature", 1.0)

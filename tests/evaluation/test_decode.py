@@ -37,7 +37,7 @@ def said(text, logprob=-1.0, ended=True, number=0, key="row"):
         prompt_key=key,
         sample=number,
         completion_ids=ids,
-        trained_mask=(True,) * len(ids),
+        loss_mask=(True,) * len(ids),
         logprobs=(logprob,) + (0.0,) * (len(ids) - 1),
         text=text,
         text_with_special_tokens=text,

@@ -312,7 +312,7 @@ def test_completions_come_back_as_they_were():
     fields = {
         "prompt_key": "k",
         "sample": 1,
-        "trained_mask": (True, True),
+        "loss_mask": (True, True),
         "text_with_special_tokens": "\ud800é",
         "strategy": "sample",
     }

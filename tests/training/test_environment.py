@@ -143,7 +143,7 @@ def test_each_rollout_has_an_environment_of_its_own_and_earns_what_that_says(nam
         assert environment.given == {"prompt": given["prompt"], "notes": given["notes"]}
         turns, results, value = wanted[given["start"], rollout.sample]
         met.add((given["start"], rollout.sample))
-        chosen = list(zip(rollout.completion_ids, rollout.trained_mask, strict=True))
+        chosen = list(zip(rollout.completion_ids, rollout.loss_mask, strict=True))
         assert decode([i for i, trained in chosen if trained]) == "".join(turns)
         others = decode([i for i, trained in chosen if not trained])
         assert others == "".join(map(result, results))

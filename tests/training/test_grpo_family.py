@@ -199,7 +199,7 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
         assert list(rollout.completion_ids[:k]) == prefix and length > k
         assert length <= 6
         assert rollout.text.startswith(tokenizer.decode(prefix))
-        assert rollout.trained_mask == (False,) * k + (True,) * (length - k)
+        assert rollout.loss_mask == (False,) * k + (True,) * (length - k)
         mask = trainer._mask(inputs)[row].tolist()
         assert mask == [k <= t < length for t in range(len(mask))]
         trained += length - k
@@ -216,7 +216,7 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
         prompt = trainer.prompts[index].prompt_ids
         ids = torch.tensor([[*prompt, *rollout.completion_ids]])
         logprobs = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        for t, counted in enumerate(rollout.trained_mask):
+        for t, counted in enumerate(rollout.loss_mask):
             if counted:
                 total = total + logprobs[len(prompt) - 1 + t, rollout.completion_ids[t]]
     expected = torch.autograd.grad(-total / trained, list(trainer.model.parameters()))

@@ -308,7 +308,7 @@ def test_forced_tokens_are_not_judged_and_no_time_passes_on_them(tmp_path):
     output = generated(trainer, [1, 2, 5, 6])  # their references are longer than a token
     for row, one in enumerate(trainer.batch.scored):
         y, total = one.rollout.completion_ids, one.total
-        assert one.rollout.trained_mask == (False,) + (True,) * (len(y) - 1)
+        assert one.rollout.loss_mask == (False,) + (True,) * (len(y) - 1)
         prompt = trainer.prompts[trainer.batch.rows[row]["index"]].prompt_ids
         values = values_of(trainer, prompt, y).tolist()[1:-1]
         advantages = double_sum_gae(at_the_end(total, len(y) - 1), values, 0.0, GAMMA, LAM)

@@ -96,8 +96,8 @@ def test_a_rollout_holds_every_turn_and_trains_none_of_the_tools_words(trained):
     assert all('"name": "multiply"' in text for text in scripted.seen)  # the prompt tells of it
     for number, scored in enumerate(trainer.batch.scored):
         rollout, decode = scored.rollout, trainer.processing_class.decode
-        own = decode([i for i, t in zip(rollout.completion_ids, rollout.trained_mask, strict=True) if t])
-        others = decode([i for i, t in zip(rollout.completion_ids, rollout.trained_mask, strict=True) if not t])
+        own = decode([i for i, t in zip(rollout.completion_ids, rollout.loss_mask, strict=True) if t])
+        others = decode([i for i, t in zip(rollout.completion_ids, rollout.loss_mask, strict=True) if not t])
         if number % 2:
             assert (own, others) == (PLAIN, "") and len(rollout.messages) == 1
             assert scored.total == 0.0

@@ -144,14 +144,14 @@ def trained(tmp_path, server, **settings):
     trainer = tiny_trainer(
         tmp_path, rewards=[ends_early], **{**SETTINGS, "vllm_server_base_url": server.url, **settings}
     )
-    seen, begin = [], trainer._begin_rewards
+    seen, submit = [], trainer._submit_rewards
 
-    def keep(rollouts):
+    def keep(batch, rollouts):
         policy = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         seen.append((rollouts, policy, copy.deepcopy(server.model.state_dict())))
-        begin(rollouts)
+        submit(batch, rollouts)
 
-    trainer._begin_rewards = keep
+    trainer._submit_rewards = keep
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {name: p.detach() - start[name] for name, p in trainer.model.named_parameters()}

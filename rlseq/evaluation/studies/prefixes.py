@@ -182,7 +182,7 @@ def _given(like: Sequence[Rollout], completions: Sequence[tuple[int, ...]], toke
         dataclasses.replace(
             rollout,
             completion_ids=ids,
-            trained_mask=(False,) * len(ids),
+            loss_mask=(False,) * len(ids),
             logprobs=(0.0,) * len(ids),
             text=text,
             text_with_special_tokens=raw,

@@ -1,4 +1,4 @@
-"""Every rollout on disk: one file a generation round, written whole or not at all."""
+"""Every rollout on disk: one file per batch of rollouts, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def trained_records(
 
 
 def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]], part: int = 0) -> None:
-    """Write the records of a generation round to `folder`/STEP.jsonl, or STEP-PART.jsonl of a step's further rounds."""
+    """Write the records of a batch to `folder`/STEP.jsonl, or STEP-PART.jsonl of a step's further rounds."""
     path = folder / (f"{step:06d}-{part}.jsonl" if part else f"{step:06d}.jsonl")
     partial = path.with_suffix(".partial")
     with writing(path):

@@ -47,7 +47,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
 
     def _prepare_inputs(self, generation_batch):
         # TRL shuffles single rows, which would tear prompts from their samples; groups are shuffled whole, by a
-        # generator of their own, so that no other draw of the run moves.
+        # generator of their own, so that no other random number of the run changes.
         if not self.model.training:
             raise ConfigError(
                 "rollouts are not predicted: sample by rlseq.sample, or measure by evaluate or rlseq.contrast"
@@ -140,7 +140,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
                 if name in inputs:
                     inputs[name] = inputs[name] * ended[:, None].int()
         if self.args.reference_prefix:  # sampled tokens alone are trained, not those that were forced
-            inputs["tool_mask"] = padded([torch.tensor(r.trained_mask).long() for r in batch.rollouts], 1)
+            inputs["tool_mask"] = padded([torch.tensor(r.loss_mask).long() for r in batch.rollouts], 1)
         if logprobs is not None:  # vLLM gives None for a NaN
             known = [[NAN if x is None else x for x in of] for of in logprobs]
             inputs["sampling_per_token_logps"] = padded(known, 0.0)
@@ -165,7 +165,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
         groups, K = list(rows.values()), self.args.steps_per_generation
 
         def permutation(size: int, *name: int) -> list[int]:
-            generator = torch.Generator().manual_seed(hash((self.args.seed, self.draw, *name)) % 2**63)
+            generator = torch.Generator().manual_seed(hash((self.args.seed, self.stream, *name)) % 2**63)
             return torch.randperm(size, generator=generator).tolist()
 
         if len(groups) % K or len({len(group) for group in groups}) > 1:
@@ -187,7 +187,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
         if corrects or args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
             exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
             if batch.rollouts is not None and exact:
-                # The sampler recorded them as it drew: the same numbers as a fresh forward, to rounding. bfloat16's,
+                # The sampler recorded them: the same numbers as a fresh forward, to rounding. bfloat16's,
                 # under autocast, would leave GSPO's narrow clip: there they are those of a forward like the update's.
                 inputs["old_per_token_logps"] = inputs["sampling_per_token_logps"]
             else:

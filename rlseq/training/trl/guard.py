@@ -168,11 +168,12 @@ class RolloutGuardMixin(GuardMixin, ResumeStateMixin):
     def _rollout_advice(self) -> str:
         args = self.args
         return (
-            f"A process draws per_device_train_batch_size × steps_per_generation ({args.per_device_train_batch_size} × "
-            f"{args.steps_per_generation}) completions of up to max_completion_length ({args.max_completion_length}) "
+            "A process samples per_device_train_batch_size × steps_per_generation "
+            f"({args.per_device_train_batch_size} × {args.steps_per_generation}) completions of up to "
+            f"max_completion_length ({args.max_completion_length}) "
             "tokens at a time: lower one of them, e.g. --steps_per_generation 1 with the --gradient_accumulation_steps "
             f"of now ({args.gradient_accumulation_steps}), which leaves the batch as it is. --num_generations "
-            f"({args.num_generations}) must divide the completions that all processes draw at a time: lower it, too."
+            f"({args.num_generations}) must divide the completions that all processes sample at a time: lower it, too."
         )
 
     def resume_state(self):

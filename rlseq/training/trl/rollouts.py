@@ -35,7 +35,7 @@ class SamplingMixin(trl.GRPOTrainer):
     prompts: list[Prompt]
 
     @property
-    def draw(self) -> int:
+    def stream(self) -> int:
         """How many batches of rollouts have been sampled before: names the noise of this one."""
         return self._step // (self.args.steps_per_generation * self.num_iterations)
 
@@ -46,7 +46,7 @@ class SamplingMixin(trl.GRPOTrainer):
         """
         if self.environments and self.use_vllm and self.vllm_mode == "server":
             check_group_prompts(batch.indices, batch.asked)
-        with memory_for("drawing rollouts", self._rollout_advice):
+        with memory_for("sampling rollouts", self._rollout_advice):
             if self.tools or self.rollout_func is not None:
                 found = self._generate(batch.asked)
                 if any(found[-1]):
@@ -150,7 +150,7 @@ class SamplingMixin(trl.GRPOTrainer):
                 prefixes=[prefix for _, prefix in places],
                 max_new_tokens=self.max_completion_length - self.args.reference_prefix,
                 strategy=Sample(temperature=self.temperature),
-                stream=self.draw,
+                stream=self.stream,
                 **common,
             )
             if self.args.advantage_baseline == "greedy":

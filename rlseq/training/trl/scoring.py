@@ -145,7 +145,7 @@ class ScoringMixin(trl.GRPOTrainer):
                 rollouts.append(dataclasses.replace(rollout, text=text, messages=tuple(completion)))
         if batch.tool_mask is not None:
             pairs = zip(rollouts, batch.tool_mask, strict=True)
-            rollouts = [dataclasses.replace(r, trained_mask=tuple(map(bool, mask))) for r, mask in pairs]
+            rollouts = [dataclasses.replace(r, loss_mask=tuple(map(bool, mask))) for r, mask in pairs]
         return rollouts
 
     def _rollouts_of_ids(self, batch: RolloutBatch, completion_ids: list[list[int]]) -> list[Rollout]:
@@ -163,7 +163,7 @@ class ScoringMixin(trl.GRPOTrainer):
             prompt_key=prompt.key,
             sample=sample_index,
             completion_ids=ids,
-            trained_mask=(True,) * len(ids),
+            loss_mask=(True,) * len(ids),
             logprobs=(),
             text=text,
             text_with_special_tokens=self.processing_class.decode(ids, skip_special_tokens=False),

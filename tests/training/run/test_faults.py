@@ -209,7 +209,7 @@ def exit_of(main, capsys):
 
 
 @pytest.mark.parametrize("fail", [too_much, out_of_device_memory])
-@pytest.mark.parametrize("phase", ["drawing rollouts", "scoring the rollouts", "the update"])
+@pytest.mark.parametrize("phase", ["sampling rollouts", "scoring the rollouts", "the update"])
 def test_memory_that_runs_out_ends_with_where_and_what_to_lower(phase, fail, tmp_path, capsys):
     model = saved_model(tmp_path / "start")
     trainer = tiny_trainer(tmp_path / "run", model=model, beta=0.1, report_to="none")
@@ -220,8 +220,8 @@ def test_memory_that_runs_out_ends_with_where_and_what_to_lower(phase, fail, tmp
     assert code == 1 and said.count("error:") == 1 and "Traceback" not in said
     assert f"out of memory in {phase}" in said
     assert "max_completion_length" in said and "per_device_train_batch_size" in said
-    assert ("--num_generations" in said) == (phase == "drawing rollouts")
-    assert ("--gradient_checkpointing" in said) == (phase != "drawing rollouts")
+    assert ("--num_generations" in said) == (phase == "sampling rollouts")
+    assert ("--gradient_checkpointing" in said) == (phase != "sampling rollouts")
     assert ("20.00 GiB" in said) == (fail is out_of_device_memory)
 
 
