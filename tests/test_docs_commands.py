@@ -30,7 +30,7 @@ SHELLS = ("sh", "bash", "console")
 CONFIGS = ("accelerate_config.yaml", "mkdocs.yml")
 TESTED_ELSEWHERE = {"docs/rewards.md"}  # tests/test_rewards_docs.py runs its sessions
 FEW = {"--eval_rows": "6", "--study_rows": "4", "--max_new_tokens": "12", "--output_dir": "runs/some"}
-WHERE_GIVEN = {"--exact_map_rows": "2", "--likelihood_rows": "2"}
+WHERE_GIVEN = {"--map_rows": "2", "--likelihood_rows": "2"}
 LEFT_OUT = {"--dataset_name": "recipes/g2p/data.py", "--reward_funcs": "phoneme_accuracy"}  # by "..."
 
 

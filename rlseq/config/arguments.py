@@ -161,7 +161,7 @@ class EvaluationArguments(Settings):
     strategies: list[str] = setting(
         ["greedy", "sample", "beam"],
         "Decoding strategies: greedy, sample, sample:temperature=0.7, beam:width=10, best_of:n=8, "
-        "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD, exact_map:max_nodes=10000. Of several numbers, "
+        "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD. Of several numbers, "
         "sample:temperature=0.5/0.7/1, `rlseq evaluate` and recipes/evaluate.py choose each model's best on "
         "--choose_split (docs/evaluation.md).",
     )
@@ -179,18 +179,19 @@ class EvaluationArguments(Settings):
     resamples: int = setting(
         10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.", range=at_least(1)
     )
-    exact_map_rows: int | None = setting(
-        None, "Rows on which exact search runs, the first ones; default: all.", range=at_least(1)
-    )
     studies: list[str] = setting(
         ["ranking", "coverage", "sharpening", "prefixes", "distance"],
-        "What else is measured; there is also lookahead, or none (docs/evaluation.md).",
+        "What else is measured; there are also map and lookahead, or none (docs/evaluation.md).",
     )
     study_rows: int = setting(500, "Rows that costly studies run on, the first ones.", range=at_least(1))
     coverage_samples: int = setting(32, "Completions a row that the study of coverage draws.", range=COVERAGE)
     temperatures: list[float] = setting(
         [0.3, 0.5, 0.7, 0.85, 1.0, 1.2], "Temperatures of the study of sharpening.", range=TEMPERATURES
     )
+    map_rows: int | None = setting(
+        None, "Rows on which the study map searches, the first ones; default: study_rows.", range=at_least(1)
+    )
+    map_max_nodes: int = setting(20_000, "Prefixes that the study map expands per row at most.", range=at_least(1))
     prefix_lengths: list[int] = setting(
         [1, 2, 4, 8], "Tokens of the prefixes that the study of prefixes continues.", range=at_least(1)
     )
@@ -220,8 +221,8 @@ class TrainingEvaluationArguments(EvaluationArguments):
     evaluate: bool = setting(True, "Evaluate the start against the result when training ends.")
     studies: list[str] = setting(
         ["ranking"],
-        "What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, lookahead, "
-        "or none (docs/evaluation.md).",
+        "What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, map, "
+        "lookahead, or none (docs/evaluation.md).",
     )
     eval_seed: int = as_declared(EvaluateArguments, "seed")  # seed is that of training
     probe_rows: int = setting(

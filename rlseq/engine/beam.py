@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from rlseq.engine.backends import select_backend
 from rlseq.engine.likelihood import score
 from rlseq.engine.model_info import base_of, eval_mode
-from rlseq.engine.strategies import Beam, Strategy
+from rlseq.engine.strategies import Beam
 from rlseq.errors import ConfigError
 from rlseq.types import Prompt, Rollout
 
@@ -84,7 +84,7 @@ def beam(
             if progress is not None:
                 progress(len(batch))
     logprobs = score(model, [p.prompt_ids for p in prompts], found)
-    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy)
+    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy.signature)
 
 
 def _batches(lengths: Sequence[int], batch_rows: int, *, padded: bool) -> Iterator[list[int]]:
@@ -105,7 +105,7 @@ def _rollouts(
     logprobs: Sequence[torch.Tensor],
     stop_ids: Collection[int],
     tokenizer: Any | None,
-    strategy: Strategy,
+    strategy: str,
 ) -> list[list[Rollout]]:
     """The one completion found for each prompt, as a list of one."""
     rollouts = []
@@ -124,7 +124,7 @@ def _rollouts(
                     text_with_special_tokens=tokenizer.decode(ids) if tokenizer is not None else "",
                     messages=({"role": "assistant", "content": text},) if chat else None,
                     finish_reason="stop" if ids and ids[-1] in stop_ids else "length",
-                    strategy=strategy.signature,
+                    strategy=strategy,
                 )
             ]
         )

@@ -14,9 +14,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.engine.beam import _rollouts, beam
 from rlseq.engine.float64 import float64_device, to_float64
+from rlseq.engine.kv_budget import rows_within
 from rlseq.engine.likelihood import score
 from rlseq.engine.model_info import eval_mode, forward_parameters
-from rlseq.engine.strategies import Beam, ExactMAP
+from rlseq.engine.strategies import Beam
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
 
@@ -40,7 +41,8 @@ def validate_cache(config: Any, accepts: Collection[str] = ("past_key_values",))
         found = f"keeps states of its own ({', '.join(held)})" if held else "takes no cache of keys and values"
         raise ModelError(
             f"exact_map needs a cache of keys and values alone, and this model ({config.model_type}) {found}. Use beam "
-            "search, which runs for every model: the strategy beam, or rlseq.engine.beam.beam."
+            "search, which runs for every model: the strategy beam, or rlseq.engine.beam.beam (and leave map out of "
+            "--studies)."
         )
 
 
@@ -135,38 +137,47 @@ def _search(
     return Exact(search.best, search.bound, proven)
 
 
-def modes(
+def exact_map_prompts(
     model: Any,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
-    strategy: ExactMAP,
     stop_ids: Collection[int],
+    max_nodes: int = 20_000,
+    width: int = 5,
     tokenizer: Any | None = None,
     batch_rows: int = 256,
+    max_kv_gb: float | None = None,
     progress: Callable[[int], Any] | None = None,
-) -> tuple[list[list[Rollout]], list[bool]]:
-    """`exact_map` of each prompt, from the hypotheses of one beam search: a list of one rollout each, and the proofs.
+) -> tuple[list[Rollout], list[bool]]:
+    """`exact_map` of each prompt, from the hypotheses of one beam search: a rollout each, and whether it is proven.
 
     Log-probs are the model's own, by teacher forcing of what was found. Arguments as `rlseq.engine.sampling.sample`;
     `batch_rows` is of the beam search.
+
+    Raises:
+        ConfigError: the budget for the KV cache does not hold the prefixes that are expanded together.
+        ModelError: as `exact_map`.
     """
     validate_cache(model.config, forward_parameters(model))
+    if max_kv_gb is not None and prompts:
+        tokens = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
+        rows = rows_within(model, max_kv_gb, tokens, together=max(width, TOGETHER))
+        batch_rows = min(batch_rows, rows // width)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
-    starts = beam(model, prompts, strategy=Beam(width=strategy.width), batch_rows=batch_rows, **common)
+    starts = beam(model, prompts, strategy=Beam(width=width), batch_rows=batch_rows, **common)
     stops, found, proofs = frozenset(stop_ids), [], []
     for prompt, (start,) in zip(prompts, starts, strict=True):
         ends = start.finish_reason == "stop"
         best, bound = (start.completion_ids, start.logprob) if ends else ((), -math.inf)
-        ids, _, proven = _search(
-            model, prompt.prompt_ids, stops, max_new_tokens, best, bound, max_nodes=strategy.max_nodes
-        )
+        ids, _, proven = _search(model, prompt.prompt_ids, stops, max_new_tokens, best, bound, max_nodes=max_nodes)
         found.append(ids)
         proofs.append(proven)
         if progress is not None:
             progress(1)
     logprobs = score(model, [prompt.prompt_ids for prompt in prompts], found)
-    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy), proofs
+    rollouts = _rollouts(prompts, found, logprobs, stop_ids, tokenizer, "exact_map")
+    return [rollout for (rollout,) in rollouts], proofs
 
 
 @dataclass

@@ -209,25 +209,6 @@ class MBR(Rerank):
 
 
 @dataclass(frozen=True)
-class ExactMAP(Strategy):
-    """The most likely completion of all that end within the length limit, by `rlseq.engine.exact_map.exact_map`.
-
-    The search expands at most `max_nodes` prefixes per row. If that is not enough to prove its hypothesis the best, the
-    hypothesis stays unproven. It starts from the hypothesis of a beam of `width`.
-    """
-
-    name: ClassVar[str] = "exact_map"
-
-    max_nodes: int = 20_000
-    width: int = 5
-
-    def __post_init__(self) -> None:
-        for name in ("max_nodes", "width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"exact_map: {name} is {getattr(self, name)}; expected a whole number from 1")
-
-
-@dataclass(frozen=True)
 class Beam(Strategy):
     """Beam search: keeps the `width` likeliest prefixes; hypotheses compete by log-prob / length^length_penalty."""
 
@@ -243,7 +224,7 @@ class Beam(Strategy):
             raise ConfigError(f"beam: length_penalty is {self.length_penalty}; expected a finite number")
 
 
-STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Greedy, Sample, Beam, BestOf, MBR, ExactMAP)}
+STRATEGIES: dict[str, type[Strategy]] = {cls.name: cls for cls in (Greedy, Sample, Beam, BestOf, MBR)}
 
 
 def parse_strategy(text: str) -> Strategy:
@@ -294,8 +275,6 @@ def _sweep(text: str, made: Sequence[Strategy], values: Mapping[str, Sequence[in
     """The strategies made of every combination of these values, under one name."""
     if len(set(made)) < len(made):
         raise ConfigError(f"strategy {text!r} names an alternative twice")
-    if isinstance(made[0], ExactMAP):
-        raise ConfigError(f"strategy {text!r}: the settings of exact_map are a budget and cannot be swept; give one")
     defaults = {f.name: f.default for f in dataclasses.fields(made[0])}
     written = [
         f"{key}={ALTERNATIVES.join(map(str, values[key]))}"

@@ -12,7 +12,7 @@ import numpy as np
 from rlseq.engine.strategies import Greedy, parse_strategy
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.measure.references import agreement, drawn_and_exact
-from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, LIKELIHOOD_METRICS, MODE_EMPTY, Metric
+from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
@@ -26,7 +26,6 @@ from rlseq.evaluation.statistics import (
 )
 from rlseq.evaluation.stats.bootstrap import bootstrap_many, paired_bootstrap_many
 from rlseq.evaluation.stats.seeds import claim_of
-from rlseq.evaluation.studies.modes import mode_results, proven_rows
 from rlseq.scoring import Ratio, RewardSuite
 from rlseq.scoring.corpus import value_of
 
@@ -142,14 +141,15 @@ def model_results(
         if counts is not None:
             results[name]["greedy_and_teacher_forcing"] = counts
         for strategy, rows in statistics.strategies.items():
-            quality = metrics_under(metrics, strategy)
-            block = mode_results(rows, quality, seed=settings.seed, resamples=settings.resamples)
-            if block is not None:
-                results[name]["strategies"][strategy]["modes"] = block
             gap = drawn_and_exact(rows)
             if gap is not None:
                 results[name].setdefault("drawn_and_exact", {})[strategy] = gap
     return results
+
+
+def rows_under(statistics: ModelStatistics, strategy: str | None) -> Sequence[RowStatistics]:
+    """A model's rows under a strategy; None is teacher forcing."""
+    return statistics.likelihood if strategy is None else statistics.strategies[strategy]
 
 
 def measured_places(
@@ -159,11 +159,9 @@ def measured_places(
     if any(first.likelihood):
         for name, metric in LIKELIHOOD_METRICS.items():
             yield None, None, name, metric
-    for strategy, rows in first.strategies.items():
+    for strategy in first.strategies:
         for name, metric in metrics_under(metrics, strategy).items():
             yield strategy, strategy, name, metric
-        if proven_rows(rows) is not None:
-            yield strategy, strategy, MODE_EMPTY.name, MODE_EMPTY
     primary = Primary.of(settings)
     if primary and settings.primary_against:
         yield primary.signature_against, primary.signature, primary.metric, metrics[primary.metric]
@@ -175,31 +173,14 @@ def comparisons(
     """Every model against the first: the difference b − a of every metric, and the primary one across strategies.
 
     A difference that is not defined (nothing was measured on one side) is NaN, as are its interval and p-value.
-
-    Exact search is compared on the rows where it proved the mode, on both sides where both are exact searches; such
-    a comparison says on how many `rows`, and the two values there.
     """
     names = list(found)
     pairs: dict[tuple[str, str, str | None, str | None, str], tuple[np.ndarray, np.ndarray, Any]] = {}
-    on_proven: dict[tuple[str, str, str | None, str | None, str], dict[str, Any]] = {}
-
-    def compare(a: str, b: str, strategy_a: str | None, strategy_b: str | None, name: str, metric: Any) -> None:
-        sides = [
-            found[m].likelihood if s is None else found[m].strategies[s] for m, s in ((a, strategy_a), (b, strategy_b))
-        ]
-        place, tables = (a, b, strategy_a, strategy_b, name), [matrix(side, metric) for side in sides]
-        proofs = [proof for side in sides if (proof := proven_rows(side)) is not None]
-        if proofs:
-            known = np.prod(proofs, axis=0)  # (R,)
-            tables = [table * known[:, None] for table in tables]
-            values = [float(metric.aggregate(table)) for table in tables]
-            on_proven[place] = {"rows": int(known.sum()), "value_a": values[0], "value_b": values[1]}
-        pairs[place] = (*tables, metric.aggregate)
-
     a = names[0]
     for b in names[1:]:
-        for place in measured_places(found[a], metrics, settings):
-            compare(a, b, *place)
+        for strategy_a, strategy_b, name, metric in measured_places(found[a], metrics, settings):
+            sides = rows_under(found[a], strategy_a), rows_under(found[b], strategy_b)
+            pairs[a, b, strategy_a, strategy_b, name] = (*(matrix(side, metric) for side in sides), metric.aggregate)
     found_pairs = paired_bootstrap_many(pairs, seed=settings.seed, resamples=settings.resamples) if pairs else {}
     return [
         {
@@ -211,7 +192,6 @@ def comparisons(
             "difference": result.difference,
             "ci95": list(result.ci95),
             "p_value": math.nan if math.isnan(result.difference) else result.p_value,
-            **on_proven.get((a, b, strategy_a, strategy_b, name), {}),
             **claim_of(1, 1),
         }
         for (a, b, strategy_a, strategy_b, name), result in found_pairs.items()

@@ -202,7 +202,7 @@ def _together(
         found[name] = dataclasses.replace(statistics, samples=samples)
         origins[name] = (evaluation, old)
         against = next(iter(evaluation.found.values())).path
-        apart = [s for s in statistics.studies if getattr(STUDIES[s], "against_first", False)]
+        apart = [s for s in statistics.studies if STUDIES[s].against_first]
         if apart and against != baseline:
             found[name].studies = statistics.studies | {s: [{}] * len(evaluation.prompts) for s in apart}
             notes.append(

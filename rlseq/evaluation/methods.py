@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.aggregate import coverage, matrix, measured_places, metrics_under, put
+from rlseq.evaluation.aggregate import coverage, matrix, measured_places, metrics_under, put, rows_under
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.settings import ContrastSettings
-from rlseq.evaluation.statistics import RowStatistics
 from rlseq.evaluation.stats.seeds import claim_of, crossed_bootstrap_many, difference, methods
-from rlseq.evaluation.studies.modes import proven_rows
 
 
 def method_results(
@@ -23,7 +21,7 @@ def method_results(
     """The block `methods` of results.json: of each method with several seeds what `models` has of a checkpoint.
 
     A cell is {"value", "ci95", "per_seed"}: the mean over seeds, its interval over seeds and rows, and every seed, in
-    the order of `checkpoints`. Modes are told of checkpoints alone.
+    the order of `checkpoints`.
     """
     tables: dict[tuple[str, str | None, str], tuple[str, list[np.ndarray], Any]] = {}
     repeated = {method: names for method, names in methods(found).items() if len(names) > 1}
@@ -57,10 +55,7 @@ def method_results(
 def method_comparisons(
     found: Mapping[str, ModelStatistics], metrics: Mapping[str, Metric], settings: ContrastSettings
 ) -> list[dict[str, Any]]:
-    """Every method against the first, b − a of every metric, where either has several seeds.
-
-    Of an exact search on the rows that every seed of both proved.
-    """
+    """Every method against the first, b − a of every metric, where either has several seeds."""
     (a, seeds_a), *others = methods(found).items()
     tables: dict[tuple[Any, ...], tuple[str, list[np.ndarray], Any]] = {}
     about: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -69,16 +64,10 @@ def method_comparisons(
             continue
         for strategy_a, strategy_b, name, metric in measured_places(found[seeds_a[0]], metrics, settings):
             place = (b, strategy_a, strategy_b, name)
-            sides = {
-                side: [_rows(found[checkpoint], strategy) for checkpoint in checkpoints]
-                for side, checkpoints, strategy in (("a", seeds_a, strategy_a), ("b", seeds_b, strategy_b))
-            }
-            proofs = [proof for rows in (*sides["a"], *sides["b"]) if (proof := proven_rows(rows)) is not None]
-            known = np.prod(proofs, axis=0) if proofs else np.ones(len(sides["a"][0]))  # (R,)
-            for side, method in (("a", a), ("b", b)):
-                seeds = [matrix(rows, metric) * known[:, None] for rows in sides[side]]
-                tables[*place, side] = (method, seeds, metric.aggregate)
-            about[place] = claim_of(len(seeds_a), len(seeds_b)) | ({"rows": int(known.sum())} if proofs else {})
+            for side, method, seeds, strategy in (("a", a, seeds_a, strategy_a), ("b", b, seeds_b, strategy_b)):
+                rows = [matrix(rows_under(found[seed], strategy), metric) for seed in seeds]
+                tables[*place, side] = (method, rows, metric.aggregate)
+            about[place] = claim_of(len(seeds_a), len(seeds_b))
     draws = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
     compared = []
     for place, said in about.items():
@@ -101,7 +90,3 @@ def method_comparisons(
             }
         )
     return compared
-
-
-def _rows(statistics: ModelStatistics, strategy: str | None) -> Sequence[RowStatistics]:
-    return statistics.likelihood if strategy is None else statistics.strategies[strategy]

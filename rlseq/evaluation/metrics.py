@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, Pair, Source, Statistic
+from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, Pair, Statistic
 from rlseq.evaluation.stats.estimators import ExpRatioOfSums, RatioOfSums
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MODE = Source("mode")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Metric:
         higher_is_better: None: neither.
         percent: whether it is a share.
         kind: mean, accuracy, reward or corpus.
-        table: of the report: likelihood, curve (over k), quality, shape (of completions), chance or mode.
+        table: of the report: likelihood, curve (over k), quality, shape (of completions) or chance.
         counted: completions that have a value, and all.
         sampled: whether it is of a distribution that is sampled from; strategies that search or choose have none.
         needs_references: whether only rows with references have it.
@@ -253,14 +252,4 @@ UNREACHABLE = (
 )
 CHANCE_METRICS = _by_name(P_REFERENCE, *UNREACHABLE)
 
-MODE_EMPTY = Metric(
-    "mode_empty",
-    "Empty modes",
-    Pair(MODE("empty"), MODE("proven")),
-    "Share of proven modes that are a stop token alone.",
-    None,
-    percent=True,
-    table="mode",
-)
-
-BUILT_IN = LIKELIHOOD_METRICS | COMPLETION_METRICS | CHANCE_METRICS | _by_name(MODE_EMPTY)
+BUILT_IN = LIKELIHOOD_METRICS | COMPLETION_METRICS | CHANCE_METRICS

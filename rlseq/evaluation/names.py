@@ -15,7 +15,7 @@ from rlseq.evaluation.metrics import BUILT_IN, PASS_AT_K
 from rlseq.scoring import RewardSuite
 
 TOTAL = "reward"  # the mean total of the optimised rewards, in evaluations during training
-_OF_RESULTS = ("modes", "oracle")  # what else stands among a strategy's metrics in results.json
+_OF_RESULTS = ("oracle",)  # what else stands among a strategy's metrics in results.json
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def assemble(
             *comparisons(found, metrics, settings),
         ],
         "metrics": {name: metric.as_json() for name, metric in {**metrics, **LIKELIHOOD_METRICS}.items()},
-        "studies": study_results({name: statistics.studies for name, statistics in found.items()}, settings),
+        "studies": study_results({n: s.studies for n, s in found.items()}, settings, metrics),
         "primary": primary_comparison(settings, list(methods(found))),
         "oracles": chosen_by,
         "notes": seed_notes(found),

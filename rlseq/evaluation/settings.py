@@ -26,11 +26,12 @@ class ContrastSettings:
         max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
-        exact_map_rows: exact search runs on the first N rows; None: on all.
         studies: what else is measured, by the names of `rlseq.evaluation.studies.table.STUDIES`.
         study_rows: studies that decode or score again run on the first N rows; None: on all.
         coverage_samples: completions a row that the study of coverage draws.
         temperatures: those of the study of sharpening.
+        map_rows: the study map searches the first N rows; None: the first `study_rows`.
+        map_max_nodes: prefixes that it expands per row at most.
         prefix_lengths: tokens of the prefixes that the study of prefixes continues.
         choose_split: the split on whose rows settings with alternatives are chosen (rlseq.evaluation.tune_decoding),
             by name; None: nothing can be chosen.
@@ -54,11 +55,12 @@ class ContrastSettings:
     max_kv_gb: float | None = as_declared(EvaluationArguments, "max_kv_gb")
     primary: str | None = as_declared(EvaluationArguments, "primary")
     primary_against: str | None = as_declared(EvaluationArguments, "primary_against")
-    exact_map_rows: int | None = as_declared(EvaluationArguments, "exact_map_rows")
     studies: tuple[str, ...] = as_declared(EvaluationArguments, "studies", default=())
     study_rows: int | None = as_declared(EvaluationArguments, "study_rows")
     coverage_samples: int = as_declared(EvaluationArguments, "coverage_samples")
     temperatures: tuple[float, ...] = as_declared(EvaluationArguments, "temperatures")
+    map_rows: int | None = as_declared(EvaluationArguments, "map_rows")
+    map_max_nodes: int = as_declared(EvaluationArguments, "map_max_nodes")
     prefix_lengths: tuple[int, ...] = as_declared(EvaluationArguments, "prefix_lengths")
     choose_split: str | None = as_declared(EvaluateArguments, "choose_split", default=None)
     choose_rows: int | None = as_declared(EvaluateArguments, "choose_rows")

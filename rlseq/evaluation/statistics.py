@@ -19,7 +19,7 @@ class Statistic:
     """The key of a number that is kept for each row, to be summed over rows.
 
     Attributes:
-        source: what measures it: likelihood, completion, chance, agreement, mode, reward, corpus, document, or a
+        source: what measures it: likelihood, completion, chance, agreement, reward, corpus, document, or a
             study's name.
         name: what is counted or summed; like `source` it is one of rlseq's own words.
         params: what it is of: a reward's name as its user wrote it, a strategy, a number of samples.

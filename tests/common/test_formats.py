@@ -99,7 +99,7 @@ def test_what_a_run_started_with_has_a_version(tmp_path):
 
 def test_an_evaluation_without_a_version_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(FormatError, match=r"results.json is a result of .* version 0; rlseq .* reads 3. Evaluate"):
+    with pytest.raises(FormatError, match=r"results.json is a result of .* version 0; rlseq .* reads 4. Evaluate"):
         read_evaluation(tmp_path)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlseq.engine.strategies import MBR, Beam, BestOf, ExactMAP, Greedy, Sample, parse_strategy
+from rlseq.engine.strategies import MBR, Beam, BestOf, Greedy, Sample, parse_strategy
 from rlseq.errors import ConfigError
 
 
@@ -92,9 +92,6 @@ WRITTEN = {
     "best_of:n=8,by=phoneme_accuracy": BestOf(n=8, by="phoneme_accuracy"),
     "mbr:n=8,utility=error_rate": MBR(n=8, utility="error_rate"),
     "mbr:n=4,utility=chrf-2,temperature=0.5": MBR(n=4, utility="chrf-2", temperature=0.5),
-    "exact_map": ExactMAP(),
-    "exact_map:max_nodes=10000": ExactMAP(max_nodes=10_000),
-    "exact_map:max_nodes=100,width=2": ExactMAP(max_nodes=100, width=2),
 }
 
 
@@ -127,8 +124,7 @@ def test_only_sample_gives_several_completions_a_prompt():
     [
         (
             "gredy",
-            "no decoding strategy 'gredy'; there are greedy, sample, beam, best_of, mbr, exact_map. "
-            "Did you mean 'greedy'?",
+            "no decoding strategy 'gredy'; there are greedy, sample, beam, best_of, mbr. Did you mean 'greedy'?",
         ),
         ("", "no decoding strategy ''"),
         ("sample:temprature=1", "takes temperature=…, top_k=…, top_p=…, min_p=…. Did you mean 'temperature'?"),
@@ -155,10 +151,6 @@ def test_only_sample_gives_several_completions_a_prompt():
         ("mbr:n=8,utility=", "no utility is named"),
         ("mbr:n=0,utility=chrf", "mbr: n is 0; expected a whole number from 2"),
         ("mbr:n=8,utilty=chrf", "Did you mean 'utility'?"),
-        ("exact_map:max_nodes=0", "exact_map: max_nodes is 0; expected a whole number from 1"),
-        ("exact_map:width=0", "exact_map: width is 0"),
-        ("exact_map:max_nodes=1e4", "max_nodes is '1e4'; expected a whole number"),
-        ("exact_mapp", "Did you mean 'exact_map'?"),
         ("beam:length_penalty=inf", "length_penalty is inf; expected a finite number"),
     ],
 )

@@ -9,9 +9,9 @@ from tiny import EOS, FAMILIES, tiny_model
 from tiny_shapes import tiny_shape
 
 from rlseq.engine.beam import beam
-from rlseq.engine.exact_map import exact_map, modes
+from rlseq.engine.exact_map import exact_map, exact_map_prompts
 from rlseq.engine.sampling import sample
-from rlseq.engine.strategies import Beam, ExactMAP, Greedy
+from rlseq.engine.strategies import Beam, Greedy
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt
 
@@ -231,17 +231,17 @@ def test_rows_share_a_beam_search_and_come_back_as_rollouts_with_their_proofs():
     model = small(seed=4)
     prompts = [Prompt(str(ids), "", ids) for ids in PROMPTS]
     done = []
-    found, proofs = modes(
-        model, prompts, max_new_tokens=4, strategy=ExactMAP(max_nodes=300), stop_ids=STOPS, progress=done.append
+    found, proofs = exact_map_prompts(
+        model, prompts, max_new_tokens=4, max_nodes=300, stop_ids=STOPS, progress=done.append
     )
     assert sum(done) == len(prompts) and proofs == [True] * 4
-    for prompt, (rollout,) in zip(prompts, found, strict=True):
+    for prompt, rollout in zip(prompts, found, strict=True):
         listed = log_probs(model, prompt.prompt_ids, 4)
         assert rollout.completion_ids == max(listed, key=listed.get)
         assert rollout.logprob == pytest.approx(listed[rollout.completion_ids], abs=1e-4)
         assert (rollout.prompt_key, rollout.finish_reason) == (prompt.key, "stop")
-        assert rollout.strategy == "exact_map:max_nodes=300"
-    _, none = modes(model, prompts, max_new_tokens=4, strategy=ExactMAP(max_nodes=1), stop_ids=STOPS)
+        assert rollout.strategy == "exact_map"
+    _, none = exact_map_prompts(model, prompts, max_new_tokens=4, max_nodes=1, stop_ids=STOPS)
     assert not all(none)
 
 
@@ -277,7 +277,7 @@ def test_a_cache_that_holds_states_is_refused_before_a_forward_pass(name, found)
     with pytest.raises(ModelError, match=f"{found}. Use beam search"):
         exact_map(model, (1, 4), max_new_tokens=3, stop_ids=[EOS])
     with pytest.raises(ModelError, match=f"{found}. Use beam search"):
-        modes(model, [Prompt("", "", (1, 4))], max_new_tokens=3, strategy=ExactMAP(), stop_ids=[EOS])
+        exact_map_prompts(model, [Prompt("", "", (1, 4))], max_new_tokens=3, stop_ids=[EOS])
 
 
 def test_experts_and_windows_are_searched():

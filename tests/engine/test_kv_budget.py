@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from rlseq import evaluation
 from rlseq.config.training import EvaluationArguments
+from rlseq.engine.exact_map import exact_map_prompts
 from rlseq.engine.kv_budget import rows_within
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import parse_strategy
@@ -25,6 +26,7 @@ from rlseq.types import Prompt
 
 PROMPTS = [Prompt(key=str(n), prompt="", prompt_ids=tuple(range(3, 3 + n))) for n in (6, 1, 3, 2, 6, 4, 5)]
 LONGEST = 5
+DECODERS = ("sample", "decode", "exact_map_prompts")
 TOKENS = 6 + LONGEST  # of the longest row
 
 
@@ -54,7 +56,7 @@ def decoded(model, text, max_kv_gb=None):
     """Completions under a strategy, and what was in flight at most."""
     watch = Watch(model)
     with load_rewards([letters]) as suite:
-        groups, proven = decode(
+        groups = decode(
             model,
             PROMPTS,
             strategy=parse_strategy(text),
@@ -68,7 +70,7 @@ def decoded(model, text, max_kv_gb=None):
             max_kv_gb=max_kv_gb,
         )
     watch.handle.remove()
-    return [[(r.sample, r.completion_ids) for r in group] for group in groups], proven, watch
+    return [[(r.sample, r.completion_ids) for r in group] for group in groups], watch
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,26 +95,38 @@ def test_a_budget_holds_so_many_rows_and_no_more(family, dtype):
         ("best_of:n=5", 2),
         ("beam:width=2", 2),
         ("beam:width=2", 5),
-        ("exact_map:width=3", 32),
-        ("exact_map:width=40", 41),
     ],
 )
 def test_rows_in_flight_stay_within_the_budget_and_completions_the_same(strategy, rows):
     model = tiny_model("llama")
     row_bytes = 2 * 2 * 1 * 8 * 4 * TOKENS  # layers, keys and values, heads, head dimension, float32
-    found, proven, watch = decoded(model, strategy, max_kv_gb=(rows + 0.5) * row_bytes / 1e9)
-    expected, proofs, unbounded = decoded(model, strategy)
-    assert (found, proven) == (expected, proofs)
+    found, watch = decoded(model, strategy, max_kv_gb=(rows + 0.5) * row_bytes / 1e9)
+    expected, unbounded = decoded(model, strategy)
+    assert found == expected
     assert watch.rows <= rows and watch.bytes <= rows * row_bytes
-    assert unbounded.rows > rows or strategy.startswith("exact_map")
+    assert unbounded.rows > rows
     if strategy in ("greedy", "sample"):
         assert watch.rows == (8 if rows == 10 else rows)  # all that fits is used; 4 samples stay together if they can
+
+
+@pytest.mark.parametrize(("width", "rows"), [(3, 32), (40, 41)])
+def test_exact_search_stays_within_the_budget_and_finds_the_same(width, rows):
+    model = tiny_model("llama")
+    row_bytes = 2 * 2 * 1 * 8 * 4 * TOKENS  # layers, keys and values, heads, head dimension, float32
+    options = {"max_new_tokens": LONGEST, "stop_ids": [EOS], "width": width}
+    watch = Watch(model)
+    found = exact_map_prompts(model, PROMPTS, max_kv_gb=(rows + 0.5) * row_bytes / 1e9, **options)
+    watch.handle.remove()
+    assert watch.rows <= rows and watch.bytes <= rows * row_bytes
+    assert found == exact_map_prompts(model, PROMPTS, **options)
+    with pytest.raises(ConfigError, match=r"does not hold (32|40) rows, which are decoded together"):
+        exact_map_prompts(model, PROMPTS, max_kv_gb=1e-8, **options)
 
 
 @pytest.mark.parametrize("path", sorted(Path(evaluation.__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
 def test_all_that_an_evaluation_decodes_is_told_of_the_budget(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("sample", "decode"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in DECODERS:
             assert "max_kv_gb" in {keyword.arg for keyword in node.keywords}, f"{path.name}:{node.lineno}"
 
 
@@ -131,7 +145,6 @@ def test_samples_beyond_a_batch_go_on_in_the_next_and_a_prompt_is_done_once():
     [
         ("sample", "one row"),
         ("beam:width=3", "3 rows, which are decoded together,"),
-        ("exact_map", "32 rows, which are decoded together,"),
     ],
 )
 def test_a_budget_that_is_too_small_is_refused_with_the_least_that_works(strategy, what):

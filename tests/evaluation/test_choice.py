@@ -80,7 +80,6 @@ def test_alternatives_make_a_sweep_of_every_combination():
         ("sample:temperature=0.5/0", "temperature is 0.0; expected a number above 0"),
         ("sample:temperature=0.5/0.5", "an alternative twice"),
         ("beam:width=2/2.5", "width is '2.5'; expected a whole number"),
-        ("exact_map:max_nodes=10/20", "cannot be swept"),
     ],
 )
 def test_alternatives_that_cannot_work_are_refused(text, message):

@@ -40,8 +40,9 @@ SETTINGS = ContrastSettings(
     samples_per_row=3,
     max_new_tokens=3,
     resamples=100,
-    strategies=("greedy", "sample", f"exact_map:max_nodes={NODES}", "best_of:n=2,by=phoneme_accuracy"),
-    studies=("ranking",),
+    strategies=("greedy", "sample", "best_of:n=2,by=phoneme_accuracy"),
+    studies=("ranking", "map"),
+    map_max_nodes=NODES,
     primary="wer:greedy",
 )
 FILES = ("results.json", "per_example.jsonl", "samples.jsonl", "studies.jsonl", "report.html", "report.md")
@@ -143,8 +144,8 @@ def test_a_repeated_name_is_a_method_in_results_and_report(place, tmp_path):
     of_methods = [c for c in results["comparisons"] if c["claim"] == "method"]
     assert results["comparisons"][: len(of_methods)] == of_methods
     base = results["models"]["base"]
-    with (tmp_path / "per_example.jsonl").open() as file:
-        proven = [json.loads(line)["strategies"][f"exact_map:max_nodes={NODES}"]["mode/proven"] for line in file]
+    with (tmp_path / "studies.jsonl").open() as file:
+        proven = [json.loads(line)["studies"]["map"]["proven"] for line in file]
     known = int(np.reshape(proven, (4, len(ROWS))).all(0).sum())  # rows with a proven mode for all four
     assert 0 < known < len(ROWS)
     for c in of_methods:
@@ -152,8 +153,11 @@ def test_a_repeated_name_is_a_method_in_results_and_report(place, tmp_path):
         if c["strategy"] == "sample":
             values = (owner["strategies"]["sample"][c["metric"]]["value"] for owner in (base, method))
             assert c["difference"] == gap(*values)
-        if c["strategy"] == f"exact_map:max_nodes={NODES}":
-            assert c["rows"] == known and c["difference"] == gap(c["value_a"], c["value_b"])
+    of_modes = results["studies"]["map"]["comparisons"]
+    assert {(c["a"], c["b"]) for c in of_modes} == {("base", "rl"), *(("base", f"rl#{i}") for i in (1, 2, 3))}
+    for c in (c for c in of_modes if c["b"] == "rl"):
+        assert (c["rows"], c["seeds_a"], c["seeds_b"]) == (known, 1, 3)
+        assert c["difference"] == gap(c["value_a"], c["value_b"])
     alone = [c for c in results["comparisons"] if c["claim"] == "checkpoints"]
     assert {(c["a"], c["b"]) for c in alone} == {("base", f"rl#{i}") for i in (1, 2, 3)}
     assert {(c["metric"], c["strategy"]) for c in of_methods} == {(c["metric"], c["strategy"]) for c in alone}
@@ -225,7 +229,7 @@ BROKEN = {
     "an old file": (
         on_results(lambda r: r.update(schema=2)),
         FormatError,
-        "format version 2; rlseq .* reads 3. Evaluate",
+        "format version 2; rlseq .* reads 4. Evaluate",
     ),
     "a results.json without a part": (on_results(lambda r: r.pop("oracles")), DataError, "has no oracles"),
     "a truncated results.json": (lambda f: (f / "results.json").write_text('{"a": '), DataError, "is not valid JSON"),
@@ -330,7 +334,8 @@ def test_a_checkpoint_against_itself_differs_by_exactly_nothing_in_every_metric_
         temperatures=(0.5, 0.7, 1.0),
         prefix_lengths=(1, 2),
         max_new_tokens=6,
-        strategies=("greedy", "sample", "exact_map:max_nodes=20"),
+        strategies=("greedy", "sample"),
+        map_max_nodes=20,
     )
     results = measured(place, None, ("a", "one"), ("b", "one"), rows=PAIRS, settings=settings)
     every = differences(results["comparisons"])

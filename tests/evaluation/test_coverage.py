@@ -23,7 +23,7 @@ from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, con
 from rlseq.evaluation.statistics import Statistic
 from rlseq.evaluation.stats.majority import win_chances
 from rlseq.evaluation.studies import coverage
-from rlseq.evaluation.studies.coverage import row_statistics, sign_changes
+from rlseq.evaluation.studies.coverage import Sampled, row_statistics, sign_changes
 from rlseq.evaluation.studies.coverage_report import in_words
 from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import load_rewards
@@ -107,7 +107,7 @@ def key_of(name, k):
 
 def statistics_of(samples, p=0.25):
     values = np.array([np.nan if value is None else value for _, _, value in samples])
-    return row_statistics([t for t, _, _ in samples], {"r": values}, right=[r for _, r, _ in samples], p=p)
+    return row_statistics(Sampled([t for t, _, _ in samples], {"r": values}, [r for _, r, _ in samples], p))
 
 
 A_ROW = [
@@ -323,12 +323,12 @@ def test_the_report_shows_curves_differences_and_the_check(measured):
 
 
 def test_a_fault_of_sampling_is_told_from_chance():
-    rows = [row_statistics(["x"] * 8, {}, right=[True] * 6 + [False] * 2, p=p) for p in [0.75] * 50]
-    block = STUDIES["coverage"].results({"m": rows}, SETTINGS)
+    rows = [row_statistics(Sampled(["x"] * 8, {}, [True] * 6 + [False] * 2, p)) for p in [0.75] * 50]
+    block = STUDIES["coverage"].results({"m": rows}, SETTINGS, {})
     assert block["agreement"]["m"]["agrees"]
-    faulty = [row_statistics(["x"] * 8, {}, right=[True] * 6 + [False] * 2, p=0.6) for _ in range(50)]
+    faulty = [row_statistics(Sampled(["x"] * 8, {}, [True] * 6 + [False] * 2, 0.6)) for _ in range(50)]
     # 0.15 at k = 1, where √(0.6 · 0.4 / 8 / 50) = 0.0245
-    found = STUDIES["coverage"].results({"m": faulty}, SETTINGS)["agreement"]["m"]
+    found = STUDIES["coverage"].results({"m": faulty}, SETTINGS, {})["agreement"]["m"]
     assert not found["agrees"]
     assert found["differences"]["1"] == pytest.approx({"difference": 0.15, "standard_error": 0.024495}, rel=1e-4)
 

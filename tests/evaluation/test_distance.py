@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_contrast import letters
 from test_data import word_tokenizer
-from test_modes import ROWS
+from test_map import ROWS
 from tiny import tiny_model
 from toy import COMPLETIONS, LONGEST, PROMPT, STOP, exact_logprobs, toy_model
 

@@ -65,7 +65,7 @@ def test_a_model_without_room_for_the_longest_completion_is_refused_before_any_i
 def test_exact_search_of_a_model_with_states_is_refused_before_any_is_loaded(tmp_path, monkeypatch):
     models = {"a": saved(tmp_path / "a", tiny_model()), "b": saved(tmp_path / "b", tiny_shape("mamba2"))}
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
-    settings = ContrastSettings(strategies=("greedy", "exact_map"), max_new_tokens=4, studies=())
+    settings = ContrastSettings(strategies=("greedy",), max_new_tokens=4, studies=("map",))
     with load_rewards(["exact_match"]) as suite, pytest.raises(ModelError, match=r"\(mamba2\) keeps states.*Use beam"):
         contrast(models, ROWS, suite, settings=settings, quiet=True)
 

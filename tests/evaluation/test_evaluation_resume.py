@@ -33,7 +33,7 @@ ROWS = [
     {"prompt": "c = ", "references": ["C"], "level": 2},
     {"prompt": "d e f a = ", "references": ["D E F A"], "level": 1},
 ]
-STRATEGIES = ("greedy", "sample", "exact_map")
+STRATEGIES = ("greedy", "sample", "beam")
 SETTINGS = ContrastSettings(
     strategies=STRATEGIES, samples_per_row=2, max_new_tokens=3, resamples=50, studies=("ranking",)
 )
@@ -105,7 +105,7 @@ def stopped(task, output_dir, at_call, number):
 
 
 def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_path, capsys):
-    # the reward is tried once, then called 3 times under greedy, 6 under sample, 3 under exact_map, for each model
+    # the reward is tried once, then called 3 times under greedy, 6 under sample, 3 under beam, for each model
     code, out, err = stopped(task, tmp_path / "killed", 1 + 5, signal.SIGKILL)  # in the first model's samples
     assert code == -signal.SIGKILL and not (tmp_path / "killed" / "results.json").exists(), err
     assert len(list((tmp_path / "killed" / ".unfinished").glob("*.json"))) == 2  # likelihood, greedy
@@ -167,7 +167,7 @@ def run(models, output_dir, *, rows=ROWS, settings=SETTINGS, rewards=(letters,),
 def interrupted(task, tmp_path, monkeypatch):
     """What is there after an interruption before the search, and a function that resumes from a copy of it."""
     models = {"one": str(task / "one")}
-    assert run(models, tmp_path / "out", stop="exact_map", monkeypatch=monkeypatch) == ["greedy", "sample"]
+    assert run(models, tmp_path / "out", stop="beam", monkeypatch=monkeypatch) == ["greedy", "sample"]
 
     def go_on(**changes):
         shutil.copytree(tmp_path / "out", tmp_path / "copy", dirs_exist_ok=True)
@@ -208,10 +208,10 @@ def one_more(completion, references):
 @pytest.mark.parametrize(
     ("changes", "decoded"),
     [
-        ({}, ["exact_map"]),
-        ({"settings": dataclasses.replace(SETTINGS, eval_batch_size=2, max_kv_gb=1.0)}, ["exact_map"]),
+        ({}, ["beam"]),
+        ({"settings": dataclasses.replace(SETTINGS, eval_batch_size=2, max_kv_gb=1.0)}, ["beam"]),
         ({"settings": dataclasses.replace(SETTINGS, seed=1)}, list(STRATEGIES)),
-        ({"settings": dataclasses.replace(SETTINGS, strategies=("greedy", "exact_map", "sample"))}, None),
+        ({"settings": dataclasses.replace(SETTINGS, strategies=("greedy", "beam", "sample"))}, None),
         ({"rows": [*ROWS[:2], {**ROWS[2], "references": ["D"]}]}, list(STRATEGIES)),
         ({"rows": [*ROWS[:2], {**ROWS[2], "level": 3}]}, list(STRATEGIES)),
         ({"rewards": [one_more]}, list(STRATEGIES)),
@@ -220,7 +220,7 @@ def one_more(completion, references):
     ids=["none", "memory", "seed", "order", "reference", "column", "reward", "weight"],
 )
 def test_only_a_change_that_decides_numbers_makes_it_start_again(interrupted, changes, decoded):
-    assert interrupted(**changes) == (decoded or ["greedy", "exact_map", "sample"])
+    assert interrupted(**changes) == (decoded or ["greedy", "beam", "sample"])
 
 
 def test_other_weights_names_and_versions_start_again(interrupted, task, tmp_path, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_disk_that_takes_nothing_ends_no_evaluation(task, tmp_path, monkeypatc
 
 def test_nothing_is_kept_without_an_output_folder(task, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    run({"one": str(task / "one")}, None, stop="exact_map", monkeypatch=monkeypatch)
+    run({"one": str(task / "one")}, None, stop="beam", monkeypatch=monkeypatch)
     assert not list(tmp_path.rglob("*"))
 
 
@@ -304,7 +304,7 @@ def test_processes_agree_on_what_is_found(tmp_path, monkeypatch):
 def test_rows_that_json_cannot_hold_are_evaluated_and_not_kept(task, tmp_path, monkeypatch):
     rows = [{**row, "odd": {(1, 2): 3}} for row in ROWS]
     models = {"one": str(task / "one")}
-    assert run(models, tmp_path, rows=rows, stop="exact_map", monkeypatch=monkeypatch) == ["greedy", "sample"]
+    assert run(models, tmp_path, rows=rows, stop="beam", monkeypatch=monkeypatch) == ["greedy", "sample"]
     assert not (tmp_path / ".unfinished").exists()
 
 

@@ -246,7 +246,7 @@ def test_differences_are_the_models_value_less_the_controls():
         return entry | {LOOKAHEAD("nll", 1, "own_head"): 0.5, LOOKAHEAD("count", 1): 2.0, LOOKAHEAD("held_out"): 1.0}
 
     rows = {"a": [row(1.0), {LOOKAHEAD("fitted"): 1.0}, {}], "b": [row(2.0), {LOOKAHEAD("fitted"): 1.0}, {}]}
-    block = Lookahead().results(rows, SETTINGS)
+    block = Lookahead().results(rows, SETTINGS, {})
     assert (block["rows_fitted"], block["rows_held_out"]) == (1, 1)
     found = block["models"]["a"]["1"]
     assert found["positions"] == 2
@@ -291,4 +291,4 @@ def test_too_few_rows_are_said_to_be_too_few(checkpoint):
         results = contrast({"one": checkpoint}, cycles(2), suite, settings=SETTINGS, quiet=True)
     block = results["studies"]["lookahead"]
     assert block == {"rows_fitted": 0, "rows_held_out": 0}
-    assert "Skipped: too few rows" in Lookahead().section(block, results).definition
+    assert "Skipped: too few rows" in Lookahead().section(results).definition

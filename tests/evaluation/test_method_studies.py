@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 from test_contrast import letters
 from test_data import word_tokenizer
-from test_modes import ROWS
+from test_map import ROWS
 from test_sharpening import SETTINGS, rows_of
 from tiny import tiny_model
 
@@ -41,7 +41,7 @@ def ranked(rewards, right=(0.0, 1.0, 0.0, 1.0)):
 
 def test_ranking_of_a_method_is_the_mean_over_seeds_with_students_interval():
     found = {"base": ranked((2, 1, 3, 4)), **{f"rl#{i}": ranked(p) for i, p in enumerate(PERMUTED)}}
-    block = Ranking().results(found, MANY)
+    block = Ranking().results(found, MANY, {})
     rhos = [scipy.stats.spearmanr((1, 2, 3, 4), p).statistic for p in PERMUTED]  # 1, 0.8, −0.4, −1, 0.6
     cell = block["methods"]["rl"]["s"]["rewards"]["r"]["spearman_within"]
     assert cell["per_seed"] == pytest.approx(rhos)
@@ -61,7 +61,7 @@ def test_differences_of_ranking_are_drawn_on_the_same_rows():
     rewards = rng.normal(size=(12, 4))
     rows = [row for r in rewards for row in ranked(r)[:1]]
     other = [row for r in -rewards for row in ranked(r)[:1]]
-    block = Ranking().results({"a": rows, "b": other, "again": rows}, SETTINGS)
+    block = Ranking().results({"a": rows, "b": other, "again": rows}, SETTINGS, {})
     values = block["models"]["a"]["s"]["rewards"]["r"]["spearman_within"]
     for c in block["comparisons"]:
         if c["b"] == "again":
@@ -83,7 +83,7 @@ def test_the_divergence_of_a_method_is_the_mean_over_seeds_with_students_interva
 
     base = [{Statistic("distance", "itself"): 1.0}] * 4
     found = {"base": base, **{f"rl#{i}": rows(kl) for i, kl in enumerate(kls)}, "x#1": base, "x#2": rows(1.0)}
-    block = Distance().results(found, MANY)
+    block = Distance().results(found, MANY, {})
     assert set(block["methods"]) == {"rl"}  # a seed of x is the first model itself
     for name, scale in (("kl", 1), ("kl_per_token", 1 / 3)):
         cell = block["methods"]["rl"]["forward"][name]
@@ -96,7 +96,7 @@ def test_the_gap_of_a_method_at_equal_entropy_is_the_mean_over_seeds_with_studen
     lifts = np.random.default_rng(2).normal(0.1, 0.1, 10)
     # every seed lies a constant above the base's line 1 − h / 5, at other entropies
     seeds = {f"rl#{i}": rows_of([[(h, 1 - h / 5 + lift) for h in (1.0, 1.5, 3.0)]] * 6) for i, lift in enumerate(lifts)}
-    block = Sharpening().results({"base": rows_of(base), **seeds}, MANY)
+    block = Sharpening().results({"base": rows_of(base), **seeds}, MANY, {})
     *single, of_method = block["gaps"]
     assert [gap["b"] for gap in single] == list(seeds) and not any("claim" in gap for gap in single)
     assert (of_method["a"], of_method["b"], of_method["claim"], of_method["seeds_b"]) == ("base", "rl", "method", 10)
@@ -107,7 +107,7 @@ def test_the_gap_of_a_method_at_equal_entropy_is_the_mean_over_seeds_with_studen
     assert of_method["sharpening"]["value"] == pytest.approx(0.1)
     assert of_method["sharpening"]["ci95"] == pytest.approx([0.1, 0.1])
     # With two seeds of the base, all gaps are of methods; equal seeds of it add nothing.
-    block = Sharpening().results({"base#1": rows_of(base), "base#2": rows_of(base), **seeds}, MANY)
+    block = Sharpening().results({"base#1": rows_of(base), "base#2": rows_of(base), **seeds}, MANY, {})
     (gap,) = block["gaps"]
     assert (gap["a"], gap["b"], gap["seeds_a"], gap["seeds_b"]) == ("base", "rl", 2, 10)
     assert gap["rest"]["ci95"] == pytest.approx(of_method["rest"]["ci95"])
@@ -127,7 +127,7 @@ def test_curves_have_no_gap_to_themselves_in_any_resample():
     rng = np.random.default_rng(5)
     points = np.stack([rng.choice([0.0, 0.7, 1.1, 2.3], (9, 3)), rng.normal(size=(9, 3))], -1)  # with equal entropies
     found = {name: rows_of(points) for name in ("a", "b")}
-    (gap,) = Sharpening().results(found, dataclasses.replace(SETTINGS, resamples=2000))["gaps"]
+    (gap,) = Sharpening().results(found, dataclasses.replace(SETTINGS, resamples=2000), {})["gaps"]
     assert not {"sharpening", "rest"} & set(gap)
     for cell in (*gap["by_temperature"].values(), gap["mean"], gap["total"]):
         assert (cell["value"], cell["ci95"], cell["defined"]) == (0, [0, 0], 1)

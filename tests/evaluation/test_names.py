@@ -53,7 +53,7 @@ def test_a_corpus_metric_with_the_name_of_its_reward_leaves_the_reward_its_mean(
     assert (found["greedy/reward/acc"], found["greedy/corpus/acc"]) == (0.25, 1.0)
 
 
-@pytest.mark.parametrize("name", ["length", "perplexity", "modes", "oracle", "mode_empty", "exact_pass_at_k.4"])
+@pytest.mark.parametrize("name", ["length", "perplexity", "oracle", "exact_pass_at_k.4"])
 def test_no_number_of_the_evaluation_is_replaced_by_one_of_a_user(checkpoints, name):
     corpus = {name: Ratio("half", "n")}
 

@@ -198,7 +198,7 @@ def test_differences_are_own_less_gold_and_what_is_beyond_the_prefix():
     settings = dataclasses.replace(SETTINGS, prefix_lengths=(1, 7))
     rows = [row(2.0, 1.0, 1.5), row(1.0, 1.0, 2.0), {PREFIXES("no_reference"): 1.0}, {}]
     others = [row(2.0, 1.5, 1.5), row(1.0, 1.0, 2.0), {PREFIXES("no_reference"): 1.0}, {}]
-    block = Prefixes().results({"m": rows, "n": others}, settings)
+    block = Prefixes().results({"m": rows, "n": others}, settings, {})
     assert (block["rows"], block["rows_without_references"]) == (2, 1)
     entropy = block["models"]["m"]["entropy"]
     assert entropy["difference"]["1"] == {"value": 3.0, "ci95": [3.0, 3.0], "rows": 2}

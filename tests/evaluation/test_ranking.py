@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from test_contrast import letters
 from test_data import word_tokenizer
-from test_modes import ROWS
+from test_map import ROWS
 from tiny import tiny_model
 
 from rlseq.errors import ConfigError

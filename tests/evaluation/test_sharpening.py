@@ -11,7 +11,7 @@ import torch
 from scipy.integrate import quad
 from test_contrast import letters
 from test_data import word_tokenizer
-from test_modes import ROWS
+from test_map import ROWS
 from tiny import tiny_model
 from toy import COMPLETIONS, LONGEST, PROMPT, REWARDS, STOP, table, toy_model
 
@@ -91,8 +91,8 @@ def test_a_row_holds_the_sums_over_its_samples():
 
 
 def test_one_sample_says_nothing_of_diversity():
-    rows = measured(toy_model(1), prompts_of(PROMPTS), dataclasses.replace(SETTINGS, samples_per_row=1))
-    block = Sharpening().results({"one": rows, "two": rows}, dataclasses.replace(SETTINGS, samples_per_row=1))
+    rows = measured(toy_model(1), prompts_of(PROMPTS), dataclasses.replace(SETTINGS, samples_per_row=1), {})
+    block = Sharpening().results({"one": rows, "two": rows}, dataclasses.replace(SETTINGS, samples_per_row=1), {})
     assert set(block["models"]["one"]["1.0"]) == {"entropy", "truncated", "quality"}
 
 
@@ -167,7 +167,7 @@ def rows_of(points, samples=4):
 
 def results_of(base, other, **changes):
     found = {"base": rows_of(base), "other": rows_of(other)}
-    return Sharpening().results(found, dataclasses.replace(SETTINGS, **changes))
+    return Sharpening().results(found, dataclasses.replace(SETTINGS, **changes), {})
 
 
 def test_gaps_of_two_curves_by_hand():

@@ -27,8 +27,8 @@ def test_the_form_on_file_says_the_source_only_where_it_is_not_the_blocks():
 
 
 def test_what_is_no_statistic_is_not_read():
-    with pytest.raises(ValueError, match="'mode:proven' is no statistic"):
-        rows_from_json([{"mode:proven": 1.0}], "completion")
+    with pytest.raises(ValueError, match="'map:proven' is no statistic"):
+        rows_from_json([{"map:proven": 1.0}], "completion")
 
 
 def test_a_statistic_that_a_row_lacks_is_zero_in_the_matrix():

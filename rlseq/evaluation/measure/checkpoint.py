@@ -22,9 +22,9 @@ from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.data.rows import build_prompts, reference_ids, reference_texts
 from rlseq.engine.likelihood import TeacherForced
 from rlseq.engine.sampling import stop_ids_of
-from rlseq.engine.strategies import ExactMAP, Greedy, Sample, Strategy
+from rlseq.engine.strategies import Greedy, Sample, Strategy
 from rlseq.evaluation.measure.checks import check_answers
-from rlseq.evaluation.measure.decode import columns_of, decode, seeks_the_mode
+from rlseq.evaluation.measure.decode import decode
 from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics, measure_documents
 from rlseq.evaluation.measure.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.measure.partial import (
@@ -35,31 +35,20 @@ from rlseq.evaluation.measure.partial import (
     rollouts_as_json,
     rollouts_from_json,
 )
+from rlseq.evaluation.measure.quality import quality_rows
 from rlseq.evaluation.measure.references import (
     agreement_rows,
     check_agreement,
-    completion_statistics,
     force_references,
     generation_rows,
     likelihood_rows,
     near_tie_of,
 )
 from rlseq.evaluation.settings import ContrastSettings
-from rlseq.evaluation.statistics import (
-    COMPLETION,
-    CORPUS,
-    LIKELIHOOD,
-    REWARD,
-    RowStatistics,
-    Statistic,
-    rows_as_json,
-    rows_from_json,
-)
-from rlseq.evaluation.studies.modes import add_mode_statistics
+from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
 from rlseq.evaluation.studies.study import Context
-from rlseq.evaluation.studies.table import needs_all_rows, run_studies, run_together, studied_rows
-from rlseq.scoring import RewardSuite
-from rlseq.scoring.corpus import statistics_of
+from rlseq.evaluation.studies.table import STUDIES, run_studies, run_together, studied_rows
+from rlseq.scoring import RewardSuite, ScoreTable
 from rlseq.types import Prompt, Rollout, column_names
 
 
@@ -197,11 +186,10 @@ def measure(
     mine = _mine(prompts)
     baseline, progress, parts = baseline or (lambda: model), progress or (lambda rows: None), parts or Parts()
     with raise_on_all_ranks():
-        exact_rows = sum(i < (settings.exact_map_rows or len(prompts)) for i in mine)
         rows = [prompts[i] for i in mine]
         options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts}
         options["chosen"] = chosen or {}
-        found = _measure_rows(model, rows, mine, tokenizer, suite, settings, exact_rows=exact_rows, **options)
+        found = _measure_rows(model, rows, mine, tokenizer, suite, settings, **options)
     gathered = gather_object([(mine, found)])
     strategies = [strategy.signature for strategy in settings.parsed()]
     whole = ModelStatistics(path, [{}] * len(prompts), {s: [{}] * len(prompts) for s in strategies})
@@ -216,7 +204,7 @@ def measure(
     order = {prompt.key: i for i, prompt in enumerate(prompts)}
     places_of = {signature: i for i, signature in enumerate(strategies)}
     whole.samples.sort(key=lambda r: (places_of[r["strategy"]], order[r["key"]], r["sample"]))
-    if any(map(needs_all_rows, settings.studies)):
+    if any(STUDIES[name].together for name in settings.studies):
         stops = stop_ids_of(model, tokenizer)
         context = Context(
             model=model,
@@ -251,7 +239,6 @@ def _measure_rows(
     settings: ContrastSettings,
     *,
     name: str,
-    exact_rows: int,
     progress: Callable[[int], Any],
     baseline: Callable[[], torch.nn.Module],
     parts: Parts,
@@ -268,7 +255,7 @@ def _measure_rows(
         return force_references(model, prompts, references, strategies.values())
 
     def generated(index: int, signature: str, strategy: Strategy) -> dict[str, Any]:
-        groups, proven = decode(
+        groups = decode(
             model,
             prompts,
             strategy=strategy,
@@ -281,10 +268,9 @@ def _measure_rows(
             tokenizer=tokenizer,
             batch_rows=settings.eval_batch_size,
             max_kv_gb=settings.max_kv_gb,
-            exact_rows=exact_rows,
             progress=progress,
         )
-        statistics, records, values = _quality_rows(name, signature, prompts, groups, references, suite)
+        statistics, table = quality_rows(prompts, groups, references, suite)
         more: Sequence[RowStatistics] = []
         if isinstance(strategy, Sample):
             more = generation_rows(strategy, forced(), strategies.values(), settings.max_new_tokens)
@@ -295,10 +281,9 @@ def _measure_rows(
         completions = rollouts_as_json(groups)
         return {
             "completions": completions,
-            "proven": proven,
             "statistics": rows_as_json(statistics, COMPLETION.source),
-            "records": records,
-            "values": values,
+            "records": _records(name, signature, prompts, groups, table),
+            "values": table.values,
         }
 
     def likelihood() -> list[dict[str, Any]]:
@@ -309,7 +294,6 @@ def _measure_rows(
     progress(len(prompts))
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
     values: dict[str, Mapping[str, Sequence[float | None]]] = {}
-    proofs: dict[str, list[bool]] = {}
     for index, (signature, strategy) in enumerate(strategies.items()):
         if signature in parts.found:
             progress(len(prompts))
@@ -317,12 +301,6 @@ def _measure_rows(
         completions[signature], values[signature] = rollouts_from_json(part["completions"]), part["values"]
         measured.strategies[signature] = rows_from_json(part["statistics"], COMPLETION.source)
         measured.samples += part["records"]
-        if isinstance(strategy, ExactMAP):
-            proofs[signature] = part["proven"]
-    searches = [signature for signature, strategy in strategies.items() if seeks_the_mode(strategy)]
-    for signature, proven in proofs.items():
-        found = {search: completions[search] for search in searches}
-        add_mode_statistics(measured.strategies[signature], signature, found, proven, stops)
     context = Context(
         model=model,
         tokenizer=tokenizer,
@@ -340,57 +318,25 @@ def _measure_rows(
     return measured
 
 
-def _quality_rows(
-    name: str,
-    signature: str,
-    prompts: Sequence[Prompt],
-    groups: Sequence[Sequence[Rollout]],
-    references: Sequence[Sequence[tuple[int, ...]]],
-    suite: RewardSuite,
-) -> tuple[list[RowStatistics], list[dict[str, Any]], Mapping[str, Sequence[float | None]]]:
-    """The rows' statistics, a record a completion, and each reward's value a completion."""
-    flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
-    table = suite.score([rollout for _, rollout in flat], columns_of(prompts, [row for row, _ in flat]))
-    statistics: list[RowStatistics] = [{} for _ in prompts]
-    records = []
-
-    def add(row: int, key: Statistic, value: float) -> None:
-        statistics[row][key] = statistics[row].get(key, 0.0) + value
-
-    for (row, rollout), scored in zip(flat, table.scored, strict=True):
-        add(row, COMPLETION("samples"), 1)
-        add(row, COMPLETION("length"), len(rollout.completion_ids))
-        add(row, COMPLETION("truncated"), float(rollout.finish_reason == "length"))
-        add(row, COMPLETION("logprob"), rollout.logprob)
-        if references[row]:
-            add(row, COMPLETION("exact_match"), float(rollout.completion_ids in references[row]))
-            add(row, COMPLETION("with_references"), 1)
-        for key, value in completion_statistics(rollout.completion_ids, references[row]).items():
-            add(row, key, value)
-        for reward in suite.names:
-            value = scored.values[reward]
-            add(row, REWARD("sum", reward), value or 0.0)
-            add(row, REWARD("count", reward), float(value is not None))
-            add(row, REWARD("failed", reward), float(scored.status[reward] not in ("ok", "abstained")))
-        for given, metric in suite.corpus.items():
-            found = statistics_of(given, metric, scored.details[metric.reward])
-            add(row, CORPUS("count", given), float(found is not None))
-            for key, value in zip(metric.statistics, found or (), strict=found is not None):
-                add(row, CORPUS("sum", given, key), value)
-        records.append(
-            {
-                "model": name,
-                "strategy": signature,
-                "key": prompts[row].key,
-                "prompt": prompts[row].prompt,
-                "references": list(prompts[row].columns.get("references", ())),
-                "sample": rollout.sample,
-                "completion": rollout.text,
-                "values": dict(scored.values),
-                "total": scored.total,
-                "logprob": rollout.logprob,
-                "length": len(rollout.completion_ids),
-                "finish_reason": rollout.finish_reason,
-            }
-        )
-    return statistics, records, table.values
+def _records(
+    name: str, signature: str, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]], table: ScoreTable
+) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl: one per completion."""
+    flat = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
+    return [
+        {
+            "model": name,
+            "strategy": signature,
+            "key": prompt.key,
+            "prompt": prompt.prompt,
+            "references": list(prompt.columns.get("references", ())),
+            "sample": rollout.sample,
+            "completion": rollout.text,
+            "values": dict(scored.values),
+            "total": scored.total,
+            "logprob": rollout.logprob,
+            "length": len(rollout.completion_ids),
+            "finish_reason": rollout.finish_reason,
+        }
+        for (prompt, rollout), scored in zip(flat, table.scored, strict=True)
+    ]

@@ -9,14 +9,13 @@ from typing import Any
 from rlseq.data.rows import build_prompts
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.static import load_configs, static_checks
-from rlseq.engine.exact_map import validate_cache
 from rlseq.engine.model_class import causal_class
-from rlseq.engine.strategies import ExactMAP
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.metrics import BUILT_IN
 from rlseq.evaluation.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.types import Prompt
@@ -45,7 +44,6 @@ def check_models(
         ModelError: says which checkpoint, what was found and what to do.
     """
     warnings: list[str] = []
-    searched = any(isinstance(strategy, ExactMAP) for strategy in settings.parsed())
     for number, (name, path) in enumerate(models.items()):
         tokenizer = load_tokenizer(name, str(path))
         prompts = build_prompts(rows, tokenizer, **prompt_options)
@@ -67,8 +65,8 @@ def check_models(
             raise ModelError("\n  ".join([*said, *(r.sentence for r in failed)]))
         found = [r.sentence for r in results if r.check == "references" and r.status in (WARNING, FAILED)]
         warnings += [f"model {name!r}: {sentence}" for sentence in found]
-        if searched:
-            validate_cache(model_config)
+        for study in settings.studies:
+            STUDIES[study].check_model(model_config)
     return warnings
 
 

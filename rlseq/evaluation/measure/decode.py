@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from rlseq.engine.beam import beam
-from rlseq.engine.exact_map import TOGETHER, modes
 from rlseq.engine.kv_budget import rows_within
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample
-from rlseq.engine.strategies import LOGPROB, MBR, Beam, BestOf, ExactMAP, Greedy, Rerank, Sample, Strategy
+from rlseq.engine.strategies import LOGPROB, MBR, Beam, BestOf, Rerank, Sample, Strategy
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring import RewardSuite
 from rlseq.types import ABSENT, Prompt, Rollout, column_names
@@ -43,9 +42,8 @@ def decode(
     tokenizer: Any,
     batch_rows: int = 256,
     max_kv_gb: float | None = None,
-    exact_rows: int | None = None,
     progress: Callable[[int], Any] | None = None,
-) -> tuple[Groups, list[bool]]:
+) -> Groups:
     """Continue each of P prompts as a strategy says.
 
     Args:
@@ -55,30 +53,22 @@ def decode(
         batch_rows: prompts decoded together.
         max_kv_gb: a budget for the KV cache (`rlseq.engine.kv_budget.rows_within`); fewer are decoded together where it
             says so.
-        exact_rows: exact search runs on the first N prompts; the others get no completion. None: on all.
         progress: called with the number of prompts finished.
 
     Returns:
-        The completions of each prompt and, under exact search, whether each prompt's is proven to be the mode.
+        The completions of each prompt.
 
     Raises:
         RewardError: the reward that is to choose failed.
         ConfigError: the budget does not hold what must be decoded together.
     """
     common = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "tokenizer": tokenizer, "progress": progress}
-    if isinstance(strategy, Beam | ExactMAP) and max_kv_gb is not None and prompts:
-        together = max(strategy.width, TOGETHER) if isinstance(strategy, ExactMAP) else strategy.width
-        tokens = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
-        rows = rows_within(model, max_kv_gb, tokens, together=together)
-        batch_rows = min(batch_rows, rows // strategy.width)
-    if isinstance(strategy, ExactMAP):
-        searched = prompts if exact_rows is None else prompts[:exact_rows]
-        found, proven = modes(model, searched, strategy=strategy, batch_rows=batch_rows, **common)
-        if progress is not None:
-            progress(len(prompts) - len(searched))
-        return found + [[] for _ in prompts[len(searched) :]], proven
     if isinstance(strategy, Beam):
-        return beam(model, prompts, strategy=strategy, batch_rows=batch_rows, **common), []
+        if max_kv_gb is not None and prompts:
+            tokens = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens
+            rows = rows_within(model, max_kv_gb, tokens, together=strategy.width)
+            batch_rows = min(batch_rows, rows // strategy.width)
+        return beam(model, prompts, strategy=strategy, batch_rows=batch_rows, **common)
     reranks = isinstance(strategy, Rerank)
     num_samples = strategy.n if reranks else num_samples if strategy.is_stochastic else 1
     groups = sample(
@@ -96,7 +86,7 @@ def decode(
         groups = [
             [rollout] for rollout in choose(strategy, _as_candidates(model, prompts, groups, strategy), prompts, suite)
         ]
-    return groups, []
+    return groups
 
 
 def choose(strategy: Rerank, groups: Groups, prompts: Sequence[Prompt], suite: RewardSuite) -> list[Rollout]:
@@ -164,11 +154,6 @@ def columns_of(prompts: Sequence[Prompt], rows: Sequence[int]) -> dict[str, list
     names = [name for name in column_names(prompts) if name != "prompt"]  # of all, as these rows may all lack one
     columns = {name: [prompts[row].columns.get(name, ABSENT) for row in rows] for name in names}
     return columns | {"prompt": [prompts[row].prompt for row in rows]}
-
-
-def seeks_the_mode(strategy: Strategy) -> bool:
-    """Whether a strategy looks for the completion that the model finds likeliest."""
-    return isinstance(strategy, Greedy | Beam | ExactMAP) or (isinstance(strategy, BestOf) and strategy.by == LOGPROB)
 
 
 def check_choosers(strategies: Iterable[Strategy], suite: RewardSuite) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rlseq.evaluation.metrics import EXACT_ACCURACY, LOGPROB, NLL, PASS_METRICS
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.report.tables import Comparison, Results
+from rlseq.evaluation.studies.table import headlines
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Headline:
 
     Attributes:
         cost: in likelihood, coverage and diversity, a sentence each where it was measured.
-        source: how much of a gain in sampling a lower temperature would give too, where that was measured; else "".
+        source: what the studies say of the difference.
     """
 
     title: str
@@ -83,7 +84,7 @@ def make_headline(results: Results) -> Headline:
                 *_diversity_cost(others),
             ]
         ),
-        source=_source(results, lead.a, lead.b),
+        source=" ".join(headlines(results, lead.a, lead.b)),
         verdict=lead.verdict,
         tiles=(lead, *same_metric[:3], *likelihood),
     )
@@ -143,36 +144,6 @@ def _diversity_cost(compared: Sequence[Comparison]) -> list[str]:
         f"{words.get(found.verdict, 'Samples vary about as before')}{found.unseen}: the entropy of a completion is "
         f"{a} → {b} nats."
     ]
-
-
-def _source(results: Results, a: str, b: str) -> str:
-    """The decomposition of the gain at temperature 1, from the study of sharpening."""
-    gaps = (results.get("studies") or {}).get("sharpening", {}).get("gaps", [])
-    for gap in gaps:
-        if (gap["a"], gap["b"]) == (a, b) and "rest" in gap and gap["total"]["value"] is not None:
-            info = tables.metric(results, gap["metric"])
-            total, sharpening, rest = (info.difference(gap[part]["value"]) for part in ("total", "sharpening", "rest"))
-            label, interval = _inside(info.label), info.difference_interval(gap["rest"]["ci95"])
-            if gap["rest"]["value"] is None:
-                return (
-                    f"In plain sampling {label} differs by {total}: how much of it a lower temperature gives {a} is "
-                    f"not known, as none of those studied makes its samples as little varied as those of {b}."
-                )
-            if gap["total"]["value"] <= 0:
-                return (
-                    f"In plain sampling {label} differs by {total}, and a lower temperature of equal entropy gives {a} "
-                    f"{sharpening}; the rest is {rest} (95% interval {interval})."
-                )
-            return (
-                f"In plain sampling {label} gains {total}: {sharpening} of it {a} gains, too, at a lower temperature "
-                f"of equal entropy; the rest is {rest} (95% interval {interval})."
-            )
-    return ""
-
-
-def _inside(label: str) -> str:
-    """A label within a sentence: its first letter small, unless it is an abbreviation."""
-    return label[:1].lower() + label[1:] if label[1:2].islower() else label
 
 
 def _headline_without_comparison(results: Results, models: Sequence[str]) -> Headline:

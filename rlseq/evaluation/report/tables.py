@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlseq.evaluation.metrics import BUILT_IN, MODE_EMPTY, PASS_AT_K, PASS_METRICS
+from rlseq.evaluation.metrics import BUILT_IN, PASS_AT_K, PASS_METRICS
 from rlseq.evaluation.report.formats import NOTHING as NOTHING  # these two for the studies' own tables
 from rlseq.evaluation.report.formats import Shown, p_text
 from rlseq.evaluation.report.formats import number as number
@@ -71,19 +71,7 @@ class Comparison:
         if self.strategy is None:
             return "teacher forcing"
         where = self.strategy if self.strategy_a == self.strategy else f"{self.strategy_a} → {self.strategy}"
-        if "rows" in self.raw:
-            where += f", {self.raw['rows']:,} rows with proven modes"
         return f"{where} (oracle)" if self.oracle else where
-
-
-@dataclass(frozen=True)
-class ModeTable:
-    """What one exact search says of modes: by model, a (metric, cell) for each column, and its rows."""
-
-    strategy: str
-    columns: list[str]
-    rows: Mapping[str, list[tuple[Shown, Mapping[str, Any]]]]
-    counts: Mapping[str, tuple[int, int]]  # rows with a proven mode, rows searched
 
 
 def metric(results: Results, name: str) -> Shown:
@@ -196,33 +184,6 @@ def is_cell(value: Any) -> bool:
     return isinstance(value, Mapping) and "value" in value
 
 
-def modes(results: Results) -> list[ModeTable]:
-    """A table for each exact search."""
-    share, nats = Shown(percent=True), Shown(decimals=3)
-    found = []
-    for strategy in strategies(results):
-        blocks = {m: e["strategies"].get(strategy, {}).get("modes") for m, e in results["models"].items()}
-        blocks = {model: block for model, block in blocks.items() if block}
-        if not blocks:
-            continue
-        first = next(iter(blocks.values()))
-        quality = [metric(results, name) for name in first.get("quality", ())]
-        quality = [info for info in quality if info.table == "quality"]
-        searches = list(first.get("is_mode", ()))
-        rows = {}
-        for model, block in blocks.items():
-            cells = [(share, block["proven"]), (nats, block["logprob"]), (share, block["empty"])]
-            cells += [(share, block["is_mode"][s]) for s in searches]
-            cells += [(share, block["search_errors"][s]) for s in searches]
-            rows[model] = cells + [(info, block["quality"][info.name]) for info in quality]
-        columns = ["Proven", "Log-prob of the mode", "Empty modes"]
-        columns += [f"{s} is the mode" for s in searches] + [f"Search errors of {s}" for s in searches]
-        columns += [f"{info.label} of the mode" for info in quality]
-        counts = {model: (block["proven_rows"], block["rows"]) for model, block in blocks.items()}
-        found.append(ModeTable(strategy, columns, rows, counts))
-    return found
-
-
 def agreements(results: Results) -> list[str]:
     """A sentence a model: on how many rows greedy decoding and teacher forcing agree."""
     found = []
@@ -289,10 +250,8 @@ def comparisons(results: Results) -> list[Comparison]:
 def definitions(results: Results) -> list[Shown]:
     """Every metric that the report shows, each once."""
     names = [*likelihood_metrics(results), *_strategy_metrics(results)]
-    modes = [raw["metric"] for raw in results.get("comparisons", ()) if raw["metric"] == MODE_EMPTY.name]
     curve = [PASS_OVER_K] if pass_curves(results) else []
-    found = [metric(results, name) for name in names]
-    return [*found, *curve, *(metric(results, name) for name in dict.fromkeys(modes))]
+    return [*(metric(results, name) for name in names), *curve]
 
 
 def flatten(settings: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

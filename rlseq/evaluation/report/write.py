@@ -54,11 +54,13 @@ def write_report(
     output_dir = Path(output_dir)
     samples = list(samples)
     figures = _figures(results, samples, metrics or ())
-    for section in [*sections(results), *compression.sections(results)]:
+    shown = [*sections(results), *compression.sections(results)]
+    for section in shown:
         figures |= section.figures
     plots.write_svgs({name: svg for name, (_, svg) in figures.items()}, output_dir / "plots")
 
     context = _context(results, samples, list(per_example or ()), title)
+    context["sections"] = shown
     context["figures"] = {
         name: (label, Markup(plots.inline_svg(svg, name, label))) for name, (label, svg) in figures.items()
     }
@@ -153,8 +155,6 @@ def _context(
         "generated": tables.generated(results),
         "likelihood": [tables.metric(results, n) for n in tables.likelihood_metrics(results)],
         "comparisons": [c for c in found if c.metric.table != "curve"],
-        "modes": tables.modes(results),
-        "sections": [*sections(results), *compression.sections(results)],
         "pass_curves": curves,
         "pass_ks": [k for k in _PASS_KS_IN_TABLE if any(k in curve for curve in curves.values())],
         "pass_metric": tables.metric(results, PASS_METRICS[1].name),

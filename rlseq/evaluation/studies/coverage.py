@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,12 +19,13 @@ from rlseq.engine.likelihood import score
 from rlseq.engine.measures import exact_pass_at_k, reference_probability
 from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.measure.references import SAMPLING_ROUNDING
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic
 from rlseq.evaluation.stats.bootstrap import RatioOfSums, best_of_k, pass_at_k
 from rlseq.evaluation.stats.majority import win_chances
 from rlseq.evaluation.studies.coverage_report import section_of
-from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summarise
+from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
 
 LARGEST = int(COVERAGE.most)  # samples a row, and the largest k of the exact curve
@@ -34,7 +36,24 @@ _REWARD_CURVES = {"best": "best_of_k", "majority": "majority"}
 _HELD_TOKENS = 2**22  # completions of at most this many tokens are held at once, one row at least
 
 
-class Coverage:
+@dataclass(frozen=True)
+class Sampled:
+    """A row's n samples.
+
+    Attributes:
+        answers: their texts, which vote.
+        values: by reward (n,) values, NaN where it abstained or failed.
+        right: whether each is a reference; None if the row has no references.
+        p: the probability that one sample is a reference, exactly.
+    """
+
+    answers: Sequence[str]
+    values: Mapping[str, np.ndarray]
+    right: Sequence[bool] | None = None
+    p: float | None = None
+
+
+class Coverage(Study):
     """n ancestral samples a row, and what a choice of k among them gives, in expectation over the choice.
 
     For k in powers of two up to n:
@@ -49,18 +68,17 @@ class Coverage:
     """
 
     name = "coverage"
-    costly = True
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Nothing can be wrong beside the range of coverage_samples."""
 
-    def measure(self, context: Context) -> list[RowStatistics]:
-        """Draw, score and keep of each row what `row_statistics` gives."""
+    def sample(self, context: Context) -> list[Sampled]:
+        """Sample and score, at most `_HELD_TOKENS` at once."""
         settings, n = context.settings, context.settings.coverage_samples
         names = Names.of(context.suite).rewards
         chances = _chances(context)
         at_once = max(1, _HELD_TOKENS // (n * settings.max_new_tokens))
-        statistics: list[RowStatistics] = []
+        records: list[Sampled] = []
         for start in range(0, len(context.prompts), at_once):
             prompts = context.prompts[start : start + at_once]
             groups = context.sample(self.name, prompts, num_samples=n, progress=context.progress)
@@ -69,17 +87,23 @@ class Coverage:
             by_reward = {names[r]: np.array(v, dtype=float).reshape(-1, n) for r, v in values.items()}  # (R, n)
             for i, group in enumerate(groups):
                 references = context.references[start + i]
-                statistics.append(
-                    row_statistics(
+                records.append(
+                    Sampled(
                         [rollout.text.strip() for rollout in group],
                         {name: found[i] for name, found in by_reward.items()},
                         right=[rollout.completion_ids in references for rollout in group] if references else None,
                         p=chances[start + i],
                     )
                 )
-        return statistics
+        return records
 
-    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+    def statistics(self, records: list[Sampled]) -> list[RowStatistics]:
+        """`row_statistics` of each row."""
+        return [row_statistics(record) for record in records]
+
+    def results(
+        self, found: Mapping[str, Sequence[RowStatistics]], settings: Any, metrics: Mapping[str, Metric]
+    ) -> dict[str, Any] | None:
         """Curves, differences and agreement of the rows that were studied.
 
         {"samples": n, "rows": R, "models": {model: {curve: {k: {"value", "ci95"}}}},
@@ -112,9 +136,9 @@ class Coverage:
             "agreement": {model: _agreement(rows) for model, rows in found.items() if _COVERAGE("pass", 1) in keys},
         }
 
-    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+    def section(self, results: Mapping[str, Any]) -> Section:
         """A pair of figures and of tables for success and for each reward, and a table of the agreement."""
-        return section_of(block, results)
+        return section_of(results["studies"][self.name], results)
 
 
 def powers_of_two(largest: int) -> list[int]:
@@ -122,26 +146,15 @@ def powers_of_two(largest: int) -> list[int]:
     return [2**i for i in range(largest.bit_length())]
 
 
-def row_statistics(
-    answers: Sequence[str],
-    values: Mapping[str, np.ndarray],
-    *,
-    right: Sequence[bool] | None = None,
-    p: float | None = None,
-) -> RowStatistics:
+def row_statistics(record: Sampled) -> RowStatistics:
     """The sufficient statistics of a row's n samples, for each k a number, k the first parameter.
 
     Where a reward abstains on a sample, a choice of k counts if one of its samples has a value, and is worth the best
     of these: best(k, R) is the expected sum over such choices and best_count(k, R) their share. A majority of k is a
     text; it is worth the mean over its samples in the choice, and where some abstain counts for the share with a value.
     Since samples of one text are exchangeable, that is the mean over all of its samples.
-
-    Args:
-        answers: n texts, which vote.
-        values: by reward (n,) values, NaN where it abstained or failed.
-        right: n booleans, whether each sample is a reference; None where the row has no references.
-        p: the chance that one sample is right, exactly; with `right`.
     """
+    answers, right, p = record.answers, record.right, record.p
     n = len(answers)
     ks = powers_of_two(n)
     places: dict[str, int] = {}
@@ -165,7 +178,7 @@ def row_statistics(
             scipy.stats.binom.pmf(np.arange(n + 1), n, min(p, 1.0)) @ (_pass_table(n) - exact) ** 2,
         )
         statistics[_JUDGED] = 1.0
-    for reward, found in values.items():
+    for reward, found in record.values.items():
         present = np.isfinite(found)
         held = _pass_table(n)[int(present.sum())]  # (K,) the share of choices with a value
         least = found[present].min() if present.any() else 0.0

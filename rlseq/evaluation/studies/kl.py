@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ import torch
 from rlseq.engine.float64 import to_float64
 from rlseq.engine.likelihood import divergence
 from rlseq.errors import ModelError
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import RowStatistics, Source, rows_matrix
 from rlseq.evaluation.stats.bootstrap import RatioOfSums
 from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, methods
-from rlseq.evaluation.studies.study import Context, Section, StudyMetric, Table, summarise
-from rlseq.scoring import RewardSuite
+from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, Table, summarise
 
 FORWARD, REVERSE = "forward", "reverse"
 
@@ -54,7 +54,20 @@ METRICS = {
 }
 
 
-class Distance:
+@dataclass(frozen=True)
+class Compared:
+    """A row's samples under both models.
+
+    Attributes:
+        vocabularies: the sizes of the model's and the first model's, if they differ: then nothing was sampled.
+        divergences: by direction (G, 3) of G samples: KL divergence, log-ratio, tokens; empty of the first model.
+    """
+
+    vocabularies: tuple[int, int] | None
+    divergences: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class Distance(Study):
     """KL(p ‖ b) of a model p to the first model b, and KL(b ‖ p), over whole completions; mean over rows, in nats.
 
         KL(p ‖ b) = E_{y ~ p} Σ_t Σ_v p(v | x, y_<t) · (log p(v | x, y_<t) − log b(v | x, y_<t))
@@ -67,37 +80,35 @@ class Distance:
     """
 
     name = "distance"
-    costly = True
     against_first = True
 
-    def check(self, settings: Any, suite: RewardSuite) -> None:
-        """Nothing can be wrong before models are loaded."""
+    def sample(self, context: Context) -> list[Compared]:
+        """Sample both models, and score what each sampled by both.
 
-    def measure(self, context: Context) -> list[RowStatistics]:
+        Raises:
+            ModelError: one model rules out a token that the other samples, so that the divergence is infinite.
+        """
+        base, model, rows = context.baseline(), context.model, len(context.prompts)
+        sizes = tuple(m.config.get_text_config().vocab_size for m in (model, base))
+        if base is model or sizes[0] != sizes[1]:
+            context.progress(rows)
+            return [Compared(None if base is model else sizes) for _ in range(rows)]
+        forward = _divergences(model, base, 0, context)
+        context.progress(rows // 2)
+        reverse = _divergences(base, model, 1, context)
+        context.progress(rows - rows // 2)
+        return [Compared(None, {FORWARD: a, REVERSE: b}) for a, b in zip(forward, reverse, strict=True)]
+
+    def statistics(self, records: list[Compared]) -> list[RowStatistics]:
         """Per direction D, sums over the row's samples: kl(D), plain(D), tokens(D), samples(D), and moments.
 
         The first model has itself alone, and a model with another vocabulary the two sizes.
-
-        Raises:
-            ModelError: one model rules out a token that the other draws, so that the divergence is infinite.
         """
-        base, model = context.baseline(), context.model
-        rows = len(context.prompts)
-        if base is model:
-            context.progress(rows)
-            return [{_ITSELF: 1.0} for _ in range(rows)]
-        sizes = [float(m.config.get_text_config().vocab_size) for m in (model, base)]
-        if sizes[0] != sizes[1]:
-            context.progress(rows)
-            return [dict(zip(_VOCABULARIES.values(), sizes, strict=True)) for _ in range(rows)]
-        statistics: list[RowStatistics] = [{} for _ in range(rows)]
-        _add(statistics, FORWARD, model, base, 0, context)
-        context.progress(rows // 2)
-        _add(statistics, REVERSE, base, model, 1, context)
-        context.progress(rows - rows // 2)
-        return statistics
+        return [_row_statistics(record) for record in records]
 
-    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+    def results(
+        self, found: Mapping[str, Sequence[RowStatistics]], settings: Any, metrics: Mapping[str, Metric]
+    ) -> dict[str, Any] | None:
         """{"first", "rows", "samples_per_row", "models": {model: {direction: {name: {"value", "ci95"}}}},
         "methods": {method: the same, with "per_seed"}, "skipped"}.
 
@@ -127,8 +138,9 @@ class Distance:
             return None
         return {**block, "models": models, "methods": _of_methods(found, models, settings), "skipped": skipped}
 
-    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+    def section(self, results: Mapping[str, Any]) -> Section:
         """A table of both directions, and what was left out."""
+        block = results["studies"][self.name]
         first = block["first"]
         rows = []
         for model, directions in {**block["models"], **block["methods"]}.items():
@@ -189,38 +201,40 @@ def _by_direction(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[st
 _SHOWN = (("kl", 3), ("kl_per_token", 4), ("plain", 3), ("variance_ratio", 2), ("length", 1))
 
 
-def _add(
-    statistics: Sequence[RowStatistics],
-    direction: str,
-    p: torch.nn.Module,
-    b: torch.nn.Module,
-    part: int,
-    context: Context,
-) -> None:
-    """Sample p, and add the divergence of b from it to the rows."""
-    groups, size = context.sample(Distance.name, part=part, model=p), context.settings.samples_per_row
+def _divergences(p: torch.nn.Module, b: torch.nn.Module, part: int, context: Context) -> list[np.ndarray]:
+    """By row (G, 3) of its samples from p: the divergence of b from p, the log-ratio, and the number of tokens."""
+    groups = context.sample(Distance.name, part=part, model=p)
     flat = [
         (prompt, rollout.completion_ids)
         for prompt, group in zip(context.prompts, groups, strict=True)
         for rollout in group
     ]
     found = divergence(p, b, [prompt.prompt_ids for prompt, _ in flat], [ids for _, ids in flat])
-    sums = np.array(
-        [[*to_float64(tokens).sum(0).tolist(), len(tokens)] for tokens in found]
-    )  # (B, 3): kl, ratio, tokens
+    sums = np.array([[*to_float64(tokens).sum(0).tolist(), len(tokens)] for tokens in found])  # (B, 3)
     if not np.isfinite(sums).all():
         prompt, _ = flat[int(np.argwhere(~np.isfinite(sums))[0, 0])]
         raise ModelError(
             f"the study distance found an infinite KL: after the prompt {prompt.text!r} one of the model and the first "
             "model gives probability 0 to a token that the other may draw. Leave distance out of --studies."
         )
-    for row, mine in enumerate(statistics):
-        kl, plain, tokens = sums[row * size : (row + 1) * size].sum(0).tolist()
-        values = {"kl": kl, "plain": plain, "tokens": tokens, "samples": float(size), "one": 1.0}
+    return np.split(sums, len(groups)) if groups else []
+
+
+def _row_statistics(record: Compared) -> RowStatistics:
+    if record.vocabularies is not None:
+        return dict(zip(_VOCABULARIES.values(), map(float, record.vocabularies), strict=True))
+    if not record.divergences:
+        return {_ITSELF: 1.0}
+    row: RowStatistics = {}
+    for direction, sums in record.divergences.items():
+        size = float(len(sums))
+        kl, plain, tokens = sums.sum(0).tolist()
+        values = {"kl": kl, "plain": plain, "tokens": tokens, "samples": size, "one": 1.0}
         for name in ("kl", "plain"):
             mean = values[name] / size
             values |= {f"{name}_mean": mean, f"{name}_square": mean**2}
-        mine.update({_DISTANCE(name, direction): value for name, value in values.items()})
+        row |= {_DISTANCE(name, direction): value for name, value in values.items()}
+    return row
 
 
 def _text(cell: Mapping[str, Any] | None, decimals: int) -> str:

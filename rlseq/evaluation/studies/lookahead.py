@@ -14,12 +14,12 @@ from rlseq.engine.likelihood import score
 from rlseq.engine.model_class import causal_class
 from rlseq.engine.packing import pad
 from rlseq.errors import ModelError
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import plots, tables
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source
 from rlseq.evaluation.stats.bootstrap import RatioOfSums, SumOfRatios
 from rlseq.evaluation.stats.heads import chosen_head, cross_entropy, logits
-from rlseq.evaluation.studies.study import Context, Section, StudyMetric, Table, summarise
-from rlseq.scoring import RewardSuite
+from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, Table, summarise
 from rlseq.types import Prompt
 
 DISTANCES = (1, 2, 3, 4)
@@ -32,7 +32,7 @@ _BATCH_TOKENS = 16_384
 _MEASURES = ("nll", "right")
 
 
-class Lookahead:
+class Lookahead(Study):
     """Linear heads on the frozen last hidden state at position t that predict token t + k, with reference prefixes.
 
     Multi-token prediction proper (Gloeckle et al. 2024; as a probe of a frozen model, Pal et al. 2023 "Future Lens"):
@@ -45,13 +45,9 @@ class Lookahead:
     """
 
     name = "lookahead"
-    costly = True
     together = True  # a head is fitted on rows of all processes
 
-    def check(self, settings: Any, suite: RewardSuite) -> None:
-        """Nothing can be wrong before models are loaded."""
-
-    def measure(self, context: Context) -> list[RowStatistics]:
+    def sample(self, context: Context) -> list[RowStatistics]:
         """Of held-out rows, sums over positions: count(k); of head H nll(k, H) (nats), right(k, H); nll(1, own_head).
 
         Rows that the heads were fitted on have fitted; where rows are too few, all have too_few alone.
@@ -74,7 +70,9 @@ class Lookahead:
         context.progress(len(context.prompts))
         return statistics
 
-    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+    def results(
+        self, found: Mapping[str, Sequence[RowStatistics]], settings: Any, metrics: Mapping[str, Metric]
+    ) -> dict[str, Any] | None:
         """{"rows_fitted", "rows_held_out", "models": {model: {k: {"positions", measure: {head: cell}}}}, "comparisons"}
 
         Measures are nll and right; a head less_CONTROL is the model's value less that of the control.
@@ -106,8 +104,9 @@ class Lookahead:
         ]
         return {"rows_fitted": fitted, "rows_held_out": held_out, "models": models, "comparisons": comparisons}
 
-    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+    def section(self, results: Mapping[str, Any]) -> Section:
         """Cross-entropy and accuracy by distance, a table each, and a figure of the first."""
+        block = results["studies"][self.name]
         title = "What hidden states tell of later tokens"
         if not block["rows_held_out"]:
             return Section("lookahead", title, "Skipped: too few rows with references to fit heads and test them.", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ import torch
 from rlseq.engine.likelihood import score
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.decode import columns_of
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.names import Names
-from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic
+from rlseq.evaluation.statistics import Pair, RowStatistics, Source
 from rlseq.evaluation.stats.bootstrap import RatioOfSums, SumOfRatios
 from rlseq.evaluation.studies.prefixes_report import ALONE, BEYOND, EXACT, GAP, GOLD, OWN, prefixes_section
-from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summarise
+from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
 from rlseq.types import Rollout
 
@@ -25,7 +27,28 @@ _NO_REFERENCE = _PREFIXES("no_reference")
 _SPLICED, _REFERENCE = "spliced", "reference"  # the control's two sides
 
 
-class Prefixes:
+@dataclass(frozen=True)
+class Continued:
+    """The continuations of a reference's prefix and of an own one.
+
+    Attributes:
+        right: whether the own prefix begins a reference.
+        values: (side, metric) -> what the metric says of the whole completion, None where it abstains.
+    """
+
+    right: bool
+    values: Mapping[tuple[str, str], float | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: by side the entropies of each sequence by position, and by prefix length its pairs."""
+
+    entropies: Mapping[str, list[list[float]]]
+    pairs: dict[int, list[Continued]]
+
+
+class Prefixes(Study):
     """Entropy of the next token by position, and quality by the length of a forced prefix, gold or the model's own.
 
     He et al. 2021, "Exposure Bias versus Self-Recovery", compare continuations of prefixes from data and from the
@@ -39,7 +62,6 @@ class Prefixes:
     """
 
     name = "prefixes"
-    costly = True
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Refuse no lengths, and lengths named twice."""
@@ -50,23 +72,30 @@ class Prefixes:
         if len(set(lengths)) < len(lengths):
             raise ConfigError(f"--prefix_lengths names a length twice: {shown}")
 
-    def measure(self, context: Context) -> list[RowStatistics]:
+    def sample(self, context: Context) -> list[Row | None]:
+        """Sample, and score what follows each prefix; None for a row without references."""
+        rows = [row for row, references in enumerate(context.references) if references]
+        records: list[Row | None] = [None] * len(context.prompts)
+        if rows:
+            groups = context.sample(self.name, [context.prompts[row] for row in rows])
+            own = {row: [r.completion_ids for r in group] for row, group in zip(rows, groups, strict=True)}
+            for row, entropies in _entropies(context, own).items():
+                records[row] = Row(entropies, {})
+            for length in context.settings.prefix_lengths:
+                for row, pair in _continuations(context, own, length):
+                    records[row].pairs.setdefault(length, []).append(pair)
+        context.progress(len(context.prompts))
+        return records
+
+    def statistics(self, records: list[Row | None]) -> list[RowStatistics]:
         """entropy(S): by position, the mean over the row's sequences that reach it, of side S gold or own (nats);
         for each length k sums over pairs, pairs(k), right(k) and, of side S and metric M, sum(k, S, M), count(k, S, M).
         """
-        statistics: list[RowStatistics] = [{} if refs else {_NO_REFERENCE: 1.0} for refs in context.references]
-        rows = [row for row, references in enumerate(context.references) if references]
-        if rows:
-            settings = context.settings
-            groups = context.sample(self.name, [context.prompts[row] for row in rows])
-            own = dict(zip(rows, ([r.completion_ids for r in group] for group in groups), strict=True))
-            _add_entropies(statistics, context, own)
-            for length in settings.prefix_lengths:
-                _add_continuations(statistics, context, own, length)
-        context.progress(len(context.prompts))
-        return statistics
+        return [{_NO_REFERENCE: 1.0} if record is None else _row_statistics(record) for record in records]
 
-    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+    def results(
+        self, found: Mapping[str, Sequence[RowStatistics]], settings: Any, metrics: Mapping[str, Metric]
+    ) -> dict[str, Any] | None:
         """{"models": {model: {"entropy": {side: {position: cell}}, "continued": {k: {"rows", "pairs", "right": cell,
         "metrics": {metric: {side: cell}}}}}}, "comparisons": [...], "rows", "rows_without_references"}.
 
@@ -83,9 +112,9 @@ class Prefixes:
         _continued_results(block, found, settings)
         return block
 
-    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+    def section(self, results: Mapping[str, Any]) -> Section:
         """Entropy by position; quality by the length of the prefix, a table and a figure a metric."""
-        return prefixes_section(block, results)
+        return prefixes_section(results["studies"][self.name], results)
 
 
 class _Entropy:
@@ -96,25 +125,24 @@ class _Entropy:
         return entropy.expand_as(logits)  # the same whatever token follows
 
 
-def _add_entropies(
-    statistics: list[RowStatistics], context: Context, own: Mapping[int, Sequence[tuple[int, ...]]]
-) -> None:
+def _entropies(
+    context: Context, own: Mapping[int, Sequence[tuple[int, ...]]]
+) -> dict[int, dict[str, list[list[float]]]]:
+    """By row and side the entropies of its sequences, by position."""
     sequences = [(row, GOLD, ids) for row in own for ids in context.references[row]]
     sequences += [(row, OWN, ids) for row, group in own.items() for ids in group]
     prompts = [context.prompts[row].prompt_ids for row, _, _ in sequences]
     entropies = score(context.model, prompts, [ids for *_, ids in sequences], strategy=_Entropy())
-    by_place: dict[tuple[int, str], list[list[float]]] = {}
+    found: dict[int, dict[str, list[list[float]]]] = {row: {} for row in own}
     for (row, side, _), values in zip(sequences, entropies, strict=True):
-        by_place.setdefault((row, side), []).append(values[:_POSITIONS].tolist())
-    for (row, side), found in by_place.items():
-        columns = [[v[t] for v in found if t < len(v)] for t in range(max(map(len, found)))]
-        statistics[row][_PREFIXES("entropy", side)] = [sum(column) / len(column) for column in columns]
+        found[row].setdefault(side, []).append(values[:_POSITIONS].tolist())
+    return found
 
 
-def _add_continuations(
-    statistics: list[RowStatistics], context: Context, own: Mapping[int, Sequence[tuple[int, ...]]], length: int
-) -> None:
-    """Continue the first `length` tokens of each pair's reference and own sample, and add what the rewards say."""
+def _continuations(
+    context: Context, own: Mapping[int, Sequence[tuple[int, ...]]], length: int
+) -> list[tuple[int, Continued]]:
+    """Continue the first `length` tokens of each pair's reference and own sample, and score them: (row, pair)."""
     pairs = [
         (row, i, context.references[row][i % len(context.references[row])], ids)
         for row, group in own.items()
@@ -122,7 +150,7 @@ def _add_continuations(
     ]
     pairs = [pair for pair in pairs if all(_content(ids, context) > length for ids in pair[2:])]
     if not pairs:
-        return
+        return []
     places = [row for row, *_ in pairs]
     prompts = [context.prompts[row] for row in places]
     sides: dict[str, list[Rollout]] = {}
@@ -149,24 +177,33 @@ def _add_continuations(
     sides[_REFERENCE] = _given(sides[OWN], [reference for _, _, reference, _ in pairs], context.tokenizer)
 
     names = Names.of(context.suite).rewards
-
-    def add(row: int, key: Statistic, value: float) -> None:
-        statistics[row][key] = statistics[row].get(key, 0.0) + value
-
-    for row, right in zip(places, begun, strict=True):
-        add(row, _PREFIXES("pairs", length), 1.0)
-        add(row, _PREFIXES("right", length), float(bool(right)))
+    values: list[dict[tuple[str, str], float | None]] = [{} for _ in pairs]
     for side, rollouts in sides.items():
-        values = context.suite.score(rollouts, columns_of(context.prompts, places)).values
-        named = {names[reward]: column for reward, column in values.items()}
+        found = context.suite.score(rollouts, columns_of(context.prompts, places)).values
+        named = {names[reward]: column for reward, column in found.items()}
         if side in (GOLD, OWN):
             named[EXACT] = [
                 float(r.completion_ids in context.references[place]) for place, r in zip(places, rollouts, strict=True)
             ]
         for metric, column in named.items():
-            for row, value in zip(places, column, strict=True):
-                add(row, _PREFIXES("sum", length, side, metric), value or 0.0)
-                add(row, _PREFIXES("count", length, side, metric), float(value is not None))
+            for mine, value in zip(values, column, strict=True):
+                mine[side, metric] = value
+    return [(row, Continued(bool(right), mine)) for row, right, mine in zip(places, begun, values, strict=True)]
+
+
+def _row_statistics(record: Row) -> RowStatistics:
+    row: RowStatistics = {}
+    for side, found in record.entropies.items():
+        columns = [[v[t] for v in found if t < len(v)] for t in range(max(map(len, found)))]
+        row[_PREFIXES("entropy", side)] = [sum(column) / len(column) for column in columns]
+    for length, pairs in record.pairs.items():
+        row[_PREFIXES("pairs", length)] = float(len(pairs))
+        row[_PREFIXES("right", length)] = float(sum(pair.right for pair in pairs))
+        for side, metric in pairs[0].values:
+            column = [pair.values[side, metric] for pair in pairs]
+            row[_PREFIXES("sum", length, side, metric)] = sum((value or 0.0 for value in column), 0.0)
+            row[_PREFIXES("count", length, side, metric)] = float(sum(value is not None for value in column))
+    return row
 
 
 def _content(ids: Sequence[int], context: Context) -> int:

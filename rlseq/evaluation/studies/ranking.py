@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import RowStatistics, Source
 from rlseq.evaluation.stats.association import auroc, spearman
 from rlseq.evaluation.stats.bootstrap import percentiles, resampled_counts
 from rlseq.evaluation.stats.seeds import MethodDraws, claim_of, difference, method_draws, methods
-from rlseq.evaluation.studies.study import Context, Section, Table
-from rlseq.scoring import RewardSuite
+from rlseq.evaluation.studies.study import Context, Section, Study, Table
 
 WITHIN, ACROSS, SUCCESS, SUCCESS_WITHIN = "spearman_within", "spearman_across", "auroc", "auroc_within"
 _HEADERS = {
@@ -42,7 +42,16 @@ class _Number:
         return {"value": self.value, "ci95": list(percentiles(self.draws)), "rows": self.rows}
 
 
-class Ranking:
+@dataclass(frozen=True)
+class Ranked:
+    """A row's completions under one strategy: log-probs, whether each is a reference, and by reward their values."""
+
+    logprobs: list[float]
+    right: list[bool] | None  # None if the row has no references
+    values: Mapping[str, list[float | None]]
+
+
+class Ranking(Study):
     """Spearman's correlation of a completion's log-prob with each reward, and AUROC of log-prob for success.
 
     Under every strategy, of the log-probs on record (under the distribution drawn from; of searches, the model's own):
@@ -56,27 +65,37 @@ class Ranking:
     name = "ranking"
     costly = False
 
-    def check(self, settings: Any, suite: RewardSuite) -> None:
-        """Nothing can be wrong."""
-
-    def measure(self, context: Context) -> list[RowStatistics]:
-        """Lists over the row's completions: logprob(S) and right(S) of strategy S, reward(S, R) of it and reward R."""
-        statistics: list[RowStatistics] = [{} for _ in context.prompts]
+    def sample(self, context: Context) -> list[dict[str, Ranked]]:
+        """By strategy the row's completions, which are there already."""
+        records: list[dict[str, Ranked]] = [{} for _ in context.prompts]
         for signature, groups in context.completions.items():
             start = 0
             for row, group in enumerate(groups):
-                mine = statistics[row]
-                mine[_RANKING("logprob", signature)] = [rollout.logprob for rollout in group]
-                if context.references[row]:
-                    right = [float(r.completion_ids in context.references[row]) for r in group]
-                    mine[_RANKING("right", signature)] = right
-                for reward, values in context.values[signature].items():
-                    mine[_RANKING("reward", signature, reward)] = list(values[start : start + len(group)])
-                start += len(group)
+                references, end = context.references[row], start + len(group)
+                records[row][signature] = Ranked(
+                    [rollout.logprob for rollout in group],
+                    [rollout.completion_ids in references for rollout in group] if references else None,
+                    {reward: list(values[start:end]) for reward, values in context.values[signature].items()},
+                )
+                start = end
         context.progress(len(context.prompts))
+        return records
+
+    def statistics(self, records: list[dict[str, Ranked]]) -> list[RowStatistics]:
+        """Lists over the row's completions: logprob(S) and right(S) of strategy S, reward(S, R) of it and reward R."""
+        statistics: list[RowStatistics] = [{} for _ in records]
+        for mine, record in zip(statistics, records, strict=True):
+            for signature, found in record.items():
+                mine[_RANKING("logprob", signature)] = found.logprobs
+                if found.right is not None:
+                    mine[_RANKING("right", signature)] = [float(right) for right in found.right]
+                for reward, values in found.values.items():
+                    mine[_RANKING("reward", signature, reward)] = values
         return statistics
 
-    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+    def results(
+        self, found: Mapping[str, Sequence[RowStatistics]], settings: Any, metrics: Mapping[str, Metric]
+    ) -> dict[str, Any] | None:
         """{"models": {model: {strategy: {"rewards": {reward: {name: cell}}, "auroc": cell, "auroc_within": cell}}},
         "methods": {method: the same}, "comparisons": [{"a", "b", "strategy", "reward", "metric": name, "difference",
         "ci95"}]}
@@ -116,8 +135,9 @@ class Ranking:
             "comparisons": comparisons,
         }
 
-    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+    def section(self, results: Mapping[str, Any]) -> Section:
         """A table a reward, and one of success: of models, of methods, and the differences to the first."""
+        block = results["studies"][self.name]
         by_reward: dict[str, list[list[str]]] = {}
         success: list[list[str]] = []
         for who, strategy, entry in _shown(block, results):

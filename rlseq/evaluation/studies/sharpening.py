@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,15 @@ import numpy as np
 from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.decode import columns_of
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, rows_matrix
 from rlseq.evaluation.stats.bootstrap import RatioOfSums, percentiles, resampled_counts
 from rlseq.evaluation.stats.equal_entropy import Curve, mean_gap
 from rlseq.evaluation.stats.seeds import claim_of, methods, pair_draws
-from rlseq.evaluation.studies.sharpening_report import section_of
-from rlseq.evaluation.studies.study import Context, Section, StudyMetric, summarise
+from rlseq.evaluation.studies import sharpening_report
+from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
-from rlseq.types import Rollout
 
 EXACT = "exact_match"
 ONE = "1.0"  # how results call the temperature at which gains are stated
@@ -29,7 +30,18 @@ _SHARPENING = Source("sharpening")
 SHAPE = ("entropy", "unique", "top", "truncated")  # beside qualities, per sample
 
 
-class Sharpening:
+@dataclass(frozen=True)
+class Sampled:
+    """A row's samples at one temperature: their tokens, log-probs, whether they were cut, and what they are worth."""
+
+    completions: list[tuple[int, ...]]
+    logprobs: list[float]
+    truncated: list[bool]
+    right: list[bool] | None  # whether each is a reference; None if the row has none
+    values: Mapping[str, Sequence[float | None]]  # by reward
+
+
+class Sharpening(Study):
     """The quality of samples over their entropy, by temperature, and gaps between models at equal entropy.
 
     At temperature T a model samples q_T(y | x) = Π_t softmax(logits_t / T), each token renormalised:
@@ -44,7 +56,6 @@ class Sharpening:
     """
 
     name = "sharpening"
-    costly = True
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Raise ConfigError unless there are two temperatures or more, distinct and 1 among them."""
@@ -57,18 +68,39 @@ class Sharpening:
                 "points, and gains are stated at temperature 1"
             )
 
-    def measure(self, context: Context) -> list[RowStatistics]:
-        """Per temperature T, sums over the row's samples: samples(T), entropy(T), ..., sum(T, Q), count(T, Q)."""
-        settings, rows = context.settings, len(context.prompts)
-        statistics: list[RowStatistics] = [{} for _ in context.prompts]
+    def sample(self, context: Context) -> list[dict[str, Sampled]]:
+        """Sample and score at every temperature; by row and temperature."""
+        settings, rows, names = context.settings, len(context.prompts), Names.of(context.suite).rewards
+        records: list[dict[str, Sampled]] = [{} for _ in context.prompts]
         for place, temperature in enumerate(settings.temperatures):
             groups = context.sample(self.name, part=place, strategy=Sample(temperature=temperature))
-            _add(statistics, key_of(temperature), groups, context)
+            flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
+            columns = columns_of(context.prompts, [row for row, _ in flat])
+            values = context.suite.score([rollout for _, rollout in flat], columns).values
+            for row, group in enumerate(groups):
+                references, start = context.references[row], row * settings.samples_per_row
+                records[row][key_of(temperature)] = Sampled(
+                    [rollout.completion_ids for rollout in group],
+                    [rollout.logprob for rollout in group],
+                    [rollout.finish_reason == "length" for rollout in group],
+                    [rollout.completion_ids in references for rollout in group] if references else None,
+                    {names[reward]: found[start : start + len(group)] for reward, found in values.items()},
+                )
             done = [rows * n // len(settings.temperatures) for n in (place, place + 1)]
             context.progress(done[1] - done[0])
+        return records
+
+    def statistics(self, records: list[dict[str, Sampled]]) -> list[RowStatistics]:
+        """Per temperature T, sums over the row's samples: samples(T), entropy(T), ..., sum(T, Q), count(T, Q)."""
+        statistics: list[RowStatistics] = [{} for _ in records]
+        for mine, record in zip(statistics, records, strict=True):
+            for key, found in record.items():
+                mine |= _row_statistics(key, found)
         return statistics
 
-    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
+    def results(
+        self, found: Mapping[str, Sequence[RowStatistics]], settings: Any, metrics: Mapping[str, Metric]
+    ) -> dict[str, Any] | None:
         """Values by model and temperature, differences at temperature 1, and gaps at equal entropy.
 
         {"rows", "samples_per_row", "temperatures", "rising": whether the first model's entropy rises with temperature,
@@ -116,9 +148,13 @@ class Sharpening:
             "gaps": _gaps(found, qualities, temperatures, settings),
         }
 
-    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
+    def section(self, results: Mapping[str, Any]) -> Section:
         """A figure a quality, tables of gaps and of diversity, and one by temperature."""
-        return section_of(block, results)
+        return sharpening_report.section_of(results["studies"][self.name], results)
+
+    def headline(self, results: Mapping[str, Any], a: str, b: str) -> str:
+        """How much of the gain in plain sampling a lower temperature gives too."""
+        return sharpening_report.headline(results, a, b)
 
 
 def key_of(temperature: float) -> str:
@@ -126,29 +162,22 @@ def key_of(temperature: float) -> str:
     return str(float(temperature))
 
 
-def _add(statistics: Sequence[RowStatistics], key: str, groups: Sequence[Sequence[Rollout]], context: Context) -> None:
-    flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
-    columns = columns_of(context.prompts, [row for row, _ in flat])
-    values = context.suite.score([rollout for _, rollout in flat], columns).values
-    names = Names.of(context.suite).rewards
-    for row, group in enumerate(groups):
-        counts = Counter(rollout.completion_ids for rollout in group)
-        mine = {
-            _SHARPENING("samples", key): len(group),
-            _SHARPENING("entropy", key): -sum(rollout.logprob for rollout in group),
-            _SHARPENING("truncated", key): sum(rollout.finish_reason == "length" for rollout in group),
-        }
-        if len(group) > 1:  # of one sample both are 1, whatever the model
-            mine |= {_SHARPENING("unique", key): len(counts), _SHARPENING("top", key): max(counts.values())}
-        if context.references[row]:
-            right = sum(rollout.completion_ids in context.references[row] for rollout in group)
-            mine |= {_SHARPENING("sum", key, EXACT): right, _SHARPENING("count", key, EXACT): len(group)}
-        start = row * context.settings.samples_per_row
-        for reward, found in values.items():
-            present = [v for v in found[start : start + len(group)] if v is not None]
-            total, count = (_SHARPENING(part, key, names[reward]) for part in ("sum", "count"))
-            mine |= {total: sum(present), count: len(present)}
-        statistics[row].update({statistic: float(value) for statistic, value in mine.items()})
+def _row_statistics(key: str, found: Sampled) -> RowStatistics:
+    size, counts = len(found.completions), Counter(found.completions)
+    mine = {
+        _SHARPENING("samples", key): size,
+        _SHARPENING("entropy", key): -sum(found.logprobs),
+        _SHARPENING("truncated", key): sum(found.truncated),
+    }
+    if size > 1:  # of one sample both are 1, whatever the model
+        mine |= {_SHARPENING("unique", key): len(counts), _SHARPENING("top", key): max(counts.values())}
+    if found.right is not None:
+        mine |= {_SHARPENING("sum", key, EXACT): sum(found.right), _SHARPENING("count", key, EXACT): size}
+    for reward, values in found.values.items():
+        present = [value for value in values if value is not None]
+        total, count = (_SHARPENING(part, key, reward) for part in ("sum", "count"))
+        mine |= {total: sum(present), count: len(present)}
+    return {statistic: float(value) for statistic, value in mine.items()}
 
 
 def _shape(temperature: str, name: str) -> StudyMetric:

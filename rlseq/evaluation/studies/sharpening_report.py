@@ -168,3 +168,32 @@ def _points(points: Mapping[str, Any], quality: str) -> Iterator[tuple[float, fl
         entropy, value = point["entropy"]["value"], point["quality"][quality]["value"]
         if entropy is not None and value is not None:
             yield entropy, value, temperature
+
+
+def headline(results: Mapping[str, Any], a: str, b: str) -> str:
+    """How much of the gain at temperature 1 a lower temperature gives too."""
+    for gap in results["studies"]["sharpening"].get("gaps", []):
+        if (gap["a"], gap["b"]) == (a, b) and "rest" in gap and gap["total"]["value"] is not None:
+            info = tables.metric(results, gap["metric"])
+            total, sharpening, rest = (info.difference(gap[part]["value"]) for part in ("total", "sharpening", "rest"))
+            label, interval = _inside(info.label), info.difference_interval(gap["rest"]["ci95"])
+            if gap["rest"]["value"] is None:
+                return (
+                    f"In plain sampling {label} differs by {total}: how much of it a lower temperature gives {a} is "
+                    f"not known, as none of those studied makes its samples as little varied as those of {b}."
+                )
+            if gap["total"]["value"] <= 0:
+                return (
+                    f"In plain sampling {label} differs by {total}, and a lower temperature of equal entropy gives {a} "
+                    f"{sharpening}; the rest is {rest} (95% interval {interval})."
+                )
+            return (
+                f"In plain sampling {label} gains {total}: {sharpening} of it {a} gains, too, at a lower temperature "
+                f"of equal entropy; the rest is {rest} (95% interval {interval})."
+            )
+    return ""
+
+
+def _inside(label: str) -> str:
+    """A label within a sentence: its first letter small, unless it is an abbreviation."""
+    return label[:1].lower() + label[1:] if label[1:2].islower() else label

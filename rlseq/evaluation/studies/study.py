@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.statistics import RowStatistics, Statistic, rows_matrix
 from rlseq.evaluation.stats.bootstrap import bootstrap_many, paired_bootstrap_many
 from rlseq.evaluation.stats.seeds import claim_of, crossed_bootstrap_many, difference, methods
@@ -121,26 +122,65 @@ class Section:
     figures: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-class Study(Protocol):
-    """The parts of a study. Its module is named after it, and has one instance in `rlseq.evaluation.studies.table`."""
+class Study:
+    """One additional measurement: it samples or scores, aggregates, and writes its section of the report.
 
-    name: str
-    # A study that measures against the first model of a contrast also has `against_first = True`: evaluations that had
-    # different first models are joined without it. One that needs all rows at once has `together = True`: of several
-    # processes the first measures all rows, and gets no completions of the strategies.
-    costly: bool  # decodes or scores again, and so runs on the first `study_rows` rows only
+    Its module is named after it and has one instance in `rlseq.evaluation.studies.table`, where alone it is listed.
+
+    Attributes:
+        name: as `--studies` and results.json have it.
+        costly: whether it decodes or scores again, and so runs on the first `study_rows` rows.
+        against_first: whether it measures against the first model of an evaluation. Where evaluations with different
+            first models are joined, it is left out.
+        together: whether it needs all rows at once. Of several processes the first then measures all rows, and gets no
+            completions of the strategies.
+    """
+
+    name: ClassVar[str]
+    costly: ClassVar[bool] = True
+    against_first: ClassVar[bool] = False
+    together: ClassVar[bool] = False
+
+    def rows(self, settings: Any) -> int | None:
+        """It runs on the first N rows of the data; None: on all."""
+        return settings.study_rows if self.costly else None
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Raise ConfigError for settings that cannot work, before a model is loaded."""
 
+    def check_model(self, config: Any) -> None:
+        """Raise ModelError for a model that cannot be measured, by its configuration alone."""
+
     def measure(self, context: Context) -> list[RowStatistics]:
-        """N rows of statistics, finite and of plain Python types; a row that the study does not apply to is empty."""
+        """The statistics of the N rows."""
+        return self.statistics(self.sample(context))
 
-    def results(self, found: Mapping[str, Sequence[RowStatistics]], settings: Any) -> dict[str, Any] | None:
-        """The study's block of results.json from the rows of each model; None where it has nothing to say."""
+    def sample(self, context: Context) -> list[Any]:
+        """What the model says about each of the N rows: one record per row, of any type."""
+        raise NotImplementedError
 
-    def section(self, block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
-        """The block as a section of the report."""
+    def statistics(self, records: list[Any]) -> list[RowStatistics]:
+        """The records as N rows of statistics, of plain Python types; a row without any is empty."""
+        return records
+
+    def results(
+        self, found: Mapping[str, Sequence[RowStatistics]], settings: Any, metrics: Mapping[str, Metric]
+    ) -> dict[str, Any] | None:
+        """The study's block of results.json, or None if it has nothing to say.
+
+        Args:
+            found: by model its rows.
+            metrics: of the evaluation, by name (`rlseq.evaluation.aggregate.quality_metrics`).
+        """
+        raise NotImplementedError
+
+    def section(self, results: Mapping[str, Any]) -> Section:
+        """Its section of the report, from results.json."""
+        raise NotImplementedError
+
+    def headline(self, results: Mapping[str, Any], a: str, b: str) -> str:
+        """A sentence about b against a for the head of the report; "" if it has none."""
+        return ""
 
 
 @dataclass(frozen=True)

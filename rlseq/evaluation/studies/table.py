@@ -14,10 +14,12 @@ from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.engine.model_info import eval_mode
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.measure.partial import STUDY, Parts
+from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.statistics import RowStatistics, rows_as_json, rows_from_json
 from rlseq.evaluation.studies.coverage import Coverage
 from rlseq.evaluation.studies.kl import Distance
 from rlseq.evaluation.studies.lookahead import Lookahead
+from rlseq.evaluation.studies.map import MAP
 from rlseq.evaluation.studies.prefixes import Prefixes
 from rlseq.evaluation.studies.ranking import Ranking
 from rlseq.evaluation.studies.sharpening import Sharpening
@@ -25,7 +27,7 @@ from rlseq.evaluation.studies.study import Context, Section, Study
 from rlseq.scoring import RewardSuite
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (Ranking(), Prefixes(), Lookahead(), Sharpening(), Distance(), Coverage())
+    study.name: study for study in (Ranking(), MAP(), Prefixes(), Lookahead(), Sharpening(), Distance(), Coverage())
 }
 
 
@@ -49,10 +51,9 @@ def check_studies(settings: Any, suite: RewardSuite) -> None:
 
 
 def studied_rows(name: str, places: Sequence[int], settings: Any) -> int:
-    """How many of the rows with these places in the data, in rising order, a study runs on: the first `study_rows`."""
-    if not STUDIES[name].costly or settings.study_rows is None:
-        return len(places)
-    return sum(place < settings.study_rows for place in places)
+    """How many of the rows with these places in the data, in rising order, a study runs on."""
+    first = STUDIES[name].rows(settings)
+    return len(places) if first is None else sum(place < first for place in places)
 
 
 def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[str, list[RowStatistics]]:
@@ -66,7 +67,7 @@ def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[s
     found: dict[str, list[RowStatistics]] = {}
     with eval_mode(context.model):
         for name in context.settings.studies:
-            if needs_all_rows(name):
+            if STUDIES[name].together:
                 continue
             rows = studied_rows(name, places, context.settings)
             part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
@@ -74,11 +75,6 @@ def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[s
                 context.progress(rows)
             found[name] = _once(parts, name, functools.partial(STUDIES[name].measure, part) if rows else list)
     return found
-
-
-def needs_all_rows(name: str) -> bool:
-    """Whether a study cannot be shared between processes row by row."""
-    return getattr(STUDIES[name], "together", False)
 
 
 def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics]]:
@@ -100,7 +96,7 @@ def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics
 
     results: dict[str, list[RowStatistics]] = {}
     with eval_mode(context.model):
-        for name in filter(needs_all_rows, context.settings.studies):
+        for name in (name for name in context.settings.studies if STUDIES[name].together):
             rows = studied_rows(name, range(len(context.prompts)), context.settings)
             part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
             results[name] = _once(parts, name, functools.partial(measured, name, part))
@@ -112,7 +108,7 @@ def _once(parts: Parts, name: str, measure: Callable[[], list[RowStatistics]]) -
 
 
 def study_results(
-    found: Mapping[str, Mapping[str, Sequence[RowStatistics]]], settings: Any
+    found: Mapping[str, Mapping[str, Sequence[RowStatistics]]], settings: Any, metrics: Mapping[str, Metric]
 ) -> dict[str, dict[str, Any]]:
     """The blocks of the studies that have something to say, from model -> study -> rows."""
     blocks = {}
@@ -120,7 +116,7 @@ def study_results(
         rows = {model: studies[name] for model, studies in found.items()}
         if not any(any(r) for r in rows.values()):
             continue
-        block = STUDIES[name].results(rows, settings)
+        block = STUDIES[name].results(rows, settings, metrics)
         if block is not None:
             blocks[name] = block
     return blocks
@@ -128,5 +124,14 @@ def study_results(
 
 def sections(results: Mapping[str, Any]) -> list[Section]:
     """The report's sections of the studies in results.json, in the order of `STUDIES`."""
-    blocks = results.get("studies", {})
-    return [study.section(blocks[name], results) for name, study in STUDIES.items() if name in blocks]
+    return [study.section(results) for study in _measured(results)]
+
+
+def headlines(results: Mapping[str, Any], a: str, b: str) -> list[str]:
+    """What the studies in results.json say of b against a in the head of the report."""
+    return [said for study in _measured(results) if (said := study.headline(results, a, b))]
+
+
+def _measured(results: Mapping[str, Any]) -> list[Study]:
+    blocks = results.get("studies") or {}
+    return [study for name, study in STUDIES.items() if name in blocks]

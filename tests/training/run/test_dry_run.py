@@ -258,7 +258,7 @@ BAD = {
         "--primary is 'exact_match:greedy', but the data has no references to match",
     ),
     "exact search of a model with states": (
-        ["--model_name_or_path", "{task}/states", "--evaluate", "true", "--strategies", "exact_map"],
+        ["--model_name_or_path", "{task}/states", "--evaluate", "true", "--studies", "map"],
         "exact_map needs a cache of keys and values alone",
     ),
     "a router loss of a model without a router": (["--router_aux_loss_coef", "0.1"], "this model has no router"),
