@@ -34,7 +34,7 @@ COLUMNS = {
     "greedy WER": ("greedy", "wer", 100),
     "greedy PER": ("greedy", "per", 100),
     "sampled WER": ("sample", "wer", 100),
-    "exact accuracy": (None, "exact_accuracy", 100),
+    "expected accuracy": (None, "expected_accuracy", 100),
     "right in 256 samples": (None, "exact_pass_at_k.256", 100),
     "NLL per token": (None, "nll_per_token", 1),
     "own log-prob": ("sample", "logprob", 1),
@@ -93,7 +93,7 @@ def evaluate(bases: list[int], methods: list[str], folder: Path, rows: int) -> N
             "32",
             "--studies",
             "sharpening",
-            "distance",
+            "kl",
             "--study_rows",
             "500",
             "--primary",
@@ -128,7 +128,7 @@ class Change:
 def table(bases: list[int], methods: list[str], folder: Path) -> str:
     """What each method changes, what of it is no sharpening, and temperatures in training against those in decoding."""
     results = {b: json.loads((folder / f"evaluation-{b}/results.json").read_text()) for b in bases}
-    there = [m for m in methods if all(comparison(r, m, None, "exact_accuracy") for r in results.values())]
+    there = [m for m in methods if all(comparison(r, m, None, "expected_accuracy") for r in results.values())]
 
     def change(method: str, strategy: str | None, metric: str) -> Change:
         return Change.over([comparison(r, method, strategy, metric) for r in results.values()])
@@ -140,7 +140,7 @@ def table(bases: list[int], methods: list[str], folder: Path) -> str:
             *([m, *(change(m, s, metric).text(scale) for s, metric, scale in COLUMNS.values())] for m in there),
         ],
     )
-    parts = ("total", "sharpening", "rest")
+    parts = ("total", "sharpening", "residual")
     second = markdown(
         ["method", "change of exact match", "by a lower temperature alone", "the rest", "KL from the base, nats"],
         [[m, *(gap(results, m, part) for part in parts), divergence(results, m)] for m in there],
@@ -187,7 +187,7 @@ def gap(results: dict[int, dict], method: str, part: str) -> str:
 
 def divergence(results: dict[int, dict], method: str) -> str:
     values = [
-        one["studies"]["distance"]["models"][name]["forward"]["kl"]["value"]
+        one["studies"]["kl"]["models"][name]["forward"]["kl"]["value"]
         for one in results.values()
         for name in one["models"]
         if name.partition("#")[0] == method

@@ -168,7 +168,7 @@ def measure_run(path: Path) -> dict[str, float | list[float]]:
         quality = quality_metrics(suite, with_references=True)
     values: dict[str, float | list[float]] = {
         name: LIKELIHOOD_METRICS[name].aggregate(matrix(found.likelihood, LIKELIHOOD_METRICS[name]))
-        for name in ("nll_per_token", "exact_accuracy")
+        for name in ("nll_per_token", "expected_accuracy")
     }
     for strategy, statistics in found.strategies.items():
         for name in ("per", "wer", "logprob", "length"):
@@ -210,7 +210,7 @@ def table(folder: Path) -> str:
     base = next(r for r in runs if r["method"] == "base")
     lines = [
         "| method | rate | seeds | greedy WER | to the base | greedy PER | beam WER | beam PER | sampled WER "
-        "| sampled PER | exact accuracy | NLL | entropy | seconds |",
+        "| sampled PER | expected accuracy | NLL | entropy | seconds |",
         "|---" * 14 + "|",
     ]
     for method in ["base", *METHODS_ALL, *FINALISTS]:
@@ -228,7 +228,7 @@ def table(folder: Path) -> str:
             name = "base" if method == "base" else {**METHODS_ALL, **FINALISTS}[method][-1]
             cells = [name, "" if method == "base" else rate, str(len(mine)), mean("greedy/wer"), difference]
             cells += [mean(f"{s}/{m}") for s, m in (("greedy", "per"), ("beam", "wer"), ("beam", "per"))]
-            cells += [mean("sample/wer"), mean("sample/per"), mean("exact_accuracy"), mean("nll_per_token", 1)]
+            cells += [mean("sample/wer"), mean("sample/per"), mean("expected_accuracy"), mean("nll_per_token", 1)]
             cells += [mean("entropy", 1), "" if method == "base" else f"{np.median([r['seconds'] for r in mine]):.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -67,7 +67,7 @@ def example_tables() -> dict[str, str]:
         "|---|---|",
         f"| mean log p_i, what likelihood averages | {p.log().mean().item():.3f} nats: "
         f"a geometric mean of {geometric:.3f} |",
-        f"| mean p_i = `exact_accuracy`, what accuracy averages | {p.mean().item():.3f} |",
+        f"| mean p_i = `expected_accuracy`, what accuracy averages | {p.mean().item():.3f} |",
         f"| exact pass@8 = mean 1 − (1 − p_i)⁸ | {at_8:.3f} |",
     ]
     return {"example": "\n".join(example), "blocks": "\n".join(blocks), "bridge": "\n".join(bridge)}

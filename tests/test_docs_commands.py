@@ -131,7 +131,7 @@ def run(command: str, clone: Path, monkeypatch) -> None:
         few = FEW | {flag: value for flag, value in WHERE_GIVEN.items() if flag in words}
         few |= {flag: value for flag, value in LEFT_OUT.items() if flag not in words and "..." in command}
         if re.search(r"=[\d.]+/", command):  # a strategy whose numbers are chosen
-            few["--choose_rows"] = "6"
+            few["--tune_rows"] = "6"
         assert not main([*words[1:], *(word for pair in few.items() for word in pair)])
     elif words[:2] == ["rlseq", "show"]:
         with pytest.raises(SystemExit) as ended:  # nothing was trained here

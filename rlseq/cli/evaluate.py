@@ -152,11 +152,11 @@ def evaluate(
     if not reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
     split, prompt_options = data.eval_split, data.prompt_options() | (template_options or {})
-    choosing = [sweep.signature for sweep in sweeps(settings)]
-    if choosing and settings.choose_split == split:
+    tuned = [sweep.signature for sweep in sweeps(settings)]
+    if tuned and settings.tune_split == split:
         raise ConfigError(
-            f"strategy {choosing[0]!r} is to be chosen on the split {split!r}, which is the one evaluated: it would "
-            "look better than it is. Give another --choose_split, or another --eval_split (test, for the final claim)."
+            f"strategy {tuned[0]!r} is to be tuned on the split {split!r}, which is the one evaluated: it would "
+            "look better than it is. Give another --tune_split, or another --eval_split (test, for the final claim)."
         )
     PartialState(cpu=not torch.accelerator.is_available())  # else several processes on CPUs each evaluate alone
     made_by = {"prompt_column": data.prompt_column, "prompt_template": data.prompt_template}
@@ -164,9 +164,9 @@ def evaluate(
     rows = load(split)[: data.eval_rows]
     if PartialState().is_main_process and split != TRAIN:
         _say_shared(rows, split, load, partial(made_prompts, **made_by))
-    choice_rows = []
-    if choosing:
-        choice_rows = load(settings.choose_split)[: settings.choose_rows]
+    tuning_rows = []
+    if tuned:
+        tuning_rows = load(settings.tune_split)[: settings.tune_rows]
     with load_rewards(reward_funcs, max_error_rate=max_error_rate) as suite:
         return contrast_and_report(
             named,
@@ -176,7 +176,7 @@ def evaluate(
             prompt_options=prompt_options,
             output_dir=Path(output_dir),
             data_name=f"{data.dataset_name} ({split})",
-            choice_rows=choice_rows,
+            tuning_rows=tuning_rows,
         )
 
 

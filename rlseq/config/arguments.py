@@ -71,10 +71,10 @@ class EvaluateArguments(Settings):
     allow_missing_weights: bool = setting(
         False, "Let weights that a checkpoint lacks be random, and layers that its configuration leaves out be lost."
     )
-    choose_split: str = setting(
-        "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are chosen."
+    tune_split: str = setting(
+        "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are tuned."
     )
-    choose_rows: int = setting(500, "Only its first N rows.", range=at_least(1))
+    tune_rows: int = setting(500, "Only its first N rows.", range=at_least(1))
     chat_template_kwargs: str | dict[str, Any] | None = setting(
         None, "Further variables of chat templates, as in training.", metavar='{"enable_thinking":false}'
     )
@@ -162,8 +162,8 @@ class EvaluationArguments(Settings):
         ["greedy", "sample", "beam"],
         "Decoding strategies: greedy, sample, sample:temperature=0.7, beam:width=10, best_of:n=8, "
         "best_of:n=8,by=REWARD, mbr:n=8,utility=REWARD. Of several numbers, "
-        "sample:temperature=0.5/0.7/1, `rlseq evaluate` and recipes/evaluate.py choose each model's best on "
-        "--choose_split (docs/evaluation.md).",
+        "sample:temperature=0.5/0.7/1, `rlseq evaluate` and recipes/evaluate.py tune for each model on "
+        "--tune_split (docs/evaluation.md).",
     )
     samples_per_row: int = setting(4, "Completions drawn a row under strategies that sample.", range=at_least(1))
     eval_batch_size: int = setting(
@@ -180,7 +180,7 @@ class EvaluationArguments(Settings):
         10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.", range=at_least(1)
     )
     studies: list[str] = setting(
-        ["ranking", "coverage", "sharpening", "prefixes", "distance"],
+        ["ranking", "coverage", "sharpening", "exposure_bias", "kl"],
         "What else is measured; there are also map and lookahead, or none (docs/evaluation.md).",
     )
     study_rows: int = setting(500, "Rows that costly studies run on, the first ones.", range=at_least(1))
@@ -193,7 +193,7 @@ class EvaluationArguments(Settings):
     )
     map_max_nodes: int = setting(20_000, "Prefixes that the study map expands per row at most.", range=at_least(1))
     prefix_lengths: list[int] = setting(
-        [1, 2, 4, 8], "Tokens of the prefixes that the study of prefixes continues.", range=at_least(1)
+        [1, 2, 4, 8], "Tokens of the prefixes that the study exposure_bias continues.", range=at_least(1)
     )
     likelihood_dataset: str | None = setting(
         None, "Text without prompts, for bits per byte: txt, json, jsonl, csv or parquet, a task module, or hub id."
@@ -221,7 +221,7 @@ class TrainingEvaluationArguments(EvaluationArguments):
     evaluate: bool = setting(True, "Evaluate the start against the result when training ends.")
     studies: list[str] = setting(
         ["ranking"],
-        "What else is measured when training ends: ranking, coverage, sharpening, prefixes, distance, map, "
+        "What else is measured when training ends: ranking, coverage, sharpening, exposure_bias, kl, map, "
         "lookahead, or none (docs/evaluation.md).",
     )
     eval_seed: int = as_declared(EvaluateArguments, "seed")  # seed is that of training

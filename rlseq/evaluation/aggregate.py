@@ -79,8 +79,8 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
             table="shape" if corpus.higher_is_better is None else "quality",
             counted=Pair(count, COMPLETION("samples")),
         )
-    measured = COMPLETION_METRICS | CHANCE_METRICS
-    return metrics | {name: m for name, m in measured.items() if with_references or not m.needs_references}
+    built_in = COMPLETION_METRICS | CHANCE_METRICS
+    return metrics | {name: m for name, m in built_in.items() if with_references or not m.needs_references}
 
 
 def metrics_under(metrics: Mapping[str, Metric], strategy: str) -> dict[str, Metric]:
@@ -120,12 +120,8 @@ def model_results(
     """Each model's value and 95% interval of every metric, in the shape of `models` in results.json."""
     tables: dict[tuple[str, str | None, str], tuple[np.ndarray, Any]] = {}
     for name, statistics in found.items():
-        if any(statistics.likelihood):
-            for metric_name, metric in LIKELIHOOD_METRICS.items():
-                tables[name, None, metric_name] = (matrix(statistics.likelihood, metric), metric.aggregate)
-        for strategy, rows in statistics.strategies.items():
-            for metric_name, metric in metrics_under(metrics, strategy).items():
-                tables[name, strategy, metric_name] = (matrix(rows, metric), metric.aggregate)
+        for strategy, metric_name, metric in measured(statistics, metrics):
+            tables[name, strategy, metric_name] = (matrix(rows_under(statistics, strategy), metric), metric.aggregate)
     intervals = bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
     results: dict[str, Any] = {}
     for (name, strategy, metric_name), interval in intervals.items():
@@ -147,6 +143,16 @@ def model_results(
     return results
 
 
+def measured(statistics: ModelStatistics, metrics: Mapping[str, Metric]) -> Iterator[tuple[str | None, str, Metric]]:
+    """What was measured of a model: (strategy, metric's name, metric); None is teacher forcing."""
+    if any(statistics.likelihood):
+        for name, metric in LIKELIHOOD_METRICS.items():
+            yield None, name, metric
+    for strategy in statistics.strategies:
+        for name, metric in metrics_under(metrics, strategy).items():
+            yield strategy, name, metric
+
+
 def rows_under(statistics: ModelStatistics, strategy: str | None) -> Sequence[RowStatistics]:
     """A model's rows under a strategy; None is teacher forcing."""
     return statistics.likelihood if strategy is None else statistics.strategies[strategy]
@@ -156,12 +162,8 @@ def measured_places(
     first: ModelStatistics, metrics: Mapping[str, Metric], settings: ContrastSettings
 ) -> Iterator[tuple[str | None, str | None, str, Any]]:
     """What models are compared by: (strategy of a, that of b, metric's name, metric); None is teacher forcing."""
-    if any(first.likelihood):
-        for name, metric in LIKELIHOOD_METRICS.items():
-            yield None, None, name, metric
-    for strategy in first.strategies:
-        for name, metric in metrics_under(metrics, strategy).items():
-            yield strategy, strategy, name, metric
+    for strategy, name, metric in measured(first, metrics):
+        yield strategy, strategy, name, metric
     primary = Primary.of(settings)
     if primary and settings.primary_against:
         yield primary.signature_against, primary.signature, primary.metric, metrics[primary.metric]

@@ -20,7 +20,7 @@ from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.stats.seeds import methods, numbered
 from rlseq.evaluation.studies.table import STUDIES
-from rlseq.evaluation.tune_decoding import joined_choices
+from rlseq.evaluation.tune_decoding import joined_tuning
 from rlseq.scoring import RewardSuite, load_rewards
 
 _NLL = LIKELIHOOD("nll")
@@ -61,10 +61,10 @@ def join(
         raise ConfigError(f"--output_dir {str(output_dir)!r} is one of the evaluations joined; name another folder")
     first = loaded[0]
     notes = [note for other in loaded[1:] for note in _check_alike(first, other)]
-    signature = first.results["signature"]
-    settings = _settings(signature["settings"])
+    spec = first.results["spec"]
+    settings = _settings(spec["settings"])
     found, more, origins = _together(loaded, [name for name, _ in named])
-    chosen = joined_choices({name: (e.results.get("chosen", {}), old) for name, (e, old) in origins.items()})
+    tuned = joined_tuning({name: (e.results.get("tuned", {}), old) for name, (e, old) in origins.items()})
     suite = _suite(first, reward_funcs)
     documents = load_documents(settings)
     try:
@@ -73,9 +73,9 @@ def join(
             first.prompts,
             suite,
             settings,
-            signature=signature,
+            spec=spec,
             chosen_by=first.results["oracles"],
-            chosen=chosen,
+            tuned=tuned,
             documents=documents,
             data_name=first.results["data_name"],
         )
@@ -115,9 +115,9 @@ def _check_alike(a: Evaluation, b: Evaluation) -> list[str]:
     """Notes on versions that differ.
 
     Raises:
-        ConfigError: anything else of the signatures does.
+        ConfigError: anything else of the specs does.
     """
-    fields = [dict(flatten({k: v for k, v in e.results["signature"].items() if k != "versions"})) for e in (a, b)]
+    fields = [dict(flatten({k: v for k, v in e.results["spec"].items() if k != "versions"})) for e in (a, b)]
     absent = "absent"
     differing = [
         f"{key} is {fields[0].get(key, absent)} in the first and {fields[1].get(key, absent)} in the second"
@@ -131,7 +131,7 @@ def _check_alike(a: Evaluation, b: Evaluation) -> list[str]:
             + ". Evaluate one of them again as the other was."
             + (" (The fingerprint is of the rows and their tokens.)" if "data.fingerprint" in differing[0] else "")
         )
-    versions = [e.results["signature"]["versions"] for e in (a, b)]
+    versions = [e.results["spec"]["versions"] for e in (a, b)]
     other = [f"{k} {versions[0].get(k)} and {v}" for k, v in versions[1].items() if versions[0].get(k) != v]
     return [f"Versions differ between {a.path} and {b.path}: {', '.join(other)}."] if other else []
 
@@ -144,7 +144,7 @@ def _settings(on_file: Mapping[str, Any]) -> ContrastSettings:
 
 def _suite(first: Evaluation, reward_funcs: Sequence[Any] | None) -> RewardSuite:
     """The rewards, of which the corpus metrics are needed, with the code they had."""
-    expected = first.results["signature"]["rewards"]
+    expected = first.results["spec"]["rewards"]
     specs = reward_funcs or first.results["reward_funcs"]
     if None in specs:
         raise ConfigError(

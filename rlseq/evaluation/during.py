@@ -16,7 +16,7 @@ import torch
 from rlseq.errors import DataError
 from rlseq.evaluation.aggregate import coverage, matrix, quality_metrics
 from rlseq.evaluation.measure.checkpoint import measure
-from rlseq.evaluation.metrics import EXACT_ACCURACY, NLL
+from rlseq.evaluation.metrics import EXPECTED_ACCURACY, NLL
 from rlseq.evaluation.names import TOTAL, Names
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import COMPLETION, REWARD
@@ -36,7 +36,7 @@ class ValidationProbe:
 
     Keys (a value that nothing was measured of is NaN):
 
-    * where the rows have references: `nll_per_token` (nats, by teacher forcing) and `exact_accuracy` (mean over rows
+    * where the rows have references: `nll_per_token` (nats, by teacher forcing) and `expected_accuracy` (mean over rows
       of the summed probability of the distinct references);
     * under each strategy S of `greedy` and `sample` (ancestral): `S/reward`, the mean total of the optimised rewards;
       `S/NAME`, each reward's mean, optimised or only measured; `S/METRIC`, each corpus metric, such as `per` and
@@ -100,9 +100,9 @@ class ValidationProbe:
         self.eval_rewards = tuple(series[name] for name in names if name not in suite.names)
         self.best = f"greedy/{series[[*names, *suite.names][0]]}"
         references = any(prompt.columns.get("references") for prompt in self.prompts)
-        self._likelihood = {metric.name: metric for metric in (NLL, EXACT_ACCURACY)} if references else {}
+        self._likelihood = {metric.name: metric for metric in (NLL, EXPECTED_ACCURACY)} if references else {}
         quality = quality_metrics(self.suite, with_references=references)
-        self._quality = {name: m for name, m in quality.items() if not m.sampled}  # exact_accuracy says it already
+        self._quality = {name: m for name, m in quality.items() if not m.sampled}  # expected_accuracy says it already
         self.metrics: dict[str, bool | None] = {name: m.higher_is_better for name, m in self._likelihood.items()}
         for strategy in STRATEGIES:
             self.metrics[f"{strategy}/{TOTAL}"] = True

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.aggregate import coverage, matrix, measured_places, metrics_under, put, rows_under
+from rlseq.evaluation.aggregate import coverage, matrix, measured, measured_places, put, rows_under
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.settings import ContrastSettings
@@ -27,13 +27,9 @@ def method_results(
     repeated = {method: names for method, names in methods(found).items() if len(names) > 1}
     for method, names in repeated.items():
         seeds = [found[name] for name in names]
-        if any(any(s.likelihood) for s in seeds):
-            for name, metric in LIKELIHOOD_METRICS.items():
-                tables[method, None, name] = (method, [matrix(s.likelihood, metric) for s in seeds], metric.aggregate)
-        for strategy in seeds[0].strategies:
-            for name, metric in metrics_under(metrics, strategy).items():
-                rows = [matrix(s.strategies[strategy], metric) for s in seeds]
-                tables[method, strategy, name] = (method, rows, metric.aggregate)
+        for strategy, name, metric in measured(seeds[0], metrics):
+            rows = [matrix(rows_under(seed, strategy), metric) for seed in seeds]
+            tables[method, strategy, name] = (method, rows, metric.aggregate)
     draws = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
     results: dict[str, Any] = {
         method: {"checkpoints": names, "seeds": len(names), "likelihood": {}, "strategies": {}}

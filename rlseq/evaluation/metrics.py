@@ -6,6 +6,7 @@ metric is said by its `Metric`: results.json keeps it, and tables and figures re
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +80,12 @@ NLL = Metric(
     False,
     table="likelihood",
 )
-EXACT_ACCURACY = Metric(
-    "exact_accuracy",
-    "Exact accuracy",
-    Pair(LIKELIHOOD("p_correct"), LIKELIHOOD("rows")),
-    "chance that one ancestral sample is one of the references: mean Σ exp(log-prob), no sampling noise",
+EXPECTED_ACCURACY = Metric(
+    "expected_accuracy",
+    "Expected accuracy",
+    Pair(LIKELIHOOD("expected_accuracy"), LIKELIHOOD("rows")),
+    "exact probability that one sample is one of the references: mean Σ exp(log-prob) under the distribution sampled "
+    "from (under teacher forcing, that of ancestral sampling)",
     True,
     percent=True,
     table="likelihood",
@@ -130,20 +132,20 @@ LIKELIHOOD_METRICS = _by_name(
         True,
         table="likelihood",
     ),
-    EXACT_ACCURACY,
+    EXPECTED_ACCURACY,
     Metric(
-        "argmax_accuracy",
-        "Argmax accuracy",
-        Pair(LIKELIHOOD("argmax_tokens"), LIKELIHOOD("tokens")),
+        "token_accuracy",
+        "Token accuracy",
+        Pair(LIKELIHOOD("correct_tokens"), LIKELIHOOD("tokens")),
         "share of reference tokens that are the argmax given the true tokens before them; ties go to the lowest id",
         True,
         percent=True,
         table="likelihood",
     ),
     Metric(
-        "argmax_match",
-        "Argmax match",
-        Pair(LIKELIHOOD("argmax_rows"), LIKELIHOOD("rows")),
+        "teacher_forced_exact_match",
+        "Teacher-forced exact match",
+        Pair(LIKELIHOOD("matched_rows"), LIKELIHOOD("rows")),
         "share of rows with a reference whose every token is the argmax: what greedy decoding reproduces, if not cut",
         True,
         percent=True,
@@ -214,15 +216,9 @@ COMPLETION_METRICS = _by_name(
 )
 
 # Exact chances, from teacher forcing under the distribution that a strategy samples from.
-P_REFERENCE = Metric(
-    "p_reference",
-    "p(reference)",
-    Pair(CHANCE("p_reference"), CHANCE("reference_rows")),
-    "exact chance that the strategy generates one of the references: mean Σ exp(log-prob) under its distribution",
-    True,
-    percent=True,
-    kind="accuracy",
-    table="chance",
+SAMPLED_ACCURACY = dataclasses.replace(
+    EXPECTED_ACCURACY,
+    statistics=Pair(CHANCE("expected_accuracy"), CHANCE("reference_rows")),
     sampled=True,
     needs_references=True,
 )
@@ -250,6 +246,6 @@ UNREACHABLE = (
         needs_references=True,
     ),
 )
-CHANCE_METRICS = _by_name(P_REFERENCE, *UNREACHABLE)
+CHANCE_METRICS = _by_name(SAMPLED_ACCURACY, *UNREACHABLE)
 
 BUILT_IN = LIKELIHOOD_METRICS | COMPLETION_METRICS | CHANCE_METRICS

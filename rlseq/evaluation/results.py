@@ -138,7 +138,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
     except ValueError as error:
         raise DataError(f"{str(path)!r} is not valid JSON ({error}); evaluate again") from error
     RESULTS.check(results, path)
-    missing = [key for key in ("signature", "models", "reward_funcs", "oracles", "data_name") if key not in results]
+    missing = [key for key in ("spec", "models", "reward_funcs", "oracles", "data_name") if key not in results]
     if missing:
         raise DataError(f"{str(path)!r} has no {', '.join(missing)}, which an evaluation writes. Evaluate again.")
     rows = results["rows"]
@@ -155,7 +155,7 @@ def read_evaluation(path: str | Path) -> Evaluation:
         found[name].likelihood[row] = _from_json(record["likelihood"], LIKELIHOOD.source)
         for strategy, statistics in found[name].strategies.items():
             statistics[row] = _from_json(record["strategies"][strategy], COMPLETION.source)
-    studies = results["signature"]["settings"]["studies"]
+    studies = results["spec"]["settings"]["studies"]
     for statistics in found.values():
         statistics.studies = {study: [{}] * rows for study in studies}
     if studies:

@@ -30,7 +30,7 @@ from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpo
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.measure.documents import check_documents, check_windows, load_documents
-from rlseq.evaluation.measure.partial import forget_unfinished, how_to_go_on, versions
+from rlseq.evaluation.measure.partial import remove_partial_results, resume_hint, versions
 from rlseq.evaluation.measure.references import solution_note
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
@@ -42,7 +42,7 @@ from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.stats.seeds import methods, seed_notes
 from rlseq.evaluation.studies.compression import document_results, lossy_notes
 from rlseq.evaluation.studies.table import check_studies, study_results
-from rlseq.evaluation.tune_decoding import check_choices, choice_notes, choice_signature, choose, chosen_for, sweeps
+from rlseq.evaluation.tune_decoding import check_sweeps, sweeps, tune, tuned_strategies, tuning_notes, tuning_spec
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
@@ -57,7 +57,7 @@ def contrast(
     output_dir: str | Path | None = None,
     quiet: bool = False,
     data_name: str = "",
-    choice_rows: Sequence[Mapping[str, Any]] = (),
+    tuning_rows: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Evaluate named checkpoints on the same rows and compare each with the first.
 
@@ -72,7 +72,7 @@ def contrast(
             evaluation that gets killed is kept there, and taken up by the next with equal weights, data and settings.
         quiet: no progress bars.
         data_name: what the results call the data.
-        choice_rows: rows of the same columns, none of them evaluated, on which strategies with alternatives are chosen
+        tuning_rows: rows of the same columns, none of them evaluated, on which strategies with alternatives are tuned
             (rlseq.evaluation.tune_decoding).
 
     Returns:
@@ -84,11 +84,11 @@ def contrast(
             and columns are checked before any model is loaded.
     """
     settings, prompt_options = settings or ContrastSettings(), prompt_options or {}
-    options = {"quiet": quiet, "data_name": data_name, "choice_rows": choice_rows}
+    options = {"quiet": quiet, "data_name": data_name, "tuning_rows": tuning_rows}
     with contextlib.ExitStack() as held:
         results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **options)
         if results and output_dir is not None:
-            forget_unfinished(Path(output_dir))
+            remove_partial_results(Path(output_dir))
     return results
 
 
@@ -103,7 +103,7 @@ def _contrast(
     held: contextlib.ExitStack,
     quiet: bool = False,
     data_name: str = "",
-    choice_rows: Sequence[Mapping[str, Any]] = (),
+    tuning_rows: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`contrast`, after which what it finished is still kept, and the folder claimed until `held` is closed.
@@ -121,7 +121,7 @@ def _contrast(
         settings.parsed(), suite, {*columns_of_rows(rows), "references"}, prompt_columns(prompt_options)
     )
     check_windows(settings, models)
-    warnings = check_models(models, rows, prompt_options, settings, suite, choice_rows)
+    warnings = check_models(models, rows, prompt_options, settings, suite, tuning_rows)
     documents = load_documents(settings)
     state = PartialState()
     if state.is_main_process and not quiet:
@@ -132,10 +132,10 @@ def _contrast(
         held.enter_context(claimed(folder))
         if state.is_main_process and not quiet:
             say_replaced(folder)
-    chosen, chosen_on = {}, []
+    tuned, tuned_on = {}, []
     if sweeps(settings):
         options = {"quiet": quiet, "output_dir": folder}
-        chosen, chosen_on = choose(models, choice_rows, rows, suite, settings, prompt_options, **options)
+        tuned, tuned_on = tune(models, tuning_rows, rows, suite, settings, prompt_options, **options)
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
         found[name], data = measure_checkpoint(
@@ -149,7 +149,7 @@ def _contrast(
             baseline=str(next(iter(models.values()))),
             documents=documents,
             output_dir=folder,
-            chosen=chosen_for(name, chosen),
+            tuned=tuned_strategies(name, tuned),
         )
     if not state.is_main_process:
         return {}
@@ -158,9 +158,9 @@ def _contrast(
         data,
         suite,
         settings,
-        signature=_signature(settings, suite, data, prompt_options) | choice_signature(chosen_on),
+        spec=_spec(settings, suite, data, prompt_options) | tuning_spec(tuned_on),
         chosen_by=chosen_by,
-        chosen=chosen,
+        tuned=tuned,
         documents=documents,
         data_name=data_name,
     )
@@ -176,9 +176,9 @@ def assemble(
     suite: RewardSuite,
     settings: ContrastSettings,
     *,
-    signature: Mapping[str, Any],
+    spec: Mapping[str, Any],
     chosen_by: Mapping[str, Sequence[str]],
-    chosen: Mapping[str, Any],
+    tuned: Mapping[str, Any],
     documents: Sequence[str],
     data_name: str,
 ) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def assemble(
         found: by checkpoint its statistics; `rl#1`, `rl#2` are seeds of one method.
         prompts: the R rows.
         chosen_by: of each strategy that is an oracle the columns that it reads.
-        chosen: what was chosen of strategies with alternatives, as `rlseq.evaluation.tune_decoding.choose` gives it.
+        tuned: what was tuned of strategies with alternatives, as `rlseq.evaluation.tune_decoding.tune` gives it.
         documents: text without prompts, as `rlseq.evaluation.measure.documents.load_documents` gives it.
         data_name: what the results call the data.
     """
@@ -196,7 +196,7 @@ def assemble(
     metrics = quality_metrics(suite, with_references=with_references)
     results = {
         RESULTS.key: RESULTS.version,
-        "signature": signature,
+        "spec": spec,
         "reward_funcs": [spec_on_file(spec) for spec in suite.specs],
         "data_name": data_name,
         "rows": len(prompts),
@@ -221,9 +221,9 @@ def assemble(
         texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
     results["notes"] += _partial_notes(results)
-    if chosen:
-        results["chosen"] = chosen
-        results["notes"] += choice_notes(chosen)
+    if tuned:
+        results["tuned"] = tuned
+        results["notes"] += tuning_notes(tuned)
     for strategy, columns in chosen_by.items():
         for model in results["models"].values():
             model["strategies"][strategy]["oracle"] = True
@@ -261,7 +261,7 @@ def contrast_and_report(
     title: str = "",
     metrics_file: Path | None = None,
     data_name: str = "",
-    choice_rows: Sequence[Mapping[str, Any]] = (),
+    tuning_rows: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`contrast`, then report.html, report.md and plots/ beside its results, and a short table on the terminal.
@@ -271,7 +271,7 @@ def contrast_and_report(
     """
     with contextlib.ExitStack() as held:
         try:
-            given = {"data_name": data_name, "choice_rows": choice_rows, "notes": notes}
+            given = {"data_name": data_name, "tuning_rows": tuning_rows, "notes": notes}
             results = _contrast(models, rows, suite, settings, prompt_options, output_dir, held, **given)
             if results:
                 logged = metrics_file is not None and metrics_file.is_file()
@@ -279,10 +279,10 @@ def contrast_and_report(
                 report_on(results, output_dir, title=title, metrics=curves)
         except KeyboardInterrupt:
             if PartialState().is_main_process:
-                print(how_to_go_on(output_dir), file=sys.stderr, flush=True)
+                print(resume_hint(output_dir), file=sys.stderr, flush=True)
             raise
         if results:
-            forget_unfinished(output_dir)
+            remove_partial_results(output_dir)
     return results
 
 
@@ -337,17 +337,17 @@ def check_settings(
         columns = {*columns_of_rows(rows), "references"}
         knowing |= oracles(settings.parsed(), suite, columns, prompt_columns(prompt_options or {}))
     refuse_oracle_claims(settings, knowing)
-    check_choices(settings, suite)
+    check_sweeps(settings, suite)
 
 
-def _signature(
+def _spec(
     settings: ContrastSettings,
     suite: RewardSuite,
     prompts: Sequence[Prompt],
     prompt_options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a number depends on: equal signatures and equal weights give equal results."""
-    shown = settings.decisive()
+    """What a number depends on: equal specs and equal weights give equal results."""
+    shown = settings.reproducibility_fields()
     if settings.likelihood_dataset is None:
         shown = {name: value for name, value in shown.items() if not name.startswith("likelihood_")}
     return {

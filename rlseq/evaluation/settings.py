@@ -32,10 +32,10 @@ class ContrastSettings:
         temperatures: those of the study of sharpening.
         map_rows: the study map searches the first N rows; None: the first `study_rows`.
         map_max_nodes: prefixes that it expands per row at most.
-        prefix_lengths: tokens of the prefixes that the study of prefixes continues.
-        choose_split: the split on whose rows settings with alternatives are chosen (rlseq.evaluation.tune_decoding),
-            by name; None: nothing can be chosen.
-        choose_rows: only its first N rows; None: all.
+        prefix_lengths: tokens of the prefixes that the study exposure_bias continues.
+        tune_split: the split on whose rows sweeps are tuned (rlseq.evaluation.tune_decoding), by name; None: nothing
+            can be tuned.
+        tune_rows: only its first N rows; None: all.
         likelihood_dataset: text without prompts whose bits per byte are measured
             (rlseq.evaluation.measure.documents); its configuration, split, column and number of rows (None: all).
         likelihood_stride: tokens by which windows over it slide; None: half the context.
@@ -62,8 +62,8 @@ class ContrastSettings:
     map_rows: int | None = as_declared(EvaluationArguments, "map_rows")
     map_max_nodes: int = as_declared(EvaluationArguments, "map_max_nodes")
     prefix_lengths: tuple[int, ...] = as_declared(EvaluationArguments, "prefix_lengths")
-    choose_split: str | None = as_declared(EvaluateArguments, "choose_split", default=None)
-    choose_rows: int | None = as_declared(EvaluateArguments, "choose_rows")
+    tune_split: str | None = as_declared(EvaluateArguments, "tune_split", default=None)
+    tune_rows: int | None = as_declared(EvaluateArguments, "tune_rows")
     likelihood_dataset: str | None = as_declared(EvaluationArguments, "likelihood_dataset")
     likelihood_config: str | None = as_declared(EvaluationArguments, "likelihood_config")
     likelihood_split: str | None = as_declared(EvaluationArguments, "likelihood_split")
@@ -92,11 +92,11 @@ class ContrastSettings:
         """The strategies as objects."""
         return [parse_strategy(text) for text in self.strategies]
 
-    def decisive(self) -> dict[str, Any]:
+    def reproducibility_fields(self) -> dict[str, Any]:
         """The settings that decide numbers, by name, in JSON's types: those of memory and time alone are left out."""
         shown = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         without = ["eval_batch_size", "max_kv_gb"]
         if not any(isinstance(strategy, Sweep) for strategy in self.parsed()):
-            without += ["choose_split", "choose_rows"]
+            without += ["tune_split", "tune_rows"]
         without += [name for name in ("allow_missing_weights", "quantization") if not getattr(self, name)]
         return {name: value for name, value in shown.items() if name not in without}

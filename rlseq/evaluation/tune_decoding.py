@@ -1,8 +1,8 @@
-"""Settings of decoding that are chosen on rows of their own, before an evaluation: each model gets its own best.
+"""Tuning of decoding settings on rows of their own, before an evaluation: each model gets its own best.
 
 A strategy written with alternatives (`sample:temperature=0.5/0.7/1`, `rlseq.engine.strategies.Sweep`) stands in the
 results under that one name, so that one model's best is compared with another's. All alternatives are measured on the
-rows to choose on; the best is measured again, on the rows that are evaluated, and nothing else is.
+tuning rows; the best is measured again, on the rows that are evaluated, and nothing else is.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from rlseq.evaluation.stats.seeds import methods
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
 
-Choices = dict[str, Any]  # the block `chosen` of results.json
+Tuning = dict[str, Any]  # the block `tuned` of results.json
 
 
 def sweeps(settings: ContrastSettings) -> list[Sweep]:
-    """The strategies of an evaluation that have something to choose."""
+    """The strategies of an evaluation that are swept."""
     return [strategy for strategy in settings.parsed() if isinstance(strategy, Sweep)]
 
 
-def check_choices(settings: ContrastSettings, suite: RewardSuite) -> None:
-    """Check, before anything is loaded, that every sweep can be chosen from.
+def check_sweeps(settings: ContrastSettings, suite: RewardSuite) -> None:
+    """Check, before anything is loaded, that every sweep can be tuned.
 
     Raises:
-        ConfigError: no split to choose on, no rows, or a metric without a better direction.
+        ConfigError: no split to tune on, no rows, or a metric without a better direction.
     """
     found = sweeps(settings)
     if not found:
         return
-    if settings.choose_split is None:
+    if settings.tune_split is None:
         raise ConfigError(
-            f"strategy {found[0].signature!r} is to be chosen, and there are no rows to choose on; give one value, or "
-            "evaluate with `rlseq evaluate` (or recipes/evaluate.py) and --choose_split"
+            f"strategy {found[0].signature!r} is to be tuned, and there are no rows to tune on; give one value, or "
+            "evaluate with `rlseq evaluate` (or recipes/evaluate.py) and --tune_split"
         )
     for sweep in found:
-        name, metric = chooses_by(settings, sweep, suite)
+        name, metric = tuning_metric(settings, sweep, suite)
         if metric.higher_is_better is None:
             raise ConfigError(
-                f"strategy {sweep.signature!r} would be chosen by {name}, the metric of --primary, which is neither "
+                f"strategy {sweep.signature!r} would be tuned by {name}, the metric of --primary, which is neither "
                 "better high nor low; give one value, or another --primary"
             )
 
 
-def chooses_by(settings: ContrastSettings, sweep: Sweep, suite: RewardSuite) -> tuple[str, Metric]:
-    """The metric that a sweep is chosen by: that of the primary comparison if it is of it, else the first reward's."""
+def tuning_metric(settings: ContrastSettings, sweep: Sweep, suite: RewardSuite) -> tuple[str, Metric]:
+    """The metric that a sweep is tuned by: that of the primary comparison if it is of it, else the first reward's."""
     metrics = quality_metrics(suite, with_references=True)
     name = next(iter(metrics))
     primary = Primary.of(settings)
@@ -71,9 +71,9 @@ def chooses_by(settings: ContrastSettings, sweep: Sweep, suite: RewardSuite) -> 
     return name, metrics[name]
 
 
-def choose(
+def tune(
     models: Mapping[str, str | Path],
-    choice_rows: Sequence[Mapping[str, Any]],
+    tuning_rows: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     suite: RewardSuite,
     settings: ContrastSettings,
@@ -81,42 +81,42 @@ def choose(
     *,
     quiet: bool,
     output_dir: Path | None,
-) -> tuple[Choices, list[Prompt]]:
-    """Measure every alternative of every sweep on the rows to choose on, of each model.
+) -> tuple[Tuning, list[Prompt]]:
+    """Measure every alternative of every sweep on the tuning rows, of each model.
 
     Called by all processes; each gets the same.
 
     Args:
-        models: name -> path; the seeds of a method share one choice.
+        models: name -> path; the seeds of a method are tuned together.
         rows: those that are evaluated afterwards.
         output_dir: where finished parts are kept, as of the evaluation itself.
 
     Returns:
-        {"rows", "split", "strategies": {sweep: {"metric", "higher_is_better", "models": {model: {"strategy": chosen,
-        "values": {alternative: value}}}}}} and the rows to choose on as prompts.
+        {"rows", "split", "strategies": {sweep: {"metric", "higher_is_better", "models": {model: {"strategy": best,
+        "values": {alternative: value}}}}}} and the tuning rows as prompts.
 
     Raises:
-        DataError: there are no rows to choose on, one of them has a prompt that is evaluated, or the metric is
+        DataError: there are no tuning rows, one of them has a prompt that is evaluated, or the metric is
             undefined on them.
     """
-    if not choice_rows:
+    if not tuning_rows:
         raise DataError(
-            f"there are no rows to choose {sweeps(settings)[0].signature!r} on; give a split that has some, with "
-            "--choose_split"
+            f"there are no rows to tune {sweeps(settings)[0].signature!r} on; give a split that has some, with "
+            "--tune_split"
         )
     first, path = next(iter(models.items()))
-    _refuse_shared_prompts(choice_rows, rows, load_tokenizer(first, str(path)), prompt_options)
+    _refuse_shared_prompts(tuning_rows, rows, load_tokenizer(first, str(path)), prompt_options)
     alternatives = dict.fromkeys(member.signature for sweep in sweeps(settings) for member in sweep.members)
     alone = dataclasses.replace(settings, strategies=tuple(alternatives), studies=(), likelihood_dataset=None)
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
-        options = {"output_dir": output_dir, "doing": "choosing for"}
+        options = {"output_dir": output_dir, "doing": "tuning for"}
         found[name], prompts = measure_checkpoint(
-            name, str(path), choice_rows, suite, alone, prompt_options, quiet, **options
+            name, str(path), tuning_rows, suite, alone, prompt_options, quiet, **options
         )
-    block: Choices = {"rows": len(prompts), "split": settings.choose_split, "strategies": {}}
+    block: Tuning = {"rows": len(prompts), "split": settings.tune_split, "strategies": {}}
     for sweep in sweeps(settings):
-        name, metric = chooses_by(settings, sweep, suite)
+        name, metric = tuning_metric(settings, sweep, suite)
         values = {model: _values(statistics, sweep, name, metric) for model, statistics in found.items()}
         block["strategies"][sweep.signature] = {
             "metric": name,
@@ -125,36 +125,36 @@ def choose(
         }
     _decide(block)
     if PartialState().is_main_process and not quiet:
-        print(visible("\n".join(choice_notes(block))), flush=True)
+        print(visible("\n".join(tuning_notes(block))), flush=True)
     return block, prompts
 
 
-def chosen_for(model: str, block: Choices) -> dict[str, Strategy]:
-    """By sweep what was chosen for a model."""
+def tuned_strategies(model: str, block: Tuning) -> dict[str, Strategy]:
+    """By sweep what is best for a model."""
     return {
         sweep: parse_strategy(entry["models"][model]["strategy"])
         for sweep, entry in block.get("strategies", {}).items()
     }
 
 
-def choice_signature(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What a choice depends on beside the settings."""
-    return {"choice": {"rows": len(prompts), "fingerprint": fingerprint(prompts)}} if prompts else {}
+def tuning_spec(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What tuning depends on beside the settings."""
+    return {"tuning": {"rows": len(prompts), "fingerprint": fingerprint(prompts)}} if prompts else {}
 
 
-def joined_choices(origins: Mapping[str, tuple[Choices, str]]) -> Choices:
-    """The choices of finished evaluations of the same sweeps, under the names of the joined one.
+def joined_tuning(origins: Mapping[str, tuple[Tuning, str]]) -> Tuning:
+    """The tuning of finished evaluations of the same sweeps, under the names of the joined one.
 
     Args:
         origins: by name in the joined evaluation the block of the finished one, and the model's name there.
 
     Raises:
-        ConfigError: seeds of a method would not choose together what one of them chose alone.
+        ConfigError: the seeds of a method together would not take what one of them took alone.
     """
     first, _ = next(iter(origins.values()))
     if not first:
         return {}
-    block: Choices = {**first, "strategies": {}}
+    block: Tuning = {**first, "strategies": {}}
     for sweep, entry in first["strategies"].items():
         mine = {name: dict(b["strategies"][sweep]["models"][old]) for name, (b, old) in origins.items()}
         block["strategies"][sweep] = {**entry, "models": mine}
@@ -166,14 +166,14 @@ def joined_choices(origins: Mapping[str, tuple[Choices, str]]) -> Choices:
         together = block["strategies"][sweep]["models"][name]["strategy"]
         if strategy != together:
             raise ConfigError(
-                f"{name} was evaluated under {strategy}, its own choice of {sweep}, and the seeds of its method "
-                f"together choose {together}: seeds share one choice. Evaluate them together."
+                f"{name} was evaluated under {strategy}, its own best of {sweep}, and the seeds of its method "
+                f"together take {together}: seeds are tuned together. Evaluate them together."
             )
     return block
 
 
-def choice_notes(block: Choices) -> list[str]:
-    """What a reader must know of each choice, with the numbers that it rests on."""
+def tuning_notes(block: Tuning) -> list[str]:
+    """What a reader must know of each tuned strategy, with the numbers behind it."""
     notes = []
     for sweep, entry in block.get("strategies", {}).items():
         parts = []
@@ -183,15 +183,15 @@ def choice_notes(block: Choices) -> list[str]:
             values = ", ".join(f"{alternative}: {value:.4g}" for alternative, value in means.items())
             parts.append(f"{method} takes {chosen} ({values})")
         notes.append(
-            f"{sweep} is chosen for each model by {entry['metric']} "
+            f"{sweep} is tuned for each model by {entry['metric']} "
             f"({'higher' if entry['higher_is_better'] else 'lower'} is better) on {block['rows']:,} rows of "
             f"{block['split']}, none of which is evaluated: {'; '.join(parts)}."
         )
     return notes
 
 
-def _decide(block: Choices) -> None:
-    """Set for every model what its method chooses: the best mean over seeds; of equal ones the first written.
+def _decide(block: Tuning) -> None:
+    """Set for every model what its method takes: the best mean over seeds; of equal ones the first written.
 
     Raises:
         DataError: no alternative has a value.
@@ -203,9 +203,9 @@ def _decide(block: Choices) -> None:
             known = {alternative: sign * value for alternative, value in means.items() if not math.isnan(value)}
             if not known:
                 raise DataError(
-                    f"strategy {sweep!r} cannot be chosen for {method}: {entry['metric']} is undefined on the "
+                    f"strategy {sweep!r} cannot be tuned for {method}: {entry['metric']} is undefined on the "
                     f"{block['rows']:,} rows of {block['split']} under every alternative. Give one value, another "
-                    "--choose_split or another --primary."
+                    "--tune_split or another --primary."
                 )
             for seed in seeds:
                 entry["models"][seed]["strategy"] = max(known, key=known.get)
@@ -231,23 +231,23 @@ def _values(statistics: ModelStatistics, sweep: Sweep, name: str, metric: Metric
 
 
 def _refuse_shared_prompts(
-    choice_rows: Sequence[Mapping[str, Any]],
+    tuning_rows: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     prompt_options: Mapping[str, Any],
 ) -> None:
-    """Raise DataError if a prompt is both chosen on and evaluated; prompts that differ only in whitespace are one."""
-    evaluated, chosen_on = (
+    """Raise DataError if a prompt is both tuned on and evaluated; prompts that differ only in whitespace are one."""
+    evaluated, tuned_on = (
         {
             prompt_digest(prompt.prompt): repr(prompt.prompt)
             for prompt in build_prompts(part, tokenizer, **prompt_options)
         }
-        for part in (rows, choice_rows)
+        for part in (rows, tuning_rows)
     )
-    shared = sorted(text for key, text in chosen_on.items() if key in evaluated)
+    shared = sorted(text for key, text in tuned_on.items() if key in evaluated)
     if shared:
         raise DataError(
-            f"{len(shared):,} of the {len(chosen_on):,} prompts to choose on are evaluated too, for example "
-            f"{shared[0][:80]}: a setting chosen on what it is judged by looks better than it is. Name other rows with "
-            "--choose_split."
+            f"{len(shared):,} of the {len(tuned_on):,} tuning prompts are evaluated too, for example "
+            f"{shared[0][:80]}: a setting tuned on what it is judged by looks better than it is. Name other rows with "
+            "--tune_split."
         )

@@ -54,7 +54,7 @@ def test_an_oracle_by_a_column_of_the_data_is_refused_as_primary_once_the_rows_a
             settings,
             strategies=("best_of:n=2/4,by=keyed",),
             primary="keyed:best_of:n=2/4,by=keyed",
-            choose_split="validation",
+            tune_split="validation",
         )
         with pytest.raises(ConfigError, match="an oracle: it chooses by a reward that reads key"):
             check_settings(n, suite, ROWS)
@@ -73,7 +73,7 @@ def test_a_recipe_refuses_it_before_it_trains(recipe, task, tmp_path, monkeypatc
     assert run(monkeypatch, recipe, *arguments) == 2
     assert "an oracle: it chooses by a reward that reads key" in capsys.readouterr().err
     assert run(monkeypatch, recipe, *arguments[:-6], "greedy", "sample:temperature=0.5/1", *arguments[-2:]) == 2
-    assert "no rows to choose on; give one value" in capsys.readouterr().err  # a run has none but those evaluated
+    assert "no rows to tune on; give one value" in capsys.readouterr().err  # a run has none but those evaluated
     assert run(monkeypatch, recipe, *arguments[:-6], "greedy", *arguments[-2:]) == 0
 
 
@@ -82,7 +82,7 @@ def test_a_recipe_refuses_it_before_it_trains(recipe, task, tmp_path, monkeypatc
     [
         {"models": "x=y"},
         {"samples_per_row": 9, "eval_rows": 5},
-        {"temperatures": 0.5, "choose_split": "dev"},
+        {"temperatures": 0.5, "tune_split": "dev"},
         {"likelihood_rows": 5, "dataset_name": "d"},
     ],
 )

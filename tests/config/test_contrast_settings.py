@@ -38,7 +38,7 @@ BAD_SETTINGS = {
     "an unknown strategy": ({"primary": "wer:gredy"}, ConfigError, "Did you mean 'greedy'?"),
     "a strategy not measured": ({"primary": "wer:beam:width=9"}, ConfigError, "'beam:width=9', which is not among"),
     "a chance of what is not drawn": (
-        {"primary": "p_reference:greedy"},
+        {"primary": "expected_accuracy:greedy"},
         ConfigError,
         "draws from no distribution; name a strategy that samples",
     ),

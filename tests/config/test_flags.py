@@ -108,7 +108,7 @@ def test_both_evaluate_with_what_was_given(monkeypatch):
         "--max_error_rate", "0.2", "--strategies", "greedy", "--samples_per_row", "3", "--max_new_tokens", "9",
         "--seed", "5", "--resamples", "11", "--eval_batch_size", "13", "--max_kv_gb", "0.5",
         "--primary", "p:greedy", "--primary_against", "beam", "--map_rows", "2", "--map_max_nodes", "41",
-        "--choose_split", "dev", "--choose_rows", "17", "--studies", "none", "--study_rows", "19",
+        "--tune_split", "dev", "--tune_rows", "17", "--studies", "none", "--study_rows", "19",
         "--coverage_samples", "23", "--temperatures", "0.1", "--prefix_lengths", "6", "--likelihood_dataset", "l",
         "--likelihood_config", "m",
         "--likelihood_split", "n", "--likelihood_column", "o", "--likelihood_rows", "29", "--likelihood_stride", "31",
@@ -116,8 +116,8 @@ def test_both_evaluate_with_what_was_given(monkeypatch):
     ]  # fmt: skip
     settings = ContrastSettings(
         strategies=("greedy",), samples_per_row=3, max_new_tokens=9, seed=5, resamples=11, eval_batch_size=13,
-        max_kv_gb=0.5, primary="p:greedy", primary_against="beam", map_rows=2, map_max_nodes=41, choose_split="dev",
-        choose_rows=17, studies=(), study_rows=19, coverage_samples=23, temperatures=(0.1,), prefix_lengths=(6,),
+        max_kv_gb=0.5, primary="p:greedy", primary_against="beam", map_rows=2, map_max_nodes=41, tune_split="dev",
+        tune_rows=17, studies=(), study_rows=19, coverage_samples=23, temperatures=(0.1,), prefix_lengths=(6,),
         likelihood_dataset="l", likelihood_config="m", likelihood_split="n", likelihood_column="o", likelihood_rows=29,
         likelihood_stride=31, likelihood_context=37,
     )  # fmt: skip

@@ -30,7 +30,7 @@ OUTSIDE = {
     (ContrastSettings, "max_kv_gb"): (-1.0, "--max_kv_gb is -1.0; expected a number above 0"),
     (ContrastSettings, "likelihood_context"): (1, "--likelihood_context is 1; expected at least 2"),
     (ContrastSettings, "study_rows"): (0, "--study_rows is 0; expected at least 1"),
-    (ContrastSettings, "choose_rows"): (-3, "--choose_rows is -3; expected at least 1"),
+    (ContrastSettings, "tune_rows"): (-3, "--tune_rows is -3; expected at least 1"),
     (ContrastSettings, "prefix_lengths"): ((2, 0), "--prefix_lengths holds 0; expected each to be at least 1"),
     (PPOConfig, "gamma"): (1.5, "gamma is 1.5; expected 0 to 1"),
     (PPOConfig, "temperature"): (0.0, "temperature is 0.0; expected a finite number above 0"),  # a field of TRL's
@@ -59,7 +59,7 @@ def test_not_a_number_is_in_no_range():
 
 def test_python_has_the_defaults_and_ranges_of_the_flags():
     flags = {f.name: f for part in (EvaluateArguments, EvaluationArguments) for f in dataclasses.fields(part)}
-    others = {"studies": (), "choose_split": None}  # a library measures no study unless told to, and has no splits
+    others = {"studies": (), "tune_split": None}  # a library measures no study unless told to, and has no splits
     for field in dataclasses.fields(ContrastSettings):
         if field.name == "quantization":  # of training alone, which quantises as it trained
             continue

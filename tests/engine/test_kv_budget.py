@@ -187,6 +187,6 @@ def test_an_evaluation_keeps_to_its_budget_and_gives_the_same_samples_and_signat
                 quiet=True,
             )
         samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-        found.append((results["signature"], [(s["strategy"], s["key"], s["sample"], s["completion"]) for s in samples]))
+        found.append((results["spec"], [(s["strategy"], s["key"], s["sample"], s["completion"]) for s in samples]))
     assert found[0] == found[1]
     assert "max_kv_gb" not in found[0][0]["settings"]

@@ -128,10 +128,10 @@ def test_the_final_evaluation_of_a_run_is_of_the_weights_that_training_measured(
 
     bits = 4 if kind == "load_in_4bit" else 8
     assert results["notes"][0].startswith(f"This evaluation takes the base in {bits} bits, as training did")
-    assert results["signature"]["settings"]["quantization"][kind] is True
+    assert results["spec"]["settings"]["quantization"][kind] is True
 
 
 def test_a_run_on_weights_as_they_were_saved_has_no_word_of_quantisation(base):
     plain = ModelArguments(model_name_or_path=str(base))
     assert quantization_of(plain) is None and quantization_note(plain) is None
-    assert "quantization" not in ContrastSettings().decisive()
+    assert "quantization" not in ContrastSettings().reproducibility_fields()

@@ -211,18 +211,18 @@ def with_row(number, **values):
 
 BROKEN = {
     "another setting": (
-        on_results(lambda r: r["signature"]["settings"].update(samples_per_row=8)),
+        on_results(lambda r: r["spec"]["settings"].update(samples_per_row=8)),
         ConfigError,
         "settings.samples_per_row is 3 in the first and 8 in the second",
     ),
-    "another seed": (on_results(lambda r: r["signature"].update(seed=1)), ConfigError, "seed is 0 in the first and 1"),
+    "another seed": (on_results(lambda r: r["spec"].update(seed=1)), ConfigError, "seed is 0 in the first and 1"),
     "other rows": (
-        on_results(lambda r: r["signature"]["data"].update(fingerprint="0000")),
+        on_results(lambda r: r["spec"]["data"].update(fingerprint="0000")),
         ConfigError,
         "data.fingerprint is .* in the first and 0000 in the second.*rows and their tokens",
     ),
     "another reward": (
-        on_results(lambda r: r["signature"]["rewards"]["loud"].update(code="x")),
+        on_results(lambda r: r["spec"]["rewards"]["loud"].update(code="x")),
         ConfigError,
         "rewards.loud.code is",
     ),
@@ -286,7 +286,7 @@ def test_rewards_must_be_what_they_were(place, apart, tmp_path):
 
 def test_other_versions_and_rounding_get_a_note(apart, tmp_path):
     def round_differently(folder):
-        on_results(lambda r: r["signature"]["versions"].update(torch="9.9"))(folder)
+        on_results(lambda r: r["spec"]["versions"].update(torch="9.9"))(folder)
         lines = [json.loads(line) for line in (folder / "per_example.jsonl").read_text().splitlines()]
         lines[2]["likelihood"]["nll"] *= 1 + 1e-9
         (folder / "per_example.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -334,7 +334,7 @@ def test_a_checkpoint_against_itself_differs_by_exactly_nothing_in_every_metric_
         temperatures=(0.5, 0.7, 1.0),
         prefix_lengths=(1, 2),
         max_new_tokens=6,
-        strategies=("greedy", "sample"),
+        strategies=("greedy", "sample", "beam"),
         map_max_nodes=20,
     )
     results = measured(place, None, ("a", "one"), ("b", "one"), rows=PAIRS, settings=settings)
@@ -345,11 +345,11 @@ def test_a_checkpoint_against_itself_differs_by_exactly_nothing_in_every_metric_
             assert (found["difference"], found["ci95"]) == (0, [0, 0])
             assert found.get("p_value", 1) == 1
     of_studies = {name for name, block in results["studies"].items() if differences(block)}
-    assert of_studies == set(STUDIES) - {"distance"}
+    assert of_studies == set(STUDIES) - {"kl"}
     gaps = results["studies"]["sharpening"]["gaps"]
     assert {name for gap in gaps for name in gap} == {"a", "b", "metric", "by_temperature", "mean", "range", "total"}
     cells = [cell for gap in gaps for cell in (*gap["by_temperature"].values(), gap["mean"], gap["total"])]
     for cell in (cell for cell in cells if cell["value"] is not None):
         assert (cell["value"], cell["ci95"]) == (0, [0, 0])
-    (moved,) = results["studies"]["distance"]["models"].values()
+    (moved,) = results["studies"]["kl"]["models"].values()
     assert {(cell["value"], *cell["ci95"]) for cells in moved.values() for cell in cells.values()} == {(0, 0, 0)}

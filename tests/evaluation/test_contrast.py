@@ -91,7 +91,10 @@ def argmaxes(path):
             found.append([int(best[len(prompt) + t - 1]) == token for t, token in enumerate(ids)])
         hits.append(found)
     tokens = [hit for found in hits for reference in found for hit in reference]
-    return {"argmax_accuracy": np.mean(tokens), "argmax_match": np.mean([any(map(all, found)) for found in hits])}
+    return {
+        "token_accuracy": np.mean(tokens),
+        "teacher_forced_exact_match": np.mean([any(map(all, found)) for found in hits]),
+    }
 
 
 def distance(a, b):
@@ -104,9 +107,9 @@ def distance(a, b):
 def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
     results, out = measured
     assert json.loads((out / "results.json").read_text()) == results
-    assert results["schema"] == 3
-    assert {"versions", "seed", "settings", "data"} <= set(results["signature"])
-    assert results["signature"]["data"]["rows"] == results["rows"] == 5
+    assert results["schema"] == 4
+    assert {"versions", "seed", "settings", "data"} <= set(results["spec"])
+    assert results["spec"]["data"]["rows"] == results["rows"] == 5
     assert list(results["models"]) == ["one", "two"]
     for name, model in results["models"].items():
         assert model["path"] == checkpoints[name]
@@ -121,10 +124,10 @@ def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
         assert set(comparison) == {"a", "b", "strategy", "metric", "difference", "ci95", "p_value", *CLAIM}
         assert {key: comparison[key] for key in CLAIM} == CLAIM
     metrics = {name: list(cells) for name, cells in results["models"]["one"]["strategies"].items()}
-    assert metrics["sample"] == [*metrics["greedy"], "p_reference", "unreachable", "unreachable_references"]
+    assert metrics["sample"] == [*metrics["greedy"], "expected_accuracy", "unreachable", "unreachable_references"]
     assert metrics["beam"] == metrics["greedy"]
-    likelihood = ["nll_per_token", "perplexity", "bits_per_byte", "sequence_logprob", "exact_accuracy"]
-    likelihood += ["argmax_accuracy", "argmax_match", *(f"exact_pass_at_k.{2**i}" for i in range(9))]
+    likelihood = ["nll_per_token", "perplexity", "bits_per_byte", "sequence_logprob", "expected_accuracy"]
+    likelihood += ["token_accuracy", "teacher_forced_exact_match", *(f"exact_pass_at_k.{2**i}" for i in range(9))]
     assert [(c["strategy"], c["metric"]) for c in results["comparisons"]] == [
         *((None, name) for name in likelihood),
         *((strategy, name) for strategy, names in metrics.items() for name in names),
@@ -146,7 +149,7 @@ def test_likelihoods_are_those_of_plain_forwards(measured, checkpoints, name):
         "perplexity": math.exp(nats / tokens),
         "bits_per_byte": nats / math.log(2) / size,
         "sequence_logprob": -nats / len(every),
-        "exact_accuracy": sum(p) / len(p),
+        "expected_accuracy": sum(p) / len(p),
         **argmaxes(checkpoints[name]),
     }
     assert {key: found[key]["value"] for key in expected} == pytest.approx(expected, rel=1e-5)
@@ -201,7 +204,7 @@ def test_qualities_are_counted_from_the_completions(measured, checkpoints, name,
     }
     if strategy == "sample":  # the model's own distribution; every reference fits into 5 tokens
         likelihood = results["models"][name]["likelihood"]
-        expected |= {"p_reference": likelihood["exact_accuracy"]["value"], "unreachable": 0}
+        expected |= {"expected_accuracy": likelihood["expected_accuracy"]["value"], "unreachable": 0}
         expected |= {"unreachable_references": 0}
     found = results["models"][name]["strategies"][strategy]
     assert {key: cell["value"] for key, cell in found.items()} == pytest.approx(expected, abs=1e-12)
@@ -258,7 +261,7 @@ def test_the_same_checkpoint_under_two_names_differs_by_exactly_nothing(checkpoi
 
 def test_results_do_not_depend_on_how_many_rows_are_decoded_together(checkpoints):
     one, many = (quick(checkpoints, eval_batch_size=n) for n in (1, 256))
-    assert one["signature"] == many["signature"]
+    assert one["spec"] == many["spec"]
 
     def values(node):
         if isinstance(node, dict):
@@ -270,14 +273,17 @@ def test_results_do_not_depend_on_how_many_rows_are_decoded_together(checkpoints
             assert a == (pytest.approx(b, abs=2e-5, rel=2e-5) if isinstance(b, float) else b)
 
 
-def test_the_exact_accuracy_is_what_many_ancestral_samples_find(checkpoints):
+def test_the_expected_accuracy_is_what_many_ancestral_samples_find(checkpoints):
     results = quick(
         {"one": checkpoints["one"]}, rows=ROWS, strategies=("sample",), samples_per_row=4000, max_new_tokens=6
     )
     found = results["models"]["one"]
     p = [sum(math.exp(sum(reference)) for reference in row) for row in teacher_forced(checkpoints["one"])]
     standard_error = math.sqrt(sum(p_i * (1 - p_i) / 4000 for p_i in p)) / len(p)
-    exact, share = found["likelihood"]["exact_accuracy"]["value"], found["strategies"]["sample"]["exact_match"]["value"]
+    exact, share = (
+        found["likelihood"]["expected_accuracy"]["value"],
+        found["strategies"]["sample"]["exact_match"]["value"],
+    )
     assert exact > 10 * standard_error  # else agreement would say nothing
     assert abs(share - exact) < 4 * standard_error
 
@@ -294,7 +300,7 @@ def test_rows_without_references_are_left_out_of_the_likelihood_alone(checkpoint
     one = {"one": checkpoints["one"]}
     some = quick(one, rows=[{"prompt": "g = ", "references": []}, *ROWS])
     assert some["notes"] == []
-    for key in ("nll_per_token", "exact_accuracy"):
+    for key in ("nll_per_token", "expected_accuracy"):
         value = quick(one)["models"]["one"]["likelihood"][key]["value"]
         assert some["models"]["one"]["likelihood"][key]["value"] == pytest.approx(value, rel=1e-6)
 

@@ -233,7 +233,7 @@ def test_the_command_measures_whole_documents_and_reports_them(checkpoints, tmp_
     block = results["documents"]
     sizes = [len(text.encode()) for text in (TEXTS[0], TEXTS[3])]
     assert (block["documents"], block["bytes"]) == (2, sum(sizes))
-    assert results["signature"]["settings"]["likelihood_stride"] == 5
+    assert results["spec"]["settings"]["likelihood_stride"] == 5
     bits = {}
     for seed, name in enumerate(("one", "two")):
         model = byte_model(seed=seed)
@@ -310,7 +310,7 @@ def test_without_documents_nothing_is_added(checkpoints, tmp_path):
         plain = settings(likelihood_dataset=None)
         results = contrast({"one": checkpoints["one"]}, ROWS, suite, settings=plain, output_dir=tmp_path, quiet=True)
     assert "documents" not in results and not (tmp_path / "documents.jsonl").exists()
-    assert not any(name.startswith("likelihood_") for name in results["signature"]["settings"])
+    assert not any(name.startswith("likelihood_") for name in results["spec"]["settings"])
 
 
 WRONG = [

@@ -92,7 +92,7 @@ def test_the_numbers_are_those_of_a_token_by_token_loop():
     logprobs = [[logprob(model, row["prompt"], r) for r in row["references"]] for row in ROWS if row["references"]]
     tokens = sum(len(r.split()) + 1 for row in ROWS for r in row["references"])
     assert found["nll_per_token"] == pytest.approx(-sum(map(sum, logprobs)) / tokens, rel=1e-5)
-    assert found["exact_accuracy"] == pytest.approx(mean(sum(map(math.exp, row)) for row in logprobs), rel=1e-5)
+    assert found["expected_accuracy"] == pytest.approx(mean(sum(map(math.exp, row)) for row in logprobs), rel=1e-5)
     decoded = [decoded_greedily(model, row["prompt"]) for row in ROWS]
     assert found["greedy/letters"] == mean(len(words(ids)) for ids in decoded)
     assert found["greedy/says_a"] == mean("A" in words(ids) for ids in decoded)
@@ -134,7 +134,7 @@ def test_corpus_metrics_and_measured_rewards_are_there_with_their_direction():
     assert probe.eval_rewards == ("phoneme_accuracy", "says_a") and probe.best == "greedy/phoneme_accuracy"
     assert {"greedy/wer", "sample/wer", "greedy/per", "sample/per", "sample/phoneme_accuracy"} <= set(found)
     assert probe.metrics["greedy/wer"] is False and probe.metrics["greedy/length"] is None
-    assert probe.metrics["sample/says_a"] is probe.metrics["exact_accuracy"] is True
+    assert probe.metrics["sample/says_a"] is probe.metrics["expected_accuracy"] is True
     assert found["greedy/reward"] == found["greedy/letters"]  # what is only measured is in no total
 
 
@@ -179,7 +179,7 @@ def test_without_references_there_is_no_likelihood_and_without_a_value_there_is_
         return None
 
     found = make_probe([silent], rows=[{"prompt": "a = "}, {"prompt": "b = "}])(policy())
-    assert not {"nll_per_token", "exact_accuracy", "greedy/exact_match"} & set(found)
+    assert not {"nll_per_token", "expected_accuracy", "greedy/exact_match"} & set(found)
     assert math.isnan(found["greedy/silent"]) and math.isnan(found["sample/reward"])
     assert 1 <= found["greedy/length"] <= NEW_TOKENS
 

@@ -80,7 +80,7 @@ def test_greedy_decoding_follows_references_as_far_as_argmaxes_are_right(checkpo
     assert counts == {"rows": 12, "agree": 12, "near_ties": 0, "disagree": 0, "reproduced": counts["reproduced"]}
     assert 3 <= counts["reproduced"] <= 11  # else it says little
     assert results["strategies"]["greedy"]["exact_match"]["value"] == counts["reproduced"] / 12
-    assert results["likelihood"]["argmax_match"]["value"] >= counts["reproduced"] / 12
+    assert results["likelihood"]["teacher_forced_exact_match"]["value"] >= counts["reproduced"] / 12
     short = run(checkpoint, max_new_tokens=2)["models"]["one"]
     assert short["greedy_and_teacher_forcing"]["agree"] == 12  # cut, and still right as far as it goes
     assert short["strategies"]["greedy"]["exact_match"]["value"] < counts["reproduced"] / 12

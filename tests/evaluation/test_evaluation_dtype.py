@@ -51,7 +51,7 @@ def test_models_are_loaded_in_the_dtype_that_the_results_name(place, tmp_path, m
     results = evaluated(place, tmp_path, ["one", "two"], *flags)
     expected = torch.float32 if dtype == "auto" else getattr(torch, dtype)  # as they were saved
     assert [{p.dtype for p in model.parameters()} for model in loaded] == [{expected}] * 2
-    assert results["signature"]["settings"]["dtype"] == dtype
+    assert results["spec"]["settings"]["dtype"] == dtype
 
 
 def test_rounding_changes_numbers_a_little(place, tmp_path):

@@ -1,4 +1,4 @@
-"""Two processes give what one does: every study, what is chosen on validation, every number of results.json."""
+"""Two processes give what one does: every study, what is tuned on validation, every number of results.json."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def test_every_study_and_choice_gives_in_two_processes_what_it_gives_in_one(task
     assert main(["evaluate", *arguments, "--output_dir", str(task / "one_process")]) == 0
     two, one = (json.loads((task / name / "results.json").read_text()) for name in ("two_processes", "one_process"))
     assert set(one["studies"]) == set(STUDIES) and one["studies"]["lookahead"]["rows_held_out"] > 0
-    assert one["chosen"]["strategies"]["sample:temperature=0.5/1.0"]["models"]["base"]["values"]
+    assert one["tuned"]["strategies"]["sample:temperature=0.5/1.0"]["models"]["base"]["values"]
     two, one = leaves(two), leaves(one)
     assert list(two) == list(one)
     for place, value in one.items():

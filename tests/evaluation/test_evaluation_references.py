@@ -89,13 +89,13 @@ def test_the_chance_of_the_references_is_that_of_every_sequence_enumerated(text,
     forced = force_references(model, prompts, rows, every)
     found = generation_rows(strategy, forced, every, 2)
     for references, row in zip(rows[:-1], found, strict=False):
-        assert row[CHANCE("p_reference")] == pytest.approx(sum(chances[y] for y in references), rel=1e-9)
+        assert row[CHANCE("expected_accuracy")] == pytest.approx(sum(chances[y] for y in references), rel=1e-9)
         never = [chances[y] == 0 for y in references]
         assert (row[CHANCE("unreachable")], row[CHANCE("unreachable_references")]) == (all(never), sum(never))
         assert (row[CHANCE("reference_rows")], row[CHANCE("references")]) == (1, len(references))
     assert found[-1] == {}
     short = generation_rows(strategy, forced, every, 1)  # two tokens are cut: only the stop alone can be generated
-    assert short[len(ended)][CHANCE("p_reference")] == pytest.approx(chances[STOP,], rel=1e-9)
+    assert short[len(ended)][CHANCE("expected_accuracy")] == pytest.approx(chances[STOP,], rel=1e-9)
     assert short[len(ended)][CHANCE("unreachable_references")] == len(ended) - (chances[STOP,] > 0)
     assert short[len(ended) + 1][CHANCE("unreachable")] == 1
 
@@ -133,7 +133,7 @@ def test_a_contrast_has_the_exact_chance_of_each_strategy_beside_what_it_draws(t
     settings = ContrastSettings(strategies=(*names,), samples_per_row=1000, max_new_tokens=3, resamples=20)
     with load_rewards(["exact_match"]) as suite:
         results = contrast({n: str(tmp_path / n) for n in models}, rows, suite, settings=settings, quiet=True)
-    assert "p_reference" not in results["models"]["one"]["strategies"]["greedy"]
+    assert "expected_accuracy" not in results["models"]["one"]["strategies"]["greedy"]
     exact = {}
     for name, model in models.items():
         for strategy in names[:2]:
@@ -146,12 +146,13 @@ def test_a_contrast_has_the_exact_chance_of_each_strategy_beside_what_it_draws(t
                 never += [x == 0 for x in p[-1]]
             found = results["models"][name]["strategies"][strategy]
             exact[name, strategy] = sum(map(sum, p)) / 3
-            assert found["p_reference"]["value"] == pytest.approx(exact[name, strategy], rel=1e-4)
+            assert found["expected_accuracy"]["value"] == pytest.approx(exact[name, strategy], rel=1e-4)
             assert found["unreachable_references"]["value"] == sum(never) / len(never) >= 3 / len(never)
             assert found["unreachable"]["value"] == sum(not sum(row) for row in p) / 3
             error = math.sqrt(sum(sum(row) * (1 - sum(row)) / 1000 for row in p)) / 3
             assert abs(found["exact_match"]["value"] - exact[name, strategy]) < 4 * error < exact[name, strategy]
-    compared = {c["strategy"]: c["difference"] for c in results["comparisons"] if c["metric"] == "p_reference"}
+    compared = {c["strategy"]: c["difference"] for c in results["comparisons"] if c["metric"] == "expected_accuracy"}
+    del compared[None]  # by teacher forcing
     assert compared == pytest.approx({s: exact["two", s] - exact["one", s] for s in names[:2]}, abs=1e-6)
 
 
@@ -246,12 +247,14 @@ def test_likelihoods_of_solutions_are_said_to_be_of_their_style():
 
 def drawn(hits, p):
     """A row of four samples, of which `hits` are references, with an exact chance p."""
-    return {COMPLETION("with_references"): 4.0, COMPLETION("exact_match"): hits, CHANCE("p_reference"): p}
+    return {COMPLETION("with_references"): 4.0, COMPLETION("exact_match"): hits, CHANCE("expected_accuracy"): p}
 
 
 def test_the_drawn_share_is_compared_with_the_exact_chance_by_the_error_of_sampling():
     rows = [drawn(hits, p) for hits, p in ((3.0, 0.5), (0.0, 0.1))]
-    found = drawn_and_exact([*rows, {}, {CHANCE("p_reference"): 0.5}])  # a row without references, and one not drawn
+    found = drawn_and_exact(
+        [*rows, {}, {CHANCE("expected_accuracy"): 0.5}]
+    )  # a row without references, and one not drawn
     # (3 − 2 + 0 − 0.4) / 8 and √(4 · 0.25 + 4 · 0.09) / 8
     assert found == {
         "difference": pytest.approx(0.075),

@@ -21,7 +21,12 @@ from tiny import tiny_model
 import rlseq
 from rlseq.cli.main import main
 from rlseq.evaluation.measure import checkpoint, partial
-from rlseq.evaluation.measure.partial import Parts, checkpoint_fingerprint, rollouts_as_json, rollouts_from_json
+from rlseq.evaluation.measure.partial import (
+    PartialResults,
+    checkpoint_fingerprint,
+    rollouts_as_json,
+    rollouts_from_json,
+)
 from rlseq.evaluation.run import ContrastSettings, contrast
 from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import load_rewards
@@ -108,14 +113,14 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_pa
     # the reward is tried once, then called 3 times under greedy, 6 under sample, 3 under beam, for each model
     code, out, err = stopped(task, tmp_path / "killed", 1 + 5, signal.SIGKILL)  # in the first model's samples
     assert code == -signal.SIGKILL and not (tmp_path / "killed" / "results.json").exists(), err
-    assert len(list((tmp_path / "killed" / ".unfinished").glob("*.json"))) == 2  # likelihood, greedy
+    assert len(list((tmp_path / "killed" / ".partial_results").glob("*.json"))) == 2  # likelihood, greedy
 
     code, out, err = stopped(task, tmp_path / "killed", 1 + 6 + 3 + 1, signal.SIGINT)  # in the second's greedy
     assert code == 130 and "Traceback" not in err
-    assert f"evaluating one: 2 of 5 parts found in {tmp_path}/killed/.unfinished\n" in out
+    assert f"evaluating one: 2 of 5 parts found in {tmp_path}/killed/.partial_results\n" in out
     assert "evaluating two" not in out
     assert err.splitlines()[-1] == (
-        f"interrupted: the same command resumes from the parts that are finished ({tmp_path}/killed/.unfinished)"
+        f"interrupted: the same command resumes from the parts that are finished ({tmp_path}/killed/.partial_results)"
     )
 
     (task / "calls").write_text("")
@@ -123,7 +128,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_an_undisturbed_one(task, tmp_pa
     assert (task / "calls").stat().st_size == 1 + 3 + 6 + 3  # the second model's alone
     out = capsys.readouterr().out
     assert "evaluating one: 5 of 5 parts found" in out and "evaluating two: 1 of 5 parts found" in out
-    assert not (tmp_path / "killed" / ".unfinished").exists()
+    assert not (tmp_path / "killed" / ".partial_results").exists()
 
     assert main(command(task, tmp_path / "undisturbed")) == 0
     assert "parts found" not in capsys.readouterr().out
@@ -135,7 +140,7 @@ def test_two_processes_share_the_rows_and_give_the_same_samples(task, tmp_path):
     (task / "calls").write_text("")
     run_ranks(2, recipe("evaluate", command(task, tmp_path / "two")[1:]), tmp_path / "log")
     assert (task / "calls").stat().st_size == 2 + 2 * (3 + 6 + 3)  # each process tried it, then every row once
-    assert not (tmp_path / "two" / ".unfinished").exists()
+    assert not (tmp_path / "two" / ".partial_results").exists()
     assert main(command(task, tmp_path / "one")) == 0
     two, one = ((tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("two", "one"))
     for mine, expected in zip(map(json.loads, two), map(json.loads, one), strict=True):
@@ -173,7 +178,7 @@ def interrupted(task, tmp_path, monkeypatch):
         shutil.copytree(tmp_path / "out", tmp_path / "copy", dirs_exist_ok=True)
         return run(**({"models": models, "output_dir": tmp_path / "copy", "monkeypatch": monkeypatch} | changes))
 
-    go_on.folder = tmp_path / "out" / ".unfinished"
+    go_on.folder = tmp_path / "out" / ".partial_results"
     return go_on
 
 
@@ -264,7 +269,7 @@ def test_a_part_of_another_format_version_is_measured_again_with_a_warning(inter
 
 
 def test_a_disk_that_takes_nothing_ends_no_evaluation(task, tmp_path, monkeypatch):
-    (tmp_path / ".unfinished").write_text("a file where the folder should be")
+    (tmp_path / ".partial_results").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="greedy is not kept"):
         assert run({"one": str(task / "one")}, tmp_path, monkeypatch=monkeypatch) == list(STRATEGIES)
     assert (tmp_path / "results.json").exists()
@@ -283,13 +288,13 @@ def test_processes_agree_on_what_is_found(tmp_path, monkeypatch):
         """The parts of a process that hears of these others; without them it hears of itself."""
         monkeypatch.setattr(partial, "PartialState", lambda: SimpleNamespace(process_index=rank, num_processes=world))
         monkeypatch.setattr(partial, "gather_object", lambda mine: mine if others is None else others)
-        return Parts(tmp_path, key, names)
+        return PartialResults(tmp_path, key, names)
 
     first, second = opened(0, 2), opened(1, 2)
     for part in ("a", "b"):
-        first.once(part, lambda: [0])
+        first.get_or_compute(part, lambda: [0])
     for part in ("c", "b"):
-        second.once(part, lambda: [1])
+        second.get_or_compute(part, lambda: [1])
     own = [set(opened(rank, 2).found) for rank in (0, 1)]
     assert own == [{"a", "b"}, {"b", "c"}]
     assert [opened(rank, 2, own).found for rank in (0, 1)] == [{"b": [0]}, {"b": [1]}]
@@ -297,7 +302,7 @@ def test_processes_agree_on_what_is_found(tmp_path, monkeypatch):
     assert not opened(0, 2, own, key="seed 1").found
     # one that does not know its checkpoint still tells the others, and keeps nothing
     unknown = opened(1, 2, key=None)
-    assert not unknown.found and unknown.once("c", lambda: [2]) == [2]
+    assert not unknown.found and unknown.get_or_compute("c", lambda: [2]) == [2]
     assert opened(1, 2).found == {"b": [1], "c": [1]}
 
 
@@ -305,7 +310,7 @@ def test_rows_that_json_cannot_hold_are_evaluated_and_not_kept(task, tmp_path, m
     rows = [{**row, "odd": {(1, 2): 3}} for row in ROWS]
     models = {"one": str(task / "one")}
     assert run(models, tmp_path, rows=rows, stop="beam", monkeypatch=monkeypatch) == ["greedy", "sample"]
-    assert not (tmp_path / ".unfinished").exists()
+    assert not (tmp_path / ".partial_results").exists()
 
 
 def test_completions_come_back_as_they_were():

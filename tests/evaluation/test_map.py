@@ -197,7 +197,7 @@ def test_models_are_compared_on_the_rows_proven_for_both(checkpoints, listed, tm
 
 def test_exact_search_may_run_on_the_first_rows_alone(checkpoints, tmp_path):
     results = run(checkpoints, tmp_path, map_rows=2)
-    assert results["signature"]["settings"]["map_rows"] == 2
+    assert results["spec"]["settings"]["map_rows"] == 2
     block = results["studies"]["map"]
     for name in checkpoints:
         assert block["models"][name]["rows"] == 2

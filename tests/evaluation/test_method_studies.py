@@ -16,7 +16,7 @@ from rlseq.evaluation.run import contrast_and_report
 from rlseq.evaluation.statistics import Statistic, rows_from_json
 from rlseq.evaluation.stats.bootstrap import MeanOf
 from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, difference, pair_draws
-from rlseq.evaluation.studies.kl import Distance
+from rlseq.evaluation.studies.kl import KL
 from rlseq.evaluation.studies.ranking import Ranking
 from rlseq.evaluation.studies.sharpening import Sharpening
 from rlseq.scoring import load_rewards
@@ -78,12 +78,12 @@ def test_the_divergence_of_a_method_is_the_mean_over_seeds_with_students_interva
     def rows(kl):
         sums = {"kl": 2 * kl, "plain": 2 * kl, "tokens": 6.0, "samples": 2.0, "one": 1.0}
         sums |= {f"{n}_{m}": kl for n in ("plain", "kl") for m in ("mean", "square")}
-        keys = [(Statistic("distance", n, (d,)), value) for d in ("forward", "reverse") for n, value in sums.items()]
+        keys = [(Statistic("kl", n, (d,)), value) for d in ("forward", "reverse") for n, value in sums.items()]
         return [dict(keys)] * 4
 
-    base = [{Statistic("distance", "itself"): 1.0}] * 4
+    base = [{Statistic("kl", "itself"): 1.0}] * 4
     found = {"base": base, **{f"rl#{i}": rows(kl) for i, kl in enumerate(kls)}, "x#1": base, "x#2": rows(1.0)}
-    block = Distance().results(found, MANY, {})
+    block = KL().results(found, MANY, {})
     assert set(block["methods"]) == {"rl"}  # a seed of x is the first model itself
     for name, scale in (("kl", 1), ("kl_per_token", 1 / 3)):
         cell = block["methods"]["rl"]["forward"][name]
@@ -100,7 +100,7 @@ def test_the_gap_of_a_method_at_equal_entropy_is_the_mean_over_seeds_with_studen
     *single, of_method = block["gaps"]
     assert [gap["b"] for gap in single] == list(seeds) and not any("claim" in gap for gap in single)
     assert (of_method["a"], of_method["b"], of_method["claim"], of_method["seeds_b"]) == ("base", "rl", "method", 10)
-    for cell in (of_method["mean"], of_method["rest"], of_method["by_temperature"]["0.5"]):
+    for cell in (of_method["mean"], of_method["residual"], of_method["by_temperature"]["0.5"]):
         assert cell["value"] == pytest.approx(students(lifts, cell, 0.05)) and cell["defined"] == 1
     assert of_method["range"] == [1, 3]
     # Cooled from 2 to 1.5 nats the base gains 0.1, whatever the seed.
@@ -110,7 +110,7 @@ def test_the_gap_of_a_method_at_equal_entropy_is_the_mean_over_seeds_with_studen
     block = Sharpening().results({"base#1": rows_of(base), "base#2": rows_of(base), **seeds}, MANY, {})
     (gap,) = block["gaps"]
     assert (gap["a"], gap["b"], gap["seeds_a"], gap["seeds_b"]) == ("base", "rl", 2, 10)
-    assert gap["rest"]["ci95"] == pytest.approx(of_method["rest"]["ci95"])
+    assert gap["residual"]["ci95"] == pytest.approx(of_method["residual"]["ci95"])
 
 
 def test_a_gap_that_is_a_difference_of_seeds_is_drawn_as_one():
@@ -128,7 +128,7 @@ def test_curves_have_no_gap_to_themselves_in_any_resample():
     points = np.stack([rng.choice([0.0, 0.7, 1.1, 2.3], (9, 3)), rng.normal(size=(9, 3))], -1)  # with equal entropies
     found = {name: rows_of(points) for name in ("a", "b")}
     (gap,) = Sharpening().results(found, dataclasses.replace(SETTINGS, resamples=2000), {})["gaps"]
-    assert not {"sharpening", "rest"} & set(gap)
+    assert not {"sharpening", "residual"} & set(gap)
     for cell in (*gap["by_temperature"].values(), gap["mean"], gap["total"]):
         assert (cell["value"], cell["ci95"], cell["defined"]) == (0, [0, 0], 1)
 
@@ -140,19 +140,19 @@ def test_the_report_tells_of_methods_in_every_study(tmp_path):
         tiny_model("llama", seed=seed, initializer_range=0.3).save_pretrained(models[name])
         word_tokenizer().save_pretrained(models[name])
     settings = dataclasses.replace(
-        SETTINGS, strategies=("sample",), studies=("ranking", "distance", "sharpening"), max_new_tokens=3, resamples=50
+        SETTINGS, strategies=("sample",), studies=("ranking", "kl", "sharpening"), max_new_tokens=3, resamples=50
     )
     with load_rewards([letters]) as suite:
         options = {"settings": settings, "prompt_options": {}, "output_dir": tmp_path / "out", "title": "t"}
         contrast_and_report(models, ROWS, suite, **options)
     studies = json.loads((tmp_path / "out" / "results.json").read_text())["studies"]
-    for name in ("ranking", "distance"):
+    for name in ("ranking", "kl"):
         assert set(studies[name]["methods"]) == {"rl"}
     assert [gap["b"] for gap in studies["sharpening"]["gaps"]][::2] == ["rl#1", "rl#2", "rl"]
     report = (tmp_path / "out" / "report.md").read_text()
     for anchor, said in (
         ("Does likelihood know quality?", ["| rl: mean of 2 seeds | sample |", "| rl − base | sample |"]),
-        ("How far from base?", ["| rl: mean of 2 seeds | KL(rl ‖ base) |"]),
+        ("KL divergence to base", ["| rl: mean of 2 seeds | KL(rl ‖ base) |"]),
         ("How much of the gain is sharpening?", ["| rl: mean of 2 seeds |", "Of a method: the mean over its seeds"]),
     ):
         section = report.split(anchor)[1].split("\n## ")[0]

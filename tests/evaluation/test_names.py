@@ -109,13 +109,15 @@ def test_rewards_named_like_parts_of_the_sharpening_study_are_reported_as_reward
     assert len(next(iter(sections(results))).figures) == len(names) + 1  # with exact match
 
 
-def test_a_reward_with_the_name_of_a_metric_is_shown_as_a_reward_by_the_study_of_prefixes(checkpoints):
-    results = quick(checkpoints, [named("exact_match", 100.0)], strategies=("greedy",), studies=("prefixes",))
+def test_a_reward_with_the_name_of_a_metric_is_shown_as_a_reward_by_the_study_of_exposure_bias(checkpoints):
+    results = quick(checkpoints, [named("exact_match", 100.0)], strategies=("greedy",), studies=("exposure_bias",))
     (section,) = sections(results)
     captions = [table.caption.removesuffix(" of completions begun by k forced tokens") for table in section.tables]
     assert {"exact_match (reward)", "Exact match"} <= set(captions)
-    gold = results["studies"]["prefixes"]["models"]["one"]["continued"]["1"]["metrics"]
-    assert gold["reward/exact_match"]["gold"]["value"] == 100.0 and gold["exact_match"]["gold"]["value"] <= 1
+    found = results["studies"]["exposure_bias"]["models"]["one"]["continued"]["1"]["metrics"]
+    assert (
+        found["reward/exact_match"]["reference"]["value"] == 100.0 and found["exact_match"]["reference"]["value"] <= 1
+    )
 
 
 def test_results_say_of_every_metric_all_that_a_report_shows_of_it(checkpoints):

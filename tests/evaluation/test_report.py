@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rlseq.evaluation.report import plots, tables
-from rlseq.evaluation.report.samples import marked_pieces, monte_carlo_pass_at_k, side_by_side
+from rlseq.evaluation.report.samples import marked_pieces, monte_carlo_pass_at_k, pair_samples
 from rlseq.evaluation.report.write import make_headline, print_summary, write_report
 
 HOSTILE = "<script>alert('x')</script> | **b** ![i](http://evil.example/x.png)"
@@ -40,7 +40,7 @@ def quality(wer, length):
 
 
 def chance(p):
-    return {"p_reference": value(p), "unreachable": value(0.1), "unreachable_references": value(0.2)}
+    return {"expected_accuracy": value(p), "unreachable": value(0.1), "unreachable_references": value(0.2)}
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def results():
     return {
         "schema": 1,
         "rows": 4,
-        "signature": {"seed": 0, "settings": {"strategies": ["greedy", "sample"]}},
+        "spec": {"seed": 0, "settings": {"strategies": ["greedy", "sample"]}},
         "models": {
             "base": {
                 "path": "runs/base",
                 "likelihood": {
                     "nll_per_token": value(0.21),
-                    "exact_accuracy": value(0.50),
+                    "expected_accuracy": value(0.50),
                     "exact_pass_at_k": {"1": value(0.50), "2": value(0.7), "4": value(0.8)},
                 },
                 "strategies": {"greedy": quality(0.32, 7), "sample": quality(0.40, 7) | chance(0.50)},
@@ -63,7 +63,7 @@ def results():
                 "path": "runs/rl",
                 "likelihood": {
                     "nll_per_token": value(0.25),
-                    "exact_accuracy": value(0.64),
+                    "expected_accuracy": value(0.64),
                     "exact_pass_at_k": {"1": value(0.64), "2": value(0.75), "4": value(0.81)},
                 },
                 "strategies": {"greedy": quality(0.30, 7), "sample": quality(0.36, 7.2) | chance(0.64)},
@@ -71,7 +71,7 @@ def results():
         },
         "comparisons": [
             compared("nll_per_token", None, 0.04, [0.03, 0.05]),
-            compared("exact_accuracy", None, 0.14, [0.1, 0.18]),
+            compared("expected_accuracy", None, 0.14, [0.1, 0.18]),
             compared("length", "greedy", 0.0, [0.0, 0.0], 1.0),
             compared("wer", "greedy", -0.02, [-0.03, -0.01], 0.0004),
             compared("wer", "sample", -0.04, [-0.09, 0.01], 0.2),
@@ -226,24 +226,24 @@ def test_headline_says_what_it_cost_in_coverage_and_diversity(results, samples, 
 
 def test_headline_says_how_much_of_the_gain_a_lower_temperature_gives(results):
     gap = {"a": "base", "b": "rl", "metric": "exact_match"}
-    gap |= {"total": value(0.05), "sharpening": value(0.04), "rest": {"value": 0.01, "ci95": [-0.02, 0.04]}}
+    gap |= {"total": value(0.05), "sharpening": value(0.04), "residual": {"value": 0.01, "ci95": [-0.02, 0.04]}}
     results["studies"] = {"sharpening": {"gaps": [{**gap, "b": "other"}, gap]}}
     assert make_headline(results).source == (
         "In plain sampling exact match gains +5.00 pp: +4.00 pp of it base gains, too, at a lower temperature of equal "
-        "entropy; the rest is +1.00 pp (95% interval −2.00 to +4.00)."
+        "entropy; the residual is +1.00 pp (95% interval −2.00 to +4.00)."
     )
     nothing = {"value": None, "ci95": [None, None]}
-    gap |= {"sharpening": nothing, "rest": nothing}  # cooled as far as was tried, base stays the more varied
+    gap |= {"sharpening": nothing, "residual": nothing}  # cooled as far as was tried, base stays the more varied
     assert make_headline(results).source == (
         "In plain sampling exact match differs by +5.00 pp: how much of it a lower temperature gives base is not "
         "known, as none of those studied makes its samples as little varied as those of rl."
     )
-    gap |= {"total": value(-0.02), "sharpening": value(0.01), "rest": {"value": -0.03, "ci95": [-0.04, -0.02]}}
+    gap |= {"total": value(-0.02), "sharpening": value(0.01), "residual": {"value": -0.03, "ci95": [-0.04, -0.02]}}
     assert make_headline(results).source == (
         "In plain sampling exact match differs by −2.00 pp, and a lower temperature of equal entropy gives base "
-        "+1.00 pp; the rest is −3.00 pp (95% interval −4.00 to −2.00)."
+        "+1.00 pp; the residual is −3.00 pp (95% interval −4.00 to −2.00)."
     )
-    del gap["rest"]
+    del gap["residual"]
     assert make_headline(results).source == ""
 
 
@@ -280,7 +280,7 @@ def test_references_are_more_likely_too_only_beside_a_gain(results):
 )
 def test_headline_shows_the_digits_in_which_a_difference_lies_or_says_that_it_does_not(results, a, b, said):
     for model, x in (("base", a), ("rl", b)):
-        results["models"][model]["likelihood"]["exact_accuracy"] = value(x)
+        results["models"][model]["likelihood"]["expected_accuracy"] = value(x)
     results["comparisons"][1] |= {"difference": b - a, "ci95": [(b - a) / 2, 2 * (b - a)]}
     assert make_headline(results).cost.endswith(said)
     results["comparisons"][1]["ci95"] = [-1.0, 1.0]  # nothing is claimed: nothing needs to be seen
@@ -321,7 +321,7 @@ def test_verdict_is_text_and_sign_not_colour_alone(results):
         ("wer", "greedy"): ("▲", "better"),
         ("wer", "sample"): ("·", "unclear"),
         ("nll_per_token", None): ("▼", "worse"),
-        ("exact_accuracy", None): ("▲", "better"),
+        ("expected_accuracy", None): ("▲", "better"),
         ("length", "greedy"): ("=", "equal"),
     }
 
@@ -433,7 +433,7 @@ def test_running_mean_keeps_a_straight_line():
 
 
 def test_gains_and_losses_are_ranked_and_counted(samples):
-    side = side_by_side(samples, "base", "rl", "greedy")
+    side = pair_samples(samples, "base", "rl", "greedy")
     assert [(row.key, row.gain) for row in side.better] == [
         ("r4", pytest.approx(0.7)),
         ("r1", pytest.approx(0.5)),
@@ -441,9 +441,9 @@ def test_gains_and_losses_are_ranked_and_counted(samples):
     assert [row.key for row in side.worse] == ["r2"]
     assert side.counts == {"better": 2, "same": 1, "worse": 1, "changed": 3}
     assert side.changed == ()  # what stayed at its score stayed as it was
-    assert {row.key for row in side.unchosen} == {"r1", "r2", "r3", "r4"}
+    assert {row.key for row in side.random} == {"r1", "r2", "r3", "r4"}
     assert side.score_name == "accuracy_x"
-    assert side_by_side(samples, "base", "rl", "beam") is None
+    assert pair_samples(samples, "base", "rl", "beam") is None
 
 
 def test_rows_score_the_mean_over_their_samples_and_repeats_are_counted():
@@ -454,7 +454,7 @@ def test_rows_score_the_mean_over_their_samples_and_repeats_are_counted():
         sample("rl", "r", "K AE T", None, number=0) | {"values": {"accuracy_x": None}},
         sample("rl", "r", "K AE T", 1.0, number=1),
     ]
-    row = side_by_side(drawn, "base", "rl", "greedy").better[0]
+    row = pair_samples(drawn, "base", "rl", "greedy").better[0]
     assert row.a.score == pytest.approx(2 / 3) and row.b.score == 1.0  # what abstained is not a zero
     assert [count for count, _ in row.a.completions] == [2, 1]
 
@@ -462,7 +462,7 @@ def test_rows_score_the_mean_over_their_samples_and_repeats_are_counted():
 def test_rows_that_changed_at_an_equal_score_are_shown():
     drawn = [sample("base", "r", "K", 0.0), sample("rl", "r", "K T", 0.0)]
     drawn += [sample("base", "s", "AE", 1.0), sample("rl", "s", "AE", 1.0)]
-    side = side_by_side(drawn, "base", "rl", "greedy")
+    side = pair_samples(drawn, "base", "rl", "greedy")
     assert [row.key for row in side.changed] == ["r"]
     assert side.counts == {"better": 0, "same": 2, "worse": 0, "changed": 1}
 

@@ -91,7 +91,7 @@ def test_a_row_holds_the_sums_over_its_samples():
 
 
 def test_one_sample_says_nothing_of_diversity():
-    rows = measured(toy_model(1), prompts_of(PROMPTS), dataclasses.replace(SETTINGS, samples_per_row=1), {})
+    rows = measured(toy_model(1), prompts_of(PROMPTS), dataclasses.replace(SETTINGS, samples_per_row=1))
     block = Sharpening().results({"one": rows, "two": rows}, dataclasses.replace(SETTINGS, samples_per_row=1), {})
     assert set(block["models"]["one"]["1.0"]) == {"entropy", "truncated", "quality"}
 
@@ -106,7 +106,7 @@ def sharpened():
     models = {"base": base, "sharp": sharp, "other": other}
     prompts = prompts_of([PROMPT] * 500)
     found = {name: measured(model, prompts, settings, rewards=[table]) for name, model in models.items()}
-    return models, Sharpening().results(found, settings)
+    return models, Sharpening().results(found, settings, {})
 
 
 def test_entropy_and_quality_are_those_of_the_enumeration(sharpened):
@@ -138,11 +138,11 @@ def test_a_model_that_was_sharpened_alone_has_all_its_gain_from_sharpening(sharp
         low, high = sharp[name]["ci95"]
         assert low < gain < high
         assert abs(gain) > high - low  # else agreement would say nothing
-    for cell in (sharp["rest"], sharp["mean"]):
+    for cell in (sharp["residual"], sharp["mean"]):
         low, high = cell["ci95"]
         assert low < 0 < high
-    assert sharp["total"]["value"] == pytest.approx(sharp["sharpening"]["value"] + sharp["rest"]["value"])
-    assert sharp["rest"] == sharp["by_temperature"]["1.0"]
+    assert sharp["total"]["value"] == pytest.approx(sharp["sharpening"]["value"] + sharp["residual"]["value"])
+    assert sharp["residual"] == sharp["by_temperature"]["1.0"]
     low, high = other["mean"]["ci95"]
     assert low > 0 or high < 0  # another model is on another curve
 
@@ -178,7 +178,7 @@ def test_gaps_of_two_curves_by_hand():
     assert math.isnan(values.pop("0.5"))  # entropy 0 is outside the base's
     assert values == pytest.approx({"1.0": 0.9 - 0.7, "2.0": 0.5 - 0.4})
     assert gap["total"]["value"] == pytest.approx(0.3)
-    assert gap["sharpening"]["value"] == pytest.approx(0.1) and gap["rest"]["value"] == pytest.approx(0.2)
+    assert gap["sharpening"]["value"] == pytest.approx(0.1) and gap["residual"]["value"] == pytest.approx(0.2)
     assert gap["range"] == [1, 3]
     # other over [1, 1.5]: mean of 0.8667 and 0.9; over [1.5, 3]: 0.7. base over [1, 2]: 0.7; over [2, 3]: 0.5
     area = 0.5 * (1 - 0.1 / 1.5 + 0.9) / 2 + 1.5 * 0.7 - 0.7 - 0.5
@@ -188,7 +188,7 @@ def test_gaps_of_two_curves_by_hand():
 def test_a_model_of_higher_entropy_has_no_gain_from_sharpening():
     block = results_of([[(1, 0.8), (2, 0.6), (4, 0.2)]], [[(1, 1.0), (3, 0.9), (4, 0.5)]])
     (gap,) = block["gaps"]
-    assert not {"sharpening", "rest"} & set(gap)
+    assert not {"sharpening", "residual"} & set(gap)
     assert gap["by_temperature"]["1.0"]["value"] == pytest.approx(0.9 - 0.4)
 
 

@@ -247,7 +247,7 @@ LONG = [
 
 
 @pytest.mark.parametrize("objective", ["expected_accuracy", "reference_exact"])
-def test_exact_accuracy_is_that_of_the_references_that_can_be_sampled(tmp_path, objective):
+def test_expected_accuracy_is_that_of_the_references_that_can_be_sampled(tmp_path, objective):
     per_prompt = 1 if objective == "expected_accuracy" else 4
     trainer = family_trainer(
         tmp_path,
@@ -266,7 +266,7 @@ def test_exact_accuracy_is_that_of_the_references_that_can_be_sampled(tmp_path, 
         for p, texts in zip(prompts, kept, strict=True)
     ]
     trainer.train()
-    assert trainer.state.log_history[0]["exact_accuracy"] == pytest.approx(sum(expected) / 4, rel=1e-4)
+    assert trainer.state.log_history[0]["expected_accuracy"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
 def test_expected_accuracy_draws_nothing_and_a_micro_batch_may_lack_references(tmp_path):

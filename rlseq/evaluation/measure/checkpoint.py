@@ -30,8 +30,8 @@ from rlseq.evaluation.measure.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.measure.partial import (
     DOCUMENTS,
     REFERENCES,
-    Parts,
-    parts_of,
+    PartialResults,
+    partial_results_of,
     rollouts_as_json,
     rollouts_from_json,
 )
@@ -85,7 +85,7 @@ def measure_checkpoint(
     baseline: str | None = None,
     documents: Sequence[str] = (),
     output_dir: Path | None = None,
-    chosen: Mapping[str, Strategy] | None = None,
+    tuned: Mapping[str, Strategy] | None = None,
     doing: str = "evaluating",
 ) -> tuple[ModelStatistics, list[Prompt]]:
     """Load a checkpoint and its tokenizer and `measure` it, with a progress bar unless `quiet`.
@@ -94,7 +94,7 @@ def measure_checkpoint(
         baseline: path of the model that studies compare with; None: this one.
         documents: text without prompts.
         output_dir: where the parts that are finished are kept, and taken up again (rlseq.evaluation.measure.partial).
-        chosen: by family of strategies the one that stands for it.
+        tuned: by sweep the one that stands for it.
         doing: the progress bar's label.
 
     Returns:
@@ -116,11 +116,11 @@ def measure_checkpoint(
     def first() -> torch.nn.Module:
         return model if baseline in (None, path) else load_checkpoint("the first model", baseline, *load_options)
 
-    parts = Parts()
+    parts = PartialResults()
     if output_dir is not None:
         checkpoints = [path, baseline or path]
-        options = {"chosen": chosen or {}, "doing": doing, "quiet": quiet}
-        parts = parts_of(name, checkpoints, prompts, documents, suite, settings, output_dir, **options)
+        options = {"tuned": tuned or {}, "doing": doing, "quiet": quiet}
+        parts = partial_results_of(name, checkpoints, prompts, documents, suite, settings, output_dir, **options)
     studied = sum(studied_rows(name, _mine(prompts), settings) for name in settings.studies)
     with tqdm(
         total=len(_mine(prompts)) * (len(settings.strategies) + 1) + studied,
@@ -130,7 +130,7 @@ def measure_checkpoint(
         leave=False,
     ) as bar:
         options = {"name": name, "path": path, "progress": bar.update, "baseline": first, "parts": parts}
-        options["chosen"] = chosen
+        options["tuned"] = tuned
         statistics = measure(model, prompts, tokenizer, suite, settings, **options)
     check_agreement(
         name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts], near_tie_of(model)
@@ -142,7 +142,7 @@ def measure_checkpoint(
             coding, rows = dataclasses.asdict(found.coding), rows_as_json(found.rows, DOCUMENT.source)
             return {"coding": coding, "start": found.start, "rows": rows}
 
-        found = parts.once(DOCUMENTS, coded)
+        found = parts.get_or_compute(DOCUMENTS, coded)
         coded_rows = rows_from_json(found["rows"], DOCUMENT.source)
         statistics.documents = DocumentStatistics(Coding(**found["coding"]), found["start"], coded_rows)
     return statistics, prompts
@@ -159,8 +159,8 @@ def measure(
     path: str = "",
     progress: Callable[[int], Any] | None = None,
     baseline: Callable[[], torch.nn.Module] | None = None,
-    parts: Parts | None = None,
-    chosen: Mapping[str, Strategy] | None = None,
+    parts: PartialResults | None = None,
+    tuned: Mapping[str, Strategy] | None = None,
 ) -> ModelStatistics:
     """Measure a model on R rows: likelihood of the references, and each strategy's completions under the rewards.
 
@@ -178,17 +178,17 @@ def measure(
             strategy and study.
         baseline: loads the model that studies compare with; None: this one.
         parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
-        chosen: by family of strategies, all of those in the settings, the one that stands for it.
+        tuned: by sweep, all of those in the settings, the one that stands for it.
 
     Raises:
         Exception: a reward failed, or anything else; what one process raises, all raise.
     """
     mine = _mine(prompts)
-    baseline, progress, parts = baseline or (lambda: model), progress or (lambda rows: None), parts or Parts()
+    baseline, progress, parts = baseline or (lambda: model), progress or (lambda rows: None), parts or PartialResults()
     with raise_on_all_ranks():
         rows = [prompts[i] for i in mine]
         options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts}
-        options["chosen"] = chosen or {}
+        options["tuned"] = tuned or {}
         found = _measure_rows(model, rows, mine, tokenizer, suite, settings, **options)
     gathered = gather_object([(mine, found)])
     strategies = [strategy.signature for strategy in settings.parsed()]
@@ -241,14 +241,14 @@ def _measure_rows(
     name: str,
     progress: Callable[[int], Any],
     baseline: Callable[[], torch.nn.Module],
-    parts: Parts,
-    chosen: Mapping[str, Strategy],
+    parts: PartialResults,
+    tuned: Mapping[str, Strategy],
 ) -> _Measured:
     """Measure this process's rows, which have these places in the data, and record every completion."""
     stops = stop_ids_of(model, tokenizer)
     texts = [reference_texts(prompt, tokenizer, stops) for prompt in prompts]
     references = [list(found) for found in texts]
-    strategies = {strategy.signature: chosen.get(strategy.signature, strategy) for strategy in settings.parsed()}
+    strategies = {strategy.signature: tuned.get(strategy.signature, strategy) for strategy in settings.parsed()}
 
     @functools.cache  # a part that was found asks for none
     def forced() -> list[list[TeacherForced]]:
@@ -290,14 +290,14 @@ def _measure_rows(
         rows = likelihood_rows([list(found.values()) for found in texts], forced())
         return rows_as_json(rows, LIKELIHOOD.source)
 
-    measured = _Measured(rows_from_json(parts.once(REFERENCES, likelihood), LIKELIHOOD.source))
+    measured = _Measured(rows_from_json(parts.get_or_compute(REFERENCES, likelihood), LIKELIHOOD.source))
     progress(len(prompts))
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
     values: dict[str, Mapping[str, Sequence[float | None]]] = {}
     for index, (signature, strategy) in enumerate(strategies.items()):
         if signature in parts.found:
             progress(len(prompts))
-        part = parts.once(signature, functools.partial(generated, index, signature, strategy))
+        part = parts.get_or_compute(signature, functools.partial(generated, index, signature, strategy))
         completions[signature], values[signature] = rollouts_from_json(part["completions"]), part["values"]
         measured.strategies[signature] = rows_from_json(part["statistics"], COMPLETION.source)
         measured.samples += part["records"]

@@ -30,7 +30,7 @@ def check_models(
     prompt_options: Mapping[str, Any],
     settings: ContrastSettings,
     suite: RewardSuite,
-    choice_rows: Sequence[Mapping[str, Any]] = (),
+    tuning_rows: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
     """Refuse rows that cannot be evaluated, and a checkpoint that cannot: it lacks tokens or room, or never ends.
 
@@ -50,8 +50,8 @@ def check_models(
         check_answers(settings, prompts)
         if number == 0:  # of another checkpoint the prompts differ in their ids alone
             smoke_test_rewards(suite, prompts)
-            if choice_rows:
-                smoke_test_rewards(suite, build_prompts(choice_rows, tokenizer, **prompt_options))
+            if tuning_rows:
+                smoke_test_rewards(suite, build_prompts(tuning_rows, tokenizer, **prompt_options))
         try:
             model_config, generation_config = load_configs(str(path))
             causal_class(model_config)  # refuses some

@@ -159,7 +159,7 @@ def columns_of(prompts: Sequence[Prompt], rows: Sequence[int]) -> dict[str, list
 def check_choosers(strategies: Iterable[Strategy], suite: RewardSuite) -> None:
     """Raise ConfigError if a strategy chooses by what is no reward of the evaluation; the message names the nearest."""
     for strategy in strategies:
-        one = strategy.members[0]  # those of a family choose in the same way
+        one = strategy.members[0]  # those of a sweep choose in the same way
         name = _chooser(one)
         if name is not None and name not in suite.names:
             setting = "utility" if isinstance(one, MBR) else "by"

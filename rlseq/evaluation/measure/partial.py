@@ -31,18 +31,18 @@ from rlseq.scoring.cache import key_of
 from rlseq.scoring.fingerprint import folder_hash
 from rlseq.types import Prompt, Rollout
 
-_FOLDER = ".unfinished"
+_FOLDER = ".partial_results"
 # Names of parts; a strategy's is its signature.
 REFERENCES, DOCUMENTS, STUDY = "likelihood", "documents", "study {}"
 
 
-class Parts:
+class PartialResults:
     """The parts of one model's evaluation: those found on disk, and a place for those to come.
 
     Under several processes a part counts as found only where every one of them has it, so that all do the same.
 
     Args:
-        output_dir: of the evaluation, in whose folder `.unfinished` parts are kept; None: nothing is kept.
+        output_dir: of the evaluation, in whose folder `.partial_results` parts are kept; None: nothing is kept.
         key: a hash of all that decides the parts; None: it is not known, and nothing is kept by this process.
         names: of all parts.
 
@@ -63,7 +63,7 @@ class Parts:
         everywhere = set(mine).intersection(*gather_object([set(mine)]))  # called by all, whatever they have
         self.found = {name: value for name, value in mine.items() if name in everywhere}
 
-    def once(self, part: str, measure: Callable[[], Any]) -> Any:
+    def get_or_compute(self, part: str, measure: Callable[[], Any]) -> Any:
         """A part as it was found, or measured and kept.
 
         What is kept comes back as JSON gives it (tuples as lists), whether it was found or measured, so that an
@@ -115,12 +115,12 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def forget_unfinished(output_dir: Path) -> None:
+def remove_partial_results(output_dir: Path) -> None:
     """Remove what is kept of unfinished evaluations: one has finished."""
     shutil.rmtree(output_dir / _FOLDER, ignore_errors=True)
 
 
-def how_to_go_on(output_dir: Path) -> str:
+def resume_hint(output_dir: Path) -> str:
     """What to say of an evaluation that was interrupted."""
     folder = output_dir / _FOLDER
     if not any(folder.glob("*.json")):
@@ -141,7 +141,7 @@ def rollouts_from_json(groups: Sequence[Sequence[Mapping[str, Any]]]) -> list[li
     ]
 
 
-def parts_of(
+def partial_results_of(
     name: str,
     checkpoints: Sequence[str],
     prompts: Sequence[Prompt],
@@ -150,10 +150,10 @@ def parts_of(
     settings: Any,
     output_dir: Path,
     *,
-    chosen: Mapping[str, Strategy],
+    tuned: Mapping[str, Strategy],
     doing: str,
     quiet: bool,
-) -> Parts:
+) -> PartialResults:
     """The parts of one model of a contrast, found and to come; says how many are found, unless `quiet`.
 
     Args:
@@ -162,28 +162,28 @@ def parts_of(
         prompts: all rows, with all columns that rewards may read.
         documents: text without prompts.
         settings: of the contrast (`rlseq.evaluation.measure.checkpoint.ContrastSettings`).
-        chosen: by family of strategies the one that stands for it.
+        tuned: by sweep the one that stands for it.
         doing: what is measured, as the progress line says it.
     """
     state = PartialState()
     fingerprints = [checkpoint_fingerprint(path) for path in checkpoints]
-    decisive = {
+    fields = {
         "model": [name, *checkpoints, *fingerprints],
         "rows": [vars(prompt) for prompt in prompts],
         "documents": documents,
         "rewards": suite.fingerprint(),
-        "settings": settings.decisive(),
-        "chosen": {family: strategy.signature for family, strategy in chosen.items()},
+        "settings": settings.reproducibility_fields(),
+        "tuned": {sweep: strategy.signature for sweep, strategy in tuned.items()},
         "versions": versions(),
         "device": state.device.type,
     }
     strategies = [strategy.signature for strategy in settings.parsed()]
     names = [REFERENCES, *strategies, *map(STUDY.format, settings.studies), *([DOCUMENTS] if documents else [])]
     try:
-        key = None if None in fingerprints else key_of("", decisive)
+        key = None if None in fingerprints else key_of("", fields)
     except TypeError:  # a column that JSON cannot name, such as a dict with tuples for keys
         key = None
-    parts = Parts(output_dir, key, names)
+    parts = PartialResults(output_dir, key, names)
     if parts.found and state.is_main_process and not quiet:
         said = f"{doing} {name}: {len(parts.found)} of {len(names)} parts found in {parts.folder}"
         print(visible(said), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,18 @@ class Shown:
     def difference_interval(self, ci95: Any) -> str:
         low, high = (self.difference(x).removesuffix(" pp") for x in ci95)
         return f"{low} to {high}"
+
+    def cell(self, found: Mapping[str, Any] | None) -> str:
+        """A `{"value", "ci95"}` with its interval: `8.2% (7.9 to 8.5)`; `n/a` where nothing was measured."""
+        if found is None or found["value"] is None or math.isnan(found["value"]):
+            return NOTHING
+        return f"{self.value(found['value'])} ({self.interval(found['ci95'])})"
+
+    def change(self, found: Mapping[str, Any] | None, key: str = "difference") -> str:
+        """The difference that stands under a key, with its interval; `n/a` where it is undefined."""
+        if found is None or found[key] is None:
+            return NOTHING
+        return f"{self.difference(found[key])} ({self.difference_interval(found['ci95'])})"
 
     def _scaled(self, x: float | None) -> float | None:
         return 100 * x if self.percent and x is not None else x

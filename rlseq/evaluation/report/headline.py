@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlseq.evaluation.metrics import EXACT_ACCURACY, LOGPROB, NLL, PASS_METRICS
+from rlseq.evaluation.metrics import EXPECTED_ACCURACY, LOGPROB, NLL, PASS_METRICS
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.report.tables import Comparison, Results
 from rlseq.evaluation.studies.table import headlines
@@ -72,14 +72,14 @@ def make_headline(results: Results) -> Headline:
         and c.strategy_a == c.strategy is not None
     ]
     by_name = {c.metric.name: c for c in others if c.strategy is None}
-    likelihood = [by_name[m.name] for m in (NLL, EXACT_ACCURACY) if m.name in by_name]
+    likelihood = [by_name[m.name] for m in (NLL, EXPECTED_ACCURACY) if m.name in by_name]
     return Headline(
         title=" against ".join(models) if len(models) == 2 else ", ".join(models),
         finding=finding,
         certainty=certainty,
         cost=" ".join(
             [
-                _likelihood_cost(by_name.get(NLL.name), by_name.get(EXACT_ACCURACY.name), lead.verdict == "better"),
+                _likelihood_cost(by_name.get(NLL.name), by_name.get(EXPECTED_ACCURACY.name), lead.verdict == "better"),
                 *_coverage_cost(by_name),
                 *_diversity_cost(others),
             ]

@@ -57,7 +57,7 @@ TRAINING_SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward (mean over rollouts)", ("reward",)),
     ("Reward (standard deviation over rollouts)", ("reward_std",)),
     ("NLL of references (nats per token)", ("reference_nll", "eval_reference_nll", "eval_nll_per_token")),
-    ("Exact accuracy", ("exact_accuracy", "eval_exact_accuracy")),
+    ("Expected accuracy", ("expected_accuracy", "eval_expected_accuracy")),
     ("KL to the reference model (nats)", ("kl", "objective/kl")),
     ("Entropy (nats per token)", ("entropy", "policy/entropy")),
     ("Completion length (tokens)", ("completions/mean_length", "length")),
@@ -66,7 +66,7 @@ TRAINING_SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
 )
-_CURVES_PNG = ("Reward (mean", "NLL of", "Exact accuracy", "KL to", "Entropy", "Completion length")
+_CURVES_PNG = ("Reward (mean", "NLL of", "Expected accuracy", "KL to", "Entropy", "Completion length")
 
 
 def styled(more: Mapping[str, Any] | None = None) -> Any:
@@ -122,6 +122,21 @@ def color_of(models: Sequence[str], model: str) -> str:
         if model in (method, *checkpoints):
             return SERIES[i % len(SERIES)]
     raise ValueError(f"{model!r} is none of {', '.join(models)}")
+
+
+def legend_above(axes: Any, handles: Sequence[Any]) -> None:
+    """A legend above the plot, in as many columns as leave room to plot."""
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, min(5, len(handles), 60 // (longest + 5)))
+    axes.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
+
+
+def samples_axis(axes: Any, ks: Sequence[int]) -> None:
+    """The logarithmic axis of k samples, with these k."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(k) for k in ks])
+    axes.minorticks_off()
+    axes.set_xlabel("k samples")
 
 
 def plane(
@@ -180,9 +195,7 @@ def plane(
             axes.invert_yaxis()
         axes.set_xlabel(x_label + "  →  references more likely")
         axes.set_ylabel(y_label + (" (%)" if y_percent else "") + "  →  better")
-        longest = max(len(handle.get_label()) for handle in handles)
-        columns = max(1, min(5, len(handles), 60 // (longest + 5)))  # a legend that is wider leaves no room to plot
-        axes.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
+        legend_above(axes, handles)
     return figure
 
 
@@ -214,10 +227,7 @@ def pass_at_k_curves(
                     label=f"{model}, drawn samples",
                 )
         ks = sorted({k for curve in curves.values() for k in curve})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.minorticks_off()
-        axes.set_xlabel("k samples")
+        samples_axis(axes, ks)
         axes.set_ylabel("at least one right (%)")
         axes.legend(loc="lower right", fontsize=9)
     return figure

@@ -1,4 +1,4 @@
-"""Completions of two models next to each other: what got better, what got worse, and rows nobody chose."""
+"""Completions of two models next to each other: what got better, what got worse, and random rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.stats.bootstrap import pass_at_k
 
-_CHANCE = LIKELIHOOD("p_correct").text(LIKELIHOOD.source)
+_CHANCE = LIKELIHOOD("expected_accuracy").text(LIKELIHOOD.source)
 MAX_CHARACTERS = 600  # of a prompt, reference or completion shown in a report
 
 
@@ -24,7 +24,7 @@ class Side:
 
     completions: tuple[tuple[int, tuple[tuple[str, str], ...]], ...]
     score: float | None
-    p_correct: float | None
+    expected_accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class SamplePairs:
     """Rows by how they were chosen, and over all rows how many got better, worse or stayed, and how many changed."""
 
     strategy: str
@@ -52,17 +52,17 @@ class SideBySide:
     better: tuple[Row, ...]
     worse: tuple[Row, ...]
     changed: tuple[Row, ...]
-    unchosen: tuple[Row, ...]
+    random: tuple[Row, ...]
     counts: Mapping[str, int]
 
     @property
     def has_p(self) -> bool:
         """Whether any row shown knows its chance to be right."""
-        rows = (*self.better, *self.worse, *self.changed, *self.unchosen)
-        return any(row.b.p_correct is not None for row in rows)
+        rows = (*self.better, *self.worse, *self.changed, *self.random)
+        return any(row.b.expected_accuracy is not None for row in rows)
 
 
-def side_by_side(
+def pair_samples(
     samples: Iterable[Mapping[str, Any]],
     a: str | None,
     b: str,
@@ -70,7 +70,7 @@ def side_by_side(
     *,
     per_example: Iterable[Mapping[str, Any]] = (),
     limit: int = 12,
-) -> SideBySide | None:
+) -> SamplePairs | None:
     """Pair the completions of a and b under a strategy, row by row.
 
     A row's score is the mean of `total` over its samples (of the first reward where totals are absent); its
@@ -90,13 +90,15 @@ def side_by_side(
         return None
     scores = {place: _score(group) for place, group in groups.items()}
     gains = {key: _gain(scores.get((a, key)) if a else 0.0, scores[b, key]) for key in keys}
-    p_correct = {(row["model"], row["key"]): row["likelihood"].get(_CHANCE) for row in per_example}
+    expected_accuracy = {(row["model"], row["key"]): row["likelihood"].get(_CHANCE) for row in per_example}
 
     def row(key: str) -> Row:
         first = groups[b, key][0]
         references = tuple(map(str, first.get("references") or ()))
         sides = {
-            model: Side(_distinct(groups[model, key], references), scores[model, key], p_correct.get((model, key)))
+            model: Side(
+                _distinct(groups[model, key], references), scores[model, key], expected_accuracy.get((model, key))
+            )
             for model in (a, b)
             if model is not None
         }
@@ -114,7 +116,7 @@ def side_by_side(
     hashed = sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())
     changed = [key for key in hashed if key in differing and not gains[key]][:limit]
     signs = Counter("better" if g > 0 else "worse" if g < 0 else "same" for g in gains.values())
-    return SideBySide(
+    return SamplePairs(
         strategy,
         _score_name(groups),
         *(tuple(map(row, chosen)) for chosen in (better, worse, changed, hashed[:limit])),

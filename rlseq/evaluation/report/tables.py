@@ -139,15 +139,15 @@ def fair_strategies(results: Results) -> list[str]:
 
 
 def labelled(results: Results, strategy: str) -> str:
-    """A strategy as tables name it: an oracle is called one, and what was chosen chosen."""
-    chosen = strategy in results.get("chosen", {}).get("strategies", {})
-    labels = ["oracle"] * is_oracle(results, strategy) + ["chosen"] * chosen
+    """A strategy as tables name it: with whether it is an oracle or tuned."""
+    tuned = strategy in results.get("tuned", {}).get("strategies", {})
+    labels = ["oracle"] * is_oracle(results, strategy) + ["tuned"] * tuned
     return f"{strategy} ({', '.join(labels)})" if labels else strategy
 
 
 def quality_metrics(results: Results) -> list[str]:
     """Names of what is measured of completions."""
-    return [name for name in _strategy_metrics(results) if metric(results, name).table != "chance"]
+    return [name for name in _strategy_metrics(results) if metric(results, name).table not in ("chance", "likelihood")]
 
 
 def _strategy_metrics(results: Results) -> list[str]:
@@ -249,7 +249,7 @@ def comparisons(results: Results) -> list[Comparison]:
 
 def definitions(results: Results) -> list[Shown]:
     """Every metric that the report shows, each once."""
-    names = [*likelihood_metrics(results), *_strategy_metrics(results)]
+    names = dict.fromkeys([*likelihood_metrics(results), *_strategy_metrics(results)])
     curve = [PASS_OVER_K] if pass_curves(results) else []
     return [*(metric(results, name) for name in names), *curve]
 

@@ -18,7 +18,7 @@ from rlseq.common.escapes import visible
 from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS
 from rlseq.evaluation.report import plots, tables
 from rlseq.evaluation.report.headline import make_headline
-from rlseq.evaluation.report.samples import SideBySide, monte_carlo_pass_at_k, side_by_side
+from rlseq.evaluation.report.samples import SamplePairs, monte_carlo_pass_at_k, pair_samples
 from rlseq.evaluation.report.tables import Results
 from rlseq.evaluation.studies import compression
 from rlseq.evaluation.studies.table import sections
@@ -164,7 +164,7 @@ def _context(
         "side_pair": (side_pair := tuple(_checkpoint(results, name) for name in pair)),
         "side": _side(results, samples, per_example, side_pair),
         "definitions": tables.definitions(results),
-        "signature": list(tables.flatten(results.get("signature", {}))),
+        "spec": list(tables.flatten(results.get("spec", {}))),
     }
 
 
@@ -175,14 +175,14 @@ def _checkpoint(results: Results, name: str | None) -> str | None:
 
 def _side(
     results: Results, samples: Sequence[Any], per_example: Sequence[Any], pair: tuple[str | None, str]
-) -> SideBySide | None:
+) -> SamplePairs | None:
     available = tables.fair_strategies(results)
     if not available:
         return None
     strategy = (results.get("primary") or {}).get("strategy")
     if strategy is None:
         strategy = "greedy" if "greedy" in available else available[0]
-    return side_by_side(samples, *pair, strategy, per_example=per_example)
+    return pair_samples(samples, *pair, strategy, per_example=per_example)
 
 
 def _accuracy_check(results: Results) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from rlseq.evaluation.stats.bootstrap import ExpRatioOfSums, RatioOfSums
 from rlseq.evaluation.studies.study import Section, StudyMetric, Table, summarise
 
 _BITS = {"bits_per_byte": StudyMetric(Pair(DOCUMENT("bits"), DOCUMENT("bytes")), RatioOfSums())}
+_BITS_SHOWN = tables.Shown(decimals=3)
 _METRICS = {
     "perplexity": StudyMetric(Pair(DOCUMENT("nll"), DOCUMENT("tokens")), ExpRatioOfSums()),
     "round_trips": StudyMetric(Pair(DOCUMENT("round_trips"), DOCUMENT("documents")), RatioOfSums()),
@@ -93,15 +94,15 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
         rows.append(
             [
                 name,
-                _cell(entry["bits_per_byte"]),
-                f"{tables.number(100 * entry['round_trips']['value'], 1)}%",
-                _cell(gaps[name], "difference") if name in gaps else "",
-                _cell(entry["perplexity"], decimals=2),
+                _BITS_SHOWN.cell(entry["bits_per_byte"]),
+                tables.Shown(percent=True).value(entry["round_trips"]["value"]),
+                _BITS_SHOWN.change(gaps[name]) if name in gaps else "",
+                tables.Shown(decimals=2).cell(entry["perplexity"]),
             ]
         )
         start = f"after {entry['start']}" if entry["start"] else f"uniform over {entry['vocabulary']:,} tokens"
         how.append([name, *(f"{entry[key]:,}" for key in ("tokens", "context", "stride")), start])
-    together, alone = tables.number(block["lzma"]["together"], 3), _cell(block["lzma"]["alone"])
+    together, alone = tables.number(block["lzma"]["together"], 3), _BITS_SHOWN.cell(block["lzma"]["alone"])
     rows.append(["lzma, all documents together", together, "", "", ""])
     rows.append(["lzma, each document alone", alone, "", "", ""])
     header = ["Coder", "Bits per byte", "Given back", f"Difference to {first}", "Perplexity per token"]
@@ -126,9 +127,3 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
             ],
         )
     ]
-
-
-def _cell(cell: Mapping[str, Any], key: str = "value", *, decimals: int = 3) -> str:
-    signed = key == "difference"
-    value, *ends = (tables.number(x, decimals, signed=signed) for x in (cell[key], *cell["ci95"]))
-    return f"{value} ({' to '.join(ends)})"

@@ -98,7 +98,7 @@ def _values(block: Mapping[str, Any], family: _Family) -> Table:
         for model, found in block["models"].items():
             if curve in found:
                 cells = [found[curve][k] for k in ks]
-                rows.append([model, label, *(f"{info.value(c['value'])} ({info.interval(c['ci95'])})" for c in cells)])
+                rows.append([model, label, *map(info.cell, cells)])
     return Table(["Model", "Of k samples", *(f"k = {k}" for k in ks)], rows, info.label)
 
 
@@ -108,8 +108,7 @@ def _differences(block: Mapping[str, Any], family: _Family, compared: Sequence[M
     for c in sorted(compared, key=lambda c: list(labels).index(c["curve"])):
         pair = f"{c['b']} − {c['a']}"
         cells = [c["differences"][k] for k in ks]
-        texts = [f"{info.difference(d['difference'])} ({info.difference_interval(d['ci95'])})" for d in cells]
-        rows.append([pair, labels[c["curve"]], *texts])
+        rows.append([pair, labels[c["curve"]], *map(info.change, cells)])
         said.append(f"{pair}, {labels[c['curve']]}: {in_words(c)}.")
     head = ["Models", "Of k samples", *(f"k = {k}" for k in ks)]
     return Table(head, rows, f"{info.label}: differences", " ".join(said))
@@ -172,10 +171,7 @@ def _draw(
             axes.plot(places, points[:, 0], lines[curve], color=color, lw=1.8)
         if kind == "difference":
             axes.axhline(0, color=plots.MUTED, lw=1.0, zorder=1)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.minorticks_off()
-        axes.set_xlabel("k samples")
+        plots.samples_axis(axes, ks)
         unit = (" (pp)" if kind == "difference" else " (%)") if info.percent else ""
         axes.set_ylabel(info.label + (": difference" if kind == "difference" else "") + unit)
         colors = {model: plots.color_of(models, model) for model, _ in curves}
@@ -183,7 +179,5 @@ def _draw(
         for curve, label in family.curves:
             if any(curve == drawn for _, drawn in curves):
                 handles += axes.plot([], [], lines[curve], color=plots.MUTED, lw=1.8, label=label)
-        longest = max(len(handle.get_label()) for handle in handles)
-        columns = max(1, min(len(handles), 60 // (longest + 5)))
-        axes.legend(handles=handles, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9)
+        plots.legend_above(axes, handles)
     return figure

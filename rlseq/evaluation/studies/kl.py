@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,9 +36,9 @@ class _VarianceRatio:
             return np.where((x > 0) & (z > 0), x / z, np.nan)
 
 
-_DISTANCE = Source("distance")
-_ITSELF = _DISTANCE("itself")
-_VOCABULARIES = {name: _DISTANCE(name) for name in ("vocabulary", "vocabulary_first")}
+_KL = Source("kl")
+_ITSELF = _KL("itself")
+_VOCABULARIES = {name: _KL(name) for name in ("vocabulary", "vocabulary_first")}
 _PARTS = {
     "kl": (("kl", "samples"), RatioOfSums()),
     "kl_per_token": (("kl", "tokens"), RatioOfSums()),
@@ -48,7 +47,7 @@ _PARTS = {
     "length": (("tokens", "samples"), RatioOfSums()),
 }
 METRICS = {
-    (direction, name): StudyMetric(tuple(_DISTANCE(part, direction) for part in parts), aggregate)
+    (direction, name): StudyMetric(tuple(_KL(part, direction) for part in parts), aggregate)
     for direction in (FORWARD, REVERSE)
     for name, (parts, aggregate) in _PARTS.items()
 }
@@ -67,7 +66,7 @@ class Compared:
     divergences: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
-class Distance(Study):
+class KL(Study):
     """KL(p ‖ b) of a model p to the first model b, and KL(b ‖ p), over whole completions; mean over rows, in nats.
 
         KL(p ‖ b) = E_{y ~ p} Σ_t Σ_v p(v | x, y_<t) · (log p(v | x, y_<t) − log b(v | x, y_<t))
@@ -79,7 +78,7 @@ class Distance(Study):
     at another has the lower variance in the plain estimate.
     """
 
-    name = "distance"
+    name = "kl"
     against_first = True
 
     def sample(self, context: Context) -> list[Compared]:
@@ -146,7 +145,7 @@ class Distance(Study):
         for model, directions in {**block["models"], **block["methods"]}.items():
             for direction, cells in directions.items():
                 label = f"KL({model} ‖ {first})" if direction == FORWARD else f"KL({first} ‖ {model})"
-                texts = [_text(cells.get(name), decimals) for name, decimals in _SHOWN]
+                texts = [tables.Shown(decimals=decimals).cell(cells.get(name)) for name, decimals in _SHOWN]
                 rows.append([tables.row_name(results, model), label, *texts])
         head = ["Model", "Divergence", "Nats a completion", "Nats a token", "Plain Monte Carlo"]
         note = " ".join(
@@ -155,8 +154,8 @@ class Distance(Study):
             for model, s in block["skipped"].items()
         )
         return Section(
-            "distance",
-            f"How far from {first}?",
+            "kl",
+            f"KL divergence to {first}",
             "The KL divergence between two models' distributions over completions, mean over the first "
             f"{block['rows']:,} rows: {block['samples_per_row']} samples a row of the model named first, each sampled "
             "prefix with the exact divergence of the next token, summed over the vocabulary, and over positions to the "
@@ -203,7 +202,7 @@ _SHOWN = (("kl", 3), ("kl_per_token", 4), ("plain", 3), ("variance_ratio", 2), (
 
 def _divergences(p: torch.nn.Module, b: torch.nn.Module, part: int, context: Context) -> list[np.ndarray]:
     """By row (G, 3) of its samples from p: the divergence of b from p, the log-ratio, and the number of tokens."""
-    groups = context.sample(Distance.name, part=part, model=p)
+    groups = context.sample(KL.name, part=part, model=p)
     flat = [
         (prompt, rollout.completion_ids)
         for prompt, group in zip(context.prompts, groups, strict=True)
@@ -214,8 +213,8 @@ def _divergences(p: torch.nn.Module, b: torch.nn.Module, part: int, context: Con
     if not np.isfinite(sums).all():
         prompt, _ = flat[int(np.argwhere(~np.isfinite(sums))[0, 0])]
         raise ModelError(
-            f"the study distance found an infinite KL: after the prompt {prompt.text!r} one of the model and the first "
-            "model gives probability 0 to a token that the other may draw. Leave distance out of --studies."
+            f"the study kl found an infinite KL: after the prompt {prompt.text!r} one of the model and the first "
+            "model gives probability 0 to a token that the other may draw. Leave kl out of --studies."
         )
     return np.split(sums, len(groups)) if groups else []
 
@@ -233,12 +232,5 @@ def _row_statistics(record: Compared) -> RowStatistics:
         for name in ("kl", "plain"):
             mean = values[name] / size
             values |= {f"{name}_mean": mean, f"{name}_square": mean**2}
-        row |= {_DISTANCE(name, direction): value for name, value in values.items()}
+        row |= {_KL(name, direction): value for name, value in values.items()}
     return row
-
-
-def _text(cell: Mapping[str, Any] | None, decimals: int) -> str:
-    if cell is None or cell["value"] is None or math.isnan(cell["value"]):
-        return tables.NOTHING
-    low, high = (tables.number(x, decimals) for x in cell["ci95"])
-    return f"{tables.number(cell['value'], decimals)} ({low} to {high})"

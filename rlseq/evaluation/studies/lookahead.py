@@ -260,11 +260,8 @@ def _table(block: Mapping[str, Any], measure: str) -> Table:
     for model, entry in block["models"].items():
         for k, found in entry.items():
             cells = found[measure]
-            values = [f"{info.value(cells[h]['value'])} ({info.interval(cells[h]['ci95'])})" for h in _LABELS]
-            values += [
-                f"{info.difference(cells[h]['value'])} ({info.difference_interval(cells[h]['ci95'])})"
-                for h in _LESS.values()
-            ]
+            values = [info.cell(cells[h]) for h in _LABELS]
+            values += [info.change(cells[h], "value") for h in _LESS.values()]
             if not percent:
                 values.append(info.value(cells[HEAD]["value"]) if HEAD in cells else "")
             rows.append([model, k, f"{found['positions']:,}", *values])

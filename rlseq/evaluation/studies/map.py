@@ -160,10 +160,12 @@ class MAP(Study):
         for model, entry in models.items():
             cells = [(_SHARE, entry["proven"]), (_NATS, entry["logprob"]), (_SHARE, entry["empty"])]
             cells += [(_SHARE, entry[kind][s]) for kind in ("is_mode", "search_errors") for s in searches]
-            rows.append([model, f"{entry['proven_rows']:,} of {entry['rows']:,}", *(_text(*cell) for cell in cells)])
+            rows.append(
+                [model, f"{entry['proven_rows']:,} of {entry['rows']:,}", *(info.cell(cell) for info, cell in cells)]
+            )
         shown = [Table(head, rows, "Modes, and decoders that look for them")]
         if infos:
-            values = [[m, *(_text(i, e["quality"][i.name]) for i in infos)] for m, e in models.items()]
+            values = [[m, *(i.cell(e["quality"][i.name]) for i in infos)] for m, e in models.items()]
             shown.append(Table(["Model", *(info.label for info in infos)], values, "Quality of the modes"))
         if block["comparisons"]:
             shown.append(_differences(block, {info.name: info for info in infos} | _SHOWN))
@@ -251,12 +253,7 @@ def _differences(block: Mapping[str, Any], infos: Mapping[str, tables.Shown]) ->
     for c in block["comparisons"]:
         if c["metric"] in infos:
             info = infos[c["metric"]]
-            text = f"{info.difference(c['difference'])} ({info.difference_interval(c['ci95'])})"
             values = [info.value(c[f"value_{side}"]) for side in ("a", "b")]
-            rows.append([f"{c['b']} − {c['a']}", info.label, f"{c['rows']:,}", *values, text])
+            rows.append([f"{c['b']} − {c['a']}", info.label, f"{c['rows']:,}", *values, info.change(c)])
     head = ["Models", "Metric", "Rows proven for both", "a", "b", "Difference"]
     return Table(head, rows, "Differences on the rows proven for both")
-
-
-def _text(info: tables.Shown, cell: Mapping[str, Any]) -> str:
-    return tables.NOTHING if cell["value"] is None else f"{info.value(cell['value'])} ({info.interval(cell['ci95'])})"

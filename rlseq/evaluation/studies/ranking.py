@@ -24,6 +24,7 @@ _HEADERS = {
     SUCCESS_WITHIN: "AUROC of success within rows",
 }
 _RANKING = Source("ranking")
+_SHOWN = tables.Shown(decimals=2)
 _MAX_ENTRIES = 2**21  # of an array (resamples, completions) that is held at once
 
 Place = tuple[str, str | None, str]  # a strategy, a reward (None: being a reference), and the name of a number
@@ -143,9 +144,11 @@ class Ranking(Study):
         for who, strategy, entry in _shown(block, results):
             label = [who, tables.labelled(results, strategy)]
             for reward, cells in entry["rewards"].items():
-                by_reward.setdefault(reward, []).append(label + [_text(cells.get(name)) for name in (WITHIN, ACROSS)])
+                by_reward.setdefault(reward, []).append(
+                    label + [_SHOWN.cell(cells.get(name)) for name in (WITHIN, ACROSS)]
+                )
             if SUCCESS in entry:
-                success.append(label + [_text(entry.get(name)) for name in (SUCCESS, SUCCESS_WITHIN)])
+                success.append(label + [_SHOWN.cell(entry.get(name)) for name in (SUCCESS, SUCCESS_WITHIN)])
         shown = [
             Table(["Model", "Decoding", _HEADERS[WITHIN], _HEADERS[ACROSS]], rows, f"Log-prob and {reward}")
             for reward, rows in by_reward.items()
@@ -277,10 +280,3 @@ def _shown(block: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[tup
         for who, entry in entries.items():
             if strategy in entry:
                 yield who, strategy, entry[strategy]
-
-
-def _text(cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
-        return tables.NOTHING
-    low, high = (tables.number(x, 2) for x in cell["ci95"])
-    return f"{tables.number(cell['value'], 2)} ({low} to {high})"

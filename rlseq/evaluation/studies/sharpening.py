@@ -107,7 +107,7 @@ class Sharpening(Study):
         "models": {model: {T: {"entropy", "unique", "top", "truncated": cell, "quality": {Q: cell}}}},
         "comparisons": as `summarise` gives, of entropy and diversity at temperature 1,
         "gaps": [{"a", "b", "metric", "by_temperature": {T: cell}, "mean": cell, "range": [low, high], "total": cell,
-        "sharpening": cell, "rest": cell}]}
+        "sharpening": cell, "residual": cell}]}
 
         Of a method with several seeds a gap is the mean over pairs of a seed of it and one of the first method, with an
         interval over seeds and rows, and what `seeds.claim_of` gives; its range is the widest of the pairs'. Where the
@@ -226,7 +226,7 @@ def _gaps(
             }
             at_one = [np.mean([values[seed][_ENTROPY][0, one] for seed in seeds]) for seeds in (seeds_a, seeds_b)]
             if at_one[1] < at_one[0]:
-                gap |= {"sharpening": cells["sharpening"], "rest": cells[ONE]}
+                gap |= {"sharpening": cells["sharpening"], "residual": cells[ONE]}
             gaps.append(gap)
     return gaps
 

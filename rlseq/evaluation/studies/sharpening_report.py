@@ -105,18 +105,14 @@ def _temperature_table(block: Mapping[str, Any], infos: Sequence[tables.Shown]) 
         for temperature, point in points.items():
             cells = [(_SHAPE[name], point[name]) for name in shape]
             cells[1:1] = [(info, point["quality"][info.name]) for info in infos]
-            texts = (f"{info.value(c['value'])} ({info.interval(c['ci95'])})" for info, c in cells)
-            rows.append([model, temperature, *texts])
+            rows.append([model, temperature, *(info.cell(cell) for info, cell in cells)])
     labels = [_SHAPE[name].label for name in shape]
     labels[1:1] = [info.label for info in infos]
     return Table(["Model", "T", *labels], rows, "By temperature")
 
 
 def _difference(info: tables.Shown, cell: Mapping[str, Any] | None) -> str:
-    if cell is None or cell["value"] is None:
-        return tables.NOTHING
-    text = f"{info.difference(cell['value'])} ({info.difference_interval(cell['ci95'])})"
-    return text + "*" * _partly(cell)
+    return info.change(cell, "value") + "*" * (cell is not None and _partly(cell))
 
 
 def _partly(cell: Mapping[str, Any]) -> bool:
@@ -173,11 +169,13 @@ def _points(points: Mapping[str, Any], quality: str) -> Iterator[tuple[float, fl
 def headline(results: Mapping[str, Any], a: str, b: str) -> str:
     """How much of the gain at temperature 1 a lower temperature gives too."""
     for gap in results["studies"]["sharpening"].get("gaps", []):
-        if (gap["a"], gap["b"]) == (a, b) and "rest" in gap and gap["total"]["value"] is not None:
+        if (gap["a"], gap["b"]) == (a, b) and "residual" in gap and gap["total"]["value"] is not None:
             info = tables.metric(results, gap["metric"])
-            total, sharpening, rest = (info.difference(gap[part]["value"]) for part in ("total", "sharpening", "rest"))
-            label, interval = _inside(info.label), info.difference_interval(gap["rest"]["ci95"])
-            if gap["rest"]["value"] is None:
+            total, sharpening, residual = (
+                info.difference(gap[part]["value"]) for part in ("total", "sharpening", "residual")
+            )
+            label, interval = _inside(info.label), info.difference_interval(gap["residual"]["ci95"])
+            if gap["residual"]["value"] is None:
                 return (
                     f"In plain sampling {label} differs by {total}: how much of it a lower temperature gives {a} is "
                     f"not known, as none of those studied makes its samples as little varied as those of {b}."
@@ -185,11 +183,11 @@ def headline(results: Mapping[str, Any], a: str, b: str) -> str:
             if gap["total"]["value"] <= 0:
                 return (
                     f"In plain sampling {label} differs by {total}, and a lower temperature of equal entropy gives {a} "
-                    f"{sharpening}; the rest is {rest} (95% interval {interval})."
+                    f"{sharpening}; the residual is {residual} (95% interval {interval})."
                 )
             return (
                 f"In plain sampling {label} gains {total}: {sharpening} of it {a} gains, too, at a lower temperature "
-                f"of equal entropy; the rest is {rest} (95% interval {interval})."
+                f"of equal entropy; the residual is {residual} (95% interval {interval})."
             )
     return ""
 

@@ -23,7 +23,7 @@ from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
 
 # The first rng stream of each study that samples. Strategies have the streams from 0.
-_STREAMS = {"coverage": 1001, "sharpening": 1100, "distance": 1200, "prefixes": 1300}
+_STREAMS = {"coverage": 1001, "sharpening": 1100, "kl": 1200, "exposure_bias": 1300}
 
 
 def rng_stream(study: str, part: int = 0) -> int:

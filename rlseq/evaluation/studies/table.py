@@ -13,21 +13,21 @@ from accelerate.utils import broadcast_object_list
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.engine.model_info import eval_mode
 from rlseq.errors import ConfigError, did_you_mean
-from rlseq.evaluation.measure.partial import STUDY, Parts
+from rlseq.evaluation.measure.partial import STUDY, PartialResults
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.statistics import RowStatistics, rows_as_json, rows_from_json
 from rlseq.evaluation.studies.coverage import Coverage
-from rlseq.evaluation.studies.kl import Distance
+from rlseq.evaluation.studies.exposure_bias import ExposureBias
+from rlseq.evaluation.studies.kl import KL
 from rlseq.evaluation.studies.lookahead import Lookahead
 from rlseq.evaluation.studies.map import MAP
-from rlseq.evaluation.studies.prefixes import Prefixes
 from rlseq.evaluation.studies.ranking import Ranking
 from rlseq.evaluation.studies.sharpening import Sharpening
 from rlseq.evaluation.studies.study import Context, Section, Study
 from rlseq.scoring import RewardSuite
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (Ranking(), MAP(), Prefixes(), Lookahead(), Sharpening(), Distance(), Coverage())
+    study.name: study for study in (Ranking(), MAP(), ExposureBias(), Lookahead(), Sharpening(), KL(), Coverage())
 }
 
 
@@ -56,7 +56,7 @@ def studied_rows(name: str, places: Sequence[int], settings: Any) -> int:
     return len(places) if first is None else sum(place < first for place in places)
 
 
-def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[str, list[RowStatistics]]:
+def run_studies(context: Context, places: Sequence[int], parts: PartialResults) -> dict[str, list[RowStatistics]]:
     """Each study's statistics of the rows with these places in the data; of a costly one, of the first ones.
 
     Studies that need all rows at once are left to `run_together`.
@@ -77,7 +77,7 @@ def run_studies(context: Context, places: Sequence[int], parts: Parts) -> dict[s
     return found
 
 
-def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics]]:
+def run_together(context: Context, parts: PartialResults) -> dict[str, list[RowStatistics]]:
     """The statistics of the studies that need all rows at once, of these first rows of the data.
 
     Called by all processes with all rows. The first process measures, and every one gets what it found.
@@ -103,8 +103,8 @@ def run_together(context: Context, parts: Parts) -> dict[str, list[RowStatistics
     return results
 
 
-def _once(parts: Parts, name: str, measure: Callable[[], list[RowStatistics]]) -> list[RowStatistics]:
-    return rows_from_json(parts.once(STUDY.format(name), lambda: rows_as_json(measure(), name)), name)
+def _once(parts: PartialResults, name: str, measure: Callable[[], list[RowStatistics]]) -> list[RowStatistics]:
+    return rows_from_json(parts.get_or_compute(STUDY.format(name), lambda: rows_as_json(measure(), name)), name)
 
 
 def study_results(

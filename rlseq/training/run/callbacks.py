@@ -183,11 +183,11 @@ class Progress(TrainerCallback):
         "kl",
         "entropy",
         "mean_token_accuracy",
-        "exact_accuracy",
+        "expected_accuracy",
         "reference_nll",
         "completions/mean_length",
     )
-    evaluated = ("nll_per_token", "exact_accuracy", "greedy/reward", "sample/reward")
+    evaluated = ("nll_per_token", "expected_accuracy", "greedy/reward", "sample/reward")
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None

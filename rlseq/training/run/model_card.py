@@ -21,7 +21,7 @@ from rlseq.common.escapes import visible
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _FINDINGS = ("What is generated", "How likely the references are")  # sections of report.md that the card repeats
-_SIGNATURE = "Signature"
+_SPEC = "Evaluation spec"
 _VERSIONS = ("trl", "transformers", "torch")
 _LAUNCHERS = {
     "accelerate": ["accelerate"],
@@ -49,7 +49,7 @@ def model_card(
         method: GRPO, PPO or SFT.
         base_model, dataset_name: hub ids or paths; the metadata, which the hub checks, has hub ids alone.
         rewards: (name, weight) of each that was optimised.
-        report: the text of report.md, from which headline, tables of values and signature are taken; or "".
+        report: the text of report.md, from which headline, tables of values and spec are taken; or "".
         command: its words, the values of tokens left out.
         where: what to load it by, a hub id or path.
         adapter_of: of an adapter's weights, the base that they are loaded on, a hub id or path, which the metadata
@@ -75,7 +75,7 @@ def model_card(
         findings="\n\n".join(
             filter(None, [found.get(""), *(f"### {name}\n\n{found[name]}" for name in _FINDINGS if name in found)])
         ),
-        signature=found.get(_SIGNATURE, ""),
+        spec=found.get(_SPEC, ""),
         command=shlex.join(command),
         where=where,
         adapter_of=adapter_of,

@@ -99,7 +99,7 @@ class LossMixin(BatchMixin):
             else:
                 loss = scores.logprobs.sum()  # 0, and a backward on this rank as on the others
                 P = torch.zeros(1, device=loss.device)
-            self._log_mean("exact_accuracy", P.mean())
+            self._log_mean("expected_accuracy", P.mean())
             return loss / len(rows)
         mask = self._mask(inputs)
         rewards = [self._rewards_of_references(i) for i in rows] if args.scores_references else []
@@ -125,7 +125,7 @@ class LossMixin(BatchMixin):
                 clip_high=self.epsilon_high,
                 reference_rewards=rewards,
             )
-            self._log_mean("exact_accuracy", P.mean())
+            self._log_mean("expected_accuracy", P.mean())
         self._log_masked_mean("entropy", scores.entropies, mask)
         loss = loss / len(rows)
         return loss + self._kl_loss(scores, inputs) * self._accumulation if self.kl_loss_coef else loss

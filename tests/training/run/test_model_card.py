@@ -136,12 +136,12 @@ def test_the_text_has_rewards_command_and_versions():
     assert "accelerate launch recipes/grpo.py --reward_funcs 'my file.py:letters'\n" in text
     versions = f"rlseq {rlseq.__version__}, trl {trl.__version__}, transformers {transformers.__version__}, torch "
     assert versions + torch.__version__.partition("+")[0] in text
-    assert "Not evaluated yet" in text and "Signature" not in text
+    assert "Not evaluated yet" in text and "Evaluation spec" not in text
     supervised = model_card(**GIVEN | {"rewards": [], "method": "SFT"}).text
     assert "## Rewards" not in supervised and "by teacher forcing" in supervised
 
 
-def test_the_card_repeats_headline_tables_and_signature_of_the_report(results, samples, tmp_path):  # noqa: F811
+def test_the_card_repeats_headline_tables_and_spec_of_the_report(results, samples, tmp_path):  # noqa: F811
     write_report(results, samples, tmp_path)
     report = (tmp_path / "report.md").read_text()
     text = model_card(**GIVEN | {"report": report}).text

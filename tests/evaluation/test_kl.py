@@ -19,15 +19,15 @@ from rlseq.engine.strategies import Sample
 from rlseq.errors import ModelError
 from rlseq.evaluation.run import ContrastSettings, contrast, contrast_and_report
 from rlseq.evaluation.statistics import Source
-from rlseq.evaluation.studies.kl import METRICS, Distance
+from rlseq.evaluation.studies.kl import KL, METRICS
 from rlseq.evaluation.studies.study import Context
 from rlseq.scoring import load_rewards
 from rlseq.types import Prompt
 
-DISTANCE = Source("distance")
+DISTANCE = Source("kl")
 
 SETTINGS = ContrastSettings(
-    strategies=("greedy",), max_new_tokens=LONGEST, samples_per_row=8, resamples=300, studies=("distance",)
+    strategies=("greedy",), max_new_tokens=LONGEST, samples_per_row=8, resamples=300, studies=("kl",)
 )
 PROMPTS = (PROMPT, (1, 0), (0, 0, 1))
 
@@ -112,7 +112,7 @@ def test_a_row_holds_the_sums_over_its_samples(direction, stream):
     model, base = toys()
     p, b = (model, base) if direction == "forward" else (base, model)
     prompts, done = prompts_of(PROMPTS), []
-    found = Distance().measure(context_of(model, base, prompts, progress=done.append))
+    found = KL().measure(context_of(model, base, prompts, progress=done.append))
     options = {"num_samples": 8, "max_new_tokens": LONGEST, "strategy": Sample(), "seed": 0, "stop_ids": [STOP]}
     groups = sample(p, prompts, stream=stream, **options)
     for row, prompt, group in zip(found, prompts, groups, strict=True):
@@ -128,8 +128,8 @@ def many():
     """600 rows of equal prompts: what varies between them is sampling alone."""
     model, base = toys()
     settings = dataclasses.replace(SETTINGS, samples_per_row=4)
-    rows = Distance().measure(context_of(model, base, prompts_of([PROMPT] * 600), settings))
-    block = Distance().results({"base": [{"itself": 1.0}] * 600, "model": rows}, settings)
+    rows = KL().measure(context_of(model, base, prompts_of([PROMPT] * 600), settings))
+    block = KL().results({"base": [{"itself": 1.0}] * 600, "model": rows}, settings, {})
     return model, base, block
 
 
@@ -173,11 +173,11 @@ def silence(model, token):
 
 def test_a_token_that_both_rule_out_counts_nothing_and_one_that_one_alone_does_is_refused():
     p, b = (silence(model, 1) for model in toys())
-    found = Distance().measure(context_of(p, b, prompts_of([PROMPT])))
+    found = KL().measure(context_of(p, b, prompts_of([PROMPT])))
     assert found[0][DISTANCE("kl", "forward")] > 0 and np.isfinite(found[0][DISTANCE("kl", "reverse")])
     for model, base in ((toys()[0], b), (p, toys()[1])):
         with pytest.raises(ModelError, match="infinite KL"):
-            Distance().measure(context_of(model, base, prompts_of([PROMPT] * 20)))
+            KL().measure(context_of(model, base, prompts_of([PROMPT] * 20)))
 
 
 def test_vocabularies_of_different_sizes_have_no_divergence():
@@ -203,7 +203,7 @@ def reported(tmp_path_factory):
 
 def test_the_report_has_both_directions_and_says_what_is_left_out(reported):
     out, alone = reported
-    block = json.loads((out / "results.json").read_text())["studies"]["distance"]
+    block = json.loads((out / "results.json").read_text())["studies"]["kl"]
     assert (block["first"], block["rows"]) == ("one", 3)
     assert set(block["models"]) == {"two", "again"}
     for cells in block["models"]["two"].values():
@@ -217,4 +217,4 @@ def test_the_report_has_both_directions_and_says_what_is_left_out(reported):
         text = (out / page).read_text()
         assert "KL(two ‖ one)" in text and "KL(one ‖ two)" in text
         assert "wide is left out: its vocabulary has 24 tokens, that of one 23" in text
-    assert "distance" not in alone["studies"]
+    assert "kl" not in alone["studies"]

@@ -1,4 +1,4 @@
-"""Settings chosen on rows of their own: the best is known by hand, and what is chosen is measured as if written so."""
+"""Settings tuned on rows of their own: the best is known by hand, and it is measured as if written so."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.compare import join
 from rlseq.evaluation.measure import checkpoint
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, contrast_and_report
-from rlseq.evaluation.tune_decoding import joined_choices
+from rlseq.evaluation.tune_decoding import joined_tuning
 from rlseq.scoring import load_rewards
 
 SWEEP = "sample:temperature=0.25/1.0/4.0"
@@ -23,7 +23,7 @@ COLD, PLAIN, HOT = "sample:temperature=0.25", "sample", "sample:temperature=4.0"
 ROWS = [{"prompt": f"{a} {b} = ", "references": ["A"]} for a in "abcd" for b in "efgh"]
 CHOICE = [{"prompt": f"{b} {a} = ", "references": ["A"]} for a in "abcd" for b in "efgh"] * 3
 SETTINGS = ContrastSettings(
-    strategies=("greedy", SWEEP), max_new_tokens=1, resamples=50, choose_split="validation", choose_rows=None
+    strategies=("greedy", SWEEP), max_new_tokens=1, resamples=50, tune_split="validation", tune_rows=None
 )
 
 
@@ -56,9 +56,9 @@ def models(tmp_path_factory):
     return {name: str(folder / name) for name in LOGITS}
 
 
-def measured(models, *, settings=SETTINGS, rows=ROWS, choice_rows=CHOICE, output_dir=None):
+def measured(models, *, settings=SETTINGS, rows=ROWS, tuning_rows=CHOICE, output_dir=None):
     with load_rewards([likes_a]) as suite:
-        options = {"settings": settings, "quiet": True, "output_dir": output_dir, "choice_rows": choice_rows}
+        options = {"settings": settings, "quiet": True, "output_dir": output_dir, "tuning_rows": tuning_rows}
         return contrast(models, rows, suite, **options)
 
 
@@ -92,14 +92,14 @@ def test_each_model_gets_its_own_best_and_is_measured_as_if_that_were_written(mo
     for name, best in (("hot", 4.0), ("cold", 0.25)):  # by hand, which of them is the best
         assert max((0.25, 1.0, 4.0), key=lambda t: expected(LOGITS[name], t)) == best
     with load_rewards([likes_a]) as suite:
-        options = {"settings": SETTINGS, "prompt_options": {}, "output_dir": tmp_path, "choice_rows": CHOICE}
+        options = {"settings": SETTINGS, "prompt_options": {}, "output_dir": tmp_path, "tuning_rows": CHOICE}
         results = contrast_and_report(pair, ROWS, suite, **options)
-    block = results["chosen"]
+    block = results["tuned"]
     assert (block["rows"], block["split"]) == (len(CHOICE), "validation")
     entry = block["strategies"][SWEEP]
     assert (entry["metric"], entry["higher_is_better"]) == ("likes_a", True)
     assert {name: m["strategy"] for name, m in entry["models"].items()} == {"base": HOT, "rl": COLD}
-    # The values are those of an evaluation of the alternatives, on the rows to choose on.
+    # The values are those of an evaluation of the alternatives, on the tuning rows.
     plain = measured(pair, settings=dataclasses.replace(SETTINGS, strategies=(COLD, PLAIN, HOT)), rows=CHOICE)
     for name, model in pair.items():
         strategies = plain["models"][name]["strategies"]
@@ -114,32 +114,32 @@ def test_each_model_gets_its_own_best_and_is_measured_as_if_that_were_written(mo
     compared = {(c["strategy"], c["metric"]): c["difference"] for c in results["comparisons"]}
     values = [results["models"][name]["strategies"][SWEEP]["likes_a"]["value"] for name in pair]
     assert compared[SWEEP, "likes_a"] == pytest.approx(values[1] - values[0])
-    assert results["signature"]["settings"]["choose_split"] == "validation"
-    assert results["signature"]["choice"]["rows"] == len(CHOICE)
-    (note,) = [note for note in results["notes"] if "is chosen" in note]
+    assert results["spec"]["settings"]["tune_split"] == "validation"
+    assert results["spec"]["tuning"]["rows"] == len(CHOICE)
+    (note,) = [note for note in results["notes"] if "is tuned" in note]
     assert f"on {len(CHOICE)} rows of validation" in note and f"rl takes {COLD} (" in note
     report = (tmp_path / "report.md").read_text()
-    assert f"{SWEEP} (chosen)" in report and note.replace("_", r"\_") in report
+    assert f"{SWEEP} (tuned)" in report and note.replace("_", r"\_") in report
 
 
-def test_seeds_of_a_method_share_the_choice_that_is_best_in_their_mean(models):
+def test_seeds_of_a_method_share_what_is_best_in_their_mean(models):
     # by hand: weak alone prefers the low temperature, and the mean with hot the high one
     means = {t: (expected(LOGITS["hot"], t) + expected(LOGITS["weak"], t)) / 2 for t in (0.25, 1.0, 4.0)}
     assert max(means, key=means.get) == 4.0 and expected(LOGITS["weak"], 0.25) > 0.5
     results = measured({"base": models["weak"], "rl#1": models["hot"], "rl#2": models["weak"]})
-    chosen = {name: m["strategy"] for name, m in results["chosen"]["strategies"][SWEEP]["models"].items()}
-    assert chosen == {"base": COLD, "rl#1": HOT, "rl#2": HOT}
+    best = {name: m["strategy"] for name, m in results["tuned"]["strategies"][SWEEP]["models"].items()}
+    assert best == {"base": COLD, "rl#1": HOT, "rl#2": HOT}
 
 
-def test_the_primary_metric_of_the_sweep_chooses_and_its_direction_counts(models):
+def test_the_primary_metric_of_the_sweep_decides_and_its_direction_counts(models):
     worse = dataclasses.replace(SETTINGS, primary=f"truncated:{SWEEP}")  # lower is better: fewest without a stop
-    entry = measured({"base": models["cold"]}, settings=worse)["chosen"]["strategies"][SWEEP]
+    entry = measured({"base": models["cold"]}, settings=worse)["tuned"]["strategies"][SWEEP]
     assert (entry["metric"], entry["higher_is_better"]) == ("truncated", False)
     values = entry["models"]["base"]["values"]
     assert values[COLD] == 1.0 and values[HOT] < 1.0  # a stop has the chance 1 / (e^(3/T) + |V| − 1)
     assert entry["models"]["base"]["strategy"] == min(values, key=values.get) != COLD
     other = dataclasses.replace(SETTINGS, primary="truncated:greedy")
-    assert measured({"base": models["cold"]}, settings=other)["chosen"]["strategies"][SWEEP]["metric"] == "likes_a"
+    assert measured({"base": models["cold"]}, settings=other)["tuned"]["strategies"][SWEEP]["metric"] == "likes_a"
 
 
 def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypa
 
     def stops(*arguments, strategy, **options):
         calls.append(strategy.signature)
-        if len(calls) == 3 + 3 + 2:  # after both choices and the first strategy evaluated
+        if len(calls) == 3 + 3 + 2:  # after both tunings and the first strategy evaluated
             raise KeyboardInterrupt
         return decode(*arguments, strategy=strategy, **options)
 
@@ -165,51 +165,51 @@ def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypa
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "undisturbed" / file).read_bytes()
 
 
-def test_evaluations_are_joined_with_their_choices_if_these_were_made_on_the_same_rows(models, tmp_path):
+def test_evaluations_are_joined_if_they_were_tuned_on_the_same_rows(models, tmp_path):
     measured({"base": models["hot"]}, output_dir=tmp_path / "a")
     measured({"rl": models["cold"]}, output_dir=tmp_path / "c")
     together = measured({"base": models["hot"], "rl": models["cold"]}, output_dir=tmp_path / "together")
     joined = join([str(tmp_path / "a"), str(tmp_path / "c")], tmp_path / "joined", reward_funcs=[likes_a])
-    assert joined == together and "chosen" in joined
-    measured({"rl": models["cold"]}, output_dir=tmp_path / "b", choice_rows=CHOICE[:30])
-    with pytest.raises(ConfigError, match=r"choice\.rows is 48 in the first and 30 in the second"):
+    assert joined == together and "tuned" in joined
+    measured({"rl": models["cold"]}, output_dir=tmp_path / "b", tuning_rows=CHOICE[:30])
+    with pytest.raises(ConfigError, match=r"tuning\.rows is 48 in the first and 30 in the second"):
         join([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "joined")
 
 
-def test_joined_seeds_that_would_choose_otherwise_together_are_refused():
-    def alone(values, chosen):
-        models = {"rl": {"strategy": chosen, "values": values}}
+def test_joined_seeds_that_would_be_tuned_otherwise_together_are_refused():
+    def alone(values, best):
+        models = {"rl": {"strategy": best, "values": values}}
         strategies = {SWEEP: {"metric": "likes_a", "higher_is_better": True, "models": models}}
         return {"rows": 2, "split": "validation", "strategies": strategies}
 
     one, two = alone({COLD: 0.2, HOT: 0.1}, COLD), alone({COLD: 0.1, HOT: 0.9}, HOT)
-    block = joined_choices({"base": (one, "rl"), "rl": (two, "rl")})  # two methods: each keeps its own
+    block = joined_tuning({"base": (one, "rl"), "rl": (two, "rl")})  # two methods: each keeps its own
     assert {name: m["strategy"] for name, m in block["strategies"][SWEEP]["models"].items()} == {
         "base": COLD,
         "rl": HOT,
     }
-    block = joined_choices({"rl#1": (two, "rl"), "rl#2": (two, "rl")})
+    block = joined_tuning({"rl#1": (two, "rl"), "rl#2": (two, "rl")})
     assert {m["strategy"] for m in block["strategies"][SWEEP]["models"].values()} == {HOT}
-    with pytest.raises(ConfigError, match=r"rl#1 was evaluated under sample:temperature=0.25.*together choose"):
-        joined_choices({"rl#1": (one, "rl"), "rl#2": (two, "rl")})
+    with pytest.raises(ConfigError, match=r"rl#1 was evaluated under sample:temperature=0.25.*together take"):
+        joined_tuning({"rl#1": (one, "rl"), "rl#2": (two, "rl")})
 
 
-def test_a_choice_that_is_none_is_refused_before_a_model_loads(models, tmp_path, monkeypatch):
+def test_what_cannot_be_tuned_is_refused_before_a_model_loads(models, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: pytest.fail("loaded"))
     with load_rewards([likes_a]) as suite:
         for changes, message in (
-            ({"choose_split": None}, "no rows to choose on; give one value, or evaluate with `rlseq evaluate`"),
-            ({"choose_rows": 0}, "--choose_rows is 0"),
+            ({"tune_split": None}, "no rows to tune on; give one value, or evaluate with `rlseq evaluate`"),
+            ({"tune_rows": 0}, "--tune_rows is 0"),
             ({"primary": f"logprob:{SWEEP}"}, "neither better high nor low"),
         ):
             with pytest.raises(ConfigError, match=message):
                 check_settings(dataclasses.replace(SETTINGS, **changes), suite)
-    with pytest.raises(DataError, match="there are no rows to choose 'sample:temperature"):
-        measured({"base": models["hot"]}, choice_rows=[])
-    with pytest.raises(DataError, match="1 of the 17 prompts to choose on are evaluated too, for example 'a e = '"):
-        measured({"base": models["hot"]}, choice_rows=[*CHOICE, ROWS[0]])
-    with pytest.raises(DataError, match="1 of the 17 prompts to choose on are evaluated too, for example ' a  e = '"):
-        measured({"base": models["hot"]}, choice_rows=[*CHOICE, {**ROWS[0], "prompt": " a  e = "}])
+    with pytest.raises(DataError, match="there are no rows to tune 'sample:temperature"):
+        measured({"base": models["hot"]}, tuning_rows=[])
+    with pytest.raises(DataError, match="1 of the 17 tuning prompts are evaluated too, for example 'a e = '"):
+        measured({"base": models["hot"]}, tuning_rows=[*CHOICE, ROWS[0]])
+    with pytest.raises(DataError, match="1 of the 17 tuning prompts are evaluated too, for example ' a  e = '"):
+        measured({"base": models["hot"]}, tuning_rows=[*CHOICE, {**ROWS[0], "prompt": " a  e = "}])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     with pytest.raises(ConfigError, match="on the split 'validation', which is the one evaluated"):
         evaluate(

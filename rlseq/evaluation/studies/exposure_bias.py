@@ -1,4 +1,4 @@
-"""Own prefixes against gold prefixes: how sure a model is after each, and what becomes of completions begun by each."""
+"""Exposure bias: entropy and quality after prefixes that the model sampled, against those of references."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source
 from rlseq.evaluation.stats.bootstrap import RatioOfSums, SumOfRatios
-from rlseq.evaluation.studies.prefixes_report import ALONE, BEYOND, EXACT, GAP, GOLD, OWN, prefixes_section
+from rlseq.evaluation.studies.exposure_bias_report import ALONE, BEYOND, EXACT, GAP, MODEL, REFERENCE, section_of
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
 from rlseq.types import Rollout
 
 _POSITIONS = 64  # of the curves of entropy
-_PREFIXES = Source("prefixes")
-_NO_REFERENCE = _PREFIXES("no_reference")
-_SPLICED, _REFERENCE = "spliced", "reference"  # the control's two sides
+_EXPOSURE = Source("exposure_bias")
+_NO_REFERENCE = _EXPOSURE("no_reference")
+_SPLICED, _WHOLE = "spliced", "whole_reference"  # the control's two sides
 
 
 @dataclass(frozen=True)
 class Continued:
-    """The continuations of a reference's prefix and of an own one.
+    """The continuations of a reference's prefix and of a sampled one.
 
     Attributes:
-        right: whether the own prefix begins a reference.
+        right: whether the sampled prefix begins a reference.
         values: (side, metric) -> what the metric says of the whole completion, None where it abstains.
     """
 
@@ -48,20 +48,20 @@ class Row:
     pairs: dict[int, list[Continued]]
 
 
-class Prefixes(Study):
-    """Entropy of the next token by position, and quality by the length of a forced prefix, gold or the model's own.
+class ExposureBias(Study):
+    """Entropy of the next token by position, and quality by the length of a forced prefix: of a reference, or sampled.
 
     He et al. 2021, "Exposure Bias versus Self-Recovery", compare continuations of prefixes from data and from the
-    model. Here sample i of a row pairs its reference i mod n with own sample i, and each prefix length k continues the
-    first k tokens of both by ancestral sampling, with the same noise: where the two are equal, so are the completions.
-    A pair counts where both have more than k tokens, stop excluded.
+    model. Here sample i of a row is paired with its reference i mod n, and each prefix length k continues the first k
+    tokens of both by ancestral sampling, with the same noise: where the two are equal, so are the completions. A pair
+    counts where both have more than k tokens, stop excluded.
 
-    A control tells what the prefix alone costs: its first k own tokens and then the rest of a reference (one that
+    A control tells what the prefix alone costs: its first k sampled tokens and then the rest of a reference (one that
     begins so, or else the pair's), against the pair's reference. What the gap has beyond that is harm to the
     continuation (below 0) or recovery (above 0).
     """
 
-    name = "prefixes"
+    name = "exposure_bias"
 
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Refuse no lengths, and lengths named twice."""
@@ -78,18 +78,20 @@ class Prefixes(Study):
         records: list[Row | None] = [None] * len(context.prompts)
         if rows:
             groups = context.sample(self.name, [context.prompts[row] for row in rows])
-            own = {row: [r.completion_ids for r in group] for row, group in zip(rows, groups, strict=True)}
-            for row, entropies in _entropies(context, own).items():
+            sampled = {row: [r.completion_ids for r in group] for row, group in zip(rows, groups, strict=True)}
+            for row, entropies in _entropies(context, sampled).items():
                 records[row] = Row(entropies, {})
             for length in context.settings.prefix_lengths:
-                for row, pair in _continuations(context, own, length):
+                for row, pair in _continuations(context, sampled, length):
                     records[row].pairs.setdefault(length, []).append(pair)
         context.progress(len(context.prompts))
         return records
 
     def statistics(self, records: list[Row | None]) -> list[RowStatistics]:
-        """entropy(S): by position, the mean over the row's sequences that reach it, of side S gold or own (nats);
-        for each length k sums over pairs, pairs(k), right(k) and, of side S and metric M, sum(k, S, M), count(k, S, M).
+        """Per row, of sides S reference and model:
+
+        entropy(S)     by position, the mean over the row's sequences that reach it (nats)
+        pairs(k), right(k), sum(k, S, M), count(k, S, M)    sums over pairs, of prefix length k and metric M
         """
         return [{_NO_REFERENCE: 1.0} if record is None else _row_statistics(record) for record in records]
 
@@ -99,11 +101,13 @@ class Prefixes(Study):
         """{"models": {model: {"entropy": {side: {position: cell}}, "continued": {k: {"rows", "pairs", "right": cell,
         "metrics": {metric: {side: cell}}}}}}, "comparisons": [...], "rows", "rows_without_references"}.
 
-        Sides of entropy are gold, own and difference (own − gold, on the rows that have both); those of metrics gold,
-        own, difference, and of rewards prefix_alone and beyond too. Comparisons are of the metrics between models.
+        Sides of entropy are reference, model and difference (model − reference, on the rows that have both); those of
+        metrics the same, and of rewards prefix_alone and beyond too. Comparisons are of the metrics between models.
         """
         without = sum(_NO_REFERENCE in row for row in next(iter(found.values())))
-        found = {model: [row for row in rows if _PREFIXES("entropy", GOLD) in row] for model, rows in found.items()}
+        found = {
+            model: [row for row in rows if _EXPOSURE("entropy", REFERENCE) in row] for model, rows in found.items()
+        }
         block: dict[str, Any] = {"rows": len(next(iter(found.values()))), "rows_without_references": without}
         if not block["rows"]:
             return block
@@ -114,7 +118,7 @@ class Prefixes(Study):
 
     def section(self, results: Mapping[str, Any]) -> Section:
         """Entropy by position; quality by the length of the prefix, a table and a figure a metric."""
-        return prefixes_section(results["studies"][self.name], results)
+        return section_of(results["studies"][self.name], results)
 
 
 class _Entropy:
@@ -126,26 +130,26 @@ class _Entropy:
 
 
 def _entropies(
-    context: Context, own: Mapping[int, Sequence[tuple[int, ...]]]
+    context: Context, sampled: Mapping[int, Sequence[tuple[int, ...]]]
 ) -> dict[int, dict[str, list[list[float]]]]:
     """By row and side the entropies of its sequences, by position."""
-    sequences = [(row, GOLD, ids) for row in own for ids in context.references[row]]
-    sequences += [(row, OWN, ids) for row, group in own.items() for ids in group]
+    sequences = [(row, REFERENCE, ids) for row in sampled for ids in context.references[row]]
+    sequences += [(row, MODEL, ids) for row, group in sampled.items() for ids in group]
     prompts = [context.prompts[row].prompt_ids for row, _, _ in sequences]
     entropies = score(context.model, prompts, [ids for *_, ids in sequences], strategy=_Entropy())
-    found: dict[int, dict[str, list[list[float]]]] = {row: {} for row in own}
+    found: dict[int, dict[str, list[list[float]]]] = {row: {} for row in sampled}
     for (row, side, _), values in zip(sequences, entropies, strict=True):
         found[row].setdefault(side, []).append(values[:_POSITIONS].tolist())
     return found
 
 
 def _continuations(
-    context: Context, own: Mapping[int, Sequence[tuple[int, ...]]], length: int
+    context: Context, sampled: Mapping[int, Sequence[tuple[int, ...]]], length: int
 ) -> list[tuple[int, Continued]]:
-    """Continue the first `length` tokens of each pair's reference and own sample, and score them: (row, pair)."""
+    """Continue the first `length` tokens of each pair's reference and sample, and score them: (row, pair)."""
     pairs = [
         (row, i, context.references[row][i % len(context.references[row])], ids)
-        for row, group in own.items()
+        for row, group in sampled.items()
         for i, ids in enumerate(group)
     ]
     pairs = [pair for pair in pairs if all(_content(ids, context) > length for ids in pair[2:])]
@@ -154,11 +158,11 @@ def _continuations(
     places = [row for row, *_ in pairs]
     prompts = [context.prompts[row] for row in places]
     sides: dict[str, list[Rollout]] = {}
-    for side, which in ((GOLD, 2), (OWN, 3)):
+    for side, which in ((REFERENCE, 2), (MODEL, 3)):
         groups = context.sample(
-            Prefixes.name,
+            ExposureBias.name,
             prompts,
-            part=1,  # not the stream of the own prefix: the rest would depend on it twice
+            part=1,  # not the stream of the sampled prefix: the rest would depend on it twice
             num_samples=1,
             samples=[[i] for _, i, *_ in pairs],
             prefixes=[pair[which][:length] for pair in pairs],
@@ -173,15 +177,15 @@ def _continuations(
         (*ids[:length], *(right or [reference])[0][length:])
         for (_, _, reference, ids), right in zip(pairs, begun, strict=True)
     ]
-    sides[_SPLICED] = _given(sides[OWN], spliced, context.tokenizer)
-    sides[_REFERENCE] = _given(sides[OWN], [reference for _, _, reference, _ in pairs], context.tokenizer)
+    sides[_SPLICED] = _given(sides[MODEL], spliced, context.tokenizer)
+    sides[_WHOLE] = _given(sides[MODEL], [reference for _, _, reference, _ in pairs], context.tokenizer)
 
     names = Names.of(context.suite).rewards
     values: list[dict[tuple[str, str], float | None]] = [{} for _ in pairs]
     for side, rollouts in sides.items():
         found = context.suite.score(rollouts, columns_of(context.prompts, places)).values
         named = {names[reward]: column for reward, column in found.items()}
-        if side in (GOLD, OWN):
+        if side in (REFERENCE, MODEL):
             named[EXACT] = [
                 float(r.completion_ids in context.references[place]) for place, r in zip(places, rollouts, strict=True)
             ]
@@ -195,14 +199,14 @@ def _row_statistics(record: Row) -> RowStatistics:
     row: RowStatistics = {}
     for side, found in record.entropies.items():
         columns = [[v[t] for v in found if t < len(v)] for t in range(max(map(len, found)))]
-        row[_PREFIXES("entropy", side)] = [sum(column) / len(column) for column in columns]
+        row[_EXPOSURE("entropy", side)] = [sum(column) / len(column) for column in columns]
     for length, pairs in record.pairs.items():
-        row[_PREFIXES("pairs", length)] = float(len(pairs))
-        row[_PREFIXES("right", length)] = float(sum(pair.right for pair in pairs))
+        row[_EXPOSURE("pairs", length)] = float(len(pairs))
+        row[_EXPOSURE("right", length)] = float(sum(pair.right for pair in pairs))
         for side, metric in pairs[0].values:
             column = [pair.values[side, metric] for pair in pairs]
-            row[_PREFIXES("sum", length, side, metric)] = sum((value or 0.0 for value in column), 0.0)
-            row[_PREFIXES("count", length, side, metric)] = float(sum(value is not None for value in column))
+            row[_EXPOSURE("sum", length, side, metric)] = sum((value or 0.0 for value in column), 0.0)
+            row[_EXPOSURE("count", length, side, metric)] = float(sum(value is not None for value in column))
     return row
 
 
@@ -236,16 +240,16 @@ def _entropy_results(block: dict[str, Any], found: Mapping[str, Sequence[RowStat
     for model, rows in found.items():
         by_position[model], counts[model] = [], {}
         for row in rows:
-            sides = {side: row.get(_PREFIXES("entropy", side), []) for side in (GOLD, OWN)}
-            sides[GAP] = [own - gold for gold, own in zip(sides[GOLD], sides[OWN], strict=False)]
+            sides = {side: row.get(_EXPOSURE("entropy", side), []) for side in (REFERENCE, MODEL)}
+            sides[GAP] = [b - a for a, b in zip(sides[REFERENCE], sides[MODEL], strict=False)]
             flat = {(side, t): value for side, values in sides.items() for t, value in enumerate(values)}
-            row = {_PREFIXES("entropy", *place): value for place, value in flat.items()}
-            by_position[model].append(row | {_PREFIXES("rows", *place): 1.0 for place in flat})
+            row = {_EXPOSURE("entropy", *place): value for place, value in flat.items()}
+            by_position[model].append(row | {_EXPOSURE("rows", *place): 1.0 for place in flat})
             for place in flat:
                 counts[model][place] = counts[model].get(place, 0) + 1
     places = sorted({place for model in counts.values() for place in model})
     metrics = {
-        place: StudyMetric(Pair(_PREFIXES("entropy", *place), _PREFIXES("rows", *place)), RatioOfSums())
+        place: StudyMetric(Pair(_EXPOSURE("entropy", *place), _EXPOSURE("rows", *place)), RatioOfSums())
         for place in places
     }
     for model, cells in summarise(by_position, metrics, settings, compare=False)["models"].items():
@@ -261,21 +265,21 @@ def _continued_results(block: dict[str, Any], found: Mapping[str, Sequence[RowSt
         for rows in found.values()
         for row in rows
         for key in row
-        if key.name == "sum" and key.params[1] == OWN
+        if key.name == "sum" and key.params[1] == MODEL
     )
     metrics: dict[tuple[int, str, str], StudyMetric] = {}
     for length in settings.prefix_lengths:
         metrics[length, "", "right"] = StudyMetric(
-            Pair(_PREFIXES("right", length), _PREFIXES("pairs", length)), RatioOfSums()
+            Pair(_EXPOSURE("right", length), _EXPOSURE("pairs", length)), RatioOfSums()
         )
         for name in names:
             columns = {
-                side: Pair(_PREFIXES("sum", length, side, name), _PREFIXES("count", length, side, name))
-                for side in (GOLD, OWN, _REFERENCE, _SPLICED)
+                side: Pair(_EXPOSURE("sum", length, side, name), _EXPOSURE("count", length, side, name))
+                for side in (REFERENCE, MODEL, _WHOLE, _SPLICED)
             }
-            metrics[length, name, GOLD] = StudyMetric(columns[GOLD], RatioOfSums())
-            metrics[length, name, OWN] = StudyMetric(columns[OWN], RatioOfSums())
-            gap, alone = columns[GOLD] + columns[OWN], columns[_REFERENCE] + columns[_SPLICED]
+            metrics[length, name, REFERENCE] = StudyMetric(columns[REFERENCE], RatioOfSums())
+            metrics[length, name, MODEL] = StudyMetric(columns[MODEL], RatioOfSums())
+            gap, alone = columns[REFERENCE] + columns[MODEL], columns[_WHOLE] + columns[_SPLICED]
             metrics[length, name, GAP] = StudyMetric(gap, SumOfRatios((-1, 1)))
             if name != EXACT:  # which does not add up over tokens
                 metrics[length, name, ALONE] = StudyMetric(alone, SumOfRatios((-1, 1)))
@@ -285,7 +289,7 @@ def _continued_results(block: dict[str, Any], found: Mapping[str, Sequence[RowSt
         rows = found[model]
         continued = block["models"][model]["continued"]
         for length in settings.prefix_lengths:
-            pairs = [row.get(_PREFIXES("pairs", length), 0.0) for row in rows]
+            pairs = [row.get(_EXPOSURE("pairs", length), 0.0) for row in rows]
             entry = {"rows": sum(n > 0 for n in pairs), "pairs": int(sum(pairs)), "metrics": {}}
             continued[str(length)] = entry
             if entry["rows"]:

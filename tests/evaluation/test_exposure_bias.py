@@ -1,4 +1,4 @@
-"""Own prefixes against gold prefixes: entropies and chances by plain forwards, counts by hand from what was drawn."""
+"""Exposure bias: entropies and chances by plain forwards, counts by hand from what was drawn."""
 
 import dataclasses
 import math
@@ -15,11 +15,11 @@ from rlseq.errors import ConfigError
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.statistics import Source
 from rlseq.evaluation.studies import study
-from rlseq.evaluation.studies.prefixes import Prefixes
+from rlseq.evaluation.studies.exposure_bias import ExposureBias
 from rlseq.evaluation.studies.study import Context
 from rlseq.scoring import load_rewards
 
-PREFIXES = Source("prefixes")
+EXPOSURE = Source("exposure_bias")
 
 ROWS = [
     {"prompt": "a b = ", "references": ["A B C", "A"]},
@@ -30,7 +30,7 @@ ROWS = [
 ]
 LENGTHS = (1, 2)
 SETTINGS = ContrastSettings(
-    strategies=("greedy",), max_new_tokens=4, resamples=100, samples_per_row=40, studies=("prefixes",), seed=3
+    strategies=("greedy",), max_new_tokens=4, resamples=100, samples_per_row=40, studies=("exposure_bias",), seed=3
 )
 SETTINGS = dataclasses.replace(SETTINGS, prefix_lengths=LENGTHS)
 PROMPTS = build_prompts(ROWS, word_tokenizer())
@@ -80,7 +80,7 @@ def measure(model, monkeypatch, rewards=(letters,), settings=SETTINGS):
             stop_ids=[EOS],
             baseline=lambda: model,
         )
-        rows = Prefixes().measure(context)
+        rows = ExposureBias().measure(context)
     return rows, drawn, scored
 
 
@@ -96,19 +96,19 @@ def test_entropies_are_those_of_plain_forwards_over_the_whole_vocabulary(measure
     own = iter(own)
     for row, references in enumerate(REFERENCES):
         if not references:
-            assert rows[row] == {PREFIXES("no_reference"): 1.0}
+            assert rows[row] == {EXPOSURE("no_reference"): 1.0}
             continue
-        for side, sequences in (("gold", references), ("own", [r.completion_ids for r in next(own)])):
+        for side, sequences in (("reference", references), ("model", [r.completion_ids for r in next(own)])):
             by_position = defaultdict(list)
             for ids in sequences:
                 table = next_logprobs(model, PROMPTS[row].prompt_ids, ids)
                 for t, logprobs in enumerate(table):
                     by_position[t].append(-(logprobs.exp() * logprobs).sum().item())
-            found = rows[row][PREFIXES("entropy", side)]
+            found = rows[row][EXPOSURE("entropy", side)]
             assert len(found) == max(map(len, sequences))
             assert found == pytest.approx([sum(v) / len(v) for v in by_position.values()], abs=1e-5)
-        gold, own_side = (rows[row][PREFIXES("entropy", side)] for side in ("gold", "own"))
-        assert gold[0] == pytest.approx(own_side[0], abs=1e-5)  # the prompt alone
+        reference, own_side = (rows[row][EXPOSURE("entropy", side)] for side in ("reference", "model"))
+        assert reference[0] == pytest.approx(own_side[0], abs=1e-5)  # the prompt alone
 
 
 def content(ids):
@@ -153,16 +153,18 @@ def test_statistics_count_the_pairs_and_what_they_scored(measured):
     for place, length in enumerate(LENGTHS):
         expected = [defaultdict(float) for _ in ROWS]
         for n, (row, _, ids) in enumerate(pairs_of(own, length)):
-            expected[row][PREFIXES("pairs", length)] += 1
-            expected[row][PREFIXES("right", length)] += any(ids[:length] == r[:length] for r in REFERENCES[row])
-            for side, rollouts in zip(("gold", "own", "spliced", "reference"), scored[4 * place :][:4], strict=True):
+            expected[row][EXPOSURE("pairs", length)] += 1
+            expected[row][EXPOSURE("right", length)] += any(ids[:length] == r[:length] for r in REFERENCES[row])
+            for side, rollouts in zip(
+                ("reference", "model", "spliced", "whole_reference"), scored[4 * place :][:4], strict=True
+            ):
                 words = len(rollouts[n].text.split())
-                expected[row][PREFIXES("sum", length, side, "letters")] += words
-                expected[row][PREFIXES("count", length, side, "letters")] += words > 0
-                if side in ("gold", "own"):
+                expected[row][EXPOSURE("sum", length, side, "letters")] += words
+                expected[row][EXPOSURE("count", length, side, "letters")] += words > 0
+                if side in ("reference", "model"):
                     right = rollouts[n].completion_ids in REFERENCES[row]
-                    expected[row][PREFIXES("sum", length, side, "exact_match")] += right
-                    expected[row][PREFIXES("count", length, side, "exact_match")] += 1
+                    expected[row][EXPOSURE("sum", length, side, "exact_match")] += right
+                    expected[row][EXPOSURE("count", length, side, "exact_match")] += 1
         for mine, wanted in zip(rows, expected, strict=True):
             assert {key: value for key, value in mine.items() if key.params[:1] == (length,)} == wanted
 
@@ -180,35 +182,35 @@ def test_exact_match_after_a_gold_prefix_has_the_exact_chance(monkeypatch):
                     table = next_logprobs(model, PROMPTS[row].prompt_ids, other)
                     chance += math.exp(sum(table[t, token].item() for t, token in enumerate(other) if t >= 1))
             chances.append(chance)
-        exact, n = sum(chances) / len(chances), rows[row][PREFIXES("pairs", 1)]
+        exact, n = sum(chances) / len(chances), rows[row][EXPOSURE("pairs", 1)]
         assert 0.01 < exact < 0.9 and n > 500
         error = math.sqrt(exact * (1 - exact) / n)
-        assert rows[row][PREFIXES("sum", 1, "gold", "exact_match")] / n == pytest.approx(exact, abs=4 * error)
+        assert rows[row][EXPOSURE("sum", 1, "reference", "exact_match")] / n == pytest.approx(exact, abs=4 * error)
 
 
 def test_differences_are_own_less_gold_and_what_is_beyond_the_prefix():
-    def row(gold, own, spliced, pairs=2.0):
-        sums = {"gold": gold, "own": own, "spliced": spliced, "reference": pairs}
-        entry = {PREFIXES("entropy", "gold"): [1.0, 2.0], PREFIXES("entropy", "own"): [1.0, 5.0, 4.0]}
-        entry |= {PREFIXES("pairs", 1): pairs, PREFIXES("right", 1): 1.0}
+    def row(reference, own, spliced, pairs=2.0):
+        sums = {"reference": reference, "model": own, "spliced": spliced, "whole_reference": pairs}
+        entry = {EXPOSURE("entropy", "reference"): [1.0, 2.0], EXPOSURE("entropy", "model"): [1.0, 5.0, 4.0]}
+        entry |= {EXPOSURE("pairs", 1): pairs, EXPOSURE("right", 1): 1.0}
         for side, value in sums.items():
-            entry |= {PREFIXES("sum", 1, side, "r"): value, PREFIXES("count", 1, side, "r"): pairs}
+            entry |= {EXPOSURE("sum", 1, side, "r"): value, EXPOSURE("count", 1, side, "r"): pairs}
         return entry
 
     settings = dataclasses.replace(SETTINGS, prefix_lengths=(1, 7))
-    rows = [row(2.0, 1.0, 1.5), row(1.0, 1.0, 2.0), {PREFIXES("no_reference"): 1.0}, {}]
-    others = [row(2.0, 1.5, 1.5), row(1.0, 1.0, 2.0), {PREFIXES("no_reference"): 1.0}, {}]
-    block = Prefixes().results({"m": rows, "n": others}, settings, {})
+    rows = [row(2.0, 1.0, 1.5), row(1.0, 1.0, 2.0), {EXPOSURE("no_reference"): 1.0}, {}]
+    others = [row(2.0, 1.5, 1.5), row(1.0, 1.0, 2.0), {EXPOSURE("no_reference"): 1.0}, {}]
+    block = ExposureBias().results({"m": rows, "n": others}, settings, {})
     assert (block["rows"], block["rows_without_references"]) == (2, 1)
     entropy = block["models"]["m"]["entropy"]
     assert entropy["difference"]["1"] == {"value": 3.0, "ci95": [3.0, 3.0], "rows": 2}
-    assert list(entropy["gold"]) == ["0", "1"] and list(entropy["own"]) == ["0", "1", "2"]
+    assert list(entropy["reference"]) == ["0", "1"] and list(entropy["model"]) == ["0", "1", "2"]
     found = block["models"]["m"]["continued"]
     assert found["7"] == {"rows": 0, "pairs": 0, "metrics": {}}
     assert (found["1"]["rows"], found["1"]["pairs"], found["1"]["right"]["value"]) == (2, 4, 0.5)
     values = {side: cell["value"] for side, cell in found["1"]["metrics"]["r"].items()}
     # 3/4 and 2/4; the prefix alone 3.5/4 − 1 = −1/8; of −1/4 that leaves −1/8
-    assert values == {"gold": 0.75, "own": 0.5, "difference": -0.25, "prefix_alone": -0.125, "beyond": -0.125}
+    assert values == {"reference": 0.75, "model": 0.5, "difference": -0.25, "prefix_alone": -0.125, "beyond": -0.125}
     low, high = found["1"]["metrics"]["r"]["difference"]["ci95"]
     assert (low, high) == (-0.5, 0.0)  # both rows the first, or both the second
     (gap,) = [c for c in block["comparisons"] if (c["side"], c["prefix"]) == ("difference", "1")]
@@ -244,16 +246,19 @@ def test_the_report_has_a_section_with_figures(checkpoints, tmp_path):
         results = contrast_and_report(
             checkpoints, ROWS, suite, settings=settings, prompt_options={}, output_dir=tmp_path, title="t"
         )
-    found = results["studies"]["prefixes"]["models"]["one"]["continued"]
+    found = results["studies"]["exposure_bias"]["models"]["one"]["continued"]
     assert found["1"]["rows"] > 0 and found["9"]["rows"] == 0  # no completion is that long
-    assert {p.stem for p in (tmp_path / "plots").glob("prefixes-*")} == {
-        "prefixes-entropy",
-        "prefixes-quality-0",
-        "prefixes-quality-1",
+    assert {p.stem for p in (tmp_path / "plots").glob("exposure-bias-*")} == {
+        "exposure-bias-entropy",
+        "exposure-bias-quality-0",
+        "exposure-bias-quality-1",
     }
     for page in ("report.md", "report.html"):
         text = (tmp_path / page).read_text()
-        assert "Own prefixes against gold prefixes" in text and "Does the gap differ between models?" in text
+        assert (
+            "Exposure bias: model prefixes against reference prefixes" in text
+            and "Does the gap differ between models?" in text
+        )
         assert "1 rows without references are left out" in text
 
 
@@ -262,7 +267,7 @@ def test_without_references_the_section_says_that_it_is_skipped(checkpoints, tmp
     with load_rewards([letters]) as suite:
         options = {"settings": SETTINGS, "prompt_options": {}, "output_dir": tmp_path, "title": "t"}
         results = contrast_and_report({"one": checkpoints["one"]}, rows, suite, **options)
-    assert results["studies"]["prefixes"] == {"rows": 0, "rows_without_references": 5}
+    assert results["studies"]["exposure_bias"] == {"rows": 0, "rows_without_references": 5}
     assert "Skipped: the data has no references" in (tmp_path / "report.md").read_text()
 
 
@@ -271,6 +276,6 @@ def test_more_lengths_and_smaller_batches_change_no_number(checkpoints):
         with load_rewards([letters]) as suite:
             settings = dataclasses.replace(SETTINGS, **changes)
             results = contrast({"one": checkpoints["one"]}, ROWS, suite, settings=settings, quiet=True)
-        return results["studies"]["prefixes"]["models"]["one"]["continued"]["2"]
+        return results["studies"]["exposure_bias"]["models"]["one"]["continued"]["2"]
 
     assert run() == run(prefix_lengths=(2, 3), eval_batch_size=1)

@@ -91,15 +91,15 @@ def test_encoders_whose_positions_are_counted_otherwise_are_refused_before_they_
         contrast({"a": tmp_path}, ROWS, suite, settings=settings, quiet=True)
 
 
-@pytest.mark.parametrize("which", ["rows", "choice_rows"])
+@pytest.mark.parametrize("which", ["rows", "tuning_rows"])
 def test_a_reward_that_fails_on_one_row_is_found_before_any_model_is_loaded(which, tmp_path, monkeypatch):
     models = {"a": saved(tmp_path / "a", tiny_model())}
     monkeypatch.setattr(checkpoint, "load_checkpoint", lambda *_: pytest.fail("a model was loaded"))
     others = [{**row, "prompt": f"a {row['prompt']}"} for row in ROWS]  # no row is both chosen on and evaluated
-    data = {"rows": list(ROWS), "choice_rows": others}
+    data = {"rows": list(ROWS), "tuning_rows": others}
     data[which][6] = {**data[which][6], "references": []}
     strategies = ("greedy", "sample:temperature=0.5/1.0")
-    settings = ContrastSettings(strategies=strategies, max_new_tokens=4, studies=(), choose_split="train")
+    settings = ContrastSettings(strategies=strategies, max_new_tokens=4, studies=(), tune_split="train")
     said = r"^tried on row 7 of 8, which has nothing in 'references': reward 'exact_match' raised"
     with load_rewards(["exact_match"]) as suite, pytest.raises(RewardError, match=said):
         contrast(models, suite=suite, settings=settings, quiet=True, **data)
