@@ -1,6 +1,8 @@
 """A file of another format version is refused in one line, by everything that reads it."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from test_run_directory import make_checkpoint
@@ -113,3 +115,17 @@ def test_a_run_writes_the_versions_and_its_checkpoint_is_refused_where_they_are_
     newer(file)
     with pytest.raises(FormatError, match="checkpoint-1 is a checkpoint of format version 99"):
         tiny_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+
+
+def test_the_table_of_the_docs_has_the_versions_of_the_code():
+    page = (Path(__file__).parents[2] / "docs/reliability.md").read_text(encoding="utf-8")
+    table = page.partition("## Format versions")[2]
+    rows = re.findall(r"^\| .* \| `(\w+)` \| (\d+) \| (\d+)(?: to (\d+))? \|$", table, re.M)
+    written = [
+        (f.key, str(f.version), str(f.oldest), "" if f.oldest == f.version else str(f.version))
+        for f in (
+            *(formats.ROLLOUTS, formats.METRICS, formats.RUN_INPUTS),
+            *(formats.CHECKPOINT, formats.RESULTS, formats.PARTIAL_RESULTS),
+        )
+    ]
+    assert rows == written
