@@ -10,6 +10,7 @@ import torch
 import trl
 from tiny import EOS, tiny_model
 from tiny_chat import chat_model, chat_tokenizer
+from tiny_shapes import tiny_shape
 from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig
@@ -96,6 +97,13 @@ def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, 
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_router_s_loss_is_added_by_trl(tmp_path):
+    trainer = tiny_trainer(tmp_path, model=tiny_shape("mixtral"), max_steps=1, router_aux_loss_coef=0.5)
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "aux_loss" in line]
+    assert line["loss"] == pytest.approx(0.5 * line["aux_loss"], rel=0.2)  # advantages sum to 0: the rest is small
 
 
 def weights_after(trainer):

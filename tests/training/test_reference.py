@@ -13,8 +13,8 @@ from rlseq.training.models import load_model
 from rlseq.training.trl import reference
 
 
-def first_kl(model, folder):
-    trainer = tiny_trainer(folder, model=model, beta=0.5, max_steps=1)
+def first_kl(model, folder, **settings):
+    trainer = tiny_trainer(folder, model=model, beta=0.5, max_steps=1, **settings)
     trainer.train()
     return next(line["kl"] for line in trainer.state.log_history if "kl" in line)
 
@@ -57,3 +57,8 @@ def test_the_reference_of_a_model_that_was_never_saved_is_its_start(tmp_path):
 
 def test_the_reference_of_a_compiled_models_checkpoint_is_the_policy_at_its_start(tmp_path):
     assert first_kl(wrapped_base(tmp_path / "base"), tmp_path / "run") == pytest.approx(0, abs=1e-6)
+
+
+def test_the_reference_of_a_policy_whose_head_computes_in_float32_does_so_too(tmp_path):
+    model = tiny_model("llama", initializer_range=0.1).to(torch.bfloat16)
+    assert first_kl(model, tmp_path / "run", cast_lm_head_to_fp32=True, bf16=True) == 0
