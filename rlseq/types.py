@@ -11,6 +11,7 @@ when a batch of tensors is made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,7 @@ class Rollout:
         loss_mask: T booleans; False marks tokens the model did not choose (tool output, forced prefix).
         logprobs: T log-probs (nats) of the tokens under the distribution they were sampled from: temperature and
             truncation applied. For strategies that search rather than sample (greedy, beam), under the model's
-            unwarped distribution.
+            unwarped distribution. Empty where they are unknown.
         text: the completion decoded without special tokens.
         text_with_special_tokens: the completion decoded with them.
         messages: for chat data, the messages the completion adds; None for text.
@@ -99,10 +100,59 @@ class Rollout:
     finish_reason: str
     strategy: str
 
+    @classmethod
+    def from_ids(
+        cls,
+        prompt_key: str,
+        completion_ids: Iterable[int],
+        text: str,
+        *,
+        sample: int = 0,
+        loss_mask: Iterable[bool] | None = None,
+        logprobs: Iterable[float] = (),
+        text_with_special_tokens: str | None = None,
+        messages: Messages | None = None,
+        chat: bool = False,
+        finish_reason: str = "stop",
+        strategy: str = "",
+    ) -> Rollout:
+        """Make a rollout of T token ids and their text; what is not given follows from them.
+
+        Args:
+            prompt_key, completion_ids, text, sample, finish_reason, strategy: as the attributes.
+            loss_mask: T booleans; None: every token is the model's own.
+            logprobs: T numbers; empty where they are unknown.
+            text_with_special_tokens: None: as `text`.
+            messages: what the completion adds to a conversation; None with `chat`: `text`, said by the assistant.
+            chat: whether the prompt is a list of messages.
+
+        Raises:
+            ValueError: `loss_mask` or `logprobs` has another length than the ids.
+        """
+        ids = tuple(completion_ids)
+        mask = (True,) * len(ids) if loss_mask is None else tuple(loss_mask)
+        known = tuple(logprobs)
+        if len(mask) != len(ids) or len(known) not in (0, len(ids)):
+            raise ValueError(f"{len(ids)} token ids with {len(mask)} entries of loss_mask and {len(known)} log-probs")
+        if messages is None and chat:
+            messages = ({"role": "assistant", "content": text},)
+        return cls(
+            prompt_key=prompt_key,
+            sample=sample,
+            completion_ids=ids,
+            loss_mask=mask,
+            logprobs=known,
+            text=text,
+            text_with_special_tokens=text if text_with_special_tokens is None else text_with_special_tokens,
+            messages=messages,
+            finish_reason=finish_reason,
+            strategy=strategy,
+        )
+
     @property
     def logprob(self) -> float:
-        """Log-prob of the whole completion (nats): the sum over its tokens."""
-        return float(sum(self.logprobs))
+        """Log-prob of the whole completion (nats): the sum over its tokens; NaN where they are unknown."""
+        return float(sum(self.logprobs)) if self.logprobs or not self.completion_ids else math.nan
 
 
 @dataclass(frozen=True)

@@ -111,18 +111,15 @@ def _rollouts(
     rollouts = []
     for prompt, ids, row_logprobs in zip(prompts, found, logprobs, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer is not None else ""
-        chat = not isinstance(prompt.prompt, str)
         rollouts.append(
             [
-                Rollout(
-                    prompt_key=prompt.key,
-                    sample=0,
-                    completion_ids=tuple(ids),
-                    loss_mask=(True,) * len(ids),
-                    logprobs=tuple(row_logprobs.tolist()),
-                    text=text,
+                Rollout.from_ids(
+                    prompt.key,
+                    ids,
+                    text,
+                    logprobs=row_logprobs.tolist(),
                     text_with_special_tokens=tokenizer.decode(ids) if tokenizer is not None else "",
-                    messages=({"role": "assistant", "content": text},) if chat else None,
+                    chat=not isinstance(prompt.prompt, str),
                     finish_reason="stop" if ids and ids[-1] in stop_ids else "length",
                     strategy=strategy,
                 )

@@ -118,17 +118,16 @@ def sample(
             texts = _texts(tokenizer, ids)
             for (index, s), row_ids, row_logprobs, (text, raw) in zip(rows, ids, logprobs, texts, strict=True):
                 prompt = prompts[index]
-                chat = not isinstance(prompt.prompt, str)
                 rollouts[index].append(
-                    Rollout(
-                        prompt_key=prompt.key,
+                    Rollout.from_ids(
+                        prompt.key,
+                        row_ids,
+                        text,
                         sample=s,
-                        completion_ids=tuple(row_ids),
-                        loss_mask=tuple(t >= len(forced[index]) for t in range(len(row_ids))),
-                        logprobs=tuple(row_logprobs),
-                        text=text,
+                        loss_mask=(t >= len(forced[index]) for t in range(len(row_ids))),
+                        logprobs=row_logprobs,
                         text_with_special_tokens=raw,
-                        messages=({"role": "assistant", "content": text},) if chat else None,
+                        chat=not isinstance(prompt.prompt, str),
                         finish_reason="stop" if row_ids and row_ids[-1] in stop_ids else "length",
                         strategy=signature,
                     )

@@ -96,16 +96,15 @@ def _rollout(record: Mapping[str, Any]) -> Rollout:
     ids = record.get("completion_ids")
     if ids is None:  # their number is known if the log has a length
         ids = [0] * (len(text.split()) if length is None else length)
-    chat = None if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-    return Rollout(
-        prompt_key=str(record.get("prompt_key", record.get("key", prompt))),
+    return Rollout.from_ids(
+        str(record.get("prompt_key", record.get("key", prompt))),
+        ids,
+        text,
         sample=record.get("sample", 0),
-        completion_ids=tuple(ids),
-        loss_mask=(True,) * len(ids),
-        logprobs=tuple(record.get("logprobs") or ()),
-        text=text,
+        logprobs=record.get("logprobs") or (),
         text_with_special_tokens=record.get("raw_completion") or text,
-        messages=record.get("messages", chat),
+        messages=record.get("messages"),
+        chat=not isinstance(prompt, str) and "messages" not in record,
         finish_reason=record.get("finish_reason") or "stop",
         strategy=str(record.get("strategy", "logged")),
     )

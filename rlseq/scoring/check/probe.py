@@ -28,18 +28,14 @@ Values = Sequence[float | None]
 def make_rollout(prompt: Prompt, text: str, sample: int = 0) -> Rollout:
     """A rollout of a text that no model sampled: token ids stand for its words, and its log-probs are 0."""
     count = len(text.split())
-    chat = None if isinstance(prompt.prompt, str) else ({"role": "assistant", "content": text},)
-    return Rollout(
+    return Rollout.from_ids(
         prompt.key,
-        sample,
-        tuple(range(count)),
-        (True,) * count,
-        (0.0,) * count,
+        range(count),
         text,
-        text,
-        chat,
-        "stop",
-        "written",
+        sample=sample,
+        logprobs=(0.0,) * count,
+        chat=not isinstance(prompt.prompt, str),
+        strategy="written",
     )
 
 

@@ -159,15 +159,13 @@ class ScoringMixin(trl.GRPOTrainer):
     def _as_rollout(self, prompt: Prompt, sample_index: int, ids: Ids, strategy: str) -> Rollout:
         """Token ids that rlseq's sampler did not draw, as a rollout without log-probs."""
         text = self.processing_class.decode(ids, skip_special_tokens=True)
-        return Rollout(
-            prompt_key=prompt.key,
+        return Rollout.from_ids(
+            prompt.key,
+            ids,
+            text,
             sample=sample_index,
-            completion_ids=ids,
-            loss_mask=(True,) * len(ids),
-            logprobs=(),
-            text=text,
             text_with_special_tokens=self.processing_class.decode(ids, skip_special_tokens=False),
-            messages=None if isinstance(prompt.prompt, str) else ({"role": "assistant", "content": text},),
+            chat=not isinstance(prompt.prompt, str),
             finish_reason="stop" if ids and ids[-1] in self.eos_token_ids else "length",
             strategy=strategy,
         )
