@@ -76,7 +76,7 @@ class EvaluateArguments(Settings):
     )
     tune_rows: int = setting(500, "Only its first N rows.", range=at_least(1))
     chat_template_kwargs: str | dict[str, Any] | None = setting(
-        None, "Further variables of chat templates, as in training.", metavar='{"enable_thinking":false}'
+        None, "Further variables of chat templates, as JSON.", metavar='{"enable_thinking":false}'
     )
 
     def template_options(self) -> dict[str, Any]:
@@ -283,14 +283,14 @@ class RejectionArguments(Settings):
         "Sample N completions per prompt from --model_name_or_path and score them by --reward_funcs.",
         range=at_least(1),
     )
-    reward_funcs: list[str | dict] | None = setting(
-        None,
-        "Rewards that score the samples drawn: bundled names, path/to/file.py:function or package.module:function; in "
-        "YAML also mappings, as for recipes/grpo.py.",
+    reward_funcs: list[str | dict] | None = as_declared(
+        RewardArguments, "reward_funcs", help="Rewards that score the samples, named as for recipes/grpo.py."
     )
     reward_weights: list[float] | None = setting(None, "A weight for each of --reward_funcs; default: 1 each.")
-    max_error_rate: float = setting(
-        0.05, "Stop when a reward fails on more than this share of the samples scored together.", range=SHARE
+    max_error_rate: float = as_declared(
+        RewardArguments,
+        "max_error_rate",
+        help="Stop when a reward fails on more than this share of the samples that are scored together.",
     )
     temperature: float = setting(1.0, "Sampling temperature.", range=FINITE_ABOVE_0)
     rejection_max_new_tokens: int = setting(

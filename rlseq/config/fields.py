@@ -70,16 +70,18 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def as_declared(settings: type, name: str, **default: Any) -> Any:
+def as_declared(settings: type, name: str, *, help: str | None = None, **default: Any) -> Any:
     """A field that is the setting `name` of another dataclass: its default, range and help; a list becomes a tuple.
 
     Args:
+        help: in place of its own.
         default: `default=VALUE` where it differs here.
     """
     declared = {field.name: field for field in dataclasses.fields(settings)}[name]
     value = default_of(declared)
     value = default.get("default", tuple(value) if isinstance(value, list) else value)
-    return dataclasses.field(default=value, metadata=declared.metadata)
+    metadata = declared.metadata if help is None else {**declared.metadata, "help": help}
+    return dataclasses.field(default=value, metadata=metadata)
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -27,7 +27,7 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
     template_options,
 )
-from rlseq.config.fields import ABOVE_0, FROM_0_BELOW_1, FROM_0_TO_1, NATS_ABOVE_0, Need, at_least, setting
+from rlseq.config.fields import ABOVE_0, FROM_0_BELOW_1, FROM_0_TO_1, NATS_ABOVE_0, Need, as_declared, at_least, setting
 from rlseq.config.inherited import ADAPTER_RANGES, OF_PPO, OF_ROLLOUTS, OF_SFT, RANGES
 from rlseq.config.validate import check_ranges, validate, validate_given
 
@@ -69,9 +69,7 @@ class ModelArguments(trl.ModelConfig):
         False, "When training ends, also write the adapter merged into its base, a whole model, to RUN/merged."
     )
 
-    allow_missing_weights: bool = setting(
-        False, "Let weights that the checkpoint lacks be random, and layers that its configuration leaves out be lost."
-    )
+    allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")
 
     ranges_of_inherited = ADAPTER_RANGES
 
@@ -142,9 +140,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
     conflicts = (*DefaultsMixin.conflicts, checks.validate_template_options)
 
     completion_only_loss: bool | None = setting(True, "Loss on the completion only.")
-    chat_template_kwargs: dict | str | None = setting(
-        None, "What the chat template is told besides, in prompts and in examples."
-    )
+    chat_template_kwargs: dict | str | None = as_declared(EvaluateArguments, "chat_template_kwargs")
     early_stopping_patience: int | None = setting(
         None,
         "Stop when validation NLL (or metric_for_best_model) has not got better for N evaluations; the best "

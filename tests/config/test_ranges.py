@@ -15,7 +15,7 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
 )
 from rlseq.config.fields import RANGE
-from rlseq.config.training import PPOConfig
+from rlseq.config.training import ModelArguments, PPOConfig, SFTConfig
 from rlseq.config.validate import check_ranges
 from rlseq.errors import ConfigError
 from rlseq.evaluation.settings import ContrastSettings
@@ -79,3 +79,18 @@ def test_the_flags_of_an_evaluation_become_its_settings():
 def test_a_training_run_calls_the_seed_of_its_evaluation_eval_seed():
     names = [{f.name for f in dataclasses.fields(part)} for part in (TrainingEvaluationArguments, EvaluateArguments)]
     assert [name & {"seed", "eval_seed"} for name in names] == [{"eval_seed"}, {"seed"}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "declared", "name"),
+    [
+        (ModelArguments, EvaluateArguments, "allow_missing_weights"),
+        (SFTConfig, EvaluateArguments, "chat_template_kwargs"),
+        (RejectionArguments, RewardArguments, "reward_funcs"),
+        (RejectionArguments, RewardArguments, "max_error_rate"),
+    ],
+)
+def test_a_setting_of_two_commands_has_one_default_range_and_form(settings, declared, name):
+    one, other = ({f.name: f for f in dataclasses.fields(part)}[name] for part in (settings, declared))
+    assert one.default == other.default
+    assert {**one.metadata, "help": None} == {**other.metadata, "help": None}
