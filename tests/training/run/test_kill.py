@@ -253,8 +253,8 @@ def kill_with_children(process):
 
 # What `python -c` runs: a recipe that is killed once all of checkpoint-N is written but its mark.
 UNMARKED = """
-import runpy, sys
-sys.path.insert(0, "tests")
+import pathlib, runpy, sys
+sys.path[:0] = map(str, pathlib.Path("tests").glob("**"))
 from test_kill import kill_in_the_save_of
 del sys.argv[0]
 kill_in_the_save_of({step}, lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
