@@ -31,7 +31,8 @@ def render_table(rows: Sequence[Sequence[Any]], header: Sequence[str] = (), righ
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), show_header=bool(header))
     for column in range(len(header or rows[0])):
         name = Text(visible(header[column])) if header else ""
-        table.add_column(name, justify="right" if column in right else "left", overflow="fold")
+        first = bool(header) and column == 0  # names, which are searched for and copied
+        table.add_column(name, justify="right" if column in right else "left", overflow="fold", no_wrap=first)
     for row in rows:
         table.add_row(*(Text(visible(str(cell))) for cell in row))
     text = io.StringIO()

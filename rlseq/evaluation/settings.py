@@ -84,7 +84,9 @@ class ContrastSettings:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         found = {f.name: getattr(part, f.name) for part in arguments for f in dataclasses.fields(part)} | more
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in names}
+        values: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in names
+        }
         values["studies"] = tuple(name for name in values.get("studies", ()) if name != "none")
         return cls(**values)
 

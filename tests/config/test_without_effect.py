@@ -101,7 +101,7 @@ def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
     assert trainer.evaluate() == {"eval_x": 1.0}
     with pytest.raises(ConfigError, match="leave out eval_dataset"):
         trainer.evaluate(eval_dataset=[{"nonsense": 1}])
-    with pytest.raises(ConfigError, match="predict has nothing to say"):
+    with pytest.raises(ConfigError, match="rollouts are not predicted"):
         trainer.predict(ROWS)
 
 

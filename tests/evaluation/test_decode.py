@@ -180,8 +180,8 @@ def setting():
 def run(setting, text, suite, **changes):
     model, tokenizer, prompts = setting
     settings = {"num_samples": 1, "max_new_tokens": 5, "seed": 0, "stream": 2, "stop_ids": [EOS], **changes}
-    groups, proofs = decode(model, prompts, strategy=parse_strategy(text), suite=suite, tokenizer=tokenizer, **settings)
-    assert proofs == [] and {len(group) for group in groups} == {1}
+    groups = decode(model, prompts, strategy=parse_strategy(text), suite=suite, tokenizer=tokenizer, **settings)
+    assert {len(group) for group in groups} == {1}
     return [rollout for (rollout,) in groups]
 
 

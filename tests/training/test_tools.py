@@ -119,7 +119,7 @@ def test_a_rollout_holds_every_turn_and_trains_none_of_the_tools_words(trained):
 def test_the_log_holds_every_turn_and_rescoring_gets_them(trained, tmp_path):
     trainer, _, _ = trained
     logged = read_rollouts(trainer.rollouts_dir)
-    assert [rollout.messages for rollout in logged.rollouts] == [
+    assert [list(rollout.messages) for rollout in logged.rollouts] == [
         json.loads(json.dumps(scored.rollout.messages)) for scored in trainer.batch.scored
     ]
     assert [len(rollout.messages) for rollout in logged.rollouts] == [3, 1, 3, 1]

@@ -57,7 +57,7 @@ def test_a_loss_that_is_not_a_number_is_null_and_other_processes_write_nothing(t
     assert not path.exists()
     state.is_world_process_zero = True
     writer.on_log(None, state, TrainerControl(), logs={"loss": float("nan"), "kl": torch.tensor(0.5)})
-    assert records(path) == [{"step": 4, "epoch": 0.5, "loss": None, "kl": 0.5}]
+    assert records(path) == [{"step": 4, "epoch": 0.5, "loss": None, "kl": 0.5, "format_version": 1}]
 
 
 # Stopping

@@ -189,8 +189,8 @@ def evaluate(task, tmp_path):
 def test_an_evaluation_has_the_same_completions_whatever_the_batch_size_and_the_order(evaluate):
     expected = evaluate("plain")
     assert len(expected) == len(ROWS) * (1 + 8 + 1) and len({text for text, _ in expected.values()}) > 60
-    assert flips(evaluate("a row at a time", batch_rows=1), expected) == 0
-    assert flips(evaluate("three rows at a time", batch_rows=3), expected) == 0
+    assert flips(evaluate("a row at a time", eval_batch_size=1), expected) == 0
+    assert flips(evaluate("three rows at a time", eval_batch_size=3), expected) == 0
     assert flips(evaluate("backwards", rows=ROWS[::-1]), expected) == 0
 
 
