@@ -157,7 +157,7 @@ PHASES = {  # methods of TRL's trainer, and of rlseq's
     "_calculate_rewards": "rewards",
     "_score": "rewards",
     "_get_per_token_logps_and_entropies": "log-probs of the old policy",
-    "_add_logprobs": "log-probs of the old policy",
+    "_logprobs_by": "log-probs of the old policy",
     "compute_loss": "forward and loss",
 }
 
