@@ -165,7 +165,7 @@ def test_an_empty_mode_is_a_stop_alone_and_not_an_empty_text(checkpoints, monkey
 
 
 def proven_prompts(path, nodes):
-    """The prompts whose mode is proven with so many nodes, one at a time."""
+    """The prompts whose mode is proven within `max_nodes` nodes, one at a time."""
     model = AutoModelForCausalLM.from_pretrained(path)
     settings = {"max_new_tokens": LONGEST, "stop_ids": [EOS], "max_nodes": nodes}
     return {row["prompt"] for row in ROWS if exact_map(model, ids_of(row["prompt"]), **settings).proven}
