@@ -55,7 +55,7 @@ from rlseq.training.trl.loss import LossMixin
 from rlseq.training.trl.publish import PublishMixin
 from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
 from rlseq.training.trl.resume_state import ResumeStateMixin
-from rlseq.training.trl.tracking import TrackingMixin
+from rlseq.training.trl.tracking import Tracking
 from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.types import Prompt
 
@@ -63,7 +63,7 @@ NAN = float("nan")
 ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
 
-class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, TrackingMixin, PublishMixin, LossMixin):
+class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, PublishMixin, LossMixin):
     """TRL's GRPOTrainer with rlseq's rollouts, rewards, objectives and packed updates; a drop-in for it.
 
     Args:
@@ -155,6 +155,9 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, TrackingMixin, PublishMix
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        self.log_completions = False  # by TRL, whose table would come again with the closing summary
+        self.tracking = Tracking(self.callback_handler)
+        self.add_callback(self.tracking)
         add_reference(self, reference)
         if not args.cast_lm_head_to_fp32:
             for one in (self.model, self.ref_model):

@@ -126,7 +126,7 @@ def result(text: str) -> str:
 
 @pytest.mark.parametrize("name", ["Accumulator", "AsyncAccumulator"])
 def test_each_rollout_has_an_environment_of_its_own_and_earns_what_that_says(name, tmp_path, monkeypatch):
-    trainer, scripted = made(tmp_path, monkeypatch, name, max_steps=2, logging_steps=1)
+    trainer, scripted = made(tmp_path, monkeypatch, name, max_steps=2, logging_steps=1, log_completions=True)
     trainer.train()
     assert len({id(one) for one in trainer.environments}) == 4
     assert all(one.episodes == 2 for one in trainer.environments)  # made once, reset before each rollout
@@ -164,7 +164,7 @@ def test_each_rollout_has_an_environment_of_its_own_and_earns_what_that_says(nam
         assert line["rewards/environment_reward/mean"] == pytest.approx((0.5 + 0.8 + 0.7 + 1.0) / 4)
         assert line["reward"] == pytest.approx(2 * 0.75 + 1)
         assert line["tools/call_frequency"] == 6 / 4 and line["tools/failure_frequency"] == 0
-    assert sorted(trainer._logs["rewards"]["environment_reward"]) == pytest.approx([0.5, 0.7, 0.8, 1.0])
+    assert sorted(trainer.tracking.completions.rewards["environment_reward"]) == pytest.approx([0.5, 0.7, 0.8, 1.0])
     for step in ("000001", "000002"):
         records = [json.loads(line) for line in (tmp_path / "rollouts" / f"{step}.jsonl").read_text().splitlines()]
         said = {(one["prompt"][-1]["content"], one["sample"]): one["values"]["environment_reward"] for one in records}

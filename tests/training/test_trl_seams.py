@@ -170,9 +170,10 @@ def test_a_push_saves_and_uploads_the_output_directory():
     assert parameters(Trainer.save_model) == ["output_dir", "_internal_call"]
 
 
-@pytest.mark.parametrize("key", ["prompt", "completion", "rewards", "extra", "advantages"])
-def test_the_table_of_completions_is_made_of_the_columns_kept(key):
-    assert f'self._logs["{key}"]' in called_in("log") and "self.log_completions" in called_in("log")
+def test_the_table_of_completions_is_printed_by_trl_unless_the_trainer_says_otherwise():
+    assert "if self.accelerator.is_main_process and self.log_completions:" in called_in("log")
+    printed = ["prompts", "completions", "rewards", "advantages", "step", "num_samples", "extra"]
+    assert parameters(utils.print_prompt_completions_sample) == printed
 
 
 def test_trackers_are_opened_again_as_they_were_opened():

@@ -26,6 +26,7 @@ from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.run.faults import memory_for
 from rlseq.training.trl.rollouts import SamplingMixin
 from rlseq.training.trl.scoring import ScoringMixin
+from rlseq.training.trl.tracking import Completions, Tracking
 
 NAN = float("nan")
 
@@ -36,9 +37,11 @@ class BatchMixin(SamplingMixin, ScoringMixin):
     Attributes:
         packs: whether a forward takes packed rows.
         asks_values: whether the forward of an update asks a critic, too.
+        tracking: shows completions.
     """
 
     packs: bool
+    tracking: Tracking
     asks_values = False
 
     @property
@@ -83,7 +86,9 @@ class BatchMixin(SamplingMixin, ScoringMixin):
         advantages = inputs["advantages"]
         if advantages.ndim > 1:  # one per token: their mean
             advantages = advantages.sum(1) / self._mask(inputs).sum(1).clamp(min=1)
-        self._keep_for_table(batch, completions, values, advantages)
+        if self.args.log_completions:
+            self.tracking.completions = self._completions(batch, completions, values, advantages)
+        self._pending_extra_logs.clear()
         self.log_rollouts(batch, advantages)
         return batch
 
@@ -318,15 +323,17 @@ class BatchMixin(SamplingMixin, ScoringMixin):
             metrics[name].append(total / count)
         self._pending_metrics.clear()
 
-    def _keep_for_table(self, batch: RolloutBatch, completions: list[Any], values: Tensor, advantages: Tensor) -> None:
-        """The columns of TRL's table of completions, of all processes, and the total beside them."""
-        logs = self._logs
-        logs["prompt"].extend(gather_object(batch.asked))
-        logs["completion"].extend(gather_object(completions))
-        for name, of in zip(self.suite.names, values.unbind(1), strict=True):
-            logs["rewards"][name].extend(of.tolist())
-        logs["advantages"].extend(self.accelerator.gather(advantages).tolist())
-        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            logs["extra"][column].extend(gather_object(self._pending_extra_logs.get(column, [None] * len(batch.rows))))
-        self._pending_extra_logs.clear()
-        logs["extra"]["total"].extend(batch.totals.tolist())
+    def _completions(
+        self, batch: RolloutBatch, completions: list[Any], values: Tensor, advantages: Tensor
+    ) -> Completions:
+        """The batch of all processes, as it is shown; called on all of them."""
+        mine, size = self._pending_extra_logs, len(batch.rows)
+        names = sorted(set(gather_object(list(mine))))
+        extra = {name: gather_object(mine.get(name, [None] * size)[-size:]) for name in names}
+        return Completions(
+            prompts=gather_object(batch.asked),
+            completions=gather_object(completions),
+            rewards=dict(zip(self.suite.names, values.t().tolist(), strict=True)),
+            advantages=self.accelerator.gather(advantages).tolist(),
+            extra=extra | {"total": batch.totals.tolist()},
+        )

@@ -1,55 +1,112 @@
 """What trackers (`--report_to tensorboard wandb trackio`) get beside the logged numbers, which transformers sends them.
 
-log             the completions of the last round, as TRL's table where a tracker has tables, else as text
+Tracking        the completions of the last batch, as TRL's table where a tracker has tables, else as text
 log_contrast    what the evaluation after training found, into the same run
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trl
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.trainer_callback import CallbackHandler
+from trl.trainer.utils import print_prompt_completions_sample
+
+from rlseq.training.run.faults import writing
 
 
-class TrackingMixin(trl.GRPOTrainer):
-    """For trainers on rollouts: TRL's table of completions (`log_completions`), with the total, where there is one.
+@dataclass(frozen=True)
+class Completions:
+    """The rollouts of a batch over all processes, as they are shown; every list has an entry per rollout.
 
     Attributes:
+        prompts, completions: texts or messages.
+        rewards: by name; NaN where one abstained.
+        advantages: of one with an advantage per token, their mean.
+        extra: what rewards logged beside (`log_extra`), and the `total`.
+    """
+
+    prompts: list[Any]
+    completions: list[Any]
+    rewards: Mapping[str, list[float]]
+    advantages: list[float]
+    extra: Mapping[str, list[Any]]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The columns of the table, in its order."""
+        columns = {"prompt": self.prompts, "completion": self.completions, **self.rewards, **self.extra}
+        return columns | {"advantage": self.advantages}
+
+
+class Tracking(TrainerCallback):
+    """Shows the completions of the last batch each time training logs its numbers (`log_completions`).
+
+    They are printed, written to the run's `completions/` and sent to the trackers: TRL's table, or text where a tracker
+    has no tables. An evaluation and the closing summary show none, nor does a run that was resumed within a batch
+    until it samples again.
+
+    Args:
+        trackers: the trainer's callbacks, among them those of `report_to`.
+
+    Attributes:
+        completions: those of the last batch, on the first process; None before there is one.
         trackio_run: the name of the run under way in trackio, which is closed before the evaluation; None without.
     """
 
-    trackio_run: str | None = None
+    def __init__(self, trackers: CallbackHandler):
+        self.trackers = trackers
+        self.completions: Completions | None = None
+        self.trackio_run: str | None = None
 
-    def log(self, logs, start_time=None):
-        # The closing summary has no rollouts of its own, nor has a run that was resumed within a round.
-        asked, told = self.log_completions, bool(self._logs["prompt"]) and "train_runtime" not in logs
-        self.log_completions = asked and told
-        try:
-            super().log(logs, start_time)
-        finally:
-            self.log_completions = asked
-        if not self.is_world_process_zero():
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if not state.is_world_process_zero:
             return
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and asked and told and callback.tb_writer is not None:
-                table = markdown_table(completion_rows(self._logs))
-                callback.tb_writer.add_text("completions", table, self.state.global_step)
-            if isinstance(callback, TrackioCallback):
+        if self.completions is not None and "loss" in (logs or {}):  # the loss is logged by training alone
+            self._show(self.completions, args, state.global_step)
+        if any(isinstance(callback, TrackioCallback) for callback in self.trackers.callbacks):
+            import trackio
+
+            run = trackio.context_vars.current_run.get()
+            self.trackio_run = self.trackio_run if run is None else run.name
+
+    def _show(self, shown: Completions, args: Any, step: int) -> None:
+        import pandas
+
+        print_prompt_completions_sample(
+            shown.prompts,
+            shown.completions,
+            shown.rewards,
+            shown.advantages,
+            step,
+            args.num_completions_to_print,
+            extra=shown.extra,
+        )
+        columns = shown.columns()
+        frame = pandas.DataFrame({"step": [step] * len(shown.prompts)} | columns)
+        file = Path(args.output_dir) / "completions" / f"completions_{step:05d}.parquet"
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            frame.to_parquet(file)
+        if args.log_unique_prompts:
+            frame = frame[~frame["prompt"].astype(str).duplicated()]  # messages are compared by their text
+        for callback in self.trackers.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                callback.tb_writer.add_text("completions", markdown_table(rows), step)
+            elif isinstance(callback, WandbCallback):
+                import wandb
+
+                if wandb.run is not None:
+                    wandb.log({"completions": wandb.Table(dataframe=frame)})
+            elif isinstance(callback, TrackioCallback):
                 import trackio
 
-                run = trackio.context_vars.current_run.get()
-                self.trackio_run = self.trackio_run if run is None else run.name
-
-
-def completion_rows(logs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of TRL's table, from the columns it keeps of the last round."""
-    columns = {"prompt": logs["prompt"], "completion": logs["completion"], **logs["rewards"], **logs["extra"]}
-    columns["advantage"] = logs["advantages"]
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                trackio.log({"completions": trackio.Table(dataframe=frame)})
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -99,7 +156,8 @@ def log_contrast(trainer: Trainer, results: Mapping[str, Any], figures: Sequence
     """Log the numbers and figures of the evaluation after training to the run that the trackers have of it.
 
     Args:
-        trainer: after `train`; its trackers are those of `report_to`, its last step is where the numbers stand.
+        trainer: a `GRPOTrainer` after `train`; its trackers are those of `report_to`, its last step is where the
+            numbers stand.
         results: the contents of results.json; empty, as on any process but the first, nothing is logged.
         figures: PNG files, each logged by its name without the suffix; what is None or not there is left out.
     """
@@ -139,12 +197,11 @@ def _to_trackio(callback: Any, trainer: Any, numbers: Any, images: Any, step: in
     """transformers closes its run as training ends: it is opened again, by its name."""
     import trackio
 
-    named = trainer.args.run_name
-    trainer.args.run_name = trainer.trackio_run
+    args = copy.copy(trainer.args)
+    args.run_name = trainer.tracking.trackio_run
+    callback.setup(args, trainer.state, trainer.model)
     try:
-        callback.setup(trainer.args, trainer.state, trainer.model)
         shown = {name: trackio.Image(str(path)) for name, path in images.items()}
         trackio.log({**numbers, **shown, "train/global_step": step})
     finally:
-        trainer.args.run_name = named
         callback.on_train_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
