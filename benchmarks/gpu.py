@@ -24,7 +24,7 @@ import transformers
 from performance import StepTimes, ours, quiet, race, result, table, theirs
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from rlseq.engine.kv_budget import cached_numbers
+from rlseq.engine.decoding.kv_budget import cached_numbers
 from rlseq.engine.packing import FLEX, pack
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample

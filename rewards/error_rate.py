@@ -44,6 +44,6 @@ def _split(text: str, unit: str, tokenizer: str | None) -> list:
 
 @lru_cache(maxsize=4)
 def _tokenizer(name: str):
-    from rlseq.engine.models import load_tokenizer
+    from rlseq.engine.model.load import load_tokenizer
 
     return load_tokenizer(name, "the tokenizer of error_rate")

@@ -78,7 +78,7 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from rlseq.engine.models import load_model
+    from rlseq.engine.model.load import load_model
 
     tokenizer = load_tokenizer(model)
     todo = "Give a trained sequence-classification model"
@@ -95,7 +95,7 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any]:
 
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a reward model, with a token to pad with."""
-    from rlseq.engine.models import load_tokenizer
+    from rlseq.engine.model.load import load_tokenizer
 
     tokenizer = load_tokenizer(model, "the tokenizer of a reward model", padding_side="right")
     if tokenizer.pad_token_id is None:

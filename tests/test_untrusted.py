@@ -65,7 +65,7 @@ def test_models_load_from_safetensors_alone():
     for file, call in loading:
         assert is_true(keywords(call).get("use_safetensors")), f"{file}: {ast.unparse(call)}"
     package = [file for file, _ in loading if not file.is_relative_to(ROOT / "benchmarks")]
-    assert package == [ROOT / "rlseq/engine/models.py"]  # the one loader, of rewards and recipes too
+    assert package == [ROOT / "rlseq/engine/model/load.py"]  # the one loader, of rewards and recipes too
 
 
 def test_every_call_that_loads_refuses_code_of_the_repository():

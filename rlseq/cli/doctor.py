@@ -98,7 +98,7 @@ def examine(args: argparse.Namespace) -> Iterator[Result]:
     from rlseq.config.arguments import template_options
     from rlseq.data.rows import load_prompts
     from rlseq.doctor.static import load_configs, static_checks
-    from rlseq.engine.models import load_tokenizer
+    from rlseq.engine.model.load import load_tokenizer
     from rlseq.training.models import check_model_path
 
     path = Path(args.model_name_or_path)
@@ -138,7 +138,7 @@ def examine_model(name_or_path: str) -> Iterator[Result]:
     import torch
 
     from rlseq.doctor import forward
-    from rlseq.engine.gguf_files import gguf_file
+    from rlseq.engine.model.gguf_files import gguf_file
     from rlseq.training.models import disable_dropout
 
     path = Path(name_or_path)
@@ -166,7 +166,7 @@ def _load(name_or_path: str, adapter: bool) -> tuple[Any, list[str]]:
     import torch
 
     from rlseq.config.training import ModelArguments
-    from rlseq.engine.models import load_reporting
+    from rlseq.engine.model.load import load_reporting
     from rlseq.training.models import load_model
 
     if adapter:

@@ -12,7 +12,7 @@ from typing import Any
 from rlseq.common.interrupts import exit_on_sigint
 from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
 from rlseq.config.flags import HelpFormatter, add_flags, from_flags
-from rlseq.engine.gguf_files import gguf_file, may_be_on_hub
+from rlseq.engine.model.gguf_files import gguf_file, may_be_on_hub
 from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.stats.seeds import methods, numbered
 

@@ -106,7 +106,7 @@ def _check(args: argparse.Namespace) -> int:
     spec = given if isinstance(given, dict) else {"func": given}
     tokenizer = None
     if args.model_name_or_path:
-        from rlseq.engine.models import load_tokenizer
+        from rlseq.engine.model.load import load_tokenizer
 
         tokenizer = load_tokenizer(args.model_name_or_path, "--model_name_or_path", padding_side="left")
     prompts = prompts_of(args, tokenizer)
@@ -145,7 +145,7 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
     from transformers.utils import logging
 
     import rlseq
-    from rlseq.engine.models import load_model
+    from rlseq.engine.model.load import load_model
 
     logging.disable_progress_bar()
     model = load_model(args.model_name_or_path, what="--model_name_or_path")

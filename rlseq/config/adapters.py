@@ -10,7 +10,7 @@ from typing import Any
 import trl
 from peft import PeftConfig
 
-from rlseq.engine.models import is_adapter
+from rlseq.engine.model.load import is_adapter
 from rlseq.errors import ConfigError
 
 

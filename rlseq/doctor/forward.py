@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.common.disk import readable_size
 from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Result, judge
-from rlseq.engine.backends import SLOW, select_backend
+from rlseq.engine.decoding.backends import SLOW, select_backend
 from rlseq.engine.likelihood import score, token_logprobs
 from rlseq.engine.sampling import sample
 from rlseq.engine.self_tests import supports_packing

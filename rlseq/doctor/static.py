@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from rlseq.doctor.chat import check_template, end_of_turn
 from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Problem, Result, judge, named
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
-from rlseq.engine.models import adapter_base, is_adapter, load_config, reason
+from rlseq.engine.model.load import adapter_base, is_adapter, load_config, reason
 from rlseq.engine.sampling import stop_ids_of
 from rlseq.errors import ModelError
 from rlseq.types import Prompt

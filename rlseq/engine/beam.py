@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from rlseq.engine.backends import select_backend
+from rlseq.engine.decoding.backends import select_backend
 from rlseq.engine.likelihood import score
-from rlseq.engine.model_info import base_of, eval_mode
+from rlseq.engine.model.info import base_of, eval_mode
 from rlseq.engine.strategies import Beam
 from rlseq.errors import ConfigError
 from rlseq.types import Prompt, Rollout

@@ -13,10 +13,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.engine.beam import _rollouts, beam
+from rlseq.engine.decoding.kv_budget import rows_within
 from rlseq.engine.float64 import float64_device, to_float64
-from rlseq.engine.kv_budget import rows_within
 from rlseq.engine.likelihood import score
-from rlseq.engine.model_info import eval_mode, forward_parameters
+from rlseq.engine.model.info import eval_mode, forward_parameters
 from rlseq.engine.strategies import Beam
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlseq.engine.logits import head_is_separate, logits_at
-from rlseq.engine.model_info import attention_of, eval_mode, uncompiled, vocabulary_of
+from rlseq.engine.model.info import attention_of, eval_mode, uncompiled, vocabulary_of
 from rlseq.engine.packing import PackedBatch, pack, pad, rows_of_group
 from rlseq.engine.self_tests import supports_packing
 

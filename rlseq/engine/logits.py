@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rlseq.engine.model_info import base_of, eval_mode, forward_parameters
+from rlseq.engine.model.info import base_of, eval_mode, forward_parameters
 from rlseq.engine.packing import PackedBatch
 
 _separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from rlseq.engine.decoding.prefix_attention import mark_causal
 from rlseq.engine.layout import Group, Layout, arrange, fill_rows, ramps, split
-from rlseq.engine.prefix_attention import mark_causal
 
 FLEX = "flex_attention"  # transformers' name
 FLEX_BLOCK = 128  # row lengths are a multiple of it, so that kernels are compiled for few lengths

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlseq.engine.backends import make_decoder
-from rlseq.engine.kv_budget import rows_within
-from rlseq.engine.model_info import eval_mode
+from rlseq.engine.decoding.backends import make_decoder
+from rlseq.engine.decoding.kv_budget import rows_within
+from rlseq.engine.model.info import eval_mode
 from rlseq.engine.noise import pick, stream_keys, uniforms
 from rlseq.engine.strategies import Greedy, Sample, Strategy
 from rlseq.errors import ConfigError, ModelError
@@ -62,7 +62,7 @@ def sample(
     """Continue each of P prompts G times.
 
     Args:
-        model: any causal transformers model (`rlseq.engine.decoders`); its `generation_config` is not read.
+        model: any causal transformers model (`rlseq.engine.decoding.decoders`); its `generation_config` is not read.
         prompts: P prompts; equal `prompt_ids` share one prefill.
         num_samples: G; must be 1 for a strategy that is not stochastic.
         max_new_tokens: completions are cut after this many sampled tokens (finish_reason "length").

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlseq.engine.cuda_graph import WARM
-from rlseq.engine.decoders import Decoder
-from rlseq.engine.model_info import attention_of, attention_window, eval_mode, vocabulary_of
+from rlseq.engine.decoding.cuda_graph import WARM
+from rlseq.engine.decoding.decoders import Decoder
+from rlseq.engine.model.info import attention_of, attention_window, eval_mode, vocabulary_of
 from rlseq.engine.packing import pack
 
 # Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.

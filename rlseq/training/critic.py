@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from rlseq.engine.model_info import attention_of
-from rlseq.engine.models import load_model
+from rlseq.engine.model.info import attention_of
+from rlseq.engine.model.load import load_model
 from rlseq.engine.self_tests import supports_packing
 from rlseq.errors import ModelError
 from rlseq.training.models import WEIGHT_FILES, check_model_path

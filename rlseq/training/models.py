@@ -21,8 +21,8 @@ from transformers.utils import cached_file
 
 from rlseq.config.adapters import quantization_of
 from rlseq.config.training import ModelArguments
-from rlseq.engine import models
-from rlseq.engine.gguf_files import gguf_file, may_be_on_hub
+from rlseq.engine.model import load
+from rlseq.engine.model.gguf_files import gguf_file, may_be_on_hub
 from rlseq.engine.packing import FLEX
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.training.run.checkpoints import is_whole_safetensors
@@ -70,7 +70,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = "main") -> PreTr
         ModelError: there is none, or it has no EOS token.
     """
     options = {"revision": revision or "main", "padding_side": "left", "truncation_side": "left"}
-    tokenizer = models.load_tokenizer(name_or_path, **options)
+    tokenizer = load.load_tokenizer(name_or_path, **options)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {name_or_path!r} has no EOS token, so no completion could end")
     if tokenizer.pad_token is None:
@@ -101,7 +101,7 @@ def load_model(model_args: ModelArguments) -> PreTrainedModel:
     path = model_args.model_name_or_path
     check_model_path(path)
     check_attention(model_args)
-    if models.is_adapter(path) and model_args.use_peft:
+    if load.is_adapter(path) and model_args.use_peft:
         raise ModelError(
             f"{path!r} is an adapter, which trains on; leave out --use_peft (or merge it into its base first, and put "
             "a new one on that)"
@@ -113,9 +113,9 @@ def load_model(model_args: ModelArguments) -> PreTrainedModel:
 
 
 def _load_trainable(path: str, model_args: ModelArguments, quantization: Mapping[str, Any] | None) -> Any:
-    if models.is_adapter(path):
-        check_model_path(models.adapter_base(path))
-    return models.load_model(
+    if load.is_adapter(path):
+        check_model_path(load.adapter_base(path))
+    return load.load_model(
         path,
         revision=model_args.model_revision,
         dtype=model_args.dtype or torch.float32,

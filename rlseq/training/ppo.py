@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlseq.config.training import PPOConfig
-from rlseq.engine.model_info import base_of
+from rlseq.engine.model.info import base_of
 from rlseq.errors import ConfigError, ModelError
 from rlseq.losses import (
     adapt_kl_coefficient,

@@ -7,7 +7,7 @@ from tiny import tiny_model
 
 from rlseq.cli.evaluate import evaluate, parse_models
 from rlseq.config.arguments import DataArguments
-from rlseq.engine import model_class
+from rlseq.engine.model import auto_class
 from rlseq.errors import ConfigError, DataError, ModelError, RewardError
 
 
@@ -25,7 +25,7 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture
 def no_model(monkeypatch):
     monkeypatch.setattr(
-        model_class.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
+        auto_class.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded")
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import FAMILIES, PAD, tiny_model
 
-from rlseq.engine.model_info import eval_mode
+from rlseq.engine.model.info import eval_mode
 from rlseq.engine.packing import IGNORED, pack, pad, rows_of_group, unpack, unpack_padded
 from rlseq.engine.self_tests import supports_packing
 

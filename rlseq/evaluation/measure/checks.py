@@ -9,7 +9,7 @@ from typing import Any
 from rlseq.data.rows import build_prompts
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.static import load_configs, static_checks
-from rlseq.engine.model_class import causal_class
+from rlseq.engine.model.auto_class import causal_class
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.metrics import BUILT_IN

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rlseq.engine.beam import beam
-from rlseq.engine.kv_budget import rows_within
+from rlseq.engine.decoding.kv_budget import rows_within
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import LOGPROB, MBR, Beam, BestOf, Rerank, Sample, Strategy
@@ -51,8 +51,8 @@ def decode(
         num_samples: completions a prompt under strategies that sample; the others give one.
         seed, stream: name the noise of sampling, as in `rlseq.engine.sampling.sample`.
         batch_rows: prompts decoded together.
-        max_kv_gb: a budget for the KV cache (`rlseq.engine.kv_budget.rows_within`); fewer are decoded together where it
-            says so.
+        max_kv_gb: a budget for the KV cache (`rlseq.engine.decoding.kv_budget.rows_within`); fewer are decoded together
+            where it says so.
         progress: called with the number of prompts finished.
 
     Returns:

@@ -25,7 +25,7 @@ from rlseq.data.files import seems_data
 from rlseq.data.rows import load_rows
 from rlseq.engine.float64 import to_float64
 from rlseq.engine.likelihood import score
-from rlseq.engine.models import load_config, load_tokenizer
+from rlseq.engine.model.load import load_config, load_tokenizer
 from rlseq.errors import ConfigError, DataError, ModelError, did_you_mean
 from rlseq.evaluation.statistics import RowStatistics, Source
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from rlseq.engine import models
+from rlseq.engine.model import load
 
 
 def load_tokenizer(name: str, path: str) -> Any:
@@ -17,7 +17,7 @@ def load_tokenizer(name: str, path: str) -> Any:
     Raises:
         ModelError: it cannot be loaded.
     """
-    return models.load_tokenizer(path, f"model {name!r}", padding_side="left")
+    return load.load_tokenizer(path, f"model {name!r}", padding_side="left")
 
 
 def load_checkpoint(
@@ -36,7 +36,7 @@ def load_checkpoint(
     Raises:
         ModelError: it cannot be loaded, or lacks weights and `allow_missing` does not let them be random.
     """
-    model = models.load_model(
+    model = load.load_model(
         path,
         what=f"model {name!r}",
         dtype=dtype,

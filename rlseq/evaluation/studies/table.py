@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.engine.model_info import eval_mode
+from rlseq.engine.model.info import eval_mode
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.measure.partial import STUDY, PartialResults
 from rlseq.evaluation.metrics import Metric

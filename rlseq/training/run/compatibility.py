@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlseq.engine.models import is_adapter, load_config, load_tokenizer
+from rlseq.engine.model.load import is_adapter, load_config, load_tokenizer
 from rlseq.errors import ModelError
 
 # What a configuration holds beside the model: how it was initialised, and what saving, training or a release changes.

@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from rlseq.config.adapters import peft_config_of
 from rlseq.config.training import ModelArguments
 from rlseq.doctor.static import load_configs
-from rlseq.engine.kv_budget import cached_numbers
-from rlseq.engine.model_class import causal_class
-from rlseq.engine.model_info import base_of
-from rlseq.engine.models import is_adapter
+from rlseq.engine.decoding.kv_budget import cached_numbers
+from rlseq.engine.model.auto_class import causal_class
+from rlseq.engine.model.info import base_of
+from rlseq.engine.model.load import is_adapter
 from rlseq.errors import ConfigError, ModelError
 from rlseq.training.critic import critic_folder, first_line
 from rlseq.training.models import freeze_other_senses

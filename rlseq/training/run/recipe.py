@@ -26,7 +26,7 @@ from rlseq.data.rows import build_prompts, describe_shared, keeping_all, load_ro
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.prompts import check_context
 from rlseq.doctor.static import load_configs, static_checks
-from rlseq.engine.models import is_adapter
+from rlseq.engine.model.load import is_adapter
 from rlseq.errors import ConfigError, ModelError
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.check.smoke_test import smoke_test_rewards

@@ -18,7 +18,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
 
-from rlseq.engine.model_info import attention_of
+from rlseq.engine.model.info import attention_of
 from rlseq.errors import ConfigError
 from rlseq.losses import importance_ratio
 from rlseq.training.forward import Ids, Scores, forward, ragged

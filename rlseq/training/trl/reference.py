@@ -1,8 +1,8 @@
 """The reference that the KL is to, as the policy was when its trainer was made.
 
-TRL loads it by the policy's name, and so lacks what `rlseq.engine.models` does: weights under wrapped names would be
-random. So TRL makes the trainer as if there were no KL, and the reference is added afterwards. Of an adapter TRL keeps
-the base, or a copy of the adapter, which needs no loading.
+TRL loads it by the policy's name, and so lacks what `rlseq.engine.model.load` does: weights under wrapped names would
+be random. So TRL makes the trainer as if there were no KL, and the reference is added afterwards. Of an adapter TRL
+keeps the base, or a copy of the adapter, which needs no loading.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
 
-from rlseq.engine.models import load_model
+from rlseq.engine.model.load import load_model
 
 
 def reference_of(policy: torch.nn.Module, args: trl.GRPOConfig, adapter: Any = None) -> PreTrainedModel | None:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.engine.models import load_into
+from rlseq.engine.model.load import load_into
 from rlseq.training.run.checkpoints import check_format, newest_whole_checkpoint
 from rlseq.training.trl.sharded_weights import check_sharded
 

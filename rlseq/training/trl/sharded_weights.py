@@ -14,7 +14,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from peft import PeftModel
 from torch.distributed.checkpoint import FileSystemReader
 
-from rlseq.engine.models import ANOTHER, reason, refuse_missing, some, unwrapped
+from rlseq.engine.model.load import ANOTHER, reason, refuse_missing, some, unwrapped
 from rlseq.errors import ModelError
 
 

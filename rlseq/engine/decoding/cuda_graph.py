@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from rlseq.engine.kv_cache import HEADROOM, MIN_HEADROOM
+from rlseq.engine.decoding.kv_cache import HEADROOM, MIN_HEADROOM
 from rlseq.errors import ModelError
 
 TOKENS = 64  # a buffer's width is a multiple of it: kernels want aligned masks
@@ -53,7 +53,7 @@ class FixedSizeLayer(DynamicLayer):
 
 
 class CudaGraphDecoder:
-    """U prefixes in buffers of R ≥ U rows and W tokens; otherwise a `rlseq.engine.decoders.CachedDecoder`.
+    """U prefixes in buffers of R ≥ U rows and W tokens; otherwise a `rlseq.engine.decoding.decoders.CachedDecoder`.
 
     Args:
         model: a causal model of attention layers that see everything before them.

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from rlseq.engine.gguf_files import where_and_how
-from rlseq.engine.model_class import causal_class
+from rlseq.engine.model.auto_class import causal_class
+from rlseq.engine.model.gguf_files import where_and_how
 from rlseq.errors import ModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,7 +87,7 @@ def load_model(
 
     Args:
         what: its name in messages.
-        kind: the auto class or class; None: that of causal language models (`rlseq.engine.model_class`).
+        kind: the auto class or class; None: that of causal language models (`rlseq.engine.model.auto_class`).
         revision: of a hub id; an adapter names its base without one.
         dtype: of the weights, or its name; "auto": that of the checkpoint.
         attn_implementation: as transformers calls it; None: what it takes by default.

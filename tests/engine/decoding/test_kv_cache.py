@@ -7,8 +7,9 @@ import torch
 from tiny import tiny_model
 from transformers import DynamicCache
 
-from rlseq.engine import decoders, sampling
-from rlseq.engine.kv_cache import MIN_HEADROOM, PreallocatedLayer, preallocate, rearrange
+from rlseq.engine import sampling
+from rlseq.engine.decoding import decoders
+from rlseq.engine.decoding.kv_cache import MIN_HEADROOM, PreallocatedLayer, preallocate, rearrange
 from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt
 

@@ -15,7 +15,7 @@ from tiny_shapes import tiny_shape
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
-from rlseq.engine import backends, cuda_graph
+from rlseq.engine.decoding import backends, cuda_graph
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Greedy, Sample
 from rlseq.types import Prompt

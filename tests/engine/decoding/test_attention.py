@@ -8,7 +8,7 @@ import transformers
 from test_packing import GROUPS, SEQUENCES, SHARING, alone, gradients, shifted_logprobs
 from tiny import PAD, tiny_model
 
-from rlseq.engine import prefix_attention
+from rlseq.engine.decoding import prefix_attention
 from rlseq.engine.packing import pack, unpack
 
 

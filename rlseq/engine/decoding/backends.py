@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from rlseq.engine.cuda_graph import CudaGraphDecoder, may_capture
-from rlseq.engine.decoders import (
+from rlseq.engine.decoding.cuda_graph import CudaGraphDecoder, may_capture
+from rlseq.engine.decoding.decoders import (
     ByLengthDecoder,
     CachedDecoder,
     Decoder,
@@ -32,7 +32,7 @@ from rlseq.engine.decoders import (
     UncachedDecoder,
     holds_tokens,
 )
-from rlseq.engine.model_info import attention_of, attention_window, base_of, forward_parameters, uncompiled
+from rlseq.engine.model.info import attention_of, attention_window, base_of, forward_parameters, uncompiled
 from rlseq.engine.self_tests import decoder_fault
 from rlseq.errors import ModelError
 

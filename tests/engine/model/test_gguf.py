@@ -14,8 +14,8 @@ from rlseq.cli.evaluate import evaluate, parse_models
 from rlseq.config.arguments import DataArguments
 from rlseq.config.training import ModelArguments
 from rlseq.doctor.check import FAILED
-from rlseq.engine.gguf_files import gguf_file, where_and_how
-from rlseq.engine.models import load_model, load_tokenizer
+from rlseq.engine.model.gguf_files import gguf_file, where_and_how
+from rlseq.engine.model.load import load_model, load_tokenizer
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.measure.loading import load_checkpoint
 from rlseq.evaluation.settings import ContrastSettings

@@ -14,9 +14,9 @@ from tiny_task import tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma4TextConfig, LlamaForCausalLM
 
 from rlseq.config.training import ModelArguments
-from rlseq.engine import backends, decoders
 from rlseq.engine.beam import beam
-from rlseq.engine.kv_budget import cached_numbers, rows_within
+from rlseq.engine.decoding import backends, decoders
+from rlseq.engine.decoding.kv_budget import cached_numbers, rows_within
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample
 from rlseq.engine.self_tests import supports_packing

@@ -8,8 +8,8 @@ import torch
 from test_cuda_graph import HELD, SOURCES, compare, follow
 from tiny import tiny_model
 
-from rlseq.engine import backends
-from rlseq.engine.prefix_attention import Groups, _softmax
+from rlseq.engine.decoding import backends
+from rlseq.engine.decoding.prefix_attention import Groups, _softmax
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.errors import ModelError

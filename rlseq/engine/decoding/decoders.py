@@ -2,7 +2,7 @@
 
 A decoder holds U prefixes, each at a slot, and gives the logits of the token after each. `advance` appends one token to
 every slot; a slot may also continue the prefix of another slot, as samples that branch and beams do. All decoders give
-the same logits to rounding; they differ in time and memory. `rlseq.engine.backends` chooses one for a model.
+the same logits to rounding; they differ in time and memory. `rlseq.engine.decoding.backends` chooses one for a model.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlseq.engine.kv_cache import preallocate, rearrange
-from rlseq.engine.model_info import attention_of, forward_parameters
-from rlseq.engine.prefix_attention import Groups, SharedPrefixLayer, take_over_sdpa
+from rlseq.engine.decoding.kv_cache import preallocate, rearrange
+from rlseq.engine.decoding.prefix_attention import Groups, SharedPrefixLayer, take_over_sdpa
+from rlseq.engine.model.info import attention_of, forward_parameters
 from rlseq.errors import ModelError
 
 Ids = Sequence[int]

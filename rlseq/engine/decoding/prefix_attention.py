@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlseq.engine.kv_cache import PreallocatedLayer
+from rlseq.engine.decoding.kv_cache import PreallocatedLayer
 from rlseq.engine.layout import ranks
 
 BLOCK = 256  # queries; 128 and 512 were slower (2 CPU cores)

@@ -14,8 +14,8 @@ from transformers import DynamicCache
 
 from rlseq import evaluation
 from rlseq.config.training import EvaluationArguments
+from rlseq.engine.decoding.kv_budget import rows_within
 from rlseq.engine.exact_map import exact_map_prompts
-from rlseq.engine.kv_budget import rows_within
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import parse_strategy
 from rlseq.errors import ConfigError
