@@ -28,8 +28,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer
+from tiny_task import ROWS, write_task
 
 from rlseq.config import training as settings
 from rlseq.config.parser import RecipeParser
@@ -84,11 +83,7 @@ LAUGHS = f"reward_funcs: [{', '.join(['&a [x, x]', *DOUBLED])}]\n"  # 2^26 eleme
 def task(tmp_path_factory):
     """A folder with a tiny model, data and a reward; the cases write beside them."""
     folder = tmp_path_factory.mktemp("fuzz")
-    tiny_model().save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    for split in ("train", "validation"):
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_task(folder, initializer_range=0.4)
     (folder / "build.py").write_text("from tiny_task import tiny_tokenizer as build\n")
     (folder / "cwd").mkdir()
     return folder

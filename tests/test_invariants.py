@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from test_grpo import padded_batch
 from test_recipes import run_in_process
 from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
+from tiny_task import ROWS, tiny_tokenizer, tiny_trainer, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.cli.main import main as command_line
@@ -218,11 +218,7 @@ def test_with_adapters_the_kl_to_the_start_is_0_at_step_0(tmp_path, start):
     ids=["grpo", "adapter", "ppo"],
 )
 def test_what_a_run_measures_at_its_end_its_saved_result_gives_again(recipe, flags, tmp_path, monkeypatch):
-    tiny_model("llama", initializer_range=0.1).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_task(tmp_path)
     data = ["--dataset_name", tmp_path / "data", "--reward_funcs", "token_f1"]
     run = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "run", "--evaluate", "false"]
     run += ["--per_device_train_batch_size", 8, "--num_generations", 2, "--max_completion_length", 6]

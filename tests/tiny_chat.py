@@ -1,7 +1,8 @@
-"""A tokenizer for chats with tools, and a tiny model that goes with it."""
+"""A tokenizer for chats with tools, a tiny model that goes with it, and turns that a test chose."""
 
 from __future__ import annotations
 
+import torch
 from tiny import tiny_model
 from tiny_bytes import BYTES, EOS, FIRST, PAD
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -29,3 +30,17 @@ def chat_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.1)
     model.generation_config.eos_token_id = EOS
     return model
+
+
+class Scripted:
+    """Stands in for `generate`: `turn(row, text)` is what the model says next, marks and all."""
+
+    def __init__(self, tokenizer, turn):
+        self.tokenizer, self.turn, self.seen = tokenizer, turn, []
+
+    def __call__(self, input_ids=None, **_):
+        texts = self.tokenizer.batch_decode(input_ids)
+        self.seen += texts
+        turns = [self.turn(row, text) for row, text in enumerate(texts)]
+        said = self.tokenizer(text=turns, padding=True, padding_side="right", return_tensors="pt").input_ids
+        return torch.cat([input_ids, said.to(input_ids.device)], 1)

@@ -1,7 +1,8 @@
-"""A made-up task for trainer tests: spell letters, answer in capitals; tokenizer, prompts, rewards and settings."""
+"""A made-up task for trainer tests: spell letters, answer in capitals; tokenizer, rows, rewards, settings, files."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tiny import tiny_model
@@ -31,6 +32,38 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+LETTERS = '''
+def letters(completion, references):
+    """Share of the wanted letters that are there."""
+    wanted = references[0].split()
+    return sum(letter in completion.split() for letter in wanted) / len(wanted)
+'''
+
+
+def write_rows(path: Path, rows=ROWS) -> None:
+    """JSON lines, one per row, in a folder that is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_data(folder: Path, rows=ROWS) -> None:
+    """The same rows as both splits."""
+    for split in ("train", "validation"):
+        write_rows(folder / f"{split}.jsonl", rows)
+
+
+def save_model(folder: Path, family: str = "llama", *, tokenizer=None, **fields) -> None:
+    """A tiny model and its tokenizer; `fields` override the model's."""
+    tiny_model(family, **{"initializer_range": 0.1, **fields}).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+
+
+def write_task(folder: Path, *, rows=ROWS, **fields) -> None:
+    """`folder/model` and `folder/data`."""
+    save_model(folder / "model", **fields)
+    write_data(folder / "data", rows)
 
 
 def shares_letters(completion: str, references: list[str]) -> float:

@@ -1,14 +1,13 @@
 """What recipes must hear of an evaluation's settings: refused before training or a join, and passed on."""
 
 import dataclasses
-import json
 import re
 
 import pytest
 import yaml
 from test_data import word_tokenizer
 from test_dry_run import run
-from tiny import tiny_model
+from tiny_task import write_task
 
 from rlseq.cli.main import main
 from rlseq.errors import ConfigError
@@ -34,11 +33,7 @@ def keyed(completion, key):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task")
-    tiny_model("llama", initializer_range=0.3).save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    for split in ("train", "validation"):
-        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_task(folder, rows=ROWS, tokenizer=word_tokenizer(), initializer_range=0.3)
     (folder / "reward.py").write_text(REWARD)
     return folder
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 import yaml
-from test_dry_run import lines, run, write
-from tiny import EOS, tiny_model
-from tiny_task import ROWS, tiny_tokenizer
+from test_dry_run import lines, run
+from tiny import EOS
+from tiny_task import ROWS, save_model, tiny_tokenizer, write_data, write_rows
 from transformers import AutoModelForCausalLM
 
 from rlseq.config.training import SFTConfig
@@ -21,10 +21,8 @@ def task(tmp_path_factory):
     """Models with rotary positions and with 64 that are learnt, data of 8 rows of at most 8 tokens, and settings."""
     folder = tmp_path_factory.mktemp("sft")
     for family in ("llama", "gpt2"):
-        tiny_model(family, initializer_range=0.1).save_pretrained(folder / family)
-        tiny_tokenizer().save_pretrained(folder / family)
-    for split in ("train", "validation"):
-        write(folder / "data" / f"{split}.jsonl", ROWS)
+        save_model(folder / family, family)
+    write_data(folder / "data")
     config = {
         "model_name_or_path": str(folder / "llama"),
         "dataset_name": str(folder / "data"),
@@ -90,8 +88,7 @@ def test_a_reward_that_needs_references_is_tried_on_a_row_without_before_samples
     task, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "own.py").write_text("def own(completion, references):\n    return float(len(references[0]))\n")
-    for split in ("train", "validation"):
-        write(tmp_path / "data" / f"{split}.jsonl", [*ROWS, {"prompt": "a b = ", "references": []}])
+    write_data(tmp_path / "data", [*ROWS, {"prompt": "a b = ", "references": []}])
     arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", "--dataset_name", tmp_path / "data"]
     arguments += ["--rejection_samples", 2, "--reward_funcs", f"{tmp_path}/own.py:own"]
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -129,8 +126,8 @@ def test_a_dry_run_counts_the_cache_of_the_samples_that_are_drawn(task, tmp_path
 
 
 def test_references_that_are_too_long_name_no_setting_that_is_not_there(task, tmp_path, monkeypatch, capsys):
-    write(tmp_path / "data" / "train.jsonl", [{"prompt": "a = ", "references": [" ".join("A" * 63)]}] * 4)
-    write(tmp_path / "data" / "validation.jsonl", ROWS)
+    write_rows(tmp_path / "data" / "train.jsonl", [{"prompt": "a = ", "references": [" ".join("A" * 63)]}] * 4)
+    write_rows(tmp_path / "data" / "validation.jsonl", ROWS)
     arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", "--dataset_name", tmp_path / "data"]
     assert run(monkeypatch, "sft", *arguments, "--model_name_or_path", task / "gpt2") == 2
     message = capsys.readouterr().err

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 import yaml
-from test_dry_run import lines, run, write
+from test_dry_run import lines, run
 from tiny import tiny_model
 from tiny_ppo import double_sum_gae, plain_logprobs, values_of
-from tiny_task import tiny_trainer
+from tiny_task import tiny_trainer, write_data
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlseq.cli.main import main
@@ -115,8 +115,7 @@ def task(tmp_path):
     model_of(tokenizer).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     for name, messages in (("asked", ASKED), ("begun", BEGUN)):
-        for split in ("train", "validation"):
-            write(tmp_path / name / f"{split}.jsonl", [{"prompt": messages, "references": ["4"]}] * 4)
+        write_data(tmp_path / name, [{"prompt": messages, "references": ["4"]}] * 4)
     settings = {"model_name_or_path": str(tmp_path / "model"), "max_steps": 1, "per_device_train_batch_size": 4}
     settings |= {"use_cpu": True, "num_cpu_threads": 1, "disable_tqdm": True, "output_dir": str(tmp_path / "run")}
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(settings))
@@ -202,8 +201,7 @@ def test_ppo_continues_and_values_the_answer_that_a_prompt_begins(flags, task, t
     if not flags:  # some rows begin an answer and some do not
         rows.append({"prompt": ASKED})
         begins.append("<user>2+2$<assistant>")
-    for split in ("train", "validation"):
-        write(tmp_path / "mixed" / f"{split}.jsonl", rows)
+    write_data(tmp_path / "mixed", rows)
     (task / "own.py").write_text(
         "def own(prompt, completion):\n    return len(completion) - len(prompt[-1]['content']) / 4\n"
     )

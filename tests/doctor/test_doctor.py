@@ -1,13 +1,12 @@
 """The doctor's checks of tokenizer, configuration and data: every trouble they name is caused here."""
 
-import json
 import time
 from types import SimpleNamespace
 
 import pytest
 import tiny_chat
 from tiny import EOS, PAD, VOCAB, tiny_config, tiny_model
-from tiny_task import ROWS, tiny_tokenizer
+from tiny_task import ROWS, save_model, tiny_tokenizer, write_data, write_rows
 from tokenizers import normalizers, processors
 from transformers import GenerationConfig
 
@@ -291,7 +290,7 @@ def test_a_path_without_a_configuration_is_refused(tmp_path):
 def test_recipes_make_these_checks_before_they_start(tmp_path):
     tiny_model("gpt2", n_positions=20).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_rows(tmp_path / "train.jsonl")
     (tmp_path / "reward.py").write_text("def length(completion): return len(completion)\n")
     data = DataArguments(dataset_name=str(tmp_path / "train.jsonl"), train_split="train")
     rewards = RewardArguments(reward_funcs=[f"{tmp_path / 'reward.py'}:length"])
@@ -303,12 +302,8 @@ def test_recipes_make_these_checks_before_they_start(tmp_path):
 
 @pytest.mark.parametrize("first", ["answered", "unanswered"])
 def test_a_reward_is_tried_on_the_row_that_lacks_what_it_asks_for(tmp_path, first):
-    tiny_model().save_pretrained(tmp_path)
-    tiny_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "data").mkdir()
-    rows = [*ROWS, {**ROWS[0], "references": []}][:: 1 if first == "answered" else -1]
-    for split in ("train", "validation"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_model(tmp_path)
+    write_data(tmp_path / "data", [*ROWS, {**ROWS[0], "references": []}][:: 1 if first == "answered" else -1])
     data = DataArguments(dataset_name=str(tmp_path / "data"))
     model = ModelArguments(model_name_or_path=str(tmp_path))
     config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True)
@@ -324,7 +319,7 @@ def test_prompts_left_out_of_an_epoch_and_prompts_of_two_splits_are_counted(tmp_
     tiny_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "data").mkdir()
     for split, rows in (("train", ROWS[:prompts]), ("validation", ROWS[5:])):
-        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
     data = DataArguments(dataset_name=str(tmp_path / "data"))
     model = ModelArguments(model_name_or_path=str(tmp_path))
     config = GRPOConfig(per_device_train_batch_size=4, num_generations=2, max_completion_length=4, use_cpu=True)

@@ -11,7 +11,7 @@ import pytest
 from scipy.special import comb
 from test_contrast import ids_of, letters
 from test_data import EOS, word_tokenizer
-from tiny import tiny_model
+from test_map import saved
 from toy import token_logprobs
 from transformers import AutoModelForCausalLM
 
@@ -163,13 +163,7 @@ def test_estimates_are_unbiased_and_their_variance_is_known():
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in ((8, "one"), (10, "two")):
-        model = tiny_model("llama", seed=seed, initializer_range=0.3)
-        model.lm_head.weight.data *= 2
-        model.save_pretrained(folder / name)
-        word_tokenizer().save_pretrained(folder / name)
-    return {name: str(folder / name) for name in ("one", "two")}
+    return saved(tmp_path_factory.mktemp("models"))
 
 
 def run(models, rows=ROWS, rewards=(letters,), **changes):

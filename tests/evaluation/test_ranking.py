@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from test_contrast import letters
-from test_data import word_tokenizer
-from test_map import ROWS
-from tiny import tiny_model
+from test_map import ROWS, saved
 
 from rlseq.errors import ConfigError
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, contrast_and_report
@@ -24,13 +22,7 @@ SETTINGS = ContrastSettings(
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for seed, name in ((8, "one"), (10, "two")):
-        model = tiny_model("llama", seed=seed, initializer_range=0.3)
-        model.lm_head.weight.data *= 2
-        model.save_pretrained(folder / name)
-        word_tokenizer().save_pretrained(folder / name)
-    return {name: str(folder / name) for name in ("one", "two")}
+    return saved(tmp_path_factory.mktemp("models"))
 
 
 def halves(completion, **columns):

@@ -10,20 +10,13 @@ import yaml
 from forks import recipe, run_ranks
 from safetensors.torch import load_file
 from test_recipes import load_recipe, read_lines, run_in_process
-from tiny import tiny_model
 from tiny_ppo import ppo_settings
-from tiny_task import ROWS, tiny_tokenizer
+from tiny_task import LETTERS, write_task
 from transformers import AutoModelForCausalLM
 
 from rlseq.errors import ConfigError, ModelError
 
-REWARDS = '''
-def letters(completion, references):
-    """Share of the wanted letters that are there."""
-    wanted = references[0].split()
-    return sum(letter in completion.split() for letter in wanted) / len(wanted)
-
-
+EARLY = '''
 def early(completion):
     """The mean letter: 0 for all a, 8 for all i."""
     letters = [ord(word.lower()) - ord("a") for word in completion.split() if word.isalpha()]
@@ -36,13 +29,8 @@ STEPS = ("000001", "000002", "000003")
 def task(tmp_path_factory):
     """A tiny model, local data, rewards, and one config for both recipes."""
     folder = tmp_path_factory.mktemp("task")
-    tiny_model("llama", initializer_range=0.1).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    for split in ("train", "validation"):
-        path = folder / "data" / f"{split}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "rewards.py").write_text(REWARDS)
+    write_task(folder)
+    (folder / "rewards.py").write_text(LETTERS + EARLY)
     config = {
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "data"),

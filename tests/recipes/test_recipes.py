@@ -15,32 +15,19 @@ from pathlib import Path
 import pytest
 import yaml
 from forks import ROOT, end_of_ranks, load_recipe, recipe, run_ranks
-from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer
+from tiny_task import LETTERS, ROWS, write_task
 
 from rlseq.training.run.launch import run_recipe
-
-REWARD = '''
-def letters(completion, references):
-    """Share of the wanted letters that are there."""
-    wanted = references[0].split()
-    return sum(letter in completion.split() for letter in wanted) / len(wanted)
-'''
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A folder with a tiny model, data in jsonl and csv, a reward and a config; nothing of it in the repository."""
     folder = tmp_path_factory.mktemp("task")
-    tiny_model("llama", initializer_range=0.1).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    for split in ("train", "validation"):
-        path = folder / "data" / f"{split}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_task(folder)
     words = ("ab", "cd", "ef", "gh") * 8
     (folder / "words.csv").write_text("spelling,sound\n" + "".join(f"{w},{w.upper()}\n" for w in words))
-    (folder / "rewards.py").write_text(REWARD)
+    (folder / "rewards.py").write_text(LETTERS)
     config = {
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "data"),
@@ -238,13 +225,13 @@ def test_a_run_resumes_with_an_edited_reward_only_where_that_is_meant(task, tmp_
     from rlseq.errors import RunDirectoryError
 
     out, reward, data = tmp_path / "run", tmp_path / "own.py", tmp_path / "rows"
-    reward.write_text(REWARD)
+    reward.write_text(LETTERS)
     shutil.copytree(task / "data", data)
     arguments = ["--config", task / "grpo.yaml", "--output_dir", out, "--evaluate", "false", "--dataset_name", data]
     arguments += ["--reward_funcs", f"{reward}:letters", "--max_steps"]
     run_in_process(monkeypatch, "grpo", *arguments, 1)
     began = (out / "run_inputs.json").read_text()
-    reward.write_text(REWARD.replace("/ len(wanted)", "/ -len(wanted)"))
+    reward.write_text(LETTERS.replace("/ len(wanted)", "/ -len(wanted)"))
     lines = (data / "train.jsonl").read_text().splitlines()
     lines[4] = lines[4].replace("I", "A")  # one reference
     (data / "train.jsonl").write_text("\n".join(lines) + "\n")

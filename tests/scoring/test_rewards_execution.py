@@ -11,20 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tiny_rollouts import rollout
 
 from rlseq.errors import RewardError
 from rlseq.scoring import load_rewards
 from rlseq.scoring.find import find
 from rlseq.scoring.options import parse_spec
-from rlseq.types import Rollout
 
 
 def bundled(name):
     return find(name, Path("/nowhere")).function
-
-
-def rollout(text, *, key="p", sample=0, messages=None):
-    return Rollout(key, sample, (1, 2), (True, True), (-1.0, -1.0), text, text, messages, "stop", "sample")
 
 
 # python_tests

@@ -6,22 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
-from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer
+from forks import ROOT
+from tiny_task import LETTERS, write_task
 
-ROOT = Path(__file__).parents[2]
 FREE_PORT = ("--main_process_port", "0")  # other launches may begin at the same time
-REWARDS = """
+MORE = """
 from pathlib import Path
-
-
-def letters(completion, references):
-    wanted = references[0].split()
-    return sum(letter in completion.split() for letter in wanted) / len(wanted)
 
 
 def patient(completion):
@@ -39,12 +32,7 @@ def judged(completion):
 def folder(tmp_path_factory):
     """A model, rows and rewards; nothing of it in the repository, and no package."""
     folder = tmp_path_factory.mktemp("theirs")
-    tiny_model("llama", initializer_range=0.1).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    for split in ("train", "validation"):
-        path = folder / "rows" / f"{split}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_task(folder)
     return folder
 
 
@@ -52,10 +40,10 @@ def folder(tmp_path_factory):
 def test_a_reward_file_in_another_folder_works_with_accelerate_launch(folder, tmp_path, processes, config):
     rewards = tmp_path / "elsewhere" / "my rewards.py"
     rewards.parent.mkdir()
-    rewards.write_text(REWARDS)
+    rewards.write_text(LETTERS + MORE)
     settings = {
         "model_name_or_path": str(folder / "model"),
-        "dataset_name": str(folder / "rows"),
+        "dataset_name": str(folder / "data"),
         "reward_funcs": [
             f"{rewards}:letters",
             {"func": f"{rewards}:patient", "timeout": 30, "weight": 0.5},

@@ -4,44 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import textwrap
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_rollouts import rollout, source_writer, values
 
 from rlseq import load_rewards
 from rlseq.errors import RewardError
 from rlseq.scoring import CorpusMetric, Ratio, reward
-from rlseq.types import Rollout
-
-
-def rollout(text="", *, key="p", sample=0, messages=None, ids=None, finish="stop", logprobs=(-0.5,)):
-    ids = tuple(ids if ids is not None else range(len(text.split())))
-    mask = (True,) * len(ids)
-    return Rollout(key, sample, ids, mask, tuple(logprobs), text, f"{text}</s>", messages, finish, "sample")
-
-
-def values(function_or_spec, texts, columns=None, **more):
-    """Values of one reward for some completions."""
-    suite = load_rewards([function_or_spec], **more)
-    columns = {"prompt": ["q"] * len(texts)} | (columns or {})
-    rollouts = [t if isinstance(t, Rollout) else rollout(t, sample=i) for i, t in enumerate(texts)]
-    return suite.score(rollouts, columns).values[suite.names[0]]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a file under a temporary folder, given source text."""
-
-    def write(name, source):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(source), encoding="utf-8")
-        return path
-
-    write.root = tmp_path
-    return write
+    return source_writer(tmp_path)
 
 
 # Forms

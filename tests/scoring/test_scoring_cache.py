@@ -10,27 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_rollouts import only, score
 
-from rlseq import load_rewards
 from rlseq.errors import RewardError
 from rlseq.scoring.cache import Cache
 from rlseq.scoring.outcome import Outcome
-from rlseq.types import Rollout
-
-
-def rollout(text="", *, key="p", sample=0, ids=(1,)):
-    return Rollout(key, sample, ids, (True,) * len(ids), (-0.5,) * len(ids), text, text, None, "stop", "sample")
-
-
-def score(spec, texts, *, columns=None):
-    with load_rewards([spec], max_error_rate=1.0) as suite:
-        rollouts = [t if isinstance(t, Rollout) else rollout(t, key=f"row-{i}") for i, t in enumerate(texts)]
-        return suite.score(rollouts, {"prompt": ["q"] * len(texts), **(columns or {})})
-
-
-def only(table, what):
-    return getattr(table, what)[next(iter(table.values))]
-
 
 CALLS = []  # what the rewards below were called with; no closure, whose contents the key would hold
 

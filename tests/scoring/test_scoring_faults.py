@@ -13,25 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_rollouts import only, rollout, score
 
 from rlseq import load_rewards
 from rlseq.errors import RewardError
 from rlseq.scoring import reward
-from rlseq.types import Rollout
-
-
-def rollout(text="", *, key="p", sample=0):
-    return Rollout(key, sample, (1,), (True,), (-0.5,), text, text, None, "stop", "sample")
-
-
-def score(spec, texts, *, max_error_rate=1.0, columns=None, search_root=None):
-    with load_rewards([spec], max_error_rate=max_error_rate, search_root=search_root) as suite:
-        rollouts = [rollout(text, key=f"row-{i}") for i, text in enumerate(texts)]
-        return suite.score(rollouts, {"prompt": ["q"] * len(texts), **(columns or {})})
-
-
-def only(table, what):
-    return getattr(table, what)[next(iter(table.values))]
 
 
 @reward(range=(-1, 1))

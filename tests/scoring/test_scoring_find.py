@@ -5,40 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import textwrap
 
 import pytest
+from tiny_rollouts import rollout, source_writer, values
 
 from rlseq import load_rewards
 from rlseq.cli.main import main
 from rlseq.errors import RewardError
 from rlseq.scoring import find, reward
-from rlseq.types import Rollout
-
-
-def rollout(text="", *, sample=0):
-    return Rollout("p", sample, (1,), (True,), (-0.5,), text, f"{text}</s>", None, "stop", "sample")
-
-
-def values(function_or_spec, texts, **more):
-    """Values of one reward for some completions."""
-    suite = load_rewards([function_or_spec], **more)
-    rollouts = [rollout(text, sample=i) for i, text in enumerate(texts)]
-    return suite.score(rollouts, {"prompt": ["q"] * len(texts)}).values[suite.names[0]]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Write a file under a temporary folder, given source text."""
-
-    def write(name, source):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(textwrap.dedent(source), encoding="utf-8")
-        return path
-
-    write.root = tmp_path
-    return write
+    return source_writer(tmp_path)
 
 
 def test_kwargs_come_from_the_spec_and_a_wrong_one_is_named():

@@ -5,21 +5,16 @@ import contextlib
 import time
 
 import pytest
+from tiny_rollouts import rollout
 
 from rlseq import load_rewards
 from rlseq.errors import RewardError
 from rlseq.scoring import reward
 from rlseq.scoring.calls import waiting
 from rlseq.scoring.calls.copies import fresh
-from rlseq.types import Rollout
 
 CHAT = [{"role": "user", "content": "6*7?"}]
 REPLY = {"role": "assistant", "content": "<answer>42</answer>"}
-
-
-def rollout(text="a b", sample=0, messages=None):
-    ids = tuple(range(len(text.split())))
-    return Rollout("p", sample, ids, (True,) * len(ids), (-0.5,) * len(ids), text, text, messages, "stop", "s")
 
 
 def score(spec, rollouts, columns=None, **options):
@@ -227,14 +222,16 @@ def batch(completions, info, **kwargs):
 @pytest.mark.parametrize("form", [nested, later, batch])
 def test_a_reward_that_changes_nested_columns_changes_nothing(form):
     info = {"tags": [], "more": {"n": 1}}
-    table = score(form, [rollout(sample=i) for i in range(4)], {"info": [info] * 4})  # one row, sampled four times
+    table = score(
+        form, [rollout("a b", sample=i) for i in range(4)], {"info": [info] * 4}
+    )  # one row, sampled four times
     assert next(iter(table.values.values())) == [3.0] * 4  # one tag and 1 + 1
     assert info == {"tags": [], "more": {"n": 1}}
 
 
 def test_references_are_there_after_a_reward_has_emptied_them():
     references = [["abc"]] * 4
-    table = score(greedy, [rollout(sample=i) for i in range(4)], {"references": references})
+    table = score(greedy, [rollout("a b", sample=i) for i in range(4)], {"references": references})
     assert table.values["greedy"] == [3.0] * 4
     assert references == [["abc"]] * 4
 
@@ -262,7 +259,7 @@ def test_each_attempt_of_an_async_reward_starts_from_the_same_arguments():
         return float(len(references))
 
     tries = []
-    assert score(flaky, [rollout()], {"references": [["a", "b"]]}).values["flaky"] == [1.0]
+    assert score(flaky, [rollout("a b")], {"references": [["a", "b"]]}).values["flaky"] == [1.0]
 
 
 def test_arrays_tensors_and_sets_are_copied_and_clients_are_not():
@@ -290,7 +287,7 @@ def test_details_are_kept_as_they_were_when_the_reward_returned_them():
         shared["list"].append(shared["count"])
         return 1.0, shared
 
-    table = score(counting, [rollout(sample=i) for i in range(2)])
+    table = score(counting, [rollout("a b", sample=i) for i in range(2)])
     assert table.details["counting"] == [{"count": 1, "list": [1]}, {"count": 2, "list": [1, 2]}]
 
 
@@ -378,10 +375,10 @@ def sparse():
     ],
 )
 def test_values_and_errors_of_any_kind_are_the_rewards_failure(t, status, said):
-    table = score({"func": t, "on_error": "abstain"}, [rollout()])
+    table = score({"func": t, "on_error": "abstain"}, [rollout("a b")])
     assert table.status["t"] == [status]
     with pytest.raises(RewardError, match=said):
-        score(t, [rollout()])
+        score(t, [rollout("a b")])
 
 
 def test_details_that_hold_themselves_or_have_no_text_are_kept_as_far_as_they_go():
@@ -390,7 +387,7 @@ def test_details_that_hold_themselves_or_have_no_text_are_kept_as_far_as_they_go
         cycle["self"] = cycle
         return 1.0, {"cycle": cycle, "sad": Sad(), "sparse": sparse(), Sad(): 1, "large": 10**5000}
 
-    (details,) = score(t, [rollout()]).details["t"]
+    (details,) = score(t, [rollout("a b")]).details["t"]
     assert details["cycle"]["self"]["self"]["n"] == 1
     assert details["sad"] == "<Sad, of which str() raises RuntimeError>"
     assert details["large"] == "a whole number of 16610 bits"  # 5000 · log2(10) = 16609.6
@@ -432,12 +429,12 @@ def test_an_async_reward_that_ends_its_task_or_loop_fails_alone(t, status, said)
     if status == "timeout":
         one = load_rewards([spec])
         one.rewards[0].executor.retry = type(one.rewards[0].executor.retry)(2, 0, 0.2)
-        table = one.score([rollout()], {"prompt": ["?"]})
+        table = one.score([rollout("a b")], {"prompt": ["?"]})
     else:
-        table = score(spec, [rollout()])
+        table = score(spec, [rollout("a b")])
     assert table.status["t"] == [status]
     assert table.messages["t"][0].startswith(said)
-    assert score(by_get, [rollout()]).values["by_get"] == [1.0]  # the loop is there for the next
+    assert score(by_get, [rollout("a b")]).values["by_get"] == [1.0]  # the loop is there for the next
 
 
 def test_an_async_reward_that_stops_its_loop_is_answered_all_the_same():
@@ -446,7 +443,7 @@ def test_an_async_reward_that_stops_its_loop_is_answered_all_the_same():
         await asyncio.sleep(0.01)
         return 1.0
 
-    assert score(stops, [rollout(), rollout(sample=1)]).values["stops"] == [1.0, 1.0]
+    assert score(stops, [rollout("a b"), rollout("a b", sample=1)]).values["stops"] == [1.0, 1.0]
 
 
 def test_a_reward_that_does_not_return_is_named_while_it_is_waited_for(monkeypatch, capsys):
@@ -457,7 +454,7 @@ def test_a_reward_that_does_not_return_is_named_while_it_is_waited_for(monkeypat
         time.sleep(1.3)
         return 1.0
 
-    assert score(slow, [rollout()]).values["slow"] == [1.0]
+    assert score(slow, [rollout("a b")]).values["slow"] == [1.0]
     assert "still waiting for reward 'slow'" in capsys.readouterr().err
 
 
@@ -473,6 +470,8 @@ def test_weights_that_make_a_total_too_large_to_train_on_are_refused(weight):
     with pytest.raises(
         RewardError, match=r"the reward of a completion, the weighted sum, is -?(1e|inf).* at most 1e\+18"
     ) as refused:
-        suite.score([rollout()], {"prompt": ["?"]})
+        suite.score([rollout("a b")], {"prompt": ["?"]})
     assert str(refused.value).endswith(f"Lower the weights: large {weight:g}, small 1")
-    assert load_rewards([large, small], weights=[1e8, 1.0]).score([rollout()], {"prompt": ["?"]}).totals == [1e18 + 1]
+    assert load_rewards([large, small], weights=[1e8, 1.0]).score([rollout("a b")], {"prompt": ["?"]}).totals == [
+        1e18 + 1
+    ]

@@ -6,14 +6,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tiny_rollouts import rollout
 
 from rlseq import load_rewards
 from rlseq.errors import RewardError
-from rlseq.types import Rollout
-
-
-def rollout(text, key):
-    return Rollout(key, 0, (1,), (True,), (-0.5,), text, text, None, "stop", "sample")
 
 
 def fragile(completion):
@@ -47,7 +43,7 @@ class Processes:
 
         def score(rank):
             suite = load_rewards([spec], **options)
-            rollouts = [rollout(text, f"rank-{rank}-row-{i}") for i, text in enumerate(parts[rank])]
+            rollouts = [rollout(text, key=f"rank-{rank}-row-{i}") for i, text in enumerate(parts[rank])]
             columns = {"prompt": ["q"] * len(rollouts)}
             try:
                 return suite.score(rollouts, columns, gather=self.gather(rank))
@@ -70,7 +66,7 @@ def test_few_failures_of_a_step_are_allowed_although_they_are_many_of_one_part()
     assert [len(table.totals) for table in tables] == [10, 30]
     assert processes.calls == [1, 1]
     with pytest.raises(RewardError, match="failed on 2 of 10 completions"):  # one process alone
-        load_rewards([ABSTAINING]).score([rollout(t, "k") for t in parts[0]], {"prompt": ["q"] * 10})
+        load_rewards([ABSTAINING]).score([rollout(t, key="k") for t in parts[0]], {"prompt": ["q"] * 10})
 
 
 def test_many_failures_of_a_step_end_all_processes_with_the_same_message_also_those_without_any():
@@ -110,7 +106,7 @@ def test_an_error_that_is_no_rewards_fault_ends_all_processes_too(monkeypatch):
         if rank == 0:
             monkeypatch.setattr(suite.rewards[0].executor, "run", broken)
         try:
-            suite.score([rollout("good", "k")], {"prompt": ["q"]}, gather=processes.gather(rank))
+            suite.score([rollout("good", key="k")], {"prompt": ["q"]}, gather=processes.gather(rank))
         except Exception as error:
             errors.append(error)
 

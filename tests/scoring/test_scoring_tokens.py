@@ -6,21 +6,16 @@ import math
 
 import numpy as np
 import pytest
+from tiny_rollouts import rollout
 
 from rlseq import load_rewards
 from rlseq.errors import RewardError
-from rlseq.types import Rollout
-
-
-def rollout(ids=(), *, text="", sample=0):
-    ids = tuple(ids)
-    return Rollout("p", sample, ids, (True,) * len(ids), (-0.5,) * len(ids), text, text, None, "stop", "sample")
 
 
 def one(returned, ids, **spec):
     """(value, status, details, message) of a reward that returns this for a completion of these tokens."""
     suite = load_rewards([{"func": lambda completion: returned, "name": "f", "on_error": "abstain", **spec}])
-    table = suite.score([rollout(ids)], {"prompt": ["q"]})
+    table = suite.score([rollout(ids=ids)], {"prompt": ["q"]})
     return table.values["f"][0], table.status["f"][0], table.details["f"][0], table.messages["f"].get(0, "")
 
 
@@ -88,7 +83,7 @@ def test_the_batch_forms_give_a_list_a_completion():
     def verl(solution_str, ground_truth):
         return {"score": [1.0] * int(ground_truth), "why": "so"}
 
-    rollouts = [rollout((1, 2), sample=0), rollout((3,), sample=1)]
+    rollouts = [rollout(ids=(1, 2), sample=0), rollout(ids=(3,), sample=1)]
     columns = {"prompt": ["q", "q"], "labels": ["", ""], "ground_truth": ["2", "1"]}
     table = load_rewards([trl, openrlhf, verl]).score(rollouts, columns)
     assert table.values == {"trl": [3.0, 3.0], "openrlhf": [3.0, 3.0], "verl": [2.0, 1.0]}
@@ -125,7 +120,7 @@ def by_text(completion):
 def test_workers_and_the_cache_carry_values_a_token(tmp_path, function):
     path = tmp_path / "f.py"
     path.write_text(FILE)
-    rollouts = [rollout((1, 2, 5)), rollout((4,)), rollout(())]
+    rollouts = [rollout(ids=(1, 2, 5)), rollout(ids=(4,)), rollout()]
     tables = []
     for options in ({}, {"timeout": 30}, {"cache": str(tmp_path / "c")}, {"cache": str(tmp_path / "c")}):
         with load_rewards([{"func": f"{path}:{function}", **options}]) as suite:
@@ -139,7 +134,7 @@ def test_a_cached_list_is_not_given_to_the_same_text_in_other_tokens(tmp_path):
     path = tmp_path / "f.py"
     path.write_text(FILE)
     spec = {"func": f"{path}:by_text", "cache": str(tmp_path / "c"), "on_error": "abstain"}
-    two, three = rollout((1, 2), text="ab"), rollout((1, 2, 3), text="ab", sample=1)
+    two, three = rollout("ab", ids=(1, 2)), rollout("ab", ids=(1, 2, 3), sample=1)
 
     def score(*rollouts):
         table = load_rewards([spec], max_error_rate=1).score(rollouts, {"prompt": ["q"] * len(rollouts)})
@@ -158,7 +153,7 @@ def test_a_cached_list_is_not_given_to_the_same_text_in_other_tokens(tmp_path):
 
 def spread(rewards, weights, ids, text=""):
     suite = load_rewards(rewards, weights=weights)
-    scored = suite.score([rollout(ids, text=text)], {"prompt": ["q"]}).scored[0]
+    scored = suite.score([rollout(text, ids=ids)], {"prompt": ["q"]}).scored[0]
     return suite.token_rewards(scored), scored.total
 
 
@@ -197,4 +192,4 @@ def test_by_default_a_wrong_number_of_values_ends_the_run_with_both_numbers():
         return [1.0, 2.0]
 
     with pytest.raises(RewardError, match=r"reward 'f' gave no usable value: returned 2 values for 3 tokens"):
-        load_rewards([f]).score([rollout((1, 2, 3))], {"prompt": ["q"]})
+        load_rewards([f]).score([rollout(ids=(1, 2, 3))], {"prompt": ["q"]})

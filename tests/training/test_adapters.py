@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 
 import peft
 import pytest
 import torch
 from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
+from tiny_task import ROWS, tiny_tokenizer, tiny_trainer, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.config.adapters import ignored_adapter_settings, peft_config_of
@@ -286,9 +285,7 @@ def test_an_adapter_draws_what_its_merged_model_draws(folders, tmp_path):
 @pytest.mark.parametrize("name", ["grpo", pytest.param("sft", marks=pytest.mark.soak)])
 def test_a_recipe_writes_the_adapter_and_the_merged_model(name, folders, tmp_path, monkeypatch, capsys):
     data, run = tmp_path / "data", tmp_path / "run"
-    data.mkdir()
-    for split in ("train", "validation"):
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_data(data)
     settings = {
         "model_name_or_path": folders / "base",
         "dataset_name": data,

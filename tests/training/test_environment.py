@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import chat_model, chat_tokenizer
+from tiny_chat import Scripted, chat_model, chat_tokenizer
 from tiny_task import tiny_trainer
 
 from rlseq.config.training import GRPOConfig
@@ -82,22 +82,11 @@ def call(number: int) -> str:
     return f'<tool_call>\n{{"name": "add", "arguments": {{"number": {number}}}}}\n</tool_call><eos>'
 
 
-class Scripted:
-    """Stands in for `generate`: even samples add 2; odd ones add 4, then 1; then they answer."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.seen = tokenizer, []
-
-    def __call__(self, input_ids=None, **_):
-        texts = self.tokenizer.batch_decode(input_ids)
-        self.seen += texts
-        turns = []
-        for row, text in enumerate(texts):
-            results = text.count("<tool_response>")
-            odd = call(4) in text if results else row % 2
-            turns.append(call(4 if odd else 2) if not results else call(1) if odd and results == 1 else ANSWER)
-        said = self.tokenizer(text=turns, padding=True, padding_side="right", return_tensors="pt").input_ids
-        return torch.cat([input_ids, said.to(input_ids.device)], 1)
+def turn(row, text):
+    """Even samples add 2; odd ones add 4, then 1; then they answer."""
+    results = text.count("<tool_response>")
+    odd = call(4) in text if results else row % 2
+    return call(4 if odd else 2) if not results else call(1) if odd and results == 1 else ANSWER
 
 
 def made(path, monkeypatch, name="Accumulator", **settings):
@@ -114,7 +103,7 @@ def made(path, monkeypatch, name="Accumulator", **settings):
         environment=f"{__file__}:{name}",
         **{**defaults, **settings},
     )
-    scripted = Scripted(tokenizer)
+    scripted = Scripted(tokenizer, turn)
     monkeypatch.setattr(model, "generate", scripted)
     return trainer, scripted
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 from forks import recipe, run_ranks
 from test_data import CHAT_TEMPLATE, word_tokenizer
-from tiny import EOS, tiny_model
-from tiny_task import ROWS, VOCABULARY, tiny_tokenizer
+from tiny import EOS
+from tiny_task import ROWS, VOCABULARY, save_model, tiny_tokenizer, write_data, write_task
 from transformers import AutoModelForCausalLM
 
 from rlseq.cli import show
@@ -174,10 +174,7 @@ def share_of_a(completion):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rejection")
-    tiny_model("llama", initializer_range=0.1).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    for split in ("train", "validation"):
-        write_lines(folder / "data" / f"{split}.jsonl", ROWS)
+    write_task(folder)
     (folder / "rewards.py").write_text(REWARD)
     config = {
         "model_name_or_path": str(folder / "model"),
@@ -324,11 +321,9 @@ def test_config_yaml_repeats_the_samples_and_a_run_that_goes_on_trains_on_those_
 
 def test_chat_prompts_work_from_both_sources(task, tmp_path, monkeypatch):
     model = tmp_path / "model"
-    tiny_model("llama", initializer_range=0.1).save_pretrained(model)
-    word_tokenizer(CHAT_TEMPLATE).save_pretrained(model)
+    save_model(model, tokenizer=word_tokenizer(CHAT_TEMPLATE))
     rows = [{"prompt": [{"role": "user", "content": word}], "references": [word.upper()]} for word in ("a b", "c", "d")]
-    for split in ("train", "validation"):
-        write_lines(tmp_path / "data" / f"{split}.jsonl", rows)
+    write_data(tmp_path / "data", rows)
     common = ["--config", task / "sft.yaml", "--model_name_or_path", model, "--dataset_name", tmp_path / "data"]
     common += ["--max_steps", 80]
     write_lines(tmp_path / "log.jsonl", [record(row["prompt"], "F E", 1.0, prompt_key=i) for i, row in enumerate(rows)])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_chat import chat_model, chat_tokenizer
+from tiny_chat import Scripted, chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig
@@ -43,20 +43,9 @@ def says_42(completion: str) -> float:
     return float("42" in completion)
 
 
-class Scripted:
-    """Stands in for `generate`: every other row calls the tool, and answers once it sees the result."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.seen = tokenizer, []
-
-    def __call__(self, input_ids=None, **_):
-        texts = self.tokenizer.batch_decode(input_ids)
-        self.seen += texts
-        turns = [
-            ANSWER if "<tool_response>" in text else CALL if row % 2 == 0 else PLAIN for row, text in enumerate(texts)
-        ]
-        said = self.tokenizer(text=turns, padding=True, padding_side="right", return_tensors="pt").input_ids
-        return torch.cat([input_ids, said.to(input_ids.device)], 1)
+def turn(row, text):
+    """Every other row calls the tool, and answers once it sees the result."""
+    return ANSWER if "<tool_response>" in text else PLAIN if row % 2 else CALL
 
 
 @pytest.fixture
@@ -77,7 +66,7 @@ def trained(tmp_path, monkeypatch):
         max_completion_length=400,
         max_steps=1,
     )
-    scripted = Scripted(tokenizer)
+    scripted = Scripted(tokenizer, turn)
     monkeypatch.setattr(model, "generate", scripted)
     batches, compute = [], trainer.micro_batch_loss
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from huggingface_hub import constants
-from test_dry_run import run, write
+from test_dry_run import run
 from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer
+from tiny_task import tiny_tokenizer, write_data
 from transformers import AutoModelForCausalLM
 
 from rlseq.config.training import ModelArguments
@@ -27,8 +27,7 @@ def test_the_base_of_the_contrast_and_the_tokenizer_are_of_the_revision(tmp_path
         tokenizer.save_pretrained(snapshot)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(str(seed) * 40)
-    for split in ("train", "validation"):
-        write(tmp_path / "data" / f"{split}.jsonl", ROWS)
+    write_data(tmp_path / "data")
     flags = ["--model_name_or_path", "me/speller", "--model_revision", "old", "--dataset_name", tmp_path / "data"]
     flags += ["--reward_funcs", "exact_match", "--learning_rate", 0, "--max_steps", 1, "--save_strategy", "no"]
     flags += ["--per_device_train_batch_size", 8, "--max_completion_length", 6, "--strategies", "greedy"]

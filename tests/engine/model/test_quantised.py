@@ -10,7 +10,7 @@ import torch
 import trl
 from test_recipes import run_in_process
 from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
+from tiny_task import ROWS, tiny_tokenizer, tiny_trainer, write_data
 from transformers import AutoModelForCausalLM
 
 from rlseq.config.adapters import quantization_note, quantization_of
@@ -99,10 +99,7 @@ def test_the_adapter_trains_and_the_rounded_weights_stay(kind, base, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_final_evaluation_of_a_run_is_of_the_weights_that_training_measured(kind, base, tmp_path, monkeypatch):
-    rows = "\n".join(json.dumps(row) for row in ROWS)
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text(rows)
+    write_data(tmp_path / "data")
     run = tmp_path / "run"
     flags = ["--model_name_or_path", base, "--dataset_name", tmp_path / "data", "--reward_funcs", "token_f1"]
     flags += ["--use_peft", "true", f"--{kind}", "true", "--max_steps", 2, "--learning_rate", "5e-2"]

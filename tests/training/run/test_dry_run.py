@@ -12,9 +12,8 @@ import psutil
 import pytest
 import yaml
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
 from tiny_shapes import tiny_shape
-from tiny_task import ROWS, tiny_tokenizer
+from tiny_task import ROWS, tiny_tokenizer, write_rows, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.common.disk import readable_size
@@ -27,24 +26,16 @@ from rlseq.training.run.memory import critic_parameters, memory, size_of, weight
 ROOT = Path(__file__).parents[3]
 
 
-def write(path, rows):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     """A model of 0.2 million parameters, so that a checkpoint is more than its tokenizer, and data."""
     folder = tmp_path_factory.mktemp("task")
-    wide = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 48, "initializer_range": 0.1}
-    tiny_model(**wide).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    for split in ("train", "validation"):
-        write(folder / "data" / f"{split}.jsonl", ROWS)
-    write(folder / "bare" / "train.jsonl", ROWS)
-    write(folder / "bare" / "validation.jsonl", [{"prompt": row["prompt"], "references": []} for row in ROWS])
-    write(folder / "images" / "train.jsonl", [ROWS[0], {**ROWS[1], "image": "x.png"}])
-    write(folder / "images" / "validation.jsonl", ROWS)
+    wide = {"hidden_size": 96, "intermediate_size": 192, "head_dim": 48}
+    write_task(folder, **wide)
+    write_rows(folder / "bare" / "train.jsonl", ROWS)
+    write_rows(folder / "bare" / "validation.jsonl", [{"prompt": row["prompt"], "references": []} for row in ROWS])
+    write_rows(folder / "images" / "train.jsonl", [ROWS[0], {**ROWS[1], "image": "x.png"}])
+    write_rows(folder / "images" / "validation.jsonl", ROWS)
     tiny_shape("mamba2").save_pretrained(folder / "states")
     tiny_tokenizer().save_pretrained(folder / "states")
     config = {
@@ -124,9 +115,9 @@ def test_the_sizes_are_those_of_the_run(case, task, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("recipe", ["grpo", "ppo", "sft"])
 def test_prompts_that_are_trained_on_and_evaluated_are_counted(recipe, task, tmp_path, monkeypatch, capsys):
-    write(tmp_path / "data" / "train.jsonl", ROWS[:5])
+    write_rows(tmp_path / "data" / "train.jsonl", ROWS[:5])
     spaced = [{**row, "prompt": f" {row['prompt']}\n"} for row in ROWS[3:8]]  # the first 2 are trained on
-    write(tmp_path / "data" / "validation.jsonl", spaced)
+    write_rows(tmp_path / "data" / "validation.jsonl", spaced)
     arguments = ["--config", task / f"{recipe}.yaml", "--dataset_name", tmp_path / "data", "--dry_run", "true"]
     evaluates = [] if recipe == "sft" else ["--eval_strategy", "steps"]
     assert run(monkeypatch, recipe, *arguments, "--output_dir", tmp_path / "run", *evaluates) == 0

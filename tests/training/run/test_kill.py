@@ -16,10 +16,9 @@ import torch
 import yaml
 from forks import end_of, fork, recipe
 from safetensors.torch import load_file
-from test_recipes import REWARD, ROOT, read_lines
+from test_recipes import ROOT, read_lines
 from test_resume_state import WALL_CLOCK
-from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer
+from tiny_task import LETTERS, save_model, write_rows
 from transformers import TrainerState
 
 from rlseq.training.run.checkpoints import find_defect
@@ -35,11 +34,9 @@ def write_task(folder):
     is 3 rounds of 2 prompts, and 24 steps are two epochs; PPO takes 4 prompts a round, an epoch. Steps are logged by
     threes, so logs straddle rounds.
     """
-    tiny_model("llama", initializer_range=0.1).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "rewards.py").write_text(REWARD)
+    save_model(folder / "model")
+    write_rows(folder / "data" / "train.jsonl")
+    (folder / "rewards.py").write_text(LETTERS)
     config = {
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / "data"),

@@ -16,8 +16,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from test_report import results, samples  # noqa: F401 - fixtures
-from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
+from tiny_task import tiny_tokenizer, tiny_trainer, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlseq
@@ -236,11 +235,7 @@ def test_settings_keep_their_token_and_files_of_them_do_not(tmp_path):
 def test_the_recipe_pushes_once_its_result_was_contrasted(hub, tmp_path, monkeypatch):
     from rlseq.recipes.grpo import main
 
-    tiny_model("llama", initializer_range=0.1).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    for split in ("train", "validation"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    write_task(tmp_path)
     (tmp_path / "rewards.py").write_text("def letters(completion, references):\n    return len(completion) / 10\n")
     settings = {
         "model_name_or_path": str(tmp_path / "model"),
