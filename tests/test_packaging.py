@@ -18,7 +18,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import rlseq
-from rlseq.config.config_file import beside_config, find_config
+from rlseq.cli.main import Parser
+from rlseq.config.arguments import DataArguments, EvaluateArguments
+from rlseq.config.flags import add_flags, from_flags
+from rlseq.config.parser import RecipeParser
+from rlseq.config.yaml_file import bundled_paths, find_config
 from rlseq.scoring.find import bundled_folder
 from rlseq.scoring.reward_files import describe_file
 
@@ -46,15 +50,35 @@ def test_the_wheel_holds_the_package_and_the_bundled_rewards_and_recipes():
         assert f"rlseq/{name}" in held
 
 
-def test_what_the_bundled_configs_name_is_found_from_any_working_directory(tmp_path, monkeypatch):
+def test_a_path_of_the_bundled_recipes_is_found_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    demo = find_config("recipes/g2p/grpo.yaml")
-    assert demo == ROOT / "recipes/g2p/grpo.yaml"
-    assert beside_config("recipes/g2p/base", demo) == str(ROOT / "recipes/g2p/base")
-    given = ["recipes/g2p/data.py:build_tokenizer", "recipes/none", "runs/g2p-grpo", "phoneme_accuracy", 0.5]
-    assert beside_config(given, demo) == [f"{ROOT}/recipes/g2p/data.py:build_tokenizer", *given[1:]]
-    own = tmp_path / "own.yaml"
-    assert find_config(own) == own and beside_config("recipes/g2p/base", own) == "recipes/g2p/base"
+    assert find_config("recipes/g2p/grpo.yaml") == ROOT / "recipes/g2p/grpo.yaml"
+    own = ["recipes/none", "runs/g2p-grpo", "phoneme_accuracy", "a/b=recipes/g2p/base", 0.5]
+    settings = {
+        "models": ["base=recipes/g2p/base", "recipes/g2p/half-base", *own],
+        "new_tokenizer": "recipes/g2p/data.py:build_tokenizer",
+        "reward_funcs": [{"func": "brevity", "kwargs": {"path": "recipes/g2p/base"}}],
+        "output_dir": "recipes/g2p/base",
+        "temperature": 0.5,
+    }
+    assert bundled_paths(settings) == {
+        "models": [f"base={ROOT}/recipes/g2p/base", f"{ROOT}/recipes/g2p/half-base", *own],
+        "new_tokenizer": f"{ROOT}/recipes/g2p/data.py:build_tokenizer",
+        "reward_funcs": [{"func": "brevity", "kwargs": {"path": f"{ROOT}/recipes/g2p/base"}}],
+        "output_dir": "recipes/g2p/base",
+        "temperature": 0.5,
+    }
+
+
+def test_flags_and_an_own_config_find_the_bundled_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("train_split: words\ndataset_name: recipes/g2p/data.py\n")
+    flags = ["--config", "own.yaml", "--models", "base=recipes/g2p/base"]
+    types = (EvaluateArguments, DataArguments)
+    add_flags(command := Parser(), types)
+    for parsed in (RecipeParser(types).parse(flags), from_flags(types, command.parse_args(flags))):
+        assert parsed[0].models == [f"base={ROOT}/recipes/g2p/base"]
+        assert (parsed[1].dataset_name, parsed[1].train_split) == (f"{ROOT}/recipes/g2p/data.py", "words")
 
 
 def test_the_working_directorys_own_recipes_come_first(tmp_path, monkeypatch):
@@ -62,7 +86,7 @@ def test_the_working_directorys_own_recipes_come_first(tmp_path, monkeypatch):
     (tmp_path / "recipes/g2p/base").mkdir(parents=True)
     (tmp_path / "recipes/g2p/grpo.yaml").touch()
     assert find_config("recipes/g2p/grpo.yaml") == Path("recipes/g2p/grpo.yaml")
-    assert beside_config("recipes/g2p/base", ROOT / "recipes/g2p/grpo.yaml") == "recipes/g2p/base"
+    assert bundled_paths({"model_name_or_path": "recipes/g2p/base"}) == {"model_name_or_path": "recipes/g2p/base"}
 
 
 def test_every_extra_that_a_reward_asks_for_is_offered():

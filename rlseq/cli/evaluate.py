@@ -11,7 +11,7 @@ from typing import Any
 
 from rlseq.common.interrupts import exit_on_sigint
 from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
-from rlseq.config.flags import HelpFormatter, add_flags, from_flags
+from rlseq.config.flags import add_flags, from_flags
 from rlseq.engine.model.gguf_files import gguf_file, may_be_on_hub
 from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.stats.seeds import methods, numbered
@@ -23,15 +23,15 @@ TRAIN = "train"  # the split that what is evaluated should not be in
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `rlseq evaluate`: those of recipes/evaluate.py."""
-    parser.formatter_class = HelpFormatter
     parser.usage = "%(prog)s --models NAME=PATH ... --dataset_name DATA --reward_funcs REWARD ... [--name value ...]"
-    for arguments in ARGUMENTS:
-        add_flags(parser, arguments)
+    add_flags(parser, ARGUMENTS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0 on success."""
-    evaluate_or_join(*(from_flags(arguments, args) for arguments in ARGUMENTS))
+    with exit_on_sigint():
+        settings = from_flags(ARGUMENTS, args)
+    evaluate_or_join(*settings)
     return 0
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from rlseq import __version__
 from rlseq.common.escapes import visible
 from rlseq.common.interrupts import INTERRUPTED, exit_on_sigint
+from rlseq.config.flags import OneLineErrors
 from rlseq.errors import ConfigError, RlseqError, did_you_mean
 
 
@@ -35,16 +35,11 @@ COMMANDS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError` where argparse prints a page of usage and exits; takes no abbreviations."""
+class Parser(OneLineErrors):
+    """Takes no abbreviations; a misspelled flag is answered by the nearest one."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str) -> NoReturn:
-        # "argument --eval_rows/--eval-rows: ..." names one flag twice.
-        message = re.sub(r"^argument (--?[\w-]+)/--[\w-]+: ", r"\1: ", message).removeprefix("argument ")
-        raise ConfigError(f"{message} (see {self.prog} --help)")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -10,33 +10,65 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 import types
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from rlseq.config.fields import default_of, for_argparse
+from rlseq.config.values import describe_choices
+from rlseq.errors import ConfigError
 
-Settings = TypeVar("Settings")
+CONFIG_HELP = "YAML file of settings, a line `name: value` each; flags override it."
 
 
-def add_flags(parser: argparse.ArgumentParser, dataclass_type: type) -> None:
-    """Declare a flag --name for every field, spelled --na-me as well, under the dataclass's title in `--help`.
+class OneLineErrors(argparse.ArgumentParser):
+    """Raises `ConfigError`, of one line, where argparse prints a page of usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        # "argument --eval_rows/--eval-rows: ..." names one flag twice.
+        message = re.sub(r"^argument (--?[\w-]+)[^:]*: ", r"\1: ", message).removeprefix("argument ")
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            expected = describe_choices(value, action.choices)
+            raise argparse.ArgumentError(action, f"given {value!r}; expected {expected}")
+
+
+def add_flags(parser: argparse.ArgumentParser, dataclass_types: Sequence[type]) -> None:
+    """Declare --config, and a flag --name for every field, spelled --na-me as well, under its dataclass's title.
 
     A truth value may be left out, which is true; a list of texts or mappings takes texts; what is no text and may be
-    None takes `none` for it.
+    None takes `none` for it. A flag that is not given leaves nothing behind.
     """
-    group = parser.add_argument_group(getattr(dataclass_type, "_argument_group_name", dataclass_type.__name__))
-    hints = get_type_hints(dataclass_type)
-    for field in dataclasses.fields(dataclass_type):
-        spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-        group.add_argument(
-            *spellings, default=default_of(field), **_reading(hints[field.name]), **for_argparse(field.metadata)
-        )
+    parser.formatter_class = HelpFormatter
+    parser.add_argument("--config", metavar="FILE.yaml", help=CONFIG_HELP)
+    for dataclass_type in dataclass_types:
+        group = parser.add_argument_group(getattr(dataclass_type, "_argument_group_name", dataclass_type.__name__))
+        hints = get_type_hints(dataclass_type)
+        for field in dataclasses.fields(dataclass_type):
+            spellings = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+            reading = {**_reading(hints[field.name]), **for_argparse(field.metadata)}
+            action = group.add_argument(*spellings, default=argparse.SUPPRESS, **reading)
+            action.default_in_help = default_of(field)
 
 
-def from_flags(dataclass_type: type[Settings], parsed: argparse.Namespace) -> Settings:
-    """Build the dataclass from what a parser with its flags has read."""
-    names = [field.name for field in dataclasses.fields(dataclass_type)]
-    return dataclass_type(**{name: getattr(parsed, name) for name in names})
+def from_flags(dataclass_types: Sequence[type], parsed: argparse.Namespace) -> tuple[Any, ...]:
+    """Build the dataclasses from what a parser with their flags has read, and from its --config file.
+
+    Raises:
+        ConfigError, FormatError: as `rlseq.config.yaml_file.given_settings`; or the dataclasses refuse a value.
+    """
+    from rlseq.config.yaml_file import given_settings
+
+    names = {field.name for part in dataclass_types for field in dataclasses.fields(part)}
+    flags = {name: value for name, value in vars(parsed).items() if name in names}
+    given = given_settings(dataclass_types, flags, parsed.config)
+    return tuple(
+        part(**{field.name: given[field.name] for field in dataclasses.fields(part) if field.name in given})
+        for part in dataclass_types
+    )
 
 
 def _reading(hint: Any) -> dict[str, Any]:
@@ -100,8 +132,8 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{option} {kind}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, argparse.SUPPRESS, "", []) or action.nargs == 0:
+        default = getattr(action, "default_in_help", action.default)
+        if default in (None, argparse.SUPPRESS, dataclasses.MISSING, "", []) or action.nargs == 0:
             return action.help
-        if isinstance(action.default, list):
-            return f"{action.help or ''} (default: {' '.join(map(str, action.default))})"
-        return f"{action.help or ''} (default: %(default)s)"
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{action.help or ''} (default: {shown.replace('%', '%%')})"

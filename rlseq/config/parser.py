@@ -13,28 +13,18 @@ import copy
 import dataclasses
 import inspect
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
 from trl import TrlParser
 
-from rlseq.common.passwords import ADVICE, holds_password
 from rlseq.config.batch_sizes import working_batch_sizes
-from rlseq.config.config_file import (
-    beside_config,
-    construct,
-    find_config,
-    read_yaml_mapping,
-    resolved_values,
-    write_config,
-)
+from rlseq.config.config_file import construct, resolved_values, write_config
 from rlseq.config.fields import for_argparse
-from rlseq.config.flags import HelpFormatter
-from rlseq.config.validate import overruled
-from rlseq.config.values import TypeMismatch, check_value, describe_choices, flag_type
+from rlseq.config.flags import CONFIG_HELP, HelpFormatter, OneLineErrors
+from rlseq.config.values import flag_type
+from rlseq.config.yaml_file import given_settings
 from rlseq.errors import ConfigError, did_you_mean
 
 __all__ = ["RecipeParser", "resolved_values", "working_batch_sizes", "write_config"]
@@ -43,7 +33,7 @@ _UNSET = object()
 _LIBRARIES = {"trl": 1, "transformers": 2}  # the order of their groups in --help, after the recipe's own
 
 
-class RecipeParser(TrlParser):
+class RecipeParser(OneLineErrors, TrlParser):
     """Parser of one or more dataclasses: `--config FILE.yaml` gives values, flags override them.
 
     Args:
@@ -60,8 +50,7 @@ class RecipeParser(TrlParser):
             formatter_class=HelpFormatter,
             usage="%(prog)s [--config FILE.yaml] [--name value ...]",
         )
-        self.add_argument("--config", metavar="FILE.yaml", help="YAML file of `name: value`; flags override it.")
-        self._required = [action.dest for action in self._actions if action.required]
+        self.add_argument("--config", metavar="FILE.yaml", help=CONFIG_HELP)
         self.parsed: tuple[Any, ...] = ()
         for action in self._actions:
             action.required = False  # a YAML file may give it: `parse` looks once both are read
@@ -78,8 +67,7 @@ class RecipeParser(TrlParser):
             args: the command line; that of the process when None.
             default_config: the YAML file to read when the command line names none.
 
-        `--config recipes/...`, and paths recipes/... in the bundled configs, are those of the working directory where
-        it has them, and else the bundled ones.
+        A path recipes/... is that of the working directory where it has it, and else the bundled one.
 
         Raises:
             ConfigError: for anything that is not a known name with a value of its type, and for values that
@@ -92,19 +80,7 @@ class RecipeParser(TrlParser):
             raise ConfigError(self._unknown_argument(unknown))
         flags = {name: value for name, value in vars(namespace).items() if value is not _UNSET}
         config = flags.pop("config", default_config)
-        from_file = self._read_yaml(find_config(config)) if config else {}
-        for dataclass_type in self.dataclass_types:
-            for name in overruled(dataclass_type, from_file, flags):
-                del from_file[name]
-        given = {**from_file, **flags}
-        for name, value in given.items():
-            if holds_password(value):
-                raise ConfigError(
-                    f"--{name} holds a password or key in a URL, which the run's files would show; {ADVICE}"
-                )
-        missing = [f"--{name}" for name in self._required if name not in given]
-        if missing:
-            raise ConfigError(f"{', '.join(missing)} must be given, as a flag or in the --config file.")
+        given = given_settings(self.dataclass_types, flags, config)
         self.parsed = tuple(construct(dataclass_type, given) for dataclass_type in self.dataclass_types)
         return self.parsed
 
@@ -115,39 +91,6 @@ class RecipeParser(TrlParser):
     def parse_args_and_config(self, args: Sequence[str] | None = None, **_: Any) -> tuple[Any, ...]:
         """TRL's name for `parse`, so that the lenient original cannot be called by accident."""
         return self.parse(args)
-
-    def _read_yaml(self, path: Path) -> dict[str, Any]:
-        lines, values = read_yaml_mapping(path)
-        valid = {}
-        for dataclass_type in self.dataclass_types:
-            hints = get_type_hints(dataclass_type)
-            valid |= {field.name: hints[field.name] for field in dataclasses.fields(dataclass_type) if field.init}
-        checked = {}
-        for name, value in values.items():
-            where = f"{path}, line {lines[name]}" if name in lines else str(path)
-            if name == "env" and name not in valid:
-                raise ConfigError(
-                    f"{where}: 'env' sets environment variables, and nothing is read from hidden environment "
-                    "variables. Set them in the shell that starts the run, or use the flags."
-                )
-            if name not in valid:
-                raise ConfigError(f"{where}: unknown key {name!r}.{did_you_mean(name, valid)}")
-            try:
-                checked[name] = check_value(beside_config(value, path), valid[name])
-            except TypeMismatch as mismatch:
-                raise ConfigError(f"{where}: {name} is {value!r}; expected {mismatch}") from None
-        return checked
-
-    # What follows are hooks of argparse and of the parser of dataclasses above it.
-
-    def error(self, message: str) -> NoReturn:
-        # "argument --num_generations/--num-generations: ..." names one flag twice.
-        raise ConfigError(re.sub(r"^argument (--?[\w-]+)[^:]*: ", r"\1: ", message))
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            expected = describe_choices(value, action.choices)
-            raise argparse.ArgumentError(action, f"given {value!r}; expected {expected}")
 
     def _unknown_argument(self, unknown: list[str]) -> str:
         flag = next((argument for argument in unknown if argument.startswith("-")), None)

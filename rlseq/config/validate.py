@@ -9,11 +9,13 @@ its conflicts are functions (`rlseq.config.checks`) in `conflicts_as_given`, bef
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 from rlseq.config.fields import NEEDS, RANGE, Need, default_of
+from rlseq.config.values import describe_choices
 from rlseq.errors import ConfigError
 
 
@@ -71,6 +73,20 @@ def check_ranges(settings: Any, prefix: str = "--") -> None:
                 raise ConfigError(f"{name} holds {outside[0]:g}; expected each to be {allowed.words}")
         elif value not in allowed:
             raise ConfigError(f"{name} is {value}; expected {allowed.words}")
+
+
+def check_kind(field: dataclasses.Field, value: Any) -> None:
+    """Refuse what is not one of a field's choices, and what is not a number (NaN).
+
+    Raises:
+        ConfigError: names the field, and its choices.
+    """
+    choices = field.metadata.get("choices")
+    if value is not None and choices and value not in choices:
+        raise ConfigError(f"{field.name} is {value!r}; expected {describe_choices(value, choices)}")
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(number, float) and math.isnan(number) for number in numbers):
+        raise ConfigError(f"{field.name} is {value}; expected a number")
 
 
 def overruled(settings: type, from_file: Mapping[str, Any], flags: Mapping[str, Any]) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ from tiny_task import tiny_trainer
 from rlseq.cli.main import main
 from rlseq.cli.show import load_step
 from rlseq.common import formats
+from rlseq.config.parser import RecipeParser, write_config
+from rlseq.config.training import DataArguments
 from rlseq.errors import FormatError
 from rlseq.evaluation.results import read_evaluation, read_jsonl
+from rlseq.scoring import load_rewards
+from rlseq.scoring.check.rows import DEFAULTS, with_columns
 from rlseq.scoring.replay import read_rollouts
 from rlseq.training.run.checkpoints import write_format
 from rlseq.training.run.directory import check_available, prepare
@@ -41,11 +46,15 @@ def run_directory(tmp_path):
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts/000001.jsonl").write_text(json.dumps(ROLLOUT) + "\n")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    (tmp_path / "config.yaml").write_text("dataset_name: words.json\n")
     return tmp_path
 
 
 def newer(file):
     """The same file, of a version to come."""
+    if file.suffix == ".yaml":
+        file.write_text(f"format_version: 99\n{file.read_text()}")
+        return
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**record, "format_version": 99}) + "\n" for record in lines))
 
@@ -54,12 +63,20 @@ def resume(path):
     return prepare(path, resume="latest", overwrite=False, main_process=True)
 
 
+def replay(path):
+    nothing_given = dict.fromkeys(("dataset_name", *DEFAULTS))
+    return with_columns(load_rewards(["constant"]), read_rollouts(path), path, Namespace(**nothing_given))
+
+
 READERS = {
     "rlseq show": ("rollouts/000001.jsonl", load_step),
     "a replay": ("rollouts/000001.jsonl", read_rollouts),
     "resuming, of the rollouts": ("rollouts/000001.jsonl", resume),
     "resuming, of the metrics": ("metrics.jsonl", resume),
     "resuming, of the checkpoint": ("checkpoint-2/resume_state/format.json", resume),
+    "resuming, of the settings": ("config.yaml", resume),
+    "--config": ("config.yaml", lambda path: RecipeParser([DataArguments]).parse(["--config", f"{path}/config.yaml"])),
+    "a replay, of the settings": ("config.yaml", replay),
     "a dry run": (
         "checkpoint-2/resume_state/format.json",
         lambda path: check_available(path, resume="latest", overwrite=False),
@@ -99,6 +116,13 @@ def test_what_a_run_started_with_has_a_version(tmp_path):
         check_unchanged(tmp_path, rows, accepted=True)
 
 
+def test_the_settings_of_a_run_have_a_version_and_repeat_it(tmp_path):
+    file = tmp_path / "config.yaml"
+    write_config(file, DataArguments(train_rows=3))
+    assert "format_version: 1" in file.read_text().splitlines()
+    assert RecipeParser([DataArguments]).parse(["--config", str(file)]) == (DataArguments(train_rows=3),)
+
+
 def test_an_evaluation_without_a_version_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(FormatError, match=r"results.json is a result of .* version 0; rlseq .* reads 4. Evaluate"):
@@ -124,7 +148,7 @@ def test_the_table_of_the_docs_has_the_versions_of_the_code():
     written = [
         (f.key, str(f.version), str(f.oldest), "" if f.oldest == f.version else str(f.version))
         for f in (
-            *(formats.ROLLOUTS, formats.METRICS, formats.RUN_INPUTS),
+            *(formats.ROLLOUTS, formats.METRICS, formats.RUN_CONFIG, formats.RUN_INPUTS),
             *(formats.CHECKPOINT, formats.RESULTS, formats.PARTIAL_RESULTS),
         )
     ]

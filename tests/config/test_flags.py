@@ -21,6 +21,10 @@ def of_command():
     return parser
 
 
+def by_command(line):
+    return from_flags(evaluate.ARGUMENTS, of_command().parse_args(line))
+
+
 @pytest.fixture
 def of_recipe(monkeypatch):
     """The parser that recipes/evaluate.py makes."""
@@ -38,15 +42,14 @@ def of_recipe(monkeypatch):
 
 
 def declared(parser):
-    """Every flag: its spellings, default, number of values, what it is without one, and what `--help` says of it."""
+    """Every flag: its spellings, number of values, what it is without one, and what `--help` says of it."""
     return {
         action.dest: (
             action.option_strings,
-            action.default,
             action.nargs,
             action.const,
             action.metavar,
-            action.help,
+            parser.formatter_class("p")._get_help_string(action),
             parser.formatter_class("p")._format_action_invocation(action),
         )
         for action in parser._actions
@@ -55,7 +58,6 @@ def declared(parser):
 
 def test_the_command_and_the_recipe_take_the_same_flags_with_the_same_defaults(of_recipe):
     recipe, evaluate = declared(of_recipe), declared(of_command())
-    assert recipe.pop("config")[0] == ["--config"]  # YAML is for recipes
     assert evaluate == recipe
     assert {"max_error_rate", "eval_reward_funcs", "models", "compare", "studies"} <= set(evaluate)
     assert all(help for *_, help, _ in evaluate.values())
@@ -76,8 +78,7 @@ LINES = [
 
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
 def test_a_line_is_read_as_the_recipes_parser_reads_it(line):
-    read = of_command().parse_args(line)
-    assert tuple(from_flags(part, read) for part in evaluate.ARGUMENTS) == RecipeParser(evaluate.ARGUMENTS).parse(line)
+    assert by_command(line) == RecipeParser(evaluate.ARGUMENTS).parse(line)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +95,49 @@ def test_a_line_is_read_as_the_recipes_parser_reads_it(line):
     ],
 )
 def test_what_one_refuses_the_other_refuses_too(line, words):
-    for parse in (of_command().parse_args, RecipeParser(evaluate.ARGUMENTS).parse):
+    for parse in (by_command, RecipeParser(evaluate.ARGUMENTS).parse):
         with pytest.raises(ConfigError) as caught:
             parse(line)
         assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+FILE = """\
+models: base=here   # one stands for a list of one
+train_rows: 3
+dtype: bfloat16
+max_error_rate: 1e-1
+"""
+
+
+def test_a_config_file_gives_settings_and_flags_override_it(tmp_path):
+    (tmp_path / "own.yaml").write_text(FILE)
+    line = ["--config", str(tmp_path / "own.yaml"), "--train_rows", "4"]
+    read = by_command(line)
+    assert read == RecipeParser(evaluate.ARGUMENTS).parse(line)
+    assert (read[0].models, read[0].dtype, read[1].train_rows) == (["base=here"], "bfloat16", 4)
+    assert read[2].max_error_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: 1\neval_row: 3", "own.yaml, line 2: unknown key 'eval_row'. Did you mean 'eval_rows'?"),
+        ("seed: 1\n\ntrain_rows: many", "own.yaml, line 3: train_rows is 'many'; expected a whole number or null."),
+        (
+            "dtype: float23",
+            "dtype is 'float23'; expected one of 'float32', 'bfloat16', 'float16', 'auto'. Did you mean",
+        ),
+        ("max_kv_gb: .nan", "max_kv_gb is nan; expected a number"),
+        ("train_rows: 0", "--train_rows is 0; expected at least 1"),
+        ("dataset_name: https://me:secret@host/x.json", "--dataset_name holds a password"),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_said_with_its_line_by_both(tmp_path, text, said):
+    (tmp_path / "own.yaml").write_text(text)
+    for parse in (by_command, RecipeParser(evaluate.ARGUMENTS).parse):
+        with pytest.raises(ConfigError) as caught:
+            parse(["--config", str(tmp_path / "own.yaml")])
+        assert said in str(caught.value)
 
 
 def test_both_evaluate_with_what_was_given(monkeypatch):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.common.formats import RUN_CONFIG
 from rlseq.errors import RewardError, RlseqError
 from rlseq.scoring.fingerprint import content_hash
 from rlseq.scoring.replay import Logged, check_log
@@ -161,6 +162,7 @@ def _config_of(path: Path) -> dict[str, Any]:
     if not config.is_file():
         return {}
     found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    RUN_CONFIG.check(found, config)
     found = {("split" if name == "train_split" else name): value for name, value in found.items()}
     return {name: found[name] for name in ("dataset_name", *DEFAULTS) if found.get(name) is not None}
 

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rlseq.common.formats import METRICS, ROLLOUTS
-from rlseq.errors import RunDirectoryError
+from rlseq.config.yaml_file import read_yaml_mapping
+from rlseq.errors import ConfigError, RunDirectoryError
 from rlseq.training.run.checkpoints import (
     check_format,
     checkpoint_step,
@@ -241,6 +243,8 @@ def _check_belongs(path: Path, checkpoint: Path) -> None:
 def _check_formats(path: Path, checkpoint: Path) -> None:
     """Refuse what the run that resumes would add to and could not read; a run is of one version from its start."""
     check_format(checkpoint)
+    with suppress(ConfigError):  # it is gone, or was edited
+        read_yaml_mapping(path / "config.yaml")
     METRICS.check(first_record(path / "metrics.jsonl"), path / "metrics.jsonl")
     for file in sorted((path / "rollouts").glob("*.jsonl"))[:1]:
         ROLLOUTS.check(first_record(file), file)
