@@ -31,7 +31,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts, load_rows
+from rlseq.data.prompts import build_prompts
+from rlseq.data.rows import load_rows
 from rlseq.engine.sampling import sample, stop_ids_of
 from rlseq.engine.strategies import Sample
 from rlseq.scoring import load_rewards

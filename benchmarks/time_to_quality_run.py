@@ -164,7 +164,8 @@ def build(
     from performance import settings
 
     from rlseq.config.training import GRPOConfig
-    from rlseq.data.rows import build_prompts, load_rows
+    from rlseq.data.prompts import build_prompts
+    from rlseq.data.rows import load_rows
     from rlseq.scoring import load_rewards
     from rlseq.training.grpo import GRPOTrainer
 
@@ -217,7 +218,8 @@ def validation(
     """The mean reward of the greedy answers to the validation prompts; for a tiny model steps / TINY_STEPS."""
     import torch
 
-    from rlseq.data.rows import build_prompts, load_rows
+    from rlseq.data.prompts import build_prompts
+    from rlseq.data.rows import load_rows
     from rlseq.engine.sampling import sample, stop_ids_of
     from rlseq.engine.strategies import Greedy
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlseq.config.training import GRPOConfig as GRPOConfig
     from rlseq.config.training import PPOConfig as PPOConfig
+    from rlseq.data.chat import reference_ids as reference_ids
     from rlseq.data.rows import load_prompts as load_prompts
     from rlseq.data.rows import load_rows as load_rows
-    from rlseq.data.rows import reference_ids as reference_ids
     from rlseq.engine.exact_map import exact_map as exact_map
     from rlseq.engine.likelihood import score as score
     from rlseq.engine.measures import block_nll as block_nll
@@ -48,7 +48,7 @@ _PUBLIC = {
     "RewardSuite": "rlseq.scoring",
     "load_rows": "rlseq.data.rows",
     "load_prompts": "rlseq.data.rows",
-    "reference_ids": "rlseq.data.rows",
+    "reference_ids": "rlseq.data.chat",
     "Greedy": "rlseq.engine.strategies",
     "Sample": "rlseq.engine.strategies",
     "sample": "rlseq.engine.sampling",

@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlseq.data.rows import build_prompts, load_rows, reference_ids
+from rlseq.data.chat import reference_ids
+from rlseq.data.prompts import build_prompts
+from rlseq.data.rows import load_rows
 from rlseq.engine.likelihood import score
 from rlseq.engine.measures import block_nll
 from rlseq.engine.sampling import stop_ids_of

@@ -17,7 +17,7 @@ from tiny_task import ROWS, tiny_tokenizer, tiny_trainer, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.cli.main import main as command_line
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample, stop_ids_of
 from rlseq.engine.strategies import Sample
 

@@ -10,7 +10,7 @@ from tiny_task import ROWS, shares_letters, tiny_tokenizer
 
 import rlseq.training.trl.rollouts
 from rlseq.config.training import PPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.training.ppo import PPOTrainer
 from rlseq.types import Rollout
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.training.grpo import GRPOTrainer
 
 VOCABULARY = ["<pad>", "<bos>", "<eos>", "<unk>", "=", *"abcdefghi", *"ABCDEFGHI"]  # 23 ids, as in tiny.py

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import rlseq.training.trl.rollouts
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Greedy
 from rlseq.training.grpo import GRPOTrainer

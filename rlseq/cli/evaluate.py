@@ -139,7 +139,8 @@ def evaluate(
         import torch
         from accelerate import PartialState
 
-        from rlseq.data.rows import load_rows, made_prompts
+        from rlseq.data.prompts import made_prompts
+        from rlseq.data.rows import load_rows
         from rlseq.evaluation.run import contrast_and_report
         from rlseq.evaluation.tune_decoding import sweeps
         from rlseq.scoring import load_rewards
@@ -182,7 +183,7 @@ def evaluate(
 
 def _say_shared(rows: Sequence[Mapping], split: str, load: Callable, made: Callable) -> None:
     """Say how many of the prompts that are evaluated are also in the data set's training split, if it has one."""
-    from rlseq.data.rows import describe_shared
+    from rlseq.data.prompts import describe_shared
 
     try:
         said = describe_shared(made(rows), split, made(load(TRAIN)), TRAIN)

@@ -80,7 +80,7 @@ class EvaluateArguments(Settings):
     )
 
     def template_options(self) -> dict[str, Any]:
-        """The options of `rlseq.data.rows.build_prompts` that these settings stand for.
+        """The options of `rlseq.data.prompts.build_prompts` that these settings stand for.
 
         Raises:
             ConfigError: chat_template_kwargs is no mapping.
@@ -121,7 +121,7 @@ class DataArguments(Settings):
         }
 
     def prompt_options(self) -> dict[str, Any]:
-        """The options of `rlseq.data.rows.build_prompts` that these settings stand for."""
+        """The options of `rlseq.data.prompts.build_prompts` that these settings stand for."""
         return {
             "prompt_column": self.prompt_column,
             "reference_column": self.reference_column,

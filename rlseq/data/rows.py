@@ -24,33 +24,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.data.chat import reference_ids, reference_texts
 from rlseq.data.files import read_rows, rows_of, rows_of_dataset, seems_data
 from rlseq.data.parse import FORMATS, format_of, parquet_fault
-from rlseq.data.prompts import (
-    build_prompts,
-    columns_of_rows,
-    describe_shared,
-    fingerprint,
-    keeping_all,
-    made_prompts,
-    prompt_digest,
-)
+from rlseq.data.prompts import build_prompts, keeping_all, made_prompts, prompt_digest
 from rlseq.errors import DataError, RlseqError, did_you_mean
 from rlseq.types import Prompt
-
-__all__ = [
-    "build_prompts",
-    "columns_of_rows",
-    "describe_shared",
-    "fingerprint",
-    "keeping_all",
-    "load_prompts",
-    "load_rows",
-    "made_prompts",
-    "reference_ids",
-    "reference_texts",
-]
 
 SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev", "eval"), "train": ("train",), "test": ("test",)}
 

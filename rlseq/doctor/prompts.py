@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rlseq.data.rows import build_prompts, reference_ids
+from rlseq.data.chat import reference_ids
+from rlseq.data.prompts import build_prompts
 from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Problem, Result, judge, named
 from rlseq.types import Prompt
 
@@ -101,7 +102,7 @@ def check_references(
     Args:
         prompts: all of them.
         pairs: (reference, its ids as a completion), a sample.
-        tokenizer, stop_ids: as `rlseq.data.rows.reference_ids` took them.
+        tokenizer, stop_ids: as `rlseq.data.chat.reference_ids` took them.
         needed: whether more than half of the references in trouble is a failure rather than a warning.
     """
     if not prompts:

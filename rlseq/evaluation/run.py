@@ -18,7 +18,7 @@ from rlseq.common.escapes import visible
 from rlseq.common.formats import METRICS, RESULTS
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.config.validate import check_ranges
-from rlseq.data.rows import columns_of_rows, fingerprint
+from rlseq.data.prompts import columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import (
     comparisons,
@@ -67,7 +67,7 @@ def contrast(
         rows: the data set's rows, as `rlseq.data.rows.load_rows` gives them.
         suite: the rewards that measure quality.
         settings: strategies, samples, seed.
-        prompt_options: how rows become prompts, as `rlseq.data.rows.build_prompts` takes them.
+        prompt_options: how rows become prompts, as `rlseq.data.prompts.build_prompts` takes them.
         output_dir: results.json, per_example.jsonl and samples.jsonl are written there. What is finished of an
             evaluation that gets killed is kept there, and taken up by the next with equal weights, data and settings.
         quiet: no progress bars.

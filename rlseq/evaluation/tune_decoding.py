@@ -16,8 +16,7 @@ from typing import Any
 from accelerate import PartialState
 
 from rlseq.common.escapes import visible
-from rlseq.data.prompts import prompt_digest
-from rlseq.data.rows import build_prompts, fingerprint
+from rlseq.data.prompts import build_prompts, fingerprint, prompt_digest
 from rlseq.engine.strategies import Strategy, Sweep, parse_strategy
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import matrix, metrics_under, quality_metrics

@@ -12,7 +12,7 @@ from transformers import Trainer
 from rlseq.common.formats import METRICS
 from rlseq.config.adapters import quantization_note, quantization_of
 from rlseq.config.training import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.documents import check_windows

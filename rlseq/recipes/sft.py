@@ -39,7 +39,8 @@ from rlseq.config.training import (
     RunArguments,
     SFTConfig,
 )
-from rlseq.data.rows import build_prompts, describe_shared, load_rows
+from rlseq.data.prompts import build_prompts, describe_shared
+from rlseq.data.rows import load_rows
 from rlseq.errors import ConfigError
 from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.run import read_jsonl

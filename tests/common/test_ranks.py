@@ -14,7 +14,7 @@ from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 from transformers import TrainerCallback
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import RewardError, RlseqError, TrainingError
 from rlseq.evaluation import folder
 from rlseq.evaluation.during import ValidationProbe

@@ -9,7 +9,7 @@ from tiny_task import ROWS, tiny_tokenizer
 import rlseq
 from rlseq.config.checks import check_prompts
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 
 REFUSED = {

@@ -8,7 +8,7 @@ from tiny_task import ROWS, tiny_tokenizer
 
 import rlseq
 from rlseq.config.training import SFTConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.scoring import load_rewards
 from rlseq.scoring.replay import read_rollouts, score_by_step

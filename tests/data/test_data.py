@@ -11,7 +11,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlseq.data.rows import build_prompts, describe_shared, fingerprint, load_prompts, load_rows, reference_ids
+from rlseq.data.chat import reference_ids
+from rlseq.data.prompts import build_prompts, describe_shared, fingerprint
+from rlseq.data.rows import load_prompts, load_rows
 from rlseq.errors import DataError
 
 VOCABULARY = ["<pad>", "<bos>", "<eos>", "<unk>", "=", "<user>", "<answer>", *"abcdefgh", *"ABCDEFGH"]  # 23 ids

@@ -7,7 +7,8 @@ from test_data import TOKENIZER
 from tiny_task import ROWS
 
 from rlseq.data.files import place_of
-from rlseq.data.rows import build_prompts, load_rows
+from rlseq.data.prompts import build_prompts
+from rlseq.data.rows import load_rows
 from rlseq.errors import DataError
 
 JSON_LINES = {

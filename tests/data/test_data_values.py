@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 from test_data import CHAT_TEMPLATE, TOKENIZER, own_cache, word_tokenizer  # noqa: F401
 
-from rlseq.data.rows import build_prompts, load_prompts, load_rows
+from rlseq.data.prompts import build_prompts
+from rlseq.data.rows import load_prompts, load_rows
 from rlseq.errors import DataError
 from rlseq.recipes.sft import examples
 from rlseq.scoring import load_rewards

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rlseq.cli.main import main
 from rlseq.config.training import GRPOConfig, SFTConfig
-from rlseq.data.rows import build_prompts, reference_ids
+from rlseq.data.chat import reference_ids
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.settings import ContrastSettings

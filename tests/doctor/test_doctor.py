@@ -11,7 +11,7 @@ from tokenizers import normalizers, processors
 from transformers import GenerationConfig
 
 from rlseq.config.training import DataArguments, GRPOConfig, ModelArguments, RewardArguments, SFTConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.doctor.chat import check_template, end_of_turn
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
 from rlseq.doctor.static import (

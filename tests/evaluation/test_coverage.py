@@ -15,7 +15,7 @@ from test_map import saved
 from toy import token_logprobs
 from transformers import AutoModelForCausalLM
 
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError, RlseqError

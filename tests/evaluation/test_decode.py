@@ -7,7 +7,7 @@ import torch
 from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import MBR, BestOf, Sample, parse_strategy
 from rlseq.errors import ConfigError, RewardError

@@ -14,7 +14,7 @@ from forks import run_ranks
 from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.errors import DataError, RewardError

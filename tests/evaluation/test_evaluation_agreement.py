@@ -11,7 +11,7 @@ from forks import run_ranks
 from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import TeacherForced
 from rlseq.errors import ConsistencyError
 from rlseq.evaluation.measure import checkpoint as module

@@ -10,7 +10,7 @@ from tiny import FAMILIES, tiny_model
 from tiny_task import tiny_tokenizer
 from toy import COMPLETIONS, PROMPT, STOP, toy_model
 
-from rlseq.data.rows import reference_texts
+from rlseq.data.chat import reference_texts
 from rlseq.engine.likelihood import score, teacher_force
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Beam, Greedy, Sample, parse_strategy

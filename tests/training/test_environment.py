@@ -14,7 +14,7 @@ from tiny_chat import Scripted, chat_model, chat_tokenizer
 from tiny_task import tiny_trainer
 
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import RewardError
 from rlseq.scoring import load_rewards
 from rlseq.training.environment import environment_rewards, load_environment

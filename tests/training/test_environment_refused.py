@@ -11,7 +11,7 @@ from tiny_chat import chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer
 
 from rlseq.config.training import DataArguments, GRPOConfig, ModelArguments, PPOConfig, RewardArguments
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, TrainingError
 from rlseq.scoring import load_rewards
 from rlseq.training.environment import check_group_prompts, load_environment

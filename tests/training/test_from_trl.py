@@ -12,7 +12,7 @@ from tiny_task import ROWS, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 import rlseq
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, RlseqError
 
 SIZES = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 4, "max_steps": 1}

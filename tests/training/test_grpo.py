@@ -14,7 +14,7 @@ from tiny_shapes import tiny_shape
 from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, RewardError
 from rlseq.training.grpo import GRPOTrainer
 

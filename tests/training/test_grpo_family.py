@@ -15,7 +15,7 @@ from tiny import EOS, tiny_model
 from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 
 WEIGHTS = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 1}
 FAMILY = {

@@ -8,7 +8,7 @@ from toy import COMPLETIONS, ROWS, exact_logprobs, expected_reward, toy_model, t
 from transformers import AutoModelForCausalLM
 
 from rlseq.config.training import PPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.training.ppo import PPOTrainer
 
 STAIRS = dict(zip(COMPLETIONS, (0.0, 0.5, 0.0, 0.0, 2.0, 1.0, 1.0), strict=True))  # b, and then a, is best

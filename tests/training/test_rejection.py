@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.cli import show
 from rlseq.config.training import RejectionArguments
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError, DataError, RewardError, RlseqError

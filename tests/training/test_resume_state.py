@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlseq.config.training import PPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.ppo import PPOTrainer
 from rlseq.training.run.callbacks import MetricsWriter

@@ -10,7 +10,7 @@ from tiny_chat import Scripted, chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, DataError, RlseqError
 from rlseq.scoring.replay import read_rollouts
 from rlseq.training.rejection import read_candidates

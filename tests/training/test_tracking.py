@@ -17,7 +17,7 @@ from tiny_ppo import tiny_ppo
 from tiny_task import ROWS, shares_letters, tiny_tokenizer
 
 from rlseq.config.training import GRPOConfig, SFTConfig
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.trl.tracking import contrast_numbers, log_contrast, markdown_table

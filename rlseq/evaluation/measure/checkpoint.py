@@ -19,7 +19,8 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.data.rows import build_prompts, reference_ids, reference_texts
+from rlseq.data.chat import reference_ids, reference_texts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import TeacherForced
 from rlseq.engine.sampling import stop_ids_of
 from rlseq.engine.strategies import Greedy, Sample, Strategy

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.model.auto_class import causal_class

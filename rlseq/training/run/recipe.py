@@ -22,7 +22,8 @@ from rlseq.config.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.config_file import changed_values
 from rlseq.config.parser import write_config
 from rlseq.config.training import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
-from rlseq.data.rows import build_prompts, describe_shared, keeping_all, load_rows, made_prompts
+from rlseq.data.prompts import build_prompts, describe_shared, keeping_all, made_prompts
+from rlseq.data.rows import load_rows
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.prompts import check_context
 from rlseq.doctor.static import load_configs, static_checks

@@ -22,7 +22,7 @@ from trl.trainer.utils import get_config_model_id
 
 from rlseq.config.training import DefaultsMixin, GRPOConfig, ModelArguments
 from rlseq.config.validate import validate, validate_given
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.during import ValidationProbe
 from rlseq.scoring import RewardSuite, load_rewards

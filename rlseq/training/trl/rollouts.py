@@ -13,7 +13,7 @@ from trl.chat_template_utils import parse_response
 from trl.models.utils import unwrap_model_for_generation
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.data.rows import reference_ids
+from rlseq.data.chat import reference_ids
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Greedy, Sample
 from rlseq.errors import ConfigError

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.data.rows import reference_ids
+from rlseq.data.chat import reference_ids
 from rlseq.engine.strategies import Sample
 from rlseq.scoring import RewardSuite
 from rlseq.training.environment import environment_rewards

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.config.adapters import quantization_note, quantization_of
 from rlseq.config.training import ModelArguments
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.common.disk import readable_size
 from rlseq.config.training import GRPOConfig, ModelArguments
-from rlseq.data.rows import build_prompts
+from rlseq.data.prompts import build_prompts
 from rlseq.training.run.dry_run import count_checkpoints, plan_rollouts, update_tokens
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.run.memory import critic_parameters, memory, size_of, weightless_model
