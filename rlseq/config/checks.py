@@ -221,7 +221,7 @@ def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
 
 
 def check_router(config: Any, model_config: Any) -> None:
-    """Refuse a router loss where the losses are rlseq's own, which leave it out; the model need not be loaded.
+    """Refuse a router loss beside an objective that leaves it out; the model need not be loaded.
 
     Args:
         config: of a run on rollouts; its router_aux_loss_coef, where given, stands in for the model's.
@@ -239,7 +239,7 @@ def check_router(config: Any, model_config: Any) -> None:
     own_losses = config.objective != "policy_gradient" or config.reference_loss_coef or config.kl_estimator
     if routed and coefficient and (own_losses or not config.needs_group):
         raise ConfigError(
-            "this mixture-of-experts model has a router loss, which TRL adds to its own losses only: leave out "
+            "this mixture-of-experts model has a router loss, which is added to the policy gradient only: leave out "
             "objective, reference_loss_coef, kl_estimator and PPO, or set router_aux_loss_coef to 0."
         )
 

@@ -24,12 +24,31 @@ from rlseq.losses.expected_reward import (
     reference_exact_references,
     reference_exact_weight,
 )
+from rlseq.losses.loss_types import (
+    CLIPPED,
+    MEANS_OVER_STEP,
+    cispo,
+    on_policy_mask,
+    reduce_losses,
+    sapo,
+    vespo,
+    vespo_weight,
+)
 from rlseq.losses.masking import masked_mean
-from rlseq.losses.policy import adapt_kl_coefficient, clipped_surrogate, importance_ratio, kl_estimate
+from rlseq.losses.policy import (
+    adapt_kl_coefficient,
+    clipped_surrogate,
+    importance_ratio,
+    kl_estimate,
+    probability_ratio,
+)
 
 __all__ = [
+    "CLIPPED",
+    "MEANS_OVER_STEP",
     "STD_EPSILON",
     "adapt_kl_coefficient",
+    "cispo",
     "clipped_surrogate",
     "error_by_position",
     "expected_accuracy",
@@ -43,8 +62,14 @@ __all__ = [
     "masked_mean",
     "minimum_risk",
     "normalize_then_sum",
+    "on_policy_mask",
+    "probability_ratio",
+    "reduce_losses",
     "reference_exact_references",
     "reference_exact_weight",
+    "sapo",
     "value_loss",
+    "vespo",
+    "vespo_weight",
     "whiten",
 ]

@@ -39,5 +39,13 @@ def check_tokens(mask_BT: Tensor, **tensors: Tensor) -> None:
             raise ValueError(f"{name} is {describe(tensor)}; expected shape {tuple(mask_BT.shape)} as the mask")
 
 
+def advantages_by_token(advantages: Tensor, mask_BT: Tensor) -> Tensor:
+    """Advantages (B,) or (B, T) as (B, 1) or (B, T), without gradient."""
+    if advantages.shape not in (mask_BT.shape, mask_BT.shape[:1]):
+        shapes = f"{tuple(mask_BT.shape[:1])} or {tuple(mask_BT.shape)}"
+        raise ValueError(f"advantages are {describe(advantages)}; expected shape {shapes}")
+    return (advantages if advantages.ndim == 2 else advantages[:, None]).detach()
+
+
 def describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"

@@ -1,4 +1,4 @@
-"""Losses of the policy on sampled tokens: the clipped surrogate and the estimators of KL."""
+"""Losses of the policy on sampled tokens: ratios, the clipped surrogate and the estimators of KL."""
 
 from __future__ import annotations
 
@@ -7,7 +7,37 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlseq.losses.masking import check_tokens, describe, masked_mean
+from rlseq.losses.masking import advantages_by_token, check_tokens, describe, masked_mean
+
+
+def probability_ratio(
+    logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor, level: Literal["token", "sequence"] = "token"
+) -> Tensor:
+    """How much likelier the policy makes what was sampled than the one that sampled it did.
+
+        token:     ρ_t = exp(log π(y_t) − log π_old(y_t))             PPO, GRPO
+        sequence:  ρ   = exp(mean_t (log π(y_t) − log π_old(y_t)))    GSPO (Zheng et al. 2025, eq. 7)
+
+    with the mean over counted tokens.
+
+    Args:
+        logprobs_BT, old_logprobs_BT: (B, T) nats; the gradient flows through the first alone.
+        mask_BT: (B, T) bool.
+        level: of the ratio.
+
+    Returns:
+        (B, T), 1 where the mask is False; at sequence level (B, 1).
+
+    Raises:
+        ValueError: wrong shapes, an unknown level.
+    """
+    check_tokens(mask_BT, logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT)
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level is {level!r}; expected 'token' or 'sequence'")
+    log_ratio = torch.where(mask_BT, logprobs_BT - old_logprobs_BT.detach(), 0.0)  # (B, T)
+    if level == "sequence":
+        log_ratio = masked_mean(log_ratio, mask_BT, dim=1)[:, None]  # (B, 1)
+    return log_ratio.exp()
 
 
 def clipped_surrogate(
@@ -18,26 +48,24 @@ def clipped_surrogate(
     *,
     clip_low: float,
     clip_high: float,
+    largest: float | None = None,
     level: Literal["token", "sequence"] = "token",
 ) -> Tensor:
     """PPO's clipped objective, negated (Schulman et al. 2017, eq. 7).
 
         L = −min(ρ·A, clip(ρ, 1 − ε_low, 1 + ε_high)·A)
 
-    The ratio ρ is, by level,
-
-        token:     ρ_t = exp(log π(y_t) − log π_old(y_t))             PPO, GRPO
-        sequence:  ρ   = exp(mean_t (log π(y_t) − log π_old(y_t)))    GSPO (Zheng et al. 2025, eq. 7)
-
-    with the mean over counted tokens. Separate bounds are DAPO's clip-higher (Yu et al. 2025, section 3.1);
-    an infinite `clip_high` leaves that side open. At sequence level every counted token carries its
+    with the ratio ρ of `probability_ratio`. Separate bounds are DAPO's clip-higher (Yu et al. 2025, section 3.1);
+    an infinite `clip_high` leaves that side open. `largest` bounds the first ρ, too, which limits the loss where A is
+    below 0 (INTELLECT-2's two-sided clip; TRL's `delta`). At sequence level every counted token carries its
     sequence's loss, so that the mean over a sequence's tokens is that loss.
 
     Args:
         logprobs_BT, old_logprobs_BT: (B, T) nats; the gradient flows through the first alone.
-        advantages: (B,), or (B, T) at token level.
+        advantages: (B,) or (B, T).
         mask_BT: (B, T) bool.
         clip_low, clip_high: ε_low and ε_high, at least 0.
+        largest: a ratio; None: no further bound.
         level: of the ratio.
 
     Returns:
@@ -46,24 +74,13 @@ def clipped_surrogate(
     Raises:
         ValueError: wrong shapes, a negative clip, an unknown level.
     """
-    check_tokens(mask_BT, logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT)
-    if level not in ("token", "sequence"):
-        raise ValueError(f"level is {level!r}; expected 'token' or 'sequence'")
-    allowed = [mask_BT.shape[:1]] + ([mask_BT.shape] if level == "token" else [])
-    if advantages.shape not in allowed:
-        expected = " or ".join(str(tuple(shape)) for shape in allowed)
-        raise ValueError(f"advantages are {describe(advantages)}; expected shape {expected} at {level} level")
+    ratio = probability_ratio(logprobs_BT, old_logprobs_BT, mask_BT, level)
     if not (clip_low >= 0 and clip_high >= 0):
         raise ValueError(f"clips are {clip_low} and {clip_high}; expected at least 0 (ε, not 1 ± ε)")
-    advantages_BT = (advantages if advantages.ndim == 2 else advantages[:, None]).detach()
-    log_ratio = torch.where(mask_BT, logprobs_BT - old_logprobs_BT.detach(), 0.0)  # (B, T)
-    if level == "sequence":
-        log_ratio = masked_mean(log_ratio, mask_BT, dim=1)[:, None]  # (B, 1)
-    ratio = log_ratio.exp()
-    unclipped = ratio * advantages_BT
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages_BT
-    objective = torch.minimum(unclipped, clipped)
-    return torch.where(mask_BT, -objective, 0.0)
+    advantages = advantages_by_token(advantages, mask_BT)
+    unclipped = (ratio if largest is None else ratio.clamp(max=largest)) * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return torch.where(mask_BT, -torch.minimum(unclipped, clipped), 0.0)
 
 
 def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: Literal["k1", "k2", "k3"] = "k3") -> Tensor:

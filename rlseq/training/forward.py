@@ -55,12 +55,14 @@ class Scores:
         values: (B, T), the critic's value of the state before each token; None without a critic.
         last_values: (B,), the value of the state after the last token; None without a critic.
         references: those of the rows' prompts, where they were asked for.
+        router_loss: the load-balancing loss of a mixture of experts; None where it was not asked for.
     """
 
     logprobs: Tensor
     entropies: Tensor
     values: Tensor | None = None
     last_values: Tensor | None = None
+    router_loss: Tensor | None = None
     references: References = field(default_factory=References)
 
 
@@ -77,6 +79,7 @@ def forward(
     device: torch.device,
     attention: str | None = None,
     values: bool = False,
+    router_loss: bool = False,
 ) -> Scores:
     """Score a micro-batch: B rows, and the references of their prompts, by one call of `model`.
 
@@ -89,6 +92,8 @@ def forward(
         packs: whether the model can be given packed rows (`rlseq.engine.self_tests.supports_packing`).
         pad_id, dtype, device, attention: of the batch; the model's own.
         values: whether the critic is asked too.
+        router_loss: whether a mixture of experts is asked for its load-balancing loss too, which counts each row's
+            tokens: nothing is packed.
     """
     rows_of: dict[tuple[Ids, tuple[Ids, ...]], list[int]] = {}  # (prompt, its references) -> rows
     for row, prompt in enumerate(prompts):
@@ -111,8 +116,10 @@ def forward(
         places += range(place, place + len(extra))
         place += len(extra)
     layout = {"pad_id": pad_id, "dtype": dtype, "device": device, "attention": attention}
-    batch = _collate(groups, packs=packs, **layout)
+    batch = _collate(groups, packs=packs and not router_loss, **layout)
     more = {"return_values": True} if values else {}
+    if router_loss:
+        more["output_router_logits"] = True
     with without_holes(model) if device.type == "cpu" else contextlib.nullcontext():
         outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True, **more)
     if places:
@@ -130,7 +137,7 @@ def forward(
     logprobs = rows_by_tokens(outputs.log_probs)
     # The reference model's head computes no entropies.
     entropies = logprobs.new_zeros(logprobs.shape) if outputs.entropy is None else rows_by_tokens(outputs.entropy)
-    scores = Scores(logprobs, entropies, references=found)
+    scores = Scores(logprobs, entropies, references=found, router_loss=outputs.aux_loss if router_loss else None)
     if values:
         scores.values = rows_by_tokens(outputs.state_values[:, :-1])  # column t-1: the state before token t
         after = [x[-1] if len(x) else x.sum() for x in unpack(outputs.state_values, batch, shifted=False)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlseq.losses import (
+    cispo,
     clipped_surrogate,
     expected_accuracy,
     gae,
@@ -15,7 +16,11 @@ from rlseq.losses import (
     kl_estimate,
     masked_mean,
     minimum_risk,
+    reduce_losses,
+    sapo,
     value_loss,
+    vespo,
+    vespo_weight,
 )
 
 NAN = math.nan
@@ -54,6 +59,9 @@ def test_every_per_token_loss_is_zero_and_silent_where_masked():
         "sequence": lambda x: clipped_surrogate(
             x, bad, tensor([1.0]), mask, clip_low=0.2, clip_high=0.2, level="sequence"
         ),
+        "cispo": lambda x: cispo(x, bad, bad, mask, largest=2.0),
+        "sapo": lambda x: sapo(x, bad, bad, mask, temperature_pos=1.0, temperature_neg=1.05),
+        "vespo": lambda x: vespo(x, bad, mask, weight=tensor([[2.0]])),
         "value": lambda x: value_loss(x, bad, bad, mask, clip=0.1),
     }
     for name, loss in losses.items():
@@ -111,14 +119,43 @@ def test_the_surrogate_refuses_what_does_not_fit():
         clipped_surrogate(x, torch.zeros(2, 2), torch.zeros(2), mask, clip_low=0.2, clip_high=0.2)
     with pytest.raises(ValueError, match=r"\(2,\) or \(2, 3\)"):
         clipped_surrogate(x, x, torch.zeros(3), mask, clip_low=0.2, clip_high=0.2)
-    with pytest.raises(ValueError, match="sequence level"):
-        clipped_surrogate(x, x, x, mask, clip_low=0.2, clip_high=0.2, level="sequence")
     with pytest.raises(ValueError, match="bool"):
         clipped_surrogate(x, x, torch.zeros(2), mask.float(), clip_low=0.2, clip_high=0.2)
     with pytest.raises(ValueError, match="at least 0"):
         clipped_surrogate(x, x, torch.zeros(2), mask, clip_low=-0.2, clip_high=0.2)
     with pytest.raises(ValueError, match="'word'"):
         clipped_surrogate(x, x, torch.zeros(2), mask, clip_low=0.2, clip_high=0.2, level="word")
+
+
+# the losses by loss_type
+
+
+def test_the_other_policy_losses_by_hand():
+    new, old, mask = tensor([[math.log(3.0), 5.0]]), tensor([[0.0, 0.0]]), torch.tensor([[True, False]])
+    common = (new, old, tensor([2.0]), mask)
+    assert cispo(*common, largest=2.5).tolist()[0] == pytest.approx([-2.5 * 2 * math.log(3), 0])
+    gate = 4 / 0.5 / (1 + math.exp(-0.5 * 2))
+    assert sapo(*common, temperature_pos=0.5, temperature_neg=9.0).tolist()[0] == pytest.approx([-gate * 2, 0])
+    shape = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 9.0, "lambda_neg": 9.0}
+    weight = vespo_weight(*common, **shape, importance_BT=tensor([[0.5, 7.0]]))
+    assert weight.item() == pytest.approx(1.5**2 * math.exp(3 - 3 * 1.5))
+    assert vespo(new, tensor([2.0]), mask, weight=weight)[0, 0].item() == pytest.approx(
+        -weight.item() * 2 * math.log(3)
+    )
+    assert clipped_surrogate(new, old, tensor([-2.0]), mask, clip_low=0.2, clip_high=0.2, largest=2.0).tolist()[
+        0
+    ] == pytest.approx([4.0, 0])  # ρ = 3 counts as 2
+
+
+def test_each_loss_type_is_reduced_by_hand():
+    losses, mask = tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    expected = {"grpo": (1.5 + 6) / 2, "sapo": (1.5 + 6) / 2, "bnpo": 9 / 3, "dr_grpo": 9 / (2 * 5), "luspo": 9 / 2}
+    expected |= dict.fromkeys(("dapo", "cispo", "vespo"), 9 / 4)
+    for name, value in expected.items():
+        found = reduce_losses(losses, mask, name, max_completion_length=5, step_tokens=tensor(4.0))
+        assert found.item() == pytest.approx(value), name
+    with pytest.raises(ValueError, match="'dpo'; expected one of grpo"):
+        reduce_losses(losses, mask, "dpo", max_completion_length=5, step_tokens=tensor(4.0))
 
 
 # value_loss

@@ -99,7 +99,7 @@ def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, 
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_router_s_loss_is_added_by_trl(tmp_path):
+def test_a_router_s_loss_is_added(tmp_path):
     trainer = tiny_trainer(tmp_path, model=tiny_shape("mixtral"), max_steps=1, router_aux_loss_coef=0.5)
     trainer.train()
     (line,) = [line for line in trainer.state.log_history if "aux_loss" in line]

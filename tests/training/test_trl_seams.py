@@ -25,7 +25,6 @@ SEAMS = {  # overridden or called
     ],
     "_prepare_inputs": ["generation_batch"],
     "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
-    "_compute_loss": ["model", "inputs"],
     "_save_checkpoint": ["model", "trial"],
 }
 
@@ -56,13 +55,6 @@ def test_a_method_has_the_parameters_relied_on(name):
     assert parameters(getattr(trl.GRPOTrainer, name)) == SEAMS[name]
 
 
-def test_the_loss_asks_the_model_once_by_keyword_for_log_probs_and_entropies():
-    assert called_in("_compute_loss").count("            model,\n") == 1  # a callable stands in its place
-    asked = called_in("_get_per_token_logps_and_entropies")
-    assert "outputs = model(**model_inputs, labels=labels, fused_lm_head=True)" in asked
-    assert "outputs.log_probs[:, -logits_to_keep:]" in asked and "outputs.entropy[:, -logits_to_keep:]" in asked
-
-
 def called_in(method):
     """The source of a method: whether a seam is still called from where its override expects to be called."""
     return inspect.getsource(getattr(trl.GRPOTrainer, method))
@@ -73,18 +65,19 @@ def called_in(method):
     [
         ("_prepare_inputs", "_generate_and_score_completions"),
         ("_prepare_inputs", "_buffered_inputs"),
-        ("compute_loss", "_compute_loss"),
         ("_generate", "_generate_single_turn"),
-        ("_compute_loss", "_get_per_token_logps_and_entropies"),
     ],
 )
 def test_a_seam_is_called_where_its_override_expects_it(caller, callee):
     assert f"self.{callee}" in called_in(caller)
 
 
-@pytest.mark.parametrize("key", ["advantages", "old_per_token_logps", "completion_mask", "prompt_mask"])
-def test_the_loss_reads_what_is_put_into_the_batch(key):
-    assert f'"{key}"' in called_in("_compute_loss")
+@pytest.mark.parametrize("name", ["entropy_coef", "_last_world_entropy"])
+def test_the_entropy_controller_is_saved_and_restored_by_trl(name):
+    assert f"self.{name}" in called_in("_save_checkpoint") and f"self.{name} =" in called_in(
+        "_load_optimizer_and_scheduler"
+    )
+    assert f"self.{name} =" in called_in("__init__") and "self._entropy_window_stats = None" in called_in("__init__")
 
 
 def test_without_kl_no_reference_is_made_and_what_makes_one_stands_after_the_policy():

@@ -1,14 +1,11 @@
-"""The loss of a micro-batch: one packed forward, then TRL's loss or one of rlseq's objectives, and what is added."""
+"""The loss of a micro-batch: one packed forward, then policy gradient or another objective, and what is added."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import FusedCausalLMOutput
 
 from rlseq.losses import kl_estimate
 from rlseq.training.forward import Ids, Scores
@@ -18,10 +15,10 @@ from rlseq.training.objectives import (
     reference_exact_loss,
     reference_loss,
 )
-from rlseq.training.trl.batches import BatchMixin
+from rlseq.training.trl.policy_gradient import PolicyGradientMixin
 
 
-class LossMixin(BatchMixin):
+class LossMixin(PolicyGradientMixin):
     """Turns a micro-batch, as `make_batch` laid it out, into a loss."""
 
     _sums: dict[str, Tensor]  # Σ and count of what is logged, of the optimizer step under way
@@ -32,11 +29,13 @@ class LossMixin(BatchMixin):
     def micro_batch_loss(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """The loss of a micro-batch, by one call of the model; divided by those that make up an optimizer step."""
         references = self._references_of_rows(inputs) if self.args.uses_references else []
-        if self.aux_loss_enabled:  # the router's, which the packed forward does not ask for
-            return self._compute_loss(model, inputs)
-        scores = self.token_scores(model, inputs, references, values=self.asks_values)
+        scores = self.token_scores(
+            model, inputs, references, values=self.asks_values, router_loss=self.aux_loss_enabled
+        )
         if self.args.objective == "policy_gradient":
-            loss = self._policy_gradient(scores, inputs)
+            loss = self.policy_gradient(scores, inputs)
+            if self.kl_loss_coef and self.args.kl_estimator is not None:
+                loss = loss + self._kl_loss(scores, inputs)
         else:
             loss = self._own_objective(scores, inputs, references) / self._accumulation
         return loss + self.additional_loss(scores, inputs, references)
@@ -44,7 +43,10 @@ class LossMixin(BatchMixin):
     def additional_loss(
         self, scores: Scores, inputs: Mapping[str, Tensor], references: Sequence[Sequence[Ids]]
     ) -> Tensor | float:
-        """What is added to the objective, from the same forward: teacher forcing on the references."""
+        """What is added to the objective, from the same forward: a router's loss, or that of the references."""
+        if scores.router_loss is not None:
+            self._log_mean("aux_loss", scores.router_loss)
+            return self.router_aux_loss_coef * scores.router_loss / self._accumulation
         if not self.args.reference_loss_coef:
             return 0.0
         # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
@@ -54,31 +56,6 @@ class LossMixin(BatchMixin):
         with_references = [bool(found) for found in references]
         self._log_sums("reference_nll", total, torch.tensor(sum(with_references), device=total.device))
         return self.args.reference_loss_coef * total / len(inputs["prompt_index"]) / self._accumulation
-
-    @property
-    def kl_loss_coef(self) -> float:
-        """What multiplies the KL to the start in the loss."""
-        return self.beta
-
-    def _policy_gradient(self, scores: Scores, inputs: Mapping[str, Tensor]) -> Tensor:
-        """TRL's losses; the KL to the start is TRL's, or that of the estimator named, added to them."""
-
-        def scored(**_: Any) -> FusedCausalLMOutput:  # in place of the model, which has answered already
-            return FusedCausalLMOutput(loss=None, log_probs=scores.logprobs, entropy=scores.entropies)
-
-        own_kl = self.args.kl_estimator is not None and self.kl_loss_coef != 0
-        with self._beta(0.0 if own_kl else self.kl_loss_coef):
-            loss = self._compute_loss(scored, inputs)
-        return loss + self._kl_loss(scores, inputs) if own_kl else loss
-
-    @contextmanager
-    def _beta(self, beta: float) -> Iterator[None]:
-        """TRL's loss takes the coefficient from here, as the batch's reference log-probs and the controller do."""
-        kept, self.beta = self.beta, beta
-        try:
-            yield
-        finally:
-            self.beta = kept
 
     def _kl_loss(self, scores: Scores, inputs: Mapping[str, Tensor]) -> Tensor:
         """β times the estimated KL to the start: its mean over the tokens of the whole step."""
@@ -135,21 +112,11 @@ class LossMixin(BatchMixin):
         known = {i: self._references_of(self.prompts[i]) for i in dict.fromkeys(rows)}
         return [known[i] for i in rows]
 
-    @property
-    def _accumulation(self) -> int:
-        return self.current_gradient_accumulation_steps if self.model.training else 1
-
     def _step_mean(self, x_BT: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """This micro-batch's part of the mean over all counted tokens of the optimizer step, on all ranks."""
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes  # of the whole batch
-        if self.model.training:
-            tokens = tokens * self._accumulation / self.args.steps_per_generation
-        return torch.where(mask, x_BT, 0.0).sum() / tokens
+        return torch.where(mask, x_BT, 0.0).sum() / self._step_tokens(inputs)
 
     # -- logs ----------------------------------------------------------------------------------------------------
-
-    def _log_mean(self, name: str, value: Tensor) -> None:
-        self._metrics[self._mode][name].append(self.accelerator.gather(value.detach()).mean().item())
 
     def _log_masked_mean(self, name: str, x_BT: Tensor, mask: Tensor) -> None:
         """The mean over the counted tokens of an optimizer step: of all its micro-batches, on all ranks."""
