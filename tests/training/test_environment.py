@@ -177,15 +177,15 @@ def test_what_the_environment_says_is_never_trained(tmp_path, monkeypatch):
         trainer.processing_class.decode(ids[kept]) for ids, kept in zip(batch["completion_ids"], mask, strict=True)
     )
     assert trained == sorted([call(2) + ANSWER, call(4) + call(1) + ANSWER] * 2)
-    found, scores = [], trainer._get_per_token_logps_and_entropies
+    found, score = [], trainer.token_scores
 
-    def remember_logps(*args, **options):
-        logps, *others = scores(*args, **options)
-        found.append(logps)
-        logps.retain_grad()
-        return logps, *others
+    def remember_logprobs(*args, **options):
+        scores = score(*args, **options)
+        found.append(scores.logprobs)
+        scores.logprobs.retain_grad()
+        return scores
 
-    trainer._get_per_token_logps_and_entropies = remember_logps
+    trainer.token_scores = remember_logprobs
     trainer.model.train()
     compute(trainer.model, batch).backward()
     assert torch.equal(found[0].grad != 0, mask)

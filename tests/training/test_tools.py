@@ -130,15 +130,15 @@ def test_rollouts_with_calls_are_not_learnt_as_if_without_them(trained):
 
 def test_the_log_probs_of_the_tools_words_have_no_gradient(trained):
     trainer, (batch,), _ = trained
-    found, compute = [], trainer._get_per_token_logps_and_entropies
+    found, compute = [], trainer.token_scores
 
     def remember(*args, **options):
-        logps, *others = compute(*args, **options)
-        found.append(logps)
-        logps.retain_grad()
-        return logps, *others
+        scores = compute(*args, **options)
+        found.append(scores.logprobs)
+        scores.logprobs.retain_grad()
+        return scores
 
-    trainer._get_per_token_logps_and_entropies = remember
+    trainer.token_scores = remember
     trainer.model.train()
     trainer.micro_batch_loss(trainer.model, batch).backward()
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
