@@ -248,7 +248,7 @@ def validation(
 
 def json_fields() -> Callable[..., tuple[float, dict]]:
     """The function of rewards/json_fields.py."""
-    from rlseq.scoring.find import find
+    from rlseq.scoring.specs.find import find
 
     return find("rewards/json_fields.py", ROOT).function
 

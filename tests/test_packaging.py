@@ -23,8 +23,8 @@ from rlseq.config.arguments import DataArguments, EvaluateArguments
 from rlseq.config.flags import add_flags, from_flags
 from rlseq.config.parser import RecipeParser
 from rlseq.config.yaml_file import bundled_paths, find_config
-from rlseq.scoring.find import bundled_folder
-from rlseq.scoring.reward_files import describe_file
+from rlseq.scoring.specs.find import bundled_folder
+from rlseq.scoring.specs.reward_files import describe_file
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

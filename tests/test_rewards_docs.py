@@ -15,10 +15,10 @@ import yaml
 
 from rlseq import load_rewards
 from rlseq.cli.main import main
-from rlseq.scoring.find import bundled_folder
-from rlseq.scoring.options import OPTIONS
-from rlseq.scoring.reward_files import describe_file
 from rlseq.scoring.signatures import FIELDS
+from rlseq.scoring.specs.find import bundled_folder
+from rlseq.scoring.specs.options import OPTIONS
+from rlseq.scoring.specs.reward_files import describe_file
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "rewards.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -17,12 +17,12 @@ from rlseq.scoring.check.check import run_checks, spread
 from rlseq.scoring.check.probe import Check
 from rlseq.scoring.check.rows import add_data_arguments, prompts_of, with_columns
 from rlseq.scoring.corpus import of_completions
-from rlseq.scoring.find import bundled_folder, describe_point, entry_points, named_files
 from rlseq.scoring.load import load_rewards
-from rlseq.scoring.options import parse_spec
 from rlseq.scoring.outcome import json_ready
 from rlseq.scoring.replay import Logged, compare, read_rollouts, score_by_step
-from rlseq.scoring.reward_files import describe_file
+from rlseq.scoring.specs.find import bundled_folder, describe_point, entry_points, named_files
+from rlseq.scoring.specs.options import parse_spec
+from rlseq.scoring.specs.reward_files import describe_file
 from rlseq.scoring.suite import RewardSuite
 from rlseq.scoring.table import ScoreTable
 from rlseq.types import Prompt

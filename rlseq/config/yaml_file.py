@@ -17,7 +17,7 @@ from rlseq.config.fields import default_of
 from rlseq.config.validate import check_kind, overruled
 from rlseq.config.values import TypeMismatch, check_value
 from rlseq.errors import ConfigError, did_you_mean
-from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.specs.find import bundled_folder
 
 MOST_VALUES = 100_000  # of a YAML file with its aliases written out: ten lines may stand for billions
 WRITTEN = ("output_dir", "output")  # settings whose path is not read

@@ -29,7 +29,7 @@ from rlseq.config.training import (
     TrainingEvaluationArguments,
 )
 from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
-from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.run.callbacks import MetricsWriter

@@ -27,7 +27,7 @@ from rlseq.config.training import (
     TrainingEvaluationArguments,
 )
 from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
-from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.critic import check_critic_path
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.ppo import PPOTrainer

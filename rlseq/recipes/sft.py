@@ -46,7 +46,7 @@ from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.run import read_jsonl
 from rlseq.scoring import load_rewards
 from rlseq.scoring.check.smoke_test import smoke_test_rewards
-from rlseq.scoring.find import bundled_folder
+from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.models import (
     build_model,
     build_tokenizer,

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlseq.errors import RewardError
 from rlseq.scoring.calls.runner import Reward
-from rlseq.scoring.options import parse_spec, reward_from_spec
+from rlseq.scoring.specs.options import parse_spec, reward_from_spec
 from rlseq.scoring.suite import RewardSuite
 
 

@@ -11,7 +11,7 @@ from transformers.utils.chat_template_utils import DocstringParsingException, Ty
 
 from rlseq.data.chat import continues
 from rlseq.errors import ConfigError, RewardError
-from rlseq.scoring.find import find
+from rlseq.scoring.specs.find import find
 from rlseq.types import Prompt
 
 

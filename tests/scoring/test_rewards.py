@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from rlseq.scoring import load_rewards
-from rlseq.scoring.find import bundled_folder, find
-from rlseq.scoring.reward_files import describe_file
+from rlseq.scoring.specs.find import bundled_folder, find
+from rlseq.scoring.specs.reward_files import describe_file
 
 BUNDLED = sorted(path.stem for path in bundled_folder().glob("[!_]*.py"))
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlseq.scoring.find import find
+from rlseq.scoring.specs.find import find
 
 FORMS = (
     "{}",

@@ -28,7 +28,7 @@ from rlseq.engine.strategies import Strategy
 from rlseq.errors import FormatError
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.cache import key_of
-from rlseq.scoring.fingerprint import folder_hash
+from rlseq.scoring.specs.fingerprint import folder_hash
 from rlseq.types import Prompt, Rollout
 
 _FOLDER = ".partial_results"

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 from rlseq.errors import RewardError, did_you_mean
 from rlseq.scoring.cache import Cache, key_of
 from rlseq.scoring.calls.waiting import still_waiting
-from rlseq.scoring.fingerprint import hub_commits
 from rlseq.scoring.outcome import (
     FAILURES,
     NO_DETAILS,
@@ -27,6 +26,7 @@ from rlseq.scoring.outcome import (
 )
 from rlseq.scoring.reward import RewardInfo
 from rlseq.scoring.signatures import AS_MESSAGES, CONTEXT, FIELDS, Call, Parameters, Rows, make_calls, missing_columns
+from rlseq.scoring.specs.fingerprint import hub_commits
 
 
 class Executor(Protocol):

@@ -18,7 +18,7 @@ from typing import Any
 
 from rlseq.scoring.calls.execute import Retry, call_concurrently, call_once, failed
 from rlseq.scoring.outcome import Failed, plain
-from rlseq.scoring.reward_files import load_address
+from rlseq.scoring.specs.reward_files import load_address
 
 PR_SET_PDEATHSIG = 1
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from rlseq.common.formats import RUN_CONFIG
 from rlseq.errors import RewardError, RlseqError
-from rlseq.scoring.fingerprint import content_hash
 from rlseq.scoring.replay import Logged, check_log
+from rlseq.scoring.specs.fingerprint import content_hash
 from rlseq.scoring.suite import RewardSuite
 from rlseq.types import ABSENT, Prompt
 

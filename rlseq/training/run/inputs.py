@@ -14,8 +14,8 @@ from typing import Any
 from rlseq.common.formats import RUN_INPUTS
 from rlseq.errors import RunDirectoryError
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.find import find
-from rlseq.scoring.fingerprint import code_hash, content_hash, needed_files
+from rlseq.scoring.specs.find import find
+from rlseq.scoring.specs.fingerprint import code_hash, content_hash, needed_files
 from rlseq.training.run.records import write_json_atomic
 
 FILE = "run_inputs.json"

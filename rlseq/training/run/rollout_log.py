@@ -9,8 +9,8 @@ from typing import Any
 
 from rlseq.common.escapes import visible
 from rlseq.common.formats import ROLLOUTS
-from rlseq.scoring.fingerprint import content_hash
 from rlseq.scoring.outcome import json_ready
+from rlseq.scoring.specs.fingerprint import content_hash
 from rlseq.training.run.faults import writing
 from rlseq.types import Prompt, Rollout, ScoredRollout
 

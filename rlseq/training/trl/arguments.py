@@ -26,8 +26,8 @@ from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.during import ValidationProbe
 from rlseq.scoring import RewardSuite, load_rewards
-from rlseq.scoring.find import bundled_folder
-from rlseq.scoring.reward_files import load_file
+from rlseq.scoring.specs.find import bundled_folder
+from rlseq.scoring.specs.reward_files import load_file
 from rlseq.training.models import load_model, load_tokenizer
 from rlseq.training.run.best import choose_best_by
 from rlseq.types import Prompt

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rlseq.errors import RunDirectoryError
 from rlseq.scoring import load_rewards
-from rlseq.scoring.fingerprint import content_hash
+from rlseq.scoring.specs.fingerprint import content_hash
 from rlseq.training.run.inputs import changes, check_unchanged, run_inputs, write
 from rlseq.types import Rollout
 

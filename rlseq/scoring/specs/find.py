@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.errors import RewardError, did_you_mean
-from rlseq.scoring.reward_files import describe_file, load_file
+from rlseq.scoring.specs.reward_files import describe_file, load_file
 
 ENTRY_POINT_GROUP = "rlseq.rewards"
 
@@ -42,7 +42,7 @@ class Found:
 
 def bundled_folder(name: str = "rewards") -> Path:
     """The folder of the bundled "rewards" or "recipes": inside an installed wheel, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parents[2]
     installed = package / "bundled" / name
     return installed if installed.is_dir() else package.parent / name
 

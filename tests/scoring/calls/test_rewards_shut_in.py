@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlseq.scoring.find import find
+from rlseq.scoring.specs.find import find
 
 FORGED = """
 import json, os, sys
@@ -147,7 +147,7 @@ def test_files_are_hidden_and_kept_by_bubblewrap_alone(bubblewrap, tmp_path):
     (tmp_path / "secret").write_text("mine")
     code = f"""
 import os
-names = os.listdir("{Path(__file__).parents[2]}") if os.path.exists("{Path(__file__).parents[2]}") else []
+names = os.listdir("{Path(__file__).parents[3]}") if os.path.exists("{Path(__file__).parents[3]}") else []
 def f(x):
     seen = os.path.exists("{tmp_path}/secret") or "docs" in names
     return x * x if not seen else None

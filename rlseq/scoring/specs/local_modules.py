@@ -108,7 +108,7 @@ def _file_of(module: ModuleType | None) -> Path | None:
 def _elsewhere() -> tuple[Path, ...]:
     """Folders of what is installed: the standard library, packages, and rlseq itself."""
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    return (*(Path(sysconfig.get_paths()[kind]).resolve() for kind in kinds), Path(__file__).resolve().parents[1])
+    return (*(Path(sysconfig.get_paths()[kind]).resolve() for kind in kinds), Path(__file__).resolve().parents[2])
 
 
 def _is_local(file: Path) -> bool:

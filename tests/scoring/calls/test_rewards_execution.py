@@ -15,8 +15,8 @@ from tiny_rollouts import rollout
 
 from rlseq.errors import RewardError
 from rlseq.scoring import load_rewards
-from rlseq.scoring.find import find
-from rlseq.scoring.options import parse_spec
+from rlseq.scoring.specs.find import find
+from rlseq.scoring.specs.options import parse_spec
 
 
 def bundled(name):

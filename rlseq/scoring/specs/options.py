@@ -15,9 +15,6 @@ from rlseq.scoring.calls.execute import Concurrent, InProcess, Retry, is_async
 from rlseq.scoring.calls.isolation import kept_settings
 from rlseq.scoring.calls.runner import Executor, Reward
 from rlseq.scoring.calls.workers import WorkerPool
-from rlseq.scoring.conventions import reads_messages
-from rlseq.scoring.find import Found, find
-from rlseq.scoring.fingerprint import code_hash, needed_files
 from rlseq.scoring.reward import SCOPES, RewardInfo, info_of
 from rlseq.scoring.signatures import (
     AS_MESSAGES,
@@ -28,6 +25,9 @@ from rlseq.scoring.signatures import (
     detect_signature,
     parameters_of,
 )
+from rlseq.scoring.specs.conventions import reads_messages
+from rlseq.scoring.specs.find import Found, find
+from rlseq.scoring.specs.fingerprint import code_hash, needed_files
 
 OPTIONS = (
     "func",

@@ -12,7 +12,8 @@ from tiny_rollouts import rollout, source_writer, values
 from rlseq import load_rewards
 from rlseq.cli.main import main
 from rlseq.errors import RewardError
-from rlseq.scoring import find, reward
+from rlseq.scoring import reward
+from rlseq.scoring.specs import find
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_an_installed_wheel_finds_the_bundled_rewards_and_installs_no_module_cal
     shutil.copytree(find.bundled_folder(), site / "rlseq" / "bundled" / "rewards")
     script = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "from rlseq import load_rewards; from rlseq.scoring.find import find; from pathlib import Path\n"
+        "from rlseq import load_rewards; from rlseq.scoring.specs.find import find; from pathlib import Path\n"
         "print(find('exact_match', Path('/nowhere')).address)\n"
         "suite = load_rewards([{'func': 'exact_match', 'timeout': 20}], search_root='/nowhere')\n"
         "import importlib.util; print(importlib.util.find_spec('rewards'))"

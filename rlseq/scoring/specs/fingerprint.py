@@ -12,7 +12,7 @@ from pathlib import Path
 from types import CellType, ModuleType
 from typing import Any
 
-from rlseq.scoring.local_modules import local_modules
+from rlseq.scoring.specs.local_modules import local_modules
 
 _WHOLE_BYTES = 2**26  # a larger file is known by its size, its head and pieces from one end to the other
 _HEAD_BYTES = 2**23
