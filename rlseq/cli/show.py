@@ -10,7 +10,10 @@ from typing import Any
 
 from rlseq.common.escapes import visible
 from rlseq.common.formats import ROLLOUTS
+from rlseq.common.tables import render_table, table_width
 from rlseq.errors import ConfigError, RunDirectoryError
+
+COMPLETION_AND_TOTALS = 60  # columns: 22 of text, then reward, advantage, log-prob and tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,13 +124,14 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
         for reference in first.get("references") or ():
             console.print(Text(f"reference  {visible(str(reference))}", style="dim"))
         names = list(dict.fromkeys(name for rollout in group for name in rollout.get("values") or ()))
+        numbers = [[str(r["sample"]), *(_reward(r, name) for name in names)] for r in group]
+        beside = table_width(numbers, ["#", *map(visible, names)]) <= console.width - COMPLETION_AND_TOTALS
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
         table.add_column("#", justify="right")
-        table.add_column("completion", ratio=1, overflow="fold", min_width=16)
-        for name in [*names, "reward", "advantage", "log-prob", "tokens"]:
-            table.add_column(Text(visible(name)), justify="right", overflow="fold")
-        for rollout in group:
-            values, status = rollout.get("values") or {}, rollout.get("status") or {}
+        table.add_column("completion", ratio=1, overflow="fold")
+        for name in [*(names if beside else ()), "reward", "advantage", "log-prob", "tokens"]:
+            table.add_column(Text(visible(name)), justify="right", no_wrap=True)
+        for rollout, (_, *rewards) in zip(group, numbers, strict=True):
             completion = Text(
                 visible(rollout["completion"] or "") or "(empty)", style="" if rollout["completion"] else "dim"
             )
@@ -137,19 +141,23 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
             table.add_row(
                 str(rollout["sample"]),
                 completion,
-                *(_reward(values.get(name), status.get(name)) for name in names),
+                *(rewards if beside else ()),
                 _number(rollout.get("total")),
                 Text(_number(advantage, signed=True), style=_color(advantage)),
                 _number(rollout.get("logprob"), decimals=2),
                 str(rollout.get("length", "")),
             )
         console.print(table)
+        if not beside:
+            console.print()
+            console.print(render_table(numbers, ["#", *names], right=range(len(names) + 1)), markup=False)
     if len(groups) > len(shown):
         console.print(f"\n{len(groups) - len(shown):,} more prompts: --limit 0 shows all", style="dim")
 
 
-def _reward(value: float | None, status: str | None) -> str:
-    return _number(value) if value is not None else (status or "none")
+def _reward(rollout: Mapping[str, Any], name: str) -> str:
+    value = (rollout.get("values") or {}).get(name)
+    return _number(value) if value is not None else (rollout.get("status") or {}).get(name) or "none"
 
 
 def _number(value: float | None, *, decimals: int = 3, signed: bool = False) -> str:

@@ -43,8 +43,8 @@ def run_directory(tmp_path):
     return tmp_path
 
 
-def show(capsys, monkeypatch, *argv):
-    monkeypatch.setenv("COLUMNS", "160")
+def show(capsys, monkeypatch, *argv, columns=160):
+    monkeypatch.setenv("COLUMNS", str(columns))
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     run(parser.parse_args([str(a) for a in argv]))
@@ -63,6 +63,19 @@ def test_each_completion_shows_its_rewards_total_advantage_and_log_prob(run_dire
     line = next(line for line in out.splitlines() if "dog 2.0" in line)
     assert line.split() == ["0", "dog", "2.0", "0.250", "abstained", "0.250", "-0.500", "-1.25", "4"]
     assert "reference  K AE T" in out
+
+
+def test_rewards_without_room_beside_the_completion_stand_below_it(run_directory, capsys, monkeypatch):
+    values = {"phoneme_accuracy": 0.25, "length_target": 1.0, "brevity": None}
+    row = rollout(4, "dog", 0, completion="the quick brown fox", values=values)
+    (run_directory / "rollouts" / "000003.jsonl").write_text(json.dumps(row) + "\n")
+    lines = show(capsys, monkeypatch, run_directory, columns=80).splitlines()
+    assert [line.split() for line in lines if line[:1] in "#0" and line] == [
+        ["#", "completion", "reward", "advantage", "log-prob", "tokens"],
+        ["0", "the", "quick", "brown", "fox", "0.250", "-0.500", "-1.25", "4"],
+        ["#", "phoneme_accuracy", "length_target", "brevity"],
+        ["0", "0.250", "1.000", "abstained"],
+    ]
 
 
 def test_prompt_filters_by_the_text_it_contains(run_directory, capsys, monkeypatch):

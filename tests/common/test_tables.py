@@ -34,5 +34,27 @@ def test_wide_text_is_wrapped_within_its_column_and_none_is_lost():
     assert joined == words.replace(" ", "") + "x" * 100
 
 
+def test_numbers_stay_whole_and_columns_without_room_follow_below():
+    header = ("reward", "weight", "exact_match", "mean log-prob", "n", "abstained")
+    row = ("phoneme_accuracy", "1", "0.5992", "-0.25", "307,200", "0")
+    assert render_table([row], header, right=range(1, 6)).splitlines() == [
+        "                          exact_      mean",
+        "reward            weight   match  log-prob        n",
+        "───────────────────────────────────────────────────",
+        "phoneme_accuracy       1  0.5992     -0.25  307,200",
+        "",
+        "reward            abstained",
+        "───────────────────────────",
+        "phoneme_accuracy          0",
+    ]
+
+
+def test_a_name_wider_than_half_the_terminal_is_wrapped_and_hides_no_number():
+    lines = render_table([("a" * 70, "307,200", "0.5992")], ("reward", "n", "mean"), right=[1, 2]).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert sum(line.count("a") for line in lines[2:]) == 70
+    assert [word for line in lines[2:] for word in line.replace("a", "").split()] == ["307,200", "0.5992"]
+
+
 def test_markup_and_control_characters_are_shown_as_they_are():
     assert "[red]a[/red] \\u001b[2J" in render_table([("[red]a[/red] \x1b[2J", "")])

@@ -510,6 +510,17 @@ def test_summary_in_the_terminal_names_models_values_and_the_finding(results, ca
     assert "32.0%" in out and "base" in out and "Better: WER under greedy is 30.0% for rl" in out
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_summary_cuts_no_number_in_a_narrow_terminal(results, capsys, monkeypatch, columns):
+    def numbers(width):
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_summary(results)
+        lines = capsys.readouterr().out.splitlines()
+        return sorted(word for line in lines if line.startswith(("base ", "rl ")) for word in line.split()[2:])
+
+    assert numbers(columns) == numbers(200) and len(numbers(200)) == 4 * 4
+
+
 def test_names_in_the_summary_are_neither_markup_nor_acts_on_the_terminal(results, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     name = "[bold]r\u202el\x1b[2J"

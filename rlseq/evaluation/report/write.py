@@ -6,7 +6,6 @@ primary comparison, then what it cost in likelihood.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from rlseq.common.escapes import visible
+from rlseq.common.tables import render_table, terminal_width
 from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS
 from rlseq.evaluation.report import plots, tables
 from rlseq.evaluation.report.headline import make_headline
@@ -74,20 +74,16 @@ def write_report(
 def print_summary(results: Results) -> None:
     """Print a short table of the results to the terminal: one line per model and strategy."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    def text(words: str, style: str = "") -> Text:
-        return Text(visible(words), style=style)
+    console = Console(width=terminal_width())
 
-    console = Console(width=None if sys.stdout.isatty() else 120)  # a log file has no width of its own
-    table = Table(title=f"{results['rows']:,} rows, 95% intervals in report.html", title_justify="left")
+    def say(words: str, style: str = "") -> None:
+        console.print(Text(visible(words), style=style), highlight=False)
+
     quality = [tables.metric(results, name) for name in tables.quality_metrics(results)]
     quality = [info for info in quality if _says_something(results, info)]
-    for name, words in (("model", results["models"]), ("decoding", tables.strategies(results))):
-        table.add_column(name, overflow="fold", no_wrap=max(map(len, words)) <= 24)
-    for info in quality:
-        table.add_column(text(info.label), justify="right")
+    rows: list[list[str]] = []
     partial: list[str] = []
     for strategy in tables.strategies(results):
         for model in results["models"]:
@@ -97,27 +93,24 @@ def print_summary(results: Results) -> None:
                 for info, found in zip(quality, cells, strict=True)
                 if found and (said := tables.of_completions(found))
             ]
-            table.add_row(
-                text(model),
-                text(tables.labelled(results, strategy)),
-                *(
-                    i.value(c["value"]) + "*" * bool(tables.of_completions(c)) if c else "n/a"
-                    for i, c in zip(quality, cells, strict=True)
-                ),
+            values = (
+                info.value(found["value"]) + "*" * bool(tables.of_completions(found)) if found else tables.NOTHING
+                for info, found in zip(quality, cells, strict=True)
             )
-        table.add_section()
-    console.print(table)
+            rows.append([model, tables.labelled(results, strategy), *values])
+    header = ("model", "decoding", *(info.label for info in quality))
+    say(f"{results['rows']:,} rows, 95% intervals in report.html", "italic")
+    print(render_table(rows, header, right=range(2, len(header)), keys=2) + "\n")
     for line in partial:
-        console.print(text(line), highlight=False)
+        say(line)
     names = tables.likelihood_metrics(results)
     for model in results["models"]:
         parts = [(tables.metric(results, n), tables.cell(results, model, None, n)) for n in names]
         line = ", ".join(f"{info.label} {info.value(c['value'])}" for info, c in parts if c)
-        console.print(text(f"{model}: {line or 'likelihood skipped: no references'}"), highlight=False)
+        say(f"{model}: {line or 'likelihood skipped: no references'}")
     headline = make_headline(results)
-    console.print(text(headline.finding, "bold"), highlight=False)
-    certainty = " ".join(filter(None, [headline.certainty, headline.cost, headline.source]))
-    console.print(text(certainty), highlight=False)
+    say(headline.finding, "bold")
+    say(" ".join(filter(None, [headline.certainty, headline.cost, headline.source])))
 
 
 def _says_something(results: Results, info: Any) -> bool:
