@@ -95,7 +95,7 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
     libc.capset(header, bytes(24))
 
 
-def _refuse_calls(libc: ctypes.CDLL) -> None:
+def _filter_system_calls(libc: ctypes.CDLL) -> None:
     """A seccomp filter: no process is started, signalled or looked into, and no network is reached.
 
     It holds for what C libraries do as well, for root, and cannot be taken off.
@@ -131,7 +131,7 @@ def _shut_in() -> None:
     )  # a reward with a timeout may be killed while it waits for this process
     _enter_user_namespace(libc)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _refuse_calls(libc)
+    _filter_system_calls(libc)
 
 
 def _hidden_input() -> int:

@@ -1,4 +1,4 @@
-"""The share of the fields of a JSON object that a completion gets right."""
+"""The share of correct fields in the JSON object of a completion."""
 
 import json
 from typing import Any
@@ -22,15 +22,23 @@ _DECODER = json.JSONDecoder(object_pairs_hook=lambda pairs: _Pairs(pairs))
 def json_fields(
     completion: str, record: dict[str, Any], surrounded: float = 0.5, named: float = 0.0
 ) -> tuple[float, dict]:
-    """Fields that are right / fields in the completion's object or in `record`; 1 only for that object alone.
+    """Return the number of correct fields over the number of distinct fields in the completion's object and `record`.
 
-    A field is a path of keys to a value that is no object; it is right if the other object has the same path with the
-    same value (a whole number equals the same number written 35.0; text and true never equal a number). A key that is
-    missing, invented or given twice lowers the value. A field with the right path and another value earns `named`:
-    with more than 0, keys are learned before values, nested ones too. If text stands around the object, the first
-    object in the text counts, and the value is multiplied by `surrounded`. Without an object the value is 0.
+    The value is 1 only if the completion is exactly that object and nothing else. It is 0 if there is no JSON object.
 
-    Details: `exact` (1 if the value is 1), `objects` (1), `right` and `fields`, the two counts of the ratio.
+    A field is a path of keys to a value that is not an object. It is correct if `record` has the same value at the
+    same path. 35 equals 35.0; strings and booleans never equal a number. Missing, additional and duplicate keys lower
+    the value.
+
+    Args:
+        completion: its first JSON object is read.
+        record: the object that is expected.
+        surrounded: factor on the value if there is text before or after the object.
+        named: credit for a field with the correct path and another value. Above 0, keys are learned before values.
+
+    Returns:
+        (value, details). The details are `exact` (1 if the value is 1), `objects` (1), `right` (correct fields) and
+        `fields` (distinct fields).
     """
     found, alone = _first_object(completion)
     if found is None:

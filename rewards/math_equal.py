@@ -1,4 +1,4 @@
-"""Whether the final answer of a completion equals a reference mathematically, by math-verify."""
+"""Mathematical equality of a completion's final answer and a reference, by math-verify."""
 
 import math
 import re
@@ -52,17 +52,25 @@ _WRAPPED = (
 
 @reward(range=(0, 1), extra="math")
 def math_equal(completion: str, references: list[str] | str) -> tuple[float | None, dict]:
-    r"""1 if the final answer equals a reference's as mathematics (1/2, 0.5 and \frac{1}{2} are equal), else
-    0.
+    r"""Return 1 if the final answer is mathematically equal to a reference (as 1/2, 0.5 and \frac{1}{2} are), else 0.
 
-    The final answer is the first line after the last `####` if that mark is there, else the last `\boxed{...}`,
-    else what follows the last "answer is" or "answer:", else the whole of a text that is a formula, else what
-    math-verify finds; where there are `<answer>` tags, in the last of them. Dollars around it, markdown, a code block
-    and units behind a number do not count. References are read in the same way, as LaTeX with dollars or without. A
-    reference that cannot be read makes the reward abstain. A number of more than 60,000 digits equals only what is
-    written like it, and so does a sum, product, integral or limit that is long to work out; other long expressions,
-    as (x+1)^10000, are compared by their values at two points. In the main thread reading and comparing take 2 seconds
-    each at most, and the answer is wrong then. Details: the answer as read.
+    The final answer is the first of these that exists, within the last `<answer>` tags if there are any:
+
+    1. the first line after the last `####`;
+    2. the last `\boxed{...}`;
+    3. what follows the last "answer is" or "answer:";
+    4. the whole text, if it is a formula;
+    5. what math-verify finds.
+
+    Dollar signs, markdown, code fences and units after a number are ignored. References are read in the same way, with
+    or without dollar signs. The reward abstains if no reference can be parsed.
+
+    Numbers of more than 60,000 digits are compared as text, and so are sums, products, integrals and limits that take
+    long to evaluate. Other long expressions, such as (x+1)^10000, are compared by their values at two points. In the
+    main thread parsing and comparing are limited to 2 seconds each; an answer that takes longer is wrong.
+
+    Returns:
+        (value, details). The value is None if the reward abstains. `answer` of the details is the answer as parsed.
     """
     targets = [target for target in map(_read_reference, as_list(references)) if target]
     if not targets:

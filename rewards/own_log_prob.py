@@ -1,4 +1,4 @@
-"""The model's own confidence as its reward: a control without any outside information."""
+"""The sequence log-prob of the output as reward: a control that uses no information but the model."""
 
 import math
 
@@ -7,9 +7,14 @@ from rlseq.scoring import reward
 
 @reward(range=(-math.inf, 0))
 def own_log_prob(completion_ids: list[int], logprobs: list[float], per_token: bool = True) -> float:
-    """Log-prob (nats) of the completion under the distribution it was drawn from, by default per token.
+    """Return the log-prob (nats) of the completion under the distribution that it was sampled from.
 
-    A gain that this reward brings, too, is sharpening of what the model believed already.
+    A gain that this reward gives as well is sharpening: it needs no information beyond the model.
+
+    Args:
+        completion_ids: the tokens of the completion.
+        logprobs: their log-probs.
+        per_token: the mean over tokens instead of the sum.
     """
     if len(logprobs) != len(completion_ids):  # vLLM and other generators may give none
         raise ValueError(f"{len(logprobs)} log-probs for {len(completion_ids)} tokens; sample by rlseq.engine.sampling")

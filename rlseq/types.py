@@ -86,7 +86,7 @@ class Rollout:
         text_with_special_tokens: the completion decoded with them.
         messages: for chat data, the messages the completion adds; None for text.
         finish_reason: "stop" (ended by a stop token) or "length" (cut at the limit).
-        strategy: the signature of the decoding strategy that produced it.
+        strategy: the spec of the decoding strategy that produced it.
     """
 
     prompt_key: str

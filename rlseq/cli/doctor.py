@@ -166,12 +166,12 @@ def _load(name_or_path: str, adapter: bool) -> tuple[Any, list[str]]:
     import torch
 
     from rlseq.config.training import ModelArguments
-    from rlseq.engine.model.load import load_reporting
+    from rlseq.engine.model.load import load_with_loading_info
     from rlseq.training.models import load_model
 
     if adapter:
         return load_model(ModelArguments(model_name_or_path=name_or_path, dtype="float32")), []
-    model, missing, _ = load_reporting(name_or_path, dtype=torch.float32)
+    model, missing, _ = load_with_loading_info(name_or_path, dtype=torch.float32)
     return model, sorted(missing)
 
 

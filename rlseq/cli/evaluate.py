@@ -47,7 +47,7 @@ def evaluate_or_join(
         raise ConfigError("--output_dir is empty; name a directory for the evaluation (is a shell variable unset?)")
     measured = [*(rewards.reward_funcs or []), *(rewards.eval_reward_funcs or [])]  # all are only measured
     if arguments.compare:
-        refuse_beside_compare(arguments, data, rewards, evaluation)
+        validate_compare_alone(arguments, data, rewards, evaluation)
         return join_finished(arguments.compare, output_dir=arguments.output_dir, reward_funcs=measured or None)
     with exit_on_sigint():
         from rlseq.evaluation.settings import ContrastSettings
@@ -63,7 +63,7 @@ def evaluate_or_join(
     )
 
 
-def refuse_beside_compare(*settings: Any) -> None:
+def validate_compare_alone(*settings: Any) -> None:
     """Raise ConfigError, beside --compare, for a setting that is not at its default and would change nothing."""
     kept = ("compare", "output_dir", "reward_funcs", "eval_reward_funcs")
     given = [
@@ -153,7 +153,7 @@ def evaluate(
     if not reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
     split, prompt_options = data.eval_split, data.prompt_options() | (template_options or {})
-    tuned = [sweep.signature for sweep in sweeps(settings)]
+    tuned = [sweep.spec for sweep in sweeps(settings)]
     if tuned and settings.tune_split == split:
         raise ConfigError(
             f"strategy {tuned[0]!r} is to be tuned on the split {split!r}, which is the one evaluated: it would "

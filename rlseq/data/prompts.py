@@ -138,7 +138,7 @@ def build_prompts(
             prompt = _as_prompt(render_prompt(row) if render_prompt else row.get(prompt_column))
             if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
                 raise DataError(f"the prompt is {shortened(prompt)}; text and chat messages cannot be mixed")
-            _refuse_images(row, prompt)
+            _validate_no_images(row, prompt)
             references = row.get(reference_column) if reference_column else []
             references = _as_texts(render_reference(row) if render_reference else references)
         except DataError as error:
@@ -192,7 +192,7 @@ def _as_prompt(prompt: Any) -> Any:
     return _in_unicode(prompt, "prompt")
 
 
-def _refuse_images(row: Mapping[str, Any], prompt: Any) -> None:
+def _validate_no_images(row: Mapping[str, Any], prompt: Any) -> None:
     """Refuse a row with an image, which would silently be left out."""
     where = next((f"column {name!r}" for name in IMAGE_COLUMNS if row.get(name)), None)
     for message in () if isinstance(prompt, str) else prompt:

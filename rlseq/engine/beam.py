@@ -84,7 +84,7 @@ def beam(
             if progress is not None:
                 progress(len(batch))
     logprobs = score(model, [p.prompt_ids for p in prompts], found)
-    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy.signature)
+    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy.spec)
 
 
 def _batches(lengths: Sequence[int], batch_rows: int, *, padded: bool) -> Iterator[list[int]]:

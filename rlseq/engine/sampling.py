@@ -85,12 +85,12 @@ def sample(
             and prompts differ; a prompt has no tokens; or the budget does not hold one row.
     """
     if not isinstance(strategy, (Greedy, Sample)):
-        raise ConfigError(f"{strategy.signature!r} is a search, not a sampler; use rlseq.engine.beam.beam")
+        raise ConfigError(f"{strategy.spec!r} is a search, not a sampler; use rlseq.engine.beam.beam")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     wanted = [list(range(num_samples))] * len(prompts) if samples is None else [list(s) for s in samples]
     if not strategy.is_stochastic and any(len(s) > 1 for s in wanted):
-        raise ConfigError(f"{strategy.signature} gives the same completion every time; num_samples must be 1")
+        raise ConfigError(f"{strategy.spec} gives the same completion every time; num_samples must be 1")
 
     if prefixes is not None and len(prefixes) != len(prompts):
         raise ConfigError(f"{len(prefixes)} prefixes were given for {len(prompts)} prompts; expected one each")
@@ -101,7 +101,7 @@ def sample(
         longest = max(len(p.prompt_ids) + len(f) for p, f in zip(prompts, forced, strict=True)) + max_new_tokens
         batch_rows = min(batch_rows, rows_within(model, max_kv_gb, longest))
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
-    signature = strategy.signature
+    spec = strategy.spec
     with torch.no_grad(), eval_mode(model):
         for batch in _batches(prompts, wanted, batch_rows):
             rows = [(index, s) for index, some in batch for s in some]
@@ -129,7 +129,7 @@ def sample(
                         text_with_special_tokens=raw,
                         chat=not isinstance(prompt.prompt, str),
                         finish_reason="stop" if row_ids and row_ids[-1] in stop_ids else "length",
-                        strategy=signature,
+                        strategy=spec,
                     )
                 )
             if progress is not None:

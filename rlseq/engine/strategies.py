@@ -30,7 +30,7 @@ class Strategy:
     is_stochastic: ClassVar[bool] = False  # whether several completions of a prompt may differ
 
     @property
-    def signature(self) -> str:
+    def spec(self) -> str:
         """The strategy with the settings that differ from its defaults, as a user would write it."""
         changed = [
             f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default
@@ -50,7 +50,7 @@ class Sweep(Strategy):
     It does not decode by itself; `rlseq.evaluation.tune_decoding` chooses a member.
 
     Attributes:
-        written: the strategy with all alternatives, its signature.
+        written: the strategy with all alternatives, its spec.
         alternatives: every combination, the settings' first numbers first.
     """
 
@@ -58,7 +58,7 @@ class Sweep(Strategy):
     alternatives: tuple[Strategy, ...]
 
     @property
-    def signature(self) -> str:
+    def spec(self) -> str:
         """As a user writes it."""
         return self.written
 

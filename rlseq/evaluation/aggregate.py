@@ -84,7 +84,7 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
 
 
 def metrics_under(metrics: Mapping[str, Metric], strategy: str) -> dict[str, Metric]:
-    """Those of the metrics that a strategy, named by its signature, has."""
+    """Those of the metrics that a strategy, named by its spec, has."""
     draws = parse_strategy(strategy).is_stochastic
     return {name: metric for name, metric in metrics.items() if draws or not metric.sampled}
 
@@ -133,7 +133,7 @@ def model_results(
         else:
             put(place, metrics[metric_name], cell | coverage(metrics[metric_name], found[name].strategies[strategy]))
     for name, statistics in found.items():
-        counts = agreement(statistics.strategies.get(Greedy().signature, []))
+        counts = agreement(statistics.strategies.get(Greedy().spec, []))
         if counts is not None:
             results[name]["greedy_and_teacher_forcing"] = counts
         for strategy, rows in statistics.strategies.items():
@@ -166,7 +166,7 @@ def measured_places(
         yield strategy, strategy, name, metric
     primary = Primary.of(settings)
     if primary and settings.primary_against:
-        yield primary.signature_against, primary.signature, primary.metric, metrics[primary.metric]
+        yield primary.spec_against, primary.spec, primary.metric, metrics[primary.metric]
 
 
 def comparisons(

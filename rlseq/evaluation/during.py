@@ -206,8 +206,8 @@ def measured_together(suite: RewardSuite, eval_suite: RewardSuite | None) -> tup
 def _decisive(suite: RewardSuite) -> dict[str, dict[str, Any]]:
     """By name, all that decides a reward's values."""
     return {
-        name: {key: value for key, value in signature.items() if key != "weight"}
-        for name, signature in suite.fingerprint().items()
+        name: {key: value for key, value in fingerprint.items() if key != "weight"}
+        for name, fingerprint in suite.fingerprint().items()
     }
 
 

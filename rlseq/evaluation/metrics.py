@@ -166,9 +166,9 @@ EXACT_MATCH = Metric(
 )
 LOGPROB = Metric(
     "logprob",
-    "Own log-prob",
+    "Sequence log-prob",
     Pair(COMPLETION("logprob"), COMPLETION("samples")),
-    "mean log-prob of a completion under its own strategy (nats)",
+    "mean log-prob of the whole completion under its strategy (nats)",
     None,
     table="shape",
 )

@@ -43,12 +43,12 @@ class Primary:
         return cls(metric, strategy, settings.primary_against)
 
     @property
-    def signature(self) -> str:
-        return parse_strategy(self.strategy).signature
+    def spec(self) -> str:
+        return parse_strategy(self.strategy).spec
 
     @property
-    def signature_against(self) -> str:
-        return parse_strategy(self.against or self.strategy).signature
+    def spec_against(self) -> str:
+        return parse_strategy(self.against or self.strategy).spec
 
     @property
     def flags(self) -> tuple[tuple[str, str | None], ...]:
@@ -70,7 +70,7 @@ def with_primary_name(settings: ContrastSettings, suite: RewardSuite) -> Contras
 
 
 def check_primary(settings: ContrastSettings, measured: Sequence[str]) -> None:
-    """Check that the primary comparison is of strategies with these signatures, and of a metric that they have.
+    """Check that the primary comparison is of strategies with these specs, and of a metric that they have.
 
     Raises:
         ConfigError: it is not.
@@ -81,7 +81,7 @@ def check_primary(settings: ContrastSettings, measured: Sequence[str]) -> None:
             raise ConfigError(f"--primary_against {settings.primary_against!r} needs --primary METRIC:STRATEGY")
         return
     for flag, text in primary.flags:
-        if text is not None and parse_strategy(text).signature not in measured:
+        if text is not None and parse_strategy(text).spec not in measured:
             raise ConfigError(
                 f"--{flag} names the strategy {text!r}, which is not among --strategies {' '.join(measured)}."
                 + did_you_mean(text, measured)
@@ -93,11 +93,11 @@ def check_primary(settings: ContrastSettings, measured: Sequence[str]) -> None:
             )
 
 
-def refuse_oracle_claims(settings: ContrastSettings, chosen_by: Mapping[str, Sequence[str]]) -> None:
+def validate_no_oracle_claim(settings: ContrastSettings, chosen_by: Mapping[str, Sequence[str]]) -> None:
     """Raise ConfigError if the primary comparison is of a strategy that knows the answers."""
     primary = Primary.of(settings)
     for flag, text in primary.flags if primary else ():
-        strategy = parse_strategy(text).signature if text else None
+        strategy = parse_strategy(text).spec if text else None
         if strategy in chosen_by:
             raise ConfigError(
                 f"--{flag} names {strategy!r}, an oracle: it chooses by a reward that reads "
@@ -110,6 +110,6 @@ def primary_comparison(settings: ContrastSettings, names: list[str]) -> dict[str
     primary = Primary.of(settings)
     if primary is None or len(names) < 2:
         return None
-    found = {"metric": primary.metric, "strategy": primary.signature, "a": names[0], "b": names[1]}
-    against = primary.signature_against
-    return found if against == primary.signature else {**found, "strategy_a": against}
+    found = {"metric": primary.metric, "strategy": primary.spec, "a": names[0], "b": names[1]}
+    against = primary.spec_against
+    return found if against == primary.spec else {**found, "strategy_a": against}

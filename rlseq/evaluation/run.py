@@ -34,7 +34,7 @@ from rlseq.evaluation.measure.partial import remove_partial_results, resume_hint
 from rlseq.evaluation.measure.references import solution_note
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
-from rlseq.evaluation.primary import check_primary, primary_comparison, refuse_oracle_claims, with_primary_name
+from rlseq.evaluation.primary import check_primary, primary_comparison, validate_no_oracle_claim, with_primary_name
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.results import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.settings import ContrastSettings
@@ -323,7 +323,7 @@ def check_settings(
             comparison of an unknown metric (the message names the nearest), of a strategy that is not among the
             strategies, or of an oracle.
     """
-    measured = [strategy.signature for strategy in settings.parsed()]
+    measured = [strategy.spec for strategy in settings.parsed()]
     if len(set(measured)) < len(measured):
         raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
     check_choosers(settings.parsed(), suite)
@@ -336,7 +336,7 @@ def check_settings(
     if rows:
         columns = {*columns_of_rows(rows), "references"}
         knowing |= oracles(settings.parsed(), suite, columns, prompt_columns(prompt_options or {}))
-    refuse_oracle_claims(settings, knowing)
+    validate_no_oracle_claim(settings, knowing)
     check_sweeps(settings, suite)
 
 

@@ -14,7 +14,7 @@ from rlseq.engine.strategies import Strategy, Sweep, parse_strategy
 
 @dataclass(frozen=True)
 class ContrastSettings:
-    """What is measured, and how; part of every result's signature. Defaults and ranges are those of the flags.
+    """What is measured, and how; part of every result's spec. Defaults and ranges are those of the flags.
 
     Attributes:
         strategies: decoding strategies as `rlseq.engine.strategies.parse_strategy` reads them.

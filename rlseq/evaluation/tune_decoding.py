@@ -48,14 +48,14 @@ def check_sweeps(settings: ContrastSettings, suite: RewardSuite) -> None:
         return
     if settings.tune_split is None:
         raise ConfigError(
-            f"strategy {found[0].signature!r} is to be tuned, and there are no rows to tune on; give one value, or "
+            f"strategy {found[0].spec!r} is to be tuned, and there are no rows to tune on; give one value, or "
             "evaluate with `rlseq evaluate` (or recipes/evaluate.py) and --tune_split"
         )
     for sweep in found:
         name, metric = tuning_metric(settings, sweep, suite)
         if metric.higher_is_better is None:
             raise ConfigError(
-                f"strategy {sweep.signature!r} would be tuned by {name}, the metric of --primary, which is neither "
+                f"strategy {sweep.spec!r} would be tuned by {name}, the metric of --primary, which is neither "
                 "better high nor low; give one value, or another --primary"
             )
 
@@ -65,7 +65,7 @@ def tuning_metric(settings: ContrastSettings, sweep: Sweep, suite: RewardSuite) 
     metrics = quality_metrics(suite, with_references=True)
     name = next(iter(metrics))
     primary = Primary.of(settings)
-    if primary and sweep.signature in (primary.signature, primary.signature_against):
+    if primary and sweep.spec in (primary.spec, primary.spec_against):
         name = primary.metric
     return name, metrics[name]
 
@@ -100,12 +100,11 @@ def tune(
     """
     if not tuning_rows:
         raise DataError(
-            f"there are no rows to tune {sweeps(settings)[0].signature!r} on; give a split that has some, with "
-            "--tune_split"
+            f"there are no rows to tune {sweeps(settings)[0].spec!r} on; give a split that has some, with --tune_split"
         )
     first, path = next(iter(models.items()))
-    _refuse_shared_prompts(tuning_rows, rows, load_tokenizer(first, str(path)), prompt_options)
-    alternatives = dict.fromkeys(member.signature for sweep in sweeps(settings) for member in sweep.members)
+    _validate_no_shared_prompts(tuning_rows, rows, load_tokenizer(first, str(path)), prompt_options)
+    alternatives = dict.fromkeys(member.spec for sweep in sweeps(settings) for member in sweep.members)
     alone = dataclasses.replace(settings, strategies=tuple(alternatives), studies=(), likelihood_dataset=None)
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
@@ -117,7 +116,7 @@ def tune(
     for sweep in sweeps(settings):
         name, metric = tuning_metric(settings, sweep, suite)
         values = {model: _values(statistics, sweep, name, metric) for model, statistics in found.items()}
-        block["strategies"][sweep.signature] = {
+        block["strategies"][sweep.spec] = {
             "metric": name,
             "higher_is_better": metric.higher_is_better,
             "models": {model: {"strategy": None, "values": mine} for model, mine in values.items()},
@@ -221,15 +220,15 @@ def _means(values: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
 def _values(statistics: ModelStatistics, sweep: Sweep, name: str, metric: Metric) -> dict[str, float | None]:
     found = {}
     for member in sweep.members:
-        rows = statistics.strategies[member.signature]
+        rows = statistics.strategies[member.spec]
         value = math.nan
-        if name in metrics_under({name: metric}, member.signature):
+        if name in metrics_under({name: metric}, member.spec):
             value = float(metric.aggregate(matrix(rows, metric)))
-        found[member.signature] = value if math.isfinite(value) else None
+        found[member.spec] = value if math.isfinite(value) else None
     return found
 
 
-def _refuse_shared_prompts(
+def _validate_no_shared_prompts(
     tuning_rows: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Any,

@@ -43,11 +43,11 @@ from rlseq.training.trl.arguments import (
     model_of,
     probe_of,
     prompts_of,
-    refuse_not_served,
     settings_of,
     suite_of,
     tokenizer_of,
     training_rows,
+    validate_supported,
 )
 from rlseq.training.trl.guard import RolloutGuardMixin
 from rlseq.training.trl.head import add_cpu_head
@@ -110,7 +110,7 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, PublishMixin, LossMixin):
         rollouts_dir: Path | None = None,
         probe: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
     ):
-        refuse_not_served(
+        validate_supported(
             {
                 "reward_processing_classes": reward_processing_classes,
                 "quantization_config": quantization_config,

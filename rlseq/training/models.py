@@ -108,7 +108,7 @@ def load_model(model_args: ModelArguments) -> PreTrainedModel:
         )
     model = _load_trainable(path, model_args, quantization_of(model_args))
     if not isinstance(model, PeftModel):
-        freeze_other_senses(model)
+        freeze_vision_and_audio(model)
     return model
 
 
@@ -126,10 +126,11 @@ def _load_trainable(path: str, model_args: ModelArguments, quantization: Mapping
     )
 
 
-def freeze_other_senses(model: PreTrainedModel) -> None:
-    """Do not train what text does not pass: the towers for images and sound of a multimodal model.
+def freeze_vision_and_audio(model: PreTrainedModel) -> None:
+    """Freeze the vision and audio towers of a multimodal model.
 
-    They would get no gradient, but memory for one, and data-parallel training would wait for it.
+    Text does not pass through them, so they get no gradient. Unfrozen, they would take memory for one, and
+    data-parallel training would wait for it.
     """
     if model.config.get_text_config() is model.config:
         return

@@ -98,13 +98,13 @@ WRITTEN = {
 @pytest.mark.parametrize("text", WRITTEN)
 def test_a_strategy_is_read_as_written_and_its_signature_is_what_was_written(text):
     assert parse_strategy(text) == WRITTEN[text]
-    assert parse_strategy(text).signature == text
+    assert parse_strategy(text).spec == text
 
 
 def test_settings_equal_to_the_defaults_are_not_in_the_signature():
-    assert parse_strategy("sample: temperature=1.0").signature == "sample"
-    assert parse_strategy("beam:width=5,length_penalty=0").signature == "beam"
-    assert parse_strategy("best_of:by=logprob, n= 8,temperature=1").signature == "best_of:n=8"
+    assert parse_strategy("sample: temperature=1.0").spec == "sample"
+    assert parse_strategy("beam:width=5,length_penalty=0").spec == "beam"
+    assert parse_strategy("best_of:by=logprob, n= 8,temperature=1").spec == "best_of:n=8"
 
 
 def test_candidates_are_drawn_from_the_distribution_of_sample_with_the_same_settings():

@@ -209,7 +209,7 @@ def test_best_of_n_is_the_candidate_the_model_itself_finds_likeliest(setting, te
         expected = ended[values.index(max(values))]
         assert kept.completion_ids == expected.completion_ids
         assert kept.logprob == pytest.approx(max(values), abs=1e-4)  # not that of the warped distribution
-        assert kept.strategy == BestOf(6, temperature=temperature).signature
+        assert kept.strategy == BestOf(6, temperature=temperature).spec
 
 
 def test_candidates_are_those_that_sampling_draws_whatever_the_batch(setting):
@@ -293,8 +293,8 @@ def test_an_oracle_is_what_chooses_by_a_column_that_is_not_of_the_prompt(name):
     strategies = [BestOf(4, by=name), MBR(4, utility=name)]
     with load_rewards([own.get(name, name)]) as suite:
         found = oracles(strategies, suite, {"prompt", "references", "answer", "unit"})
-        expected = zip((s.signature for s in strategies), READ[name], strict=True)
-        assert found == {signature: columns for signature, columns in expected if columns}
+        expected = zip((s.spec for s in strategies), READ[name], strict=True)
+        assert found == {spec: columns for spec, columns in expected if columns}
 
 
 def test_rewards_of_other_libraries_are_oracles_by_their_names_for_the_answer():

@@ -154,9 +154,9 @@ def run(models, output_dir, *, rows=ROWS, settings=SETTINGS, rewards=(letters,),
     decode = checkpoint.decode
 
     def recorded(model, prompts, *, strategy, **options):
-        if strategy.signature == stop:
+        if strategy.spec == stop:
             raise KeyboardInterrupt
-        decoded.append(strategy.signature)
+        decoded.append(strategy.spec)
         return decode(model, prompts, strategy=strategy, **options)
 
     with monkeypatch.context() as patch, load_rewards(list(rewards)) as suite:

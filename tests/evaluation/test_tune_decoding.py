@@ -65,11 +65,11 @@ def measured(models, *, settings=SETTINGS, rows=ROWS, tuning_rows=CHOICE, output
 def test_alternatives_make_a_sweep_of_every_combination():
     sweep = parse_strategy("sample: temperature=0.5/1, top_k=3")
     assert isinstance(sweep, Sweep) and sweep.is_stochastic
-    assert sweep.signature == "sample:temperature=0.5/1.0,top_k=3"
+    assert sweep.spec == "sample:temperature=0.5/1.0,top_k=3"
     assert sweep.members == (Sample(0.5, 3), Sample(1.0, 3))
     both = parse_strategy("best_of:n=2/4,by=loud,temperature=1/2")
     assert both.members == tuple(BestOf(n, "loud", t) for n in (2, 4) for t in (1.0, 2.0)) and not both.is_stochastic
-    assert parse_strategy(both.signature) == both
+    assert parse_strategy(both.spec) == both
     assert parse_strategy("sample:temperature=1").members == (Sample(),)
 
 
@@ -149,7 +149,7 @@ def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypa
     decode = checkpoint.decode
 
     def stops(*arguments, strategy, **options):
-        calls.append(strategy.signature)
+        calls.append(strategy.spec)
         if len(calls) == 3 + 3 + 2:  # after both tunings and the first strategy evaluated
             raise KeyboardInterrupt
         return decode(*arguments, strategy=strategy, **options)

@@ -110,12 +110,12 @@ def load_model(
     if device == "auto":
         options["device_map"] = "auto"
     path = adapter_base(name_or_path) if adapter else name_or_path
-    model, missing, unexpected = load_reporting(
+    model, missing, unexpected = load_with_loading_info(
         path, what=f"the base of {what}" if adapter else what, kind=kind, **options
     )
     if not allow_missing:
-        refuse_missing(path, missing, todo)
-        _refuse_left_out(path, unexpected, (name for name, _ in model.named_parameters()))
+        validate_no_missing_weights(path, missing, todo)
+        _validate_no_left_out_layers(path, unexpected, (name for name, _ in model.named_parameters()))
     for module in model.modules():
         # On a CPU bitsandbytes repacks 4-bit weights at the first forward without gradient. They compute in bfloat16
         # and give no gradient after it: a run would sample, and then train nothing.
@@ -141,7 +141,7 @@ def as_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return found
 
 
-def load_reporting(
+def load_with_loading_info(
     path: str | Path, *, what: str = "a model", kind: Any = None, **options: Any
 ) -> tuple[Any, set[str], set[str]]:
     """A model without adapters, from safetensors or a GGUF file only, even if its checkpoint lacks weights.
@@ -200,7 +200,7 @@ def _with_adapter(base: Any, path: str | Path, *, trainable: bool, allow_missing
         raise ModelError(f"cannot load an adapter from {str(path)!r}: {reason(error)}") from error
     if not allow_missing:
         held = {unwrapped(name) for name in names}
-        refuse_missing(path, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - held)
+        validate_no_missing_weights(path, set(get_peft_model_state_dict(model, save_embedding_layers=False)) - held)
     if getattr(base, "is_quantized", False):  # TRL trains, and computes, its adapter in bfloat16; peft makes it float32
         for name, parameter in model.named_parameters():
             if ".default." in name:
@@ -222,9 +222,9 @@ def load_into(model: Any, path: str | Path) -> None:
             _load_into_adapter(model, name, Path(path) if name == "default" else Path(path) / name)
         return
     wide = max({p.dtype for p in model.parameters()}, key=lambda dtype: torch.finfo(dtype).bits)
-    saved, missing, unexpected = load_reporting(path, what="a checkpoint", kind=type(model), dtype=wide)
-    refuse_missing(path, missing, ANOTHER)
-    _refuse_left_out(path, unexpected, (name for name, _ in saved.named_parameters()))
+    saved, missing, unexpected = load_with_loading_info(path, what="a checkpoint", kind=type(model), dtype=wide)
+    validate_no_missing_weights(path, missing, ANOTHER)
+    _validate_no_left_out_layers(path, unexpected, (name for name, _ in saved.named_parameters()))
     try:
         model.load_state_dict(saved.state_dict(), strict=False)
     except RuntimeError as error:  # of other sizes
@@ -237,7 +237,7 @@ def _load_into_adapter(model: PeftModel, name: str, folder: Path) -> None:
     try:
         weights = {unwrapped(key): weight for key, weight in load_file(folder / ADAPTER_WEIGHTS).items()}
         own = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-        refuse_missing(folder, own - set(weights), ANOTHER)
+        validate_no_missing_weights(folder, own - set(weights), ANOTHER)
         set_peft_model_state_dict(model, weights, adapter_name=name)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"cannot load an adapter from {str(folder)!r}: {reason(error)}") from error
@@ -283,7 +283,7 @@ def _unwrapping(names: Iterable[str]) -> dict[str, str]:
     return {f"^{re.escape(name)}": own for name, own in sorted(begin, key=lambda pair: -len(pair[0]))}
 
 
-def refuse_missing(path: str | Path, missing: Collection[str], todo: str = _SAVE_AGAIN) -> None:
+def validate_no_missing_weights(path: str | Path, missing: Collection[str], todo: str = _SAVE_AGAIN) -> None:
     if missing:
         raise ModelError(
             f"{str(path)!r} lacks {len(missing):,} of the model's weights ({some(missing)}), which would be random. "
@@ -291,7 +291,7 @@ def refuse_missing(path: str | Path, missing: Collection[str], todo: str = _SAVE
         )
 
 
-def _refuse_left_out(path: str | Path, unexpected: Collection[str], own: Iterable[str]) -> None:
+def _validate_no_left_out_layers(path: str | Path, unexpected: Collection[str], own: Iterable[str]) -> None:
     """Refuse layers that the configuration leaves out: numbered names that are the model's own but for the number."""
     known = {re.sub(r"\.\d+\.", ".#.", name) for name in own}
     left = [name for name in unexpected if re.search(r"\.\d+\.", name) and re.sub(r"\.\d+\.", ".#.", name) in known]

@@ -134,7 +134,7 @@ def measure_checkpoint(
         options["tuned"] = tuned
         statistics = measure(model, prompts, tokenizer, suite, settings, **options)
     check_agreement(
-        name, statistics.strategies.get(Greedy().signature, []), [prompt.key for prompt in prompts], near_tie_of(model)
+        name, statistics.strategies.get(Greedy().spec, []), [prompt.key for prompt in prompts], near_tie_of(model)
     )
     if documents:
 
@@ -192,7 +192,7 @@ def measure(
         options["tuned"] = tuned or {}
         found = _measure_rows(model, rows, mine, tokenizer, suite, settings, **options)
     gathered = gather_object([(mine, found)])
-    strategies = [strategy.signature for strategy in settings.parsed()]
+    strategies = [strategy.spec for strategy in settings.parsed()]
     whole = ModelStatistics(path, [{}] * len(prompts), {s: [{}] * len(prompts) for s in strategies})
     whole.studies = {name: [{}] * len(prompts) for name in settings.studies}
     for places, part in gathered:
@@ -203,7 +203,7 @@ def measure(
                     by_name[key][i] = statistics[local_row] if local_row < len(statistics) else {}
         whole.samples += part.samples
     order = {prompt.key: i for i, prompt in enumerate(prompts)}
-    places_of = {signature: i for i, signature in enumerate(strategies)}
+    places_of = {spec: i for i, spec in enumerate(strategies)}
     whole.samples.sort(key=lambda r: (places_of[r["strategy"]], order[r["key"]], r["sample"]))
     if any(STUDIES[name].together for name in settings.studies):
         stops = stop_ids_of(model, tokenizer)
@@ -249,13 +249,13 @@ def _measure_rows(
     stops = stop_ids_of(model, tokenizer)
     texts = [reference_texts(prompt, tokenizer, stops) for prompt in prompts]
     references = [list(found) for found in texts]
-    strategies = {strategy.signature: tuned.get(strategy.signature, strategy) for strategy in settings.parsed()}
+    strategies = {strategy.spec: tuned.get(strategy.spec, strategy) for strategy in settings.parsed()}
 
     @functools.cache  # a part that was found asks for none
     def forced() -> list[list[TeacherForced]]:
         return force_references(model, prompts, references, strategies.values())
 
-    def generated(index: int, signature: str, strategy: Strategy) -> dict[str, Any]:
+    def generated(index: int, spec: str, strategy: Strategy) -> dict[str, Any]:
         groups = decode(
             model,
             prompts,
@@ -283,7 +283,7 @@ def _measure_rows(
         return {
             "completions": completions,
             "statistics": rows_as_json(statistics, COMPLETION.source),
-            "records": _records(name, signature, prompts, groups, table),
+            "records": _records(name, spec, prompts, groups, table),
             "values": table.values,
         }
 
@@ -295,12 +295,12 @@ def _measure_rows(
     progress(len(prompts))
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
     values: dict[str, Mapping[str, Sequence[float | None]]] = {}
-    for index, (signature, strategy) in enumerate(strategies.items()):
-        if signature in parts.found:
+    for index, (spec, strategy) in enumerate(strategies.items()):
+        if spec in parts.found:
             progress(len(prompts))
-        part = parts.get_or_compute(signature, functools.partial(generated, index, signature, strategy))
-        completions[signature], values[signature] = rollouts_from_json(part["completions"]), part["values"]
-        measured.strategies[signature] = rows_from_json(part["statistics"], COMPLETION.source)
+        part = parts.get_or_compute(spec, functools.partial(generated, index, spec, strategy))
+        completions[spec], values[spec] = rollouts_from_json(part["completions"]), part["values"]
+        measured.strategies[spec] = rows_from_json(part["statistics"], COMPLETION.source)
         measured.samples += part["records"]
     context = Context(
         model=model,
@@ -320,14 +320,14 @@ def _measure_rows(
 
 
 def _records(
-    name: str, signature: str, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]], table: ScoreTable
+    name: str, spec: str, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]], table: ScoreTable
 ) -> list[dict[str, Any]]:
     """The lines of samples.jsonl: one per completion."""
     flat = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
     return [
         {
             "model": name,
-            "strategy": signature,
+            "strategy": spec,
             "key": prompt.key,
             "prompt": prompt.prompt,
             "references": list(prompt.columns.get("references", ())),

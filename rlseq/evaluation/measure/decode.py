@@ -165,7 +165,7 @@ def check_choosers(strategies: Iterable[Strategy], suite: RewardSuite) -> None:
             setting = "utility" if isinstance(one, MBR) else "by"
             also = [LOGPROB] if isinstance(one, BestOf) else []
             raise ConfigError(
-                f"strategy {strategy.signature!r}: {setting} names no reward of this evaluation: {name!r}; there are "
+                f"strategy {strategy.spec!r}: {setting} names no reward of this evaluation: {name!r}; there are "
                 f"{', '.join([*also, *suite.names])}.{did_you_mean(name, [*also, *suite.names])}"
                 " Name it in --reward_funcs to measure and to choose by it."
             )
@@ -174,7 +174,7 @@ def check_choosers(strategies: Iterable[Strategy], suite: RewardSuite) -> None:
 def oracles(
     strategies: Iterable[Strategy], suite: RewardSuite, available: Iterable[str], of_the_prompt: Iterable[str] = ()
 ) -> dict[str, list[str]]:
-    """The strategies that choose by what the prompt does not tell: signature -> columns that their reward reads.
+    """The strategies that choose by what the prompt does not tell: spec -> columns that their reward reads.
 
     Args:
         available: the columns of the data.
@@ -192,7 +192,7 @@ def oracles(
         if isinstance(one, MBR):
             columns -= _reference_places(reward)
         if columns:
-            found[strategy.signature] = sorted(columns)
+            found[strategy.spec] = sorted(columns)
     return found
 
 
@@ -224,7 +224,7 @@ def reads(reward: Any, available: Collection[str]) -> set[str]:
 def _as_candidates(model: torch.nn.Module, prompts: Sequence[Prompt], groups: Groups, strategy: Rerank) -> Groups:
     """Samples under the strategy's name, with the log-probs of the model's own distribution where another was drawn
     from."""
-    groups = [[dataclasses.replace(r, strategy=strategy.signature) for r in group] for group in groups]
+    groups = [[dataclasses.replace(r, strategy=strategy.spec) for r in group] for group in groups]
     if strategy.sampler == Sample():
         return groups
     places = {(row, r.completion_ids): None for row, group in enumerate(groups) for r in group}

@@ -32,7 +32,7 @@ from rlseq.scoring.specs.fingerprint import folder_hash
 from rlseq.types import Prompt, Rollout
 
 _FOLDER = ".partial_results"
-# Names of parts; a strategy's is its signature.
+# Names of parts; a strategy's is its spec.
 REFERENCES, DOCUMENTS, STUDY = "likelihood", "documents", "study {}"
 
 
@@ -173,11 +173,11 @@ def partial_results_of(
         "documents": documents,
         "rewards": suite.fingerprint(),
         "settings": settings.reproducibility_fields(),
-        "tuned": {sweep: strategy.signature for sweep, strategy in tuned.items()},
+        "tuned": {sweep: strategy.spec for sweep, strategy in tuned.items()},
         "versions": versions(),
         "device": state.device.type,
     }
-    strategies = [strategy.signature for strategy in settings.parsed()]
+    strategies = [strategy.spec for strategy in settings.parsed()]
     names = [REFERENCES, *strategies, *map(STUDY.format, settings.studies), *([DOCUMENTS] if documents else [])]
     try:
         key = None if None in fingerprints else key_of("", fields)

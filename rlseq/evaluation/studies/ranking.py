@@ -69,14 +69,14 @@ class Ranking(Study):
     def sample(self, context: Context) -> list[dict[str, Ranked]]:
         """By strategy the row's completions, which are there already."""
         records: list[dict[str, Ranked]] = [{} for _ in context.prompts]
-        for signature, groups in context.completions.items():
+        for spec, groups in context.completions.items():
             start = 0
             for row, group in enumerate(groups):
                 references, end = context.references[row], start + len(group)
-                records[row][signature] = Ranked(
+                records[row][spec] = Ranked(
                     [rollout.logprob for rollout in group],
                     [rollout.completion_ids in references for rollout in group] if references else None,
-                    {reward: list(values[start:end]) for reward, values in context.values[signature].items()},
+                    {reward: list(values[start:end]) for reward, values in context.values[spec].items()},
                 )
                 start = end
         context.progress(len(context.prompts))
@@ -86,12 +86,12 @@ class Ranking(Study):
         """Lists over the row's completions: logprob(S) and right(S) of strategy S, reward(S, R) of it and reward R."""
         statistics: list[RowStatistics] = [{} for _ in records]
         for mine, record in zip(statistics, records, strict=True):
-            for signature, found in record.items():
-                mine[_RANKING("logprob", signature)] = found.logprobs
+            for spec, found in record.items():
+                mine[_RANKING("logprob", spec)] = found.logprobs
                 if found.right is not None:
-                    mine[_RANKING("right", signature)] = [float(right) for right in found.right]
+                    mine[_RANKING("right", spec)] = [float(right) for right in found.right]
                 for reward, values in found.values.items():
-                    mine[_RANKING("reward", signature, reward)] = values
+                    mine[_RANKING("reward", spec, reward)] = values
         return statistics
 
     def results(
@@ -175,18 +175,18 @@ def _numbers(rows: Sequence[RowStatistics], settings: Any) -> dict[Place, _Numbe
     """Every number of a model that is defined."""
     found: dict[Place, _Number | None] = {}
     keys = dict.fromkeys(key for row in rows for key in row)
-    for signature in dict.fromkeys(key.params[0] for key in keys):
-        logprob, right = _RANKING("logprob", signature), _RANKING("right", signature)
-        for reward in (key.params[1] for key in keys if key.name == "reward" and key.params[0] == signature):
-            values = _RANKING("reward", signature, reward)
+    for spec in dict.fromkeys(key.params[0] for key in keys):
+        logprob, right = _RANKING("logprob", spec), _RANKING("right", spec)
+        for reward in (key.params[1] for key in keys if key.name == "reward" and key.params[0] == spec):
+            values = _RANKING("reward", spec, reward)
             pairs = [_present(row.get(logprob, []), row.get(values, [])) for row in rows]
-            found[signature, reward, ACROSS] = _across(pairs, settings)
-            found[signature, reward, WITHIN] = _mean_within([_spearman_of(*pair) for pair in pairs], settings)
+            found[spec, reward, ACROSS] = _across(pairs, settings)
+            found[spec, reward, WITHIN] = _mean_within([_spearman_of(*pair) for pair in pairs], settings)
         if right in keys:
             pairs = [_present(row.get(logprob, []), row.get(right, [])) for row in rows]
-            found[signature, None, SUCCESS] = _pooled_auroc(pairs, settings)
+            found[spec, None, SUCCESS] = _pooled_auroc(pairs, settings)
             within = [auroc(*pair)[0] if len(pair[0]) else np.nan for pair in pairs]
-            found[signature, None, SUCCESS_WITHIN] = _mean_within(within, settings)
+            found[spec, None, SUCCESS_WITHIN] = _mean_within(within, settings)
     return {place: number for place, number in found.items() if number is not None}
 
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint to resume from is of the model that the run names: its kind, sizes and vocabulary."""
+"""Checkpoint compatibility: a run resumes only from a checkpoint of the model that it names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IGNORED = re.compile(
 _SHOWN = 6
 
 
-def check_same_model(checkpoint: Path, name_or_path: str, *, revision: str = "main", use_peft: bool = False) -> None:
+def check_compatible(checkpoint: Path, name_or_path: str, *, revision: str = "main", use_peft: bool = False) -> None:
     """Refuse to resume from a checkpoint of another model than the one named; no weights are loaded.
 
     Compared are the configuration, but for token ids and what saving changes, the vocabulary, and whether an adapter
@@ -56,7 +56,7 @@ def check_same_model(checkpoint: Path, name_or_path: str, *, revision: str = "ma
 _TO_DO = "Give --model_name_or_path the model that the checkpoint's run started from, or start {name!r} again."
 
 
-def check_same_new_model(checkpoint: Path, new_model: Mapping[str, Any]) -> None:
+def check_compatible_new_model(checkpoint: Path, new_model: Mapping[str, Any]) -> None:
     """The same for a model built from a config: each value that its config names is compared.
 
     Raises:

@@ -43,7 +43,7 @@ class Plan:
         processes: that train.
         examples_a_step: of all processes; below 1 where a prompt's samples make several steps.
         rollouts_a_step: completions whose loss makes a step; 0 without rollouts.
-        generations_a_process: completions that a process draws together, in a generation round.
+        generations_a_process: completions that a process samples together, in a rollout batch.
         longest: tokens of the longest prompt and completion together, at most.
         usual: tokens of a prompt and of a completion in the mean, and where the latter is from; None where they are
             known to be the longest.
@@ -74,7 +74,7 @@ def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int, tokeni
     Completions are expected to be as long as the references, of which a tokenizer tells the length, or where there are
     none half as long as they may be.
 
-    A generation round draws generation_batch_size completions, and gives every process num_iterations ×
+    A rollout batch has generation_batch_size completions, and gives every process num_iterations ×
     steps_per_generation micro-batches; an epoch has as many rounds as the prompts fill, the rest is left out.
     """
     draws = config.objective != "expected_accuracy"

@@ -109,8 +109,8 @@ def saving(checkpoint: Path, *, main_process: bool, wait: Callable[[], None]) ->
         shutil.rmtree(earlier, ignore_errors=True)
 
 
-def explained(error: Exception) -> RlseqError | None:
-    """Return what a recipe says of an error that ends it, or None for a bug, which keeps its traceback."""
+def friendly_error(error: Exception) -> RlseqError | None:
+    """Return the message that replaces an error's traceback, or None for a bug, which keeps its traceback."""
     if isinstance(error, RlseqError):
         return error
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # a setting that names a path, whichever

@@ -21,7 +21,7 @@ import torch
 from rlseq.common.escapes import visible
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.errors import ConfigError, TrainingError
-from rlseq.training.run.faults import explained
+from rlseq.training.run.faults import friendly_error
 
 CPU_WORLD = (
     "On CPUs several processes take `distributed_type: MULTI_GPU` with `use_cpu: true`, as recipes/accelerate/"
@@ -169,7 +169,7 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        said = explained(error)
+        said = friendly_error(error)
         if said is None:
             raise
         alone = isinstance(said, TrainingError) and not said.on_every_rank

@@ -26,7 +26,7 @@ from rlseq.engine.model.info import base_of
 from rlseq.engine.model.load import is_adapter
 from rlseq.errors import ConfigError, ModelError
 from rlseq.training.critic import critic_folder, first_line
-from rlseq.training.models import freeze_other_senses
+from rlseq.training.models import freeze_vision_and_audio
 from rlseq.training.trl.head import TILE_TOKENS
 
 # What a layer keeps of a token for its backward, in units of its widths, counted for a Llama layer with SDPA: two norms
@@ -92,7 +92,7 @@ def weightless_model(model_args: ModelArguments) -> nn.Module:
             model = causal_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         except (ValueError, KeyError) as error:
             raise ModelError(f"{path!r} makes no causal language model: {first_line(error)}") from error
-        freeze_other_senses(model)
+        freeze_vision_and_audio(model)
         if is_adapter(path):
             settings = PeftConfig.from_pretrained(path, trust_remote_code=False)
             settings.inference_mode = False

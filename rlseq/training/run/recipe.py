@@ -35,7 +35,7 @@ from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.models import check_attention, check_model_path, load_tokenizer
 from rlseq.training.run.callbacks import GracefulStop
 from rlseq.training.run.checkpoints import read_state
-from rlseq.training.run.compatibility import check_same_model, check_same_new_model
+from rlseq.training.run.compatibility import check_compatible, check_compatible_new_model
 from rlseq.training.run.directory import RunDirectory, prepare
 from rlseq.training.run.faults import writing
 from rlseq.training.run.inputs import check_unchanged, run_inputs
@@ -299,9 +299,9 @@ def check_checkpoint(checkpoint: Path, settings: Sequence[Any]) -> None:
     for given in settings:
         if isinstance(given, ModelArguments) and given.model_name_or_path:
             name, revision = given.model_name_or_path, given.model_revision
-            check_same_model(checkpoint, name, revision=revision, use_peft=given.use_peft)
+            check_compatible(checkpoint, name, revision=revision, use_peft=given.use_peft)
         elif isinstance(given, NewModelArguments) and isinstance(given.new_model, Mapping):
-            check_same_new_model(checkpoint, given.new_model)
+            check_compatible_new_model(checkpoint, given.new_model)
 
 
 def say(message: str) -> None:
@@ -330,7 +330,7 @@ def describe_round(config: Any) -> str:
     if config.objective == "expected_accuracy":
         return f"the references of {prompts} prompts a step, no rollouts"
     samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
-    return f"{prompts} prompts × {samples} a generation round"
+    return f"{prompts} prompts × {samples} per rollout batch"
 
 
 def finish(trainer: Trainer, directory: RunDirectory, stop: GracefulStop) -> bool:

@@ -42,7 +42,7 @@ _OF_LOADING = {"dtype": "dtype", "attn_implementation": "attn_implementation", "
 _OWN_SPLIT = "name the rows yourself: a Dataset, or a list of Prompts (rlseq.load_prompts)"
 
 
-def refuse_not_served(more: Mapping[str, Any]) -> None:
+def validate_supported(more: Mapping[str, Any]) -> None:
     """Refuse arguments of TRL's constructor that would have no effect.
 
     Raises:

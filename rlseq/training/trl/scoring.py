@@ -150,7 +150,7 @@ class ScoringMixin(trl.GRPOTrainer):
 
     def _rollouts_of_ids(self, batch: RolloutBatch, completion_ids: list[list[int]]) -> list[Rollout]:
         first = self.accelerator.process_index * len(batch.rows)
-        strategy = Sample(temperature=self.temperature).signature
+        strategy = Sample(temperature=self.temperature).spec
         return [
             self._as_rollout(self.prompts[index], (first + i) % self.num_generations, tuple(ids), strategy)
             for i, (index, ids) in enumerate(zip(batch.indices, completion_ids, strict=True))

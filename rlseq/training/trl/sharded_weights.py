@@ -14,7 +14,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from peft import PeftModel
 from torch.distributed.checkpoint import FileSystemReader
 
-from rlseq.engine.model.load import ANOTHER, reason, refuse_missing, some, unwrapped
+from rlseq.engine.model.load import ANOTHER, reason, some, unwrapped, validate_no_missing_weights
 from rlseq.errors import ModelError
 
 
@@ -41,7 +41,7 @@ def check_sharded(model: Any, path: str | Path) -> None:
     missing = {unwrapped(name) for name in own if not held & {name, unwrapped(name), _peft_name(unwrapped(name))}}
     other = held - {unwrapped(name) for name in held}
     instead = f"It has names of a wrapped model instead ({some(other)}). " if missing and other else ""
-    refuse_missing(path, missing, instead + ANOTHER)
+    validate_no_missing_weights(path, missing, instead + ANOTHER)
 
 
 def _sharded_names(checkpoint: Path) -> set[str]:

@@ -10,7 +10,7 @@ from tiny_task import tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig, ModelArguments, NewModelArguments, RunArguments
 from rlseq.errors import ModelError
-from rlseq.training.run.compatibility import check_same_model
+from rlseq.training.run.compatibility import check_compatible
 from rlseq.training.run.recipe import open_run
 
 
@@ -47,17 +47,17 @@ def other_words():
 )
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(changes, said, run, tmp_path):
     with pytest.raises(ModelError, match=said):
-        check_same_model(run / "checkpoint-1", str(model_folder(tmp_path / "other", **changes)))
+        check_compatible(run / "checkpoint-1", str(model_folder(tmp_path / "other", **changes)))
 
 
 def test_how_a_model_was_begun_and_saved_makes_no_other_model_of_it(run, tmp_path):
     other = model_folder(tmp_path / "same", seed=3, initializer_range=0.02, attention_dropout=0.1, use_cache=False)
-    check_same_model(run / "checkpoint-1", str(other))
+    check_compatible(run / "checkpoint-1", str(other))
 
 
 def test_a_whole_model_does_not_go_on_as_an_adapter(run, tmp_path):
     with pytest.raises(ModelError, match=r"a whole model, but the run trains an adapter"):
-        check_same_model(run / "checkpoint-1", str(model_folder(tmp_path / "same")), use_peft=True)
+        check_compatible(run / "checkpoint-1", str(model_folder(tmp_path / "same")), use_peft=True)
 
 
 def test_opening_a_run_refuses_it_and_drops_nothing_of_the_run(run, tmp_path):
