@@ -1,51 +1,19 @@
-"""What settings of adapters and quantisation may not be, or come to nothing; nothing is loaded to say so."""
+"""What the settings of adapters and quantisation stand for, and which of them come to nothing; nothing is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import trl
 from peft import PeftConfig
 
 from rlseq.engine.model.load import is_adapter
-from rlseq.errors import ConfigError
 
 
 def peft_config_of(model_args: trl.ModelConfig) -> PeftConfig | None:
     """The adapter that the settings ask for; None without `use_peft`."""
     return trl.get_peft_config(model_args)
-
-
-def check_adapter_settings(model_args: trl.ModelConfig) -> None:
-    """Refuse quantised weights that nothing here can hold or train, and flags of an adapter where there is none.
-
-    Raises:
-        ConfigError: says what is missing, and what to do.
-    """
-    path = model_args.model_name_or_path
-    adapter = model_args.use_peft or is_adapter(path)
-    if model_args.use_peft and model_args.model_revision not in (None, "main") and not Path(path or "").is_dir():
-        raise ConfigError(
-            f"--model_revision is {model_args.model_revision}, but an adapter's folder names its base without one: the "
-            f"result would be evaluated and merged on another. Give a local copy as --model_name_or_path (hf download "
-            f"{path} --revision {model_args.model_revision} --local-dir DIR)"
-        )
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if not getattr(model_args, name):
-            continue
-        if not adapter:
-            raise ConfigError(
-                f"--{name} rounds the weights, which cannot train then: train an adapter, --use_peft true"
-            )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(f"--{name} needs bitsandbytes, which is not installed: pip install 'rlseq[quantization]'")
-    if not adapter:
-        for name in ("merge_adapter", "use_dora", "use_rslora"):
-            if getattr(model_args, name):
-                raise ConfigError(f"--{name} is about an adapter, and the run trains none: give --use_peft true")
 
 
 def quantization_of(model_args: trl.ModelConfig) -> dict[str, Any] | None:

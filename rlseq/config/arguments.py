@@ -17,6 +17,8 @@ from rlseq.config.fields import (
     ABOVE_0,
     FINITE_ABOVE_0,
     SHARE,
+    Conflict,
+    Need,
     Range,
     as_declared,
     at_least,
@@ -25,6 +27,7 @@ from rlseq.config.fields import (
 from rlseq.config.validate import Settings
 from rlseq.errors import ConfigError
 
+_DOCUMENTS = Need("--likelihood_dataset, text without prompts", lambda config: config.likelihood_dataset is not None)
 COVERAGE = Range("2 to 256: the largest k is the largest power of two among them", least=2, most=256)
 TEMPERATURES = Range(f"{FINITE_ABOVE_0.words} (for the limit 0 use greedy)", above=0, below=math.inf)
 
@@ -198,17 +201,19 @@ class EvaluationArguments(Settings):
     likelihood_dataset: str | None = setting(
         None, "Text without prompts, for bits per byte: txt, json, jsonl, csv or parquet, a task module, or hub id."
     )
-    likelihood_config: str | None = setting(None, "Its configuration name, of a hub data set.")
+    likelihood_config: str | None = setting(None, "Its configuration name, of a hub data set.", needs=_DOCUMENTS)
     likelihood_split: str | None = setting(
-        None, "Its split; default: validation, or all of it where there is the split train alone."
+        None,
+        "Its split; default: validation, or all of it where there is the split train alone.",
+        needs=_DOCUMENTS,
     )
-    likelihood_column: str = setting("text", "Its column.")
-    likelihood_rows: int | None = setting(None, "Only its first N documents.", range=at_least(1))
+    likelihood_column: str = setting("text", "Its column.", needs=_DOCUMENTS)
+    likelihood_rows: int | None = setting(None, "Only its first N documents.", range=at_least(1), needs=_DOCUMENTS)
     likelihood_stride: int | None = setting(
-        None, "Tokens that windows over it slide by; default: half the context.", range=at_least(1)
+        None, "Tokens that windows over it slide by; default: half the context.", range=at_least(1), needs=_DOCUMENTS
     )
     likelihood_context: int | None = setting(
-        None, "Longest window over it, in tokens; default: the model's.", range=at_least(2)
+        None, "Longest window over it, in tokens; default: the model's.", range=at_least(2), needs=_DOCUMENTS
     )
     primary: str | None = setting(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
     primary_against: str | None = setting(None, "The start's strategy in it, if another: its best decoding.")
@@ -269,6 +274,18 @@ class NewModelArguments(Settings):
     )
 
 
+_SAMPLES = Need("--rejection_samples", lambda config: config.rejection_samples is not None)
+_CHOICE = Need(
+    "--from_rollouts or --rejection_samples, samples to choose among",
+    lambda config: config.from_rollouts is not None or config.rejection_samples is not None,
+)
+_SCORES_NOTHING = Conflict(
+    "is about scoring the samples of --rejection_samples, and nothing else here; --from_rollouts takes the totals of "
+    "the log (`rlseq reward score SPEC --rollouts F --output G` writes others)",
+    lambda config: config.rejection_samples is None,
+)
+
+
 @dataclass
 class RejectionArguments(Settings):
     """Rejection sampling: references replaced by the model's own samples that scored best."""
@@ -276,53 +293,54 @@ class RejectionArguments(Settings):
     _argument_group_name = "rejection sampling (rlseq)"
 
     from_rollouts: list[str] | None = setting(
-        None, "Take the samples from these runs (their rollouts/*.jsonl) or jsonl files, as scored there."
+        None,
+        "Take the samples from these runs (their rollouts/*.jsonl) or jsonl files, as scored there.",
+        conflicts=(
+            Conflict(
+                "takes samples that exist, --rejection_samples draws new ones: give one of them",
+                lambda config: config.rejection_samples is not None,
+            ),
+            Conflict("names nothing; give run directories or jsonl files", lambda config: not config.from_rollouts),
+        ),
     )
     rejection_samples: int | None = setting(
         None,
         "Sample N completions per prompt from --model_name_or_path and score them by --reward_funcs.",
         range=at_least(1),
+        conflicts=Conflict(
+            "needs --reward_funcs (`rlseq reward list` shows the bundled ones)", lambda config: not config.reward_funcs
+        ),
     )
     reward_funcs: list[str | dict] | None = as_declared(
-        RewardArguments, "reward_funcs", help="Rewards that score the samples, named as for recipes/grpo.py."
+        RewardArguments,
+        "reward_funcs",
+        help="Rewards that score the samples, named as for recipes/grpo.py.",
+        conflicts=_SCORES_NOTHING,
     )
-    reward_weights: list[float] | None = setting(None, "A weight for each of --reward_funcs; default: 1 each.")
+    reward_weights: list[float] | None = setting(
+        None, "A weight for each of --reward_funcs; default: 1 each.", conflicts=_SCORES_NOTHING
+    )
     max_error_rate: float = as_declared(
         RewardArguments,
         "max_error_rate",
         help="Stop when a reward fails on more than this share of the samples that are scored together.",
+        needs=_SAMPLES,
     )
-    temperature: float = setting(1.0, "Sampling temperature.", range=FINITE_ABOVE_0)
+    temperature: float = setting(1.0, "Sampling temperature.", range=FINITE_ABOVE_0, needs=_SAMPLES)
     rejection_max_new_tokens: int = setting(
-        256, "Longest sample, in tokens; those cut there are not kept.", range=at_least(1)
+        256, "Longest sample, in tokens; those cut there are not kept.", range=at_least(1), needs=_SAMPLES
     )
     rejection_keep: int = setting(
-        1, "Keep N distinct completions per prompt, those of the highest total.", range=at_least(1)
+        1,
+        "Keep N distinct completions per prompt, those of the highest total.",
+        range=at_least(1),
+        needs=_CHOICE,
     )
-    min_reward: float | None = setting(None, "Keep only completions whose total reward is at least this.")
+    min_reward: float | None = setting(
+        None, "Keep only completions whose total reward is at least this.", needs=_CHOICE
+    )
 
     @property
     def active(self) -> bool:
         """Whether training is on samples instead of references."""
         return self.from_rollouts is not None or self.rejection_samples is not None
-
-    def __post_init__(self) -> None:
-        if self.from_rollouts is not None and self.rejection_samples is not None:
-            raise ConfigError(
-                "--from_rollouts takes samples that exist, --rejection_samples draws new ones: give one of them"
-            )
-        if self.from_rollouts is not None and not self.from_rollouts:
-            raise ConfigError("--from_rollouts names nothing; give run directories or jsonl files")
-        if not self.active and (self.min_reward is not None or self.rejection_keep != 1):
-            raise ConfigError(
-                "--min_reward and --rejection_keep choose among samples; say where they come from, by --from_rollouts "
-                "or --rejection_samples"
-            )
-        if self.rejection_samples is not None and not self.reward_funcs:
-            raise ConfigError("--rejection_samples needs --reward_funcs (`rlseq reward list` shows the bundled ones)")
-        if self.rejection_samples is None and (self.reward_funcs or self.reward_weights):
-            raise ConfigError(
-                "--reward_funcs score the samples of --rejection_samples, and nothing else here; --from_rollouts takes "
-                "the totals of the log (`rlseq reward score SPEC --rollouts F --output G` writes others)"
-            )
-        super().__post_init__()

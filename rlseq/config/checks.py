@@ -1,4 +1,4 @@
-"""What settings of training may not be: each refusal says what was given and what to do."""
+"""What settings of training may not be, where no field can declare it; and what prompts, rewards and models refuse."""
 
 from __future__ import annotations
 
@@ -40,9 +40,6 @@ def single_generation(config: trl.GRPOConfig) -> Iterator[None]:
         config.num_generations = 1
 
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
-
-
 def validate_length(config: Any) -> None:
     """Refuse a run of no steps, of any recipe's settings.
 
@@ -53,33 +50,6 @@ def validate_length(config: Any) -> None:
         raise ConfigError("max_steps is 0; expected at least 1, or -1, where num_train_epochs says how long")
     if config.max_steps < 0 and not config.num_train_epochs > 0:
         raise ConfigError(f"num_train_epochs is {config.num_train_epochs}; expected a number above 0")
-
-
-def validate_early_stopping(config: Any) -> None:
-    """Refuse a patience that nothing is held against, or whose best checkpoint would not be there.
-
-    Raises:
-        ConfigError: says what to give.
-    """
-    if config.early_stopping_patience is None:
-        return
-    evaluates, saves = (str(getattr(s, "value", s)) for s in (config.eval_strategy, config.save_strategy))
-    if evaluates == "no" or saves not in (evaluates, "best"):
-        raise ConfigError(
-            "early_stopping_patience counts evaluations and ends with the best checkpoint, but eval_strategy is "
-            f"{evaluates} and save_strategy {saves}. Give both the same: epoch, or steps (with --eval_steps and "
-            "--save_steps)."
-        )
-
-
-def validate_local_code(config: Any) -> None:
-    """Refuse to run code of a model's repository.
-
-    Raises:
-        ConfigError: trust_remote_code is set.
-    """
-    if config.trust_remote_code:
-        raise ConfigError("trust_remote_code is not served: no code of a model's repository is run. Leave it out")
 
 
 def validate_template_options(config: Any) -> None:
@@ -113,14 +83,11 @@ def validate_trackers(config: Any) -> None:
 
 
 def validate_objective(config: Any) -> None:
-    """Refuse settings of the objective that contradict each other or would be ignored.
+    """Refuse settings of the objective that contradict each other, as far as no field declares it.
 
     Raises:
         ConfigError: says which, and what to do.
     """
-    if config.loss_type not in LOSS_TYPES:
-        near = did_you_mean(config.loss_type, LOSS_TYPES)
-        raise ConfigError(f"loss_type is {config.loss_type!r}; expected one of {', '.join(LOSS_TYPES)}.{near}")
     if config.num_generations < 2 and config.needs_group:
         what = config.objective if config.objective != "policy_gradient" else f"baseline {config.advantage_baseline!r}"
         raise ConfigError(
@@ -132,28 +99,6 @@ def validate_objective(config: Any) -> None:
             "num_generations is 1, but scale_rewards group divides by the deviation of a prompt's samples, of which "
             "there is one: every advantage would be 0. Give --scale_rewards batch or none."
         )
-    if config.kl_estimator == "k1" and config.beta and not getattr(config, "kl_in_reward", False):
-        raise ConfigError(
-            "kl_estimator k1 in the loss has gradient zero on average and regularises nothing. Take k2 or k3, or "
-            "recipes/ppo.py, which puts k1 into the reward."
-        )
-    if config.objective != "policy_gradient":
-        ignored = {
-            "loss_type": config.loss_type != trl.GRPOConfig.loss_type,
-            "importance_sampling_level": config.importance_sampling_level != "token",
-            "advantage_baseline": config.advantage_baseline != "mean",
-            "reference_prefix": config.reference_prefix != 0,
-            "entropy_coef": bool(config.entropy_coef) or config.use_adaptive_entropy,
-            "top_entropy_quantile": config.top_entropy_quantile != 1.0,
-            "use_vllm": config.use_vllm,
-            "delta": config.delta is not None,
-            "off_policy_mask_threshold": config.off_policy_mask_threshold is not None,
-            "mask_truncated_completions": config.mask_truncated_completions,
-            "beta": bool(config.beta) and config.objective == "expected_accuracy",  # it draws no tokens to compare
-        }
-        given = [name for name, is_set in ignored.items() if is_set]
-        if given:
-            raise ConfigError(f"objective {config.objective} does not use {', '.join(given)}; leave it out.")
     updates = config.steps_per_generation * config.num_iterations
     if config.objective == "reference_exact" and config.gradient_accumulation_steps % updates:
         raise ConfigError(
@@ -166,16 +111,6 @@ def validate_objective(config: Any) -> None:
             f"reference_prefix is {config.reference_prefix}; expected 0 to max_completion_length − 1 "
             f"({config.max_completion_length - 1}): the completion holds the prefix."
         )
-    if config.sampled_by_trl and (config.reference_prefix or config.advantage_baseline == "greedy"):
-        raise ConfigError("reference_prefix and the greedy baseline are sampled by rlseq's sampler; leave it on.")
-    if not config.sampled_by_trl and not config.ds3_gather_for_generation:
-        raise ConfigError(
-            "ds3_gather_for_generation false leaves the weights of ZeRO-3 sharded while rlseq's sampler draws: "
-            "processes whose completions end at different steps would wait for each other for ever. Leave it out, or "
-            "draw by TRL (--rlseq_sampler false)."
-        )
-    if config.advantage_baseline != "mean" and config.multi_objective_aggregation != "sum_then_normalize":
-        raise ConfigError("advantage_baseline is of the summed reward; leave out multi_objective_aggregation.")
     if config.objective == "minimum_risk" and config.per_device_train_batch_size % config.num_generations:
         size, G = config.per_device_train_batch_size, config.num_generations
         sizes = [n for n in (size // G * G, (size // G + 1) * G) if n]
@@ -313,53 +248,16 @@ def validate_sampling(config: trl.GRPOConfig) -> None:
         )
 
 
-def validate_ppo_objective(config: Any) -> None:
-    """Refuse in PPO what is of GRPO alone, before anything else is said of it.
+def validate_target_kl(config: Any) -> None:
+    """Refuse, in PPO, a limit of the KL whose updates end between optimizer steps.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: says which settings do not divide.
     """
-    if config.objective != "policy_gradient" or config.advantage_baseline != "mean":
-        name = "objective" if config.objective != "policy_gradient" else "advantage_baseline"
-        raise ConfigError(f"{name} is of recipes/grpo.py: PPO's advantages are against its critic. Leave it out.")
-
-
-def validate_ppo(config: Any) -> None:
-    """Refuse settings of PPO that contradict each other or would be ignored.
-
-    Raises:
-        ConfigError: says which, and what to do.
-    """
-    if config.multi_objective_aggregation != "sum_then_normalize":
-        raise ConfigError("multi_objective_aggregation normalises within groups, which PPO has none of. Leave it out.")
-    if config.kl_in_reward and config.kl_estimator not in (None, "k1"):
+    updates = config.steps_per_generation * config.num_iterations
+    if config.target_kl is not None and updates % config.gradient_accumulation_steps:
         raise ConfigError(
-            f"kl_estimator {config.kl_estimator} is for the loss; in the reward the KL is k1, whose sum is the "
-            "sequence's. Leave it out, or give --kl_in_reward false."
+            f"target_kl ends the updates on rollouts between optimizer steps, but {updates} micro-batches "
+            "(steps_per_generation × num_iterations) are no multiple of gradient_accumulation_steps "
+            f"({config.gradient_accumulation_steps})."
         )
-    if config.kl_target is not None and (not config.kl_in_reward or not config.beta):
-        raise ConfigError("kl_target adapts beta, the KL penalty in the reward: give --beta, a start above 0")
-    if config.mask_truncated_completions and config.truncated_completions != "reward":
-        raise ConfigError(
-            "mask_truncated_completions leaves truncated completions out of the loss, truncated_completions "
-            f"{config.truncated_completions} judges them: give one of them"
-        )
-    if config.target_kl is not None and config.fp16:
-        raise ConfigError("target_kl leaves updates out, which the loss scaling of fp16 does not allow; take bf16")
-    if config.use_vllm:
-        raise ConfigError(
-            "use_vllm sends every weight of the policy to vLLM, and PPO's policy holds the critic. Leave it out."
-        )
-    if config.sync_ref_model:
-        raise ConfigError(
-            "sync_ref_model moves the reference to the policy parameter by parameter, and PPO's policy holds a critic. "
-            "Leave it out."
-        )
-    if config.target_kl is not None:
-        updates = config.steps_per_generation * config.num_iterations
-        if updates % config.gradient_accumulation_steps:
-            raise ConfigError(
-                f"target_kl ends the updates on rollouts between optimizer steps, but {updates} micro-batches "
-                "(steps_per_generation × num_iterations) are no multiple of gradient_accumulation_steps "
-                f"({config.gradient_accumulation_steps})."
-            )

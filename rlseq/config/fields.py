@@ -1,7 +1,10 @@
-"""The fields of settings: a default, help, the range of a number, and what a setting needs to have an effect.
+"""The fields of settings: a default, help, a range, what a setting needs to have an effect, and what it cannot be with.
 
     samples_per_row: int = setting(4, "Completions per row.", range=at_least(1))
     kl_target: float | None = setting(None, "...", needs=Need("beta above 0", lambda config: config.beta))
+    target_kl: float | None = setting(
+        None, "...", conflicts=Conflict("is not for the loss scaling of fp16; take bf16", lambda config: config.fp16)
+    )
 
 `rlseq.config.validate` reads them. For fields that TRL or transformers declares they stand in `rlseq.config.inherited`.
 """
@@ -14,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-RANGE, NEEDS = "range", "needs"  # keys of a field's metadata that argparse does not get
+RANGE, NEEDS, CONFLICTS = "range", "needs", "conflicts"  # keys of a field's metadata that argparse does not get
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,29 @@ class Need:
     met: Callable[[Any], Any] | None = None
 
 
+@dataclass(frozen=True)
+class Conflict:
+    """What a setting that is given cannot stand beside.
+
+    Attributes:
+        words: say so in a message, after the setting's name; `{name}` in them is the value of the setting `name`.
+        when: whether the settings are so; None: whatever they are.
+    """
+
+    words: str
+    when: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Names that a setting may be, where its type does not say so."""
+
+    names: tuple[str, ...]
+
+    def __contains__(self, value: str) -> bool:
+        return value in self.names
+
+
 def at_least(least: int) -> Range:
     """Numbers from `least`."""
     return Range(f"at least {least}", least=least)
@@ -62,7 +88,7 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     """A field with this default, or a new copy of it where that is a list.
 
     Args:
-        more: `range`, `needs`, and what argparse takes: `metavar`, `choices`.
+        more: `range`, `needs` and `conflicts` (one or a tuple of them), and what argparse takes: `metavar`, `choices`.
     """
     metadata = {"help": help, **more}
     if isinstance(default, list):
@@ -70,18 +96,16 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def as_declared(settings: type, name: str, *, help: str | None = None, **default: Any) -> Any:
+def as_declared(settings: type, name: str, **other: Any) -> Any:
     """A field that is the setting `name` of another dataclass: its default, range and help; a list becomes a tuple.
 
     Args:
-        help: in place of its own.
-        default: `default=VALUE` where it differs here.
+        other: what differs here: `default`, and what `setting` takes.
     """
     declared = {field.name: field for field in dataclasses.fields(settings)}[name]
     value = default_of(declared)
-    value = default.get("default", tuple(value) if isinstance(value, list) else value)
-    metadata = declared.metadata if help is None else {**declared.metadata, "help": help}
-    return dataclasses.field(default=value, metadata=metadata)
+    value = other.pop("default", tuple(value) if isinstance(value, list) else value)
+    return dataclasses.field(default=value, metadata={**declared.metadata, **other})
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -91,4 +115,4 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def for_argparse(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """A field's metadata without what only this module reads."""
-    return {name: value for name, value in metadata.items() if name not in (RANGE, NEEDS)}
+    return {name: value for name, value in metadata.items() if name not in (RANGE, NEEDS, CONFLICTS)}

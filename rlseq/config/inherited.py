@@ -1,10 +1,15 @@
-"""Ranges and needs of settings that TRL and transformers declare, by name."""
+"""Ranges, needs and conflicts of settings that TRL and transformers declare, by name."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
-from rlseq.config.fields import FINITE_ABOVE_0, FROM_0_BELOW_1, Need, at_least
+from rlseq.config.fields import FINITE_ABOVE_0, FROM_0_BELOW_1, Conflict, Need, OneOf, at_least
+from rlseq.engine.model.load import is_adapter
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
 
 # What TRL, transformers and torch would refuse late, by a traceback, or not at all.
 RANGES = {
@@ -26,14 +31,16 @@ RANGES = {
     "beta": at_least(0),
     "temperature": FINITE_ABOVE_0,
 }
+RANGES_OF_ROLLOUTS = {**RANGES, "loss_type": OneOf(LOSS_TYPES)}
 ADAPTER_RANGES = {
     "lora_r": at_least(1),
     "lora_alpha": at_least(1),
     "lora_dropout": FROM_0_BELOW_1,
 }
 
-# Names, or beginnings of names that end in _, and what they need.
+# Names, or beginnings of names that end in _, and what they need or cannot stand beside.
 Needs = tuple[tuple[tuple[str, ...], Need], ...]
+Conflicts = tuple[tuple[tuple[str, ...], Conflict], ...]
 _MEASURES = "evaluation is the probe's, which measures what it was made with"
 _ORDER = "the order of the prompts follows from seed alone"
 
@@ -55,7 +62,18 @@ OF_ROLLOUTS: Needs = (
             lambda c: c.objective != "expected_accuracy" or c.num_generations == 1,
         ),
     ),
-    (("scale_rewards",), Need("objective policy_gradient", lambda c: c.objective == "policy_gradient")),
+    (
+        ("beta",),
+        Need("an objective that draws (expected_accuracy does not)", lambda c: c.objective != "expected_accuracy"),
+    ),
+    (
+        (
+            *("scale_rewards", "loss_type", "importance_sampling_level", "advantage_baseline", "reference_prefix"),
+            *("entropy_coef", "use_adaptive_entropy", "top_entropy_quantile", "use_vllm", "delta"),
+            *("off_policy_mask_threshold", "mask_truncated_completions"),
+        ),
+        Need("objective policy_gradient", lambda c: c.objective == "policy_gradient"),
+    ),
     (("vllm_",), Need("use_vllm", lambda c: c.use_vllm)),
     (("vllm_server_", "vllm_group_port"), Need("vllm_mode server", lambda c: c.vllm_mode == "server")),
     (
@@ -113,4 +131,92 @@ OF_SFT: Needs = (
     (("data_seed",), Need("train_sampling_strategy random", lambda c: c.train_sampling_strategy != "group_by_length")),
     (("model_init_kwargs",), Need("the model is loaded by --dtype, --attn_implementation and --model_revision")),
     (("dataset_text_field",), Need("examples are prompts and completions (--prompt_column, --reference_column)")),
+)
+
+
+def _trains_adapter(config: Any) -> bool:
+    return config.use_peft or is_adapter(config.model_name_or_path)
+
+
+def _only_on_hub(config: Any) -> bool:
+    return config.model_revision != "main" and not Path(config.model_name_or_path or "").is_dir()
+
+
+OF_ADAPTERS: Needs = (
+    (("merge_adapter", "use_dora", "use_rslora"), Need("an adapter (--use_peft true)", _trains_adapter)),
+)
+CONFLICTS_OF_ADAPTERS: Conflicts = (
+    (
+        ("model_revision",),
+        Conflict(
+            "is {model_revision}, but an adapter's folder names its base without one: the result would be evaluated "
+            "and merged on another. Give a local copy as --model_name_or_path (hf download {model_name_or_path} "
+            "--revision {model_revision} --local-dir DIR)",
+            lambda c: c.use_peft and _only_on_hub(c),
+        ),
+    ),
+    (
+        ("load_in_4bit", "load_in_8bit"),
+        Conflict(
+            "rounds the weights, which cannot train then: train an adapter, --use_peft true",
+            lambda c: not _trains_adapter(c),
+        ),
+    ),
+    (
+        ("load_in_4bit", "load_in_8bit"),
+        Conflict(
+            "needs bitsandbytes, which is not installed: pip install 'rlseq[quantization]'",
+            lambda _: importlib.util.find_spec("bitsandbytes") is None,
+        ),
+    ),
+)
+CONFLICTS_OF_ALL: Conflicts = (
+    (("trust_remote_code",), Conflict("is not served: no code of a model's repository is run. Leave it out")),
+)
+CONFLICTS_OF_ROLLOUTS: Conflicts = (
+    *CONFLICTS_OF_ALL,
+    (
+        ("ds3_gather_for_generation",),
+        Conflict(
+            "false leaves the weights of ZeRO-3 sharded while rlseq's sampler draws: processes whose completions end "
+            "at different steps would wait for each other for ever. Leave it out, or draw by TRL (--rlseq_sampler "
+            "false).",
+            lambda c: not c.sampled_by_trl,
+        ),
+    ),
+)
+_OF_GRPO = Conflict("is of recipes/grpo.py: PPO's advantages are against its critic. Leave it out.")
+CONFLICTS_OF_PPO: Conflicts = (
+    (("objective", "advantage_baseline"), _OF_GRPO),
+    *CONFLICTS_OF_ROLLOUTS,
+    (
+        ("multi_objective_aggregation",),
+        Conflict("normalises within groups, which PPO has none of. Leave it out."),
+    ),
+    (
+        ("kl_estimator",),
+        Conflict(
+            "{kl_estimator} is for the loss; in the reward the KL is k1, whose sum is the sequence's. Leave it out, or "
+            "give --kl_in_reward false.",
+            lambda c: c.kl_in_reward and c.kl_estimator != "k1",
+        ),
+    ),
+    (
+        ("mask_truncated_completions",),
+        Conflict(
+            "leaves truncated completions out of the loss, truncated_completions {truncated_completions} judges them: "
+            "give one of them",
+            lambda c: c.truncated_completions != "reward",
+        ),
+    ),
+    (
+        ("use_vllm",),
+        Conflict("sends every weight of the policy to vLLM, and PPO's policy holds the critic. Leave it out."),
+    ),
+    (
+        ("sync_ref_model",),
+        Conflict(
+            "moves the reference to the policy parameter by parameter, and PPO's policy holds a critic. Leave it out."
+        ),
+    ),
 )

@@ -14,8 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import trl
 
-from rlseq.config import checks
-from rlseq.config.adapters import check_adapter_settings
+from rlseq.config import checks, inherited
 from rlseq.config.arguments import (
     DataArguments,
     EvaluateArguments,
@@ -27,9 +26,18 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
     template_options,
 )
-from rlseq.config.fields import ABOVE_0, FROM_0_BELOW_1, FROM_0_TO_1, NATS_ABOVE_0, Need, as_declared, at_least, setting
-from rlseq.config.inherited import ADAPTER_RANGES, OF_PPO, OF_ROLLOUTS, OF_SFT, RANGES
-from rlseq.config.validate import check_ranges, validate, validate_given
+from rlseq.config.fields import (
+    ABOVE_0,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+    NATS_ABOVE_0,
+    Conflict,
+    Need,
+    as_declared,
+    at_least,
+    setting,
+)
+from rlseq.config.validate import check_declared, validate, validate_given
 
 __all__ = [
     "DataArguments",
@@ -56,7 +64,7 @@ def bf16_supported() -> bool:
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
-Conflicts = tuple[Callable[[Any], None], ...]
+Checks = tuple[Callable[[Any], None], ...]
 
 
 @dataclass
@@ -71,12 +79,13 @@ class ModelArguments(trl.ModelConfig):
 
     allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")
 
-    ranges_of_inherited = ADAPTER_RANGES
+    ranges_of_inherited = inherited.ADAPTER_RANGES
+    needs_of_inherited = inherited.OF_ADAPTERS
+    conflicts_of_inherited = inherited.CONFLICTS_OF_ADAPTERS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self)
-        check_adapter_settings(self)
+        check_declared(self)
         target = self.lora_target_modules
         if isinstance(target, str) and target.isidentifier():
             self.lora_target_modules = [target]  # TRL unpacks a list of one, and peft takes a text for a whole path
@@ -107,9 +116,10 @@ class DefaultsMixin:
         range=at_least(1),
     )
 
-    ranges_of_inherited = RANGES
-    conflicts_as_given = (checks.validate_length, checks.validate_local_code)
-    conflicts: ClassVar[Conflicts] = (checks.validate_trackers,)
+    ranges_of_inherited = inherited.RANGES
+    conflicts_of_inherited = inherited.CONFLICTS_OF_ALL
+    checks_as_given: ClassVar[Checks] = (checks.validate_length,)
+    checks_filled_in: ClassVar[Checks] = (checks.validate_trackers,)
 
     def __post_init__(self) -> None:
         if getattr(self, "chat_template_kwargs", None) is not None:
@@ -130,14 +140,18 @@ class DefaultsMixin:
         return self.__dict__ | {"hub_token": None}  # transformers pickles settings into what is pushed
 
 
+def _saves_what_it_evaluates(config: Any) -> bool:
+    evaluates, saves = (getattr(s, "value", s) for s in (config.eval_strategy, config.save_strategy))
+    return evaluates != "no" and saves in (evaluates, "best")
+
+
 @dataclass
 class SFTConfig(DefaultsMixin, trl.SFTConfig):
     """TRL's SFTConfig with rlseq's defaults: the loss is on the completion only."""
 
     _argument_group_name = "training (rlseq)"
-    needs_of_inherited = OF_SFT
-    conflicts_as_given = (*DefaultsMixin.conflicts_as_given, checks.validate_early_stopping)
-    conflicts = (*DefaultsMixin.conflicts, checks.validate_template_options)
+    needs_of_inherited = inherited.OF_SFT
+    checks_filled_in = (*DefaultsMixin.checks_filled_in, checks.validate_template_options)
 
     completion_only_loss: bool | None = setting(True, "Loss on the completion only.")
     chat_template_kwargs: dict | str | None = as_declared(EvaluateArguments, "chat_template_kwargs")
@@ -146,6 +160,11 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
         "Stop when validation NLL (or metric_for_best_model) has not got better for N evaluations; the best "
         "checkpoint is the result.",
         range=at_least(1),
+        conflicts=Conflict(
+            "counts evaluations and ends with the best checkpoint, but eval_strategy is {eval_strategy} and "
+            "save_strategy {save_strategy}. Give both the same: epoch, or steps (with --eval_steps and --save_steps).",
+            lambda config: not _saves_what_it_evaluates(config),
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -169,8 +188,10 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     """
 
     _argument_group_name = "training (rlseq)"
-    needs_of_inherited = OF_ROLLOUTS
-    conflicts = (*DefaultsMixin.conflicts, checks.validate_sampling, checks.validate_objective)
+    ranges_of_inherited = inherited.RANGES_OF_ROLLOUTS
+    needs_of_inherited = inherited.OF_ROLLOUTS
+    conflicts_of_inherited = inherited.CONFLICTS_OF_ROLLOUTS
+    checks_filled_in = (*DefaultsMixin.checks_filled_in, checks.validate_sampling, checks.validate_objective)
 
     disable_dropout: bool = setting(True, "Disable dropout in the model.")
     remove_unused_columns: bool | None = setting(False, "Keep columns: rewards read them.")
@@ -184,18 +205,35 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         "mean",
         "What a reward is compared with: its group's mean (GRPO), the group's others (RLOO), the reward of the "
         "greedy completion (self-critical), or the mean of the batch.",
+        conflicts=(
+            Conflict(
+                "greedy is sampled by rlseq's sampler; leave it on.",
+                lambda config: config.sampled_by_trl and config.advantage_baseline == "greedy",
+            ),
+            Conflict(
+                "is of the summed reward; leave out multi_objective_aggregation.",
+                lambda config: config.multi_objective_aggregation != "sum_then_normalize",
+            ),
+        ),
     )
     reference_loss_coef: float = setting(
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
     )
     reference_prefix: int = setting(
-        0, "Rollouts continue from the first N reference tokens, which are not trained; 0: from the prompt."
+        0,
+        "Rollouts continue from the first N reference tokens, which are not trained; 0: from the prompt.",
+        conflicts=Conflict("is sampled by rlseq's sampler; leave it on.", lambda config: config.sampled_by_trl),
     )
     kl_estimator: Literal["k1", "k2", "k3"] | None = setting(
         None,
         "Estimator of the KL to the start that beta weighs. Default in the loss: TRL's (k3 times the ratio), and k3 in "
         "rlseq's objectives; in PPO's reward it is k1.",
         needs=Need("beta above 0", lambda config: config.beta),
+        conflicts=Conflict(
+            "k1 in the loss has gradient zero on average and regularises nothing. Take k2 or k3, or recipes/ppo.py, "
+            "which puts k1 into the reward.",
+            lambda config: config.kl_estimator == "k1" and not getattr(config, "kl_in_reward", False),
+        ),
     )
     minimum_risk_sharpness: float = setting(
         0.005,
@@ -282,9 +320,9 @@ class PPOConfig(GRPOConfig):
       over tokens.
     """
 
-    needs_of_inherited = (*OF_PPO, *OF_ROLLOUTS)
-    conflicts_as_given = (checks.validate_ppo_objective, *GRPOConfig.conflicts_as_given)
-    conflicts = (*GRPOConfig.conflicts, checks.validate_ppo)
+    needs_of_inherited = (*inherited.OF_PPO, *inherited.OF_ROLLOUTS)
+    conflicts_of_inherited = inherited.CONFLICTS_OF_PPO
+    checks_filled_in = (*GRPOConfig.checks_filled_in, checks.validate_target_kl)
 
     num_generations: int | None = setting(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
     critic: Literal["separate", "shared"] = setting(
@@ -320,11 +358,18 @@ class PPOConfig(GRPOConfig):
         None,
         "Adapt beta so that the KL to the start stays near this many nats per completion; default: beta is fixed.",
         range=NATS_ABOVE_0,
+        conflicts=Conflict(
+            "adapts beta, the KL penalty in the reward: give --beta, a start above 0",
+            lambda config: not config.kl_in_reward or not config.beta,
+        ),
     )
     target_kl: float | None = setting(
         None,
         "Leave out the other updates on a batch of rollouts once the policy is this many nats per token from it.",
         range=NATS_ABOVE_0,
+        conflicts=Conflict(
+            "leaves updates out, which the loss scaling of fp16 does not allow; take bf16", lambda config: config.fp16
+        ),
     )
     truncated_completions: Literal["reward", "bootstrap", "penalty"] = setting(
         "reward",

@@ -1,9 +1,9 @@
 """The one validator of settings: ranges, settings without effect, and conflicts.
 
-A dataclass declares ranges and needs at its fields (`rlseq.config.fields`). Those of fields that it inherits from TRL
-or transformers are its class attributes `ranges_of_inherited` and `needs_of_inherited` (`rlseq.config.inherited`), and
-its conflicts are functions (`rlseq.config.checks`) in `conflicts_as_given`, before TRL fills defaults in, and
-`conflicts`.
+A dataclass declares ranges, needs and conflicts at its fields (`rlseq.config.fields`). Those of fields that it inherits
+from TRL or transformers are its class attributes `ranges_of_inherited`, `needs_of_inherited` and
+`conflicts_of_inherited` (`rlseq.config.inherited`). What takes more than a condition is a function
+(`rlseq.config.checks`) in `checks_as_given`, before TRL fills defaults in, and `checks_filled_in`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from rlseq.config.fields import NEEDS, RANGE, Need, default_of
+from rlseq.config.fields import CONFLICTS, NEEDS, RANGE, OneOf, default_of
 from rlseq.config.values import describe_choices
 from rlseq.errors import ConfigError
 
 
 class Settings:
-    """Base of rlseq's own settings, whose ranges are checked when they are made."""
+    """Base of rlseq's own settings, which are checked against what their fields declare when they are made."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_declared(self)
 
 
 def validate_given(config: Any, *, filled_in: bool = False) -> None:
@@ -35,12 +35,9 @@ def validate_given(config: Any, *, filled_in: bool = False) -> None:
     Raises:
         ConfigError: names the first setting that is wrong, and what to do.
     """
-    idle = {} if filled_in else _without_effect(type(config), config)
-    for name, why in idle.items():
-        raise ConfigError(f"{name} is {getattr(config, name)}, which has no effect{why}. Leave it out.")
-    check_ranges(config, prefix="")
-    for conflict in config.conflicts_as_given:
-        conflict(config)
+    check_declared(config, prefix="", filled_in=filled_in)
+    for check in config.checks_as_given:
+        check(config)
 
 
 def validate(config: Any) -> None:
@@ -49,8 +46,31 @@ def validate(config: Any) -> None:
     Raises:
         ConfigError: says which, and what to do.
     """
-    for conflict in config.conflicts:
-        conflict(config)
+    for check in config.checks_filled_in:
+        check(config)
+
+
+def check_declared(settings: Any, prefix: str = "--", *, filled_in: bool = False) -> None:
+    """Refuse settings that are not as their fields declare.
+
+    Args:
+        prefix: put before a name in the message.
+        filled_in: as for `validate_given`.
+
+    Raises:
+        ConfigError: names the first setting that is wrong, and what to do.
+    """
+    check_ranges(settings, prefix)
+    idle = {} if filled_in else _without_effect(type(settings), settings)
+    for why in idle.values():
+        given = [f"{prefix}{name} is {_plain(settings, name)}" for name, other in idle.items() if other == why]
+        verb, it = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise ConfigError(f"{' and '.join(given)}, which {verb} no effect{why}. Leave {it} out.")
+    for field in _given(type(settings), settings):
+        for conflict in _declared(type(settings), field, CONFLICTS):
+            if conflict.when is None or conflict.when(settings):
+                values = {other.name: _plain(settings, other.name) for other in dataclasses.fields(settings)}
+                raise ConfigError(f"{prefix}{field.name} {conflict.words.format_map(values)}")
 
 
 def check_ranges(settings: Any, prefix: str = "--") -> None:
@@ -68,7 +88,10 @@ def check_ranges(settings: Any, prefix: str = "--") -> None:
         if allowed is None or value is None:
             continue
         name = prefix + field.name
-        if isinstance(value, list | tuple):
+        if isinstance(allowed, OneOf):
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; expected {describe_choices(value, allowed.names)}")
+        elif isinstance(value, list | tuple):
             if outside := [number for number in value if number not in allowed]:
                 raise ConfigError(f"{name} holds {outside[0]:g}; expected each to be {allowed.words}")
         elif value not in allowed:
@@ -105,19 +128,30 @@ def overruled(settings: type, from_file: Mapping[str, Any], flags: Mapping[str, 
 def _without_effect(settings: type, config: Any) -> dict[str, str]:
     """The settings that nothing reads under the others, and why."""
     found: dict[str, str] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(config, field.name)
-        if value == default_of(field) or value is None:
-            continue
-        for need in _needs(settings, field):
+    for field in _given(settings, config):
+        for need in _declared(settings, field, NEEDS):
             if need.met is None or not need.met(config):
                 found.setdefault(field.name, f": {need.words}" if need.met is None else f" without {need.words}")
     return found
 
 
-def _needs(settings: type, field: dataclasses.Field) -> Iterator[Need]:
-    if NEEDS in field.metadata:
-        yield field.metadata[NEEDS]
-    for names, need in getattr(settings, "needs_of_inherited", ()):
+def _given(settings: type, config: Any) -> Iterator[dataclasses.Field]:
+    """The fields whose values are neither None nor their defaults."""
+    for field in dataclasses.fields(settings):
+        value = getattr(config, field.name)
+        if value is not None and value != default_of(field):
+            yield field
+
+
+def _declared(settings: type, field: dataclasses.Field, kind: str) -> Iterator[Any]:
+    """The needs or conflicts of a field: its own, then those of a name of TRL's or transformers'."""
+    own = field.metadata.get(kind, ())
+    yield from own if isinstance(own, tuple) else (own,)
+    for names, declared in getattr(settings, f"{kind}_of_inherited", ()):
         if any(field.name == name or (name.endswith("_") and field.name.startswith(name)) for name in names):
-            yield need
+            yield declared
+
+
+def _plain(settings: Any, name: str) -> Any:
+    value = getattr(settings, name)
+    return getattr(value, "value", value)

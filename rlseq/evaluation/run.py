@@ -17,7 +17,7 @@ from accelerate import PartialState
 from rlseq.common.escapes import visible
 from rlseq.common.formats import METRICS, RESULTS
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.config.validate import check_ranges
+from rlseq.config.validate import check_declared
 from rlseq.data.prompts import columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import (
@@ -327,7 +327,7 @@ def check_settings(
     if len(set(measured)) < len(measured):
         raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
     check_choosers(settings.parsed(), suite)
-    check_ranges(settings)
+    check_declared(settings)
     check_studies(settings, suite)
     check_documents(settings)
     settings = with_primary_name(settings, suite)

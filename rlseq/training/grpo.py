@@ -39,7 +39,7 @@ from rlseq.training.run.faults import memory_for
 from rlseq.training.run.rollout_log import rollout_records, write_rollouts
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
-    check_generation,
+    Arguments,
     model_of,
     probe_of,
     prompts_of,
@@ -47,7 +47,6 @@ from rlseq.training.trl.arguments import (
     suite_of,
     tokenizer_of,
     training_rows,
-    validate_supported,
 )
 from rlseq.training.trl.guard import RolloutGuardMixin
 from rlseq.training.trl.head import add_cpu_head
@@ -110,15 +109,17 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, PublishMixin, LossMixin):
         rollouts_dir: Path | None = None,
         probe: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
     ):
-        validate_supported(
-            {
-                "reward_processing_classes": reward_processing_classes,
-                "quantization_config": quantization_config,
-                "environment_factory": environment_factory,
-            }
-        )
         args = settings_of(args, self.settings)
-        check_generation(args, tools, rollout_func)
+        Arguments(
+            args,
+            reward_processing_classes=reward_processing_classes,
+            quantization_config=quantization_config,
+            environment_factory=environment_factory,
+            probe=probe,
+            eval_dataset=eval_dataset,
+            tools=tools,
+            rollout_func=rollout_func,
+        )
         suite = suite_of(reward_funcs, args)
         check_group_rewards(args, suite)
         model = model_of(model, args)

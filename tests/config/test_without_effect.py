@@ -85,9 +85,9 @@ def test_what_a_rollout_func_returns_beside_tokens_reaches_the_rewards(tmp_path)
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"reward_processing_classes": ["tokenizer"]}, "takes no reward_processing_classes: a reward model reads"),
-        ({"quantization_config": object()}, "takes no quantization_config: load the model by from_pretrained"),
-        ({"environment_factory": object}, "takes no environment_factory: name it in args.environment"),
+        ({"reward_processing_classes": ["tokenizer"]}, "reward_processing_classes is not served: a reward model reads"),
+        ({"quantization_config": object()}, "quantization_config is not served: load the model by from_pretrained"),
+        ({"environment_factory": object}, "environment_factory is not served: name it in args.environment"),
         ({"eval_dataset": ROWS, "probe": print}, "eval_dataset and probe both say what evaluate measures"),
     ],
 )
@@ -123,6 +123,10 @@ def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
         ({"eval_delay": 2}, "no effect without eval_strategy steps or epoch"),
         ({"objective": "expected_accuracy"}, "num_generations is 4, which has no effect without an objective that"),
         ({"objective": "minimum_risk", "scale_rewards": "none"}, "no effect without objective policy_gradient"),
+        (
+            {"objective": "minimum_risk", "delta": 2.0, "loss_type": "grpo"},
+            "delta is 2.0 and loss_type is grpo, which have no effect without objective policy_gradient. Leave them",
+        ),
     ],
 )
 def test_settings_that_nothing_reads_are_refused(tmp_path, given, words):

@@ -327,7 +327,10 @@ WRONG = [
     ({"likelihood_context": 1}, "--likelihood_context is 1"),
     ({"likelihood_stride": 8, "likelihood_context": 8}, "--likelihood_stride is 8, and --likelihood_context 8"),
     ({"likelihood_stride": CONTEXT}, "--likelihood_stride is 16, and the context of 'one' 16"),
-    ({"likelihood_dataset": None, "likelihood_rows": 3}, "--likelihood_rows 3 needs --likelihood_dataset"),
+    (
+        {"likelihood_dataset": None, "likelihood_rows": 3},
+        "--likelihood_rows is 3, which has no effect without",
+    ),
 ]
 
 

@@ -220,7 +220,7 @@ def test_what_cannot_train_is_refused_before_anything_loads(folders, monkeypatch
         with pytest.raises(ConfigError, match="needs bitsandbytes, which is not installed"):
             ModelArguments(load_in_4bit=True, **flags)
     for flag in ("merge_adapter", "use_dora"):
-        with pytest.raises(ConfigError, match=f"--{flag} is about an adapter"):
+        with pytest.raises(ConfigError, match=f"--{flag} is True, which has no effect without an adapter"):
             ModelArguments(model_name_or_path=base, **{flag: True})
         ModelArguments(model_name_or_path=sft, **{flag: True})
 

@@ -141,8 +141,15 @@ def test_a_path_without_rollouts_is_named(tmp_path, missing):
     [
         ({"from_rollouts": ["a"], "rejection_samples": 2}, "give one of them"),
         ({"from_rollouts": []}, "names nothing"),
-        ({"min_reward": 0.5}, "say where they come from"),
-        ({"rejection_keep": 2}, "say where they come from"),
+        (
+            {"min_reward": 0.5},
+            "--min_reward is 0.5, which has no effect without --from_rollouts or",
+        ),
+        ({"rejection_keep": 2}, "--rejection_keep is 2, which has no effect without --from_rollouts or"),
+        (
+            {"from_rollouts": ["a"], "temperature": 0.5},
+            "--temperature is 0.5, which has no effect without --rej",
+        ),
         ({"rejection_samples": 2}, "needs --reward_funcs"),
         ({"reward_weights": [1.0]}, "and nothing else here"),
         ({"rejection_samples": 0, "reward_funcs": ["a"]}, "--rejection_samples is 0"),

@@ -61,16 +61,13 @@ class DocumentStatistics:
 
 
 def check_documents(settings: Any) -> None:
-    """Check the settings `likelihood_*`, and that the documents can be read.
+    """Check the windows over documents, and that the documents can be read.
 
     Raises:
-        ConfigError: a number out of range, or a setting without a data set.
+        ConfigError: the stride is not below the context.
         DataError: as `load_documents`.
     """
     if settings.likelihood_dataset is None:
-        for name in ("config", "split", "rows", "stride", "context"):
-            if (value := getattr(settings, f"likelihood_{name}")) is not None:
-                raise ConfigError(f"--likelihood_{name} {value} needs --likelihood_dataset, text without prompts")
         return
     if settings.likelihood_stride is not None and settings.likelihood_context is not None:
         _check_stride(settings.likelihood_stride, settings.likelihood_context, "--likelihood_context")

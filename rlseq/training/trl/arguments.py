@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.trainer.utils import get_config_model_id
 
+from rlseq.config.fields import Conflict, setting
 from rlseq.config.training import DefaultsMixin, GRPOConfig, ModelArguments
-from rlseq.config.validate import validate, validate_given
+from rlseq.config.validate import check_declared, validate, validate_given
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.during import ValidationProbe
@@ -32,25 +34,52 @@ from rlseq.training.models import load_model, load_tokenizer
 from rlseq.training.run.best import choose_best_by
 from rlseq.types import Prompt
 
-# Arguments of TRL's constructor that are not served, and what to do instead.
-_NOT_SERVED = {
-    "reward_processing_classes": "a reward model reads text by its own tokenizer: save both in one folder and name it",
-    "quantization_config": "load the model by from_pretrained(..., quantization_config=...) and give that",
-    "environment_factory": "name it in args.environment, path/to/file.py:name or package.module:name",
-}
 _OF_LOADING = {"dtype": "dtype", "attn_implementation": "attn_implementation", "revision": "model_revision"}
 _OWN_SPLIT = "name the rows yourself: a Dataset, or a list of Prompts (rlseq.load_prompts)"
 
 
-def validate_supported(more: Mapping[str, Any]) -> None:
-    """Refuse arguments of TRL's constructor that would have no effect.
+def _argument(*conflicts: Conflict) -> Any:
+    return setting(None, "", conflicts=conflicts)
 
-    Raises:
-        ConfigError: names the first, and what to do instead.
-    """
-    for name, instead in _NOT_SERVED.items():
-        if more.get(name) is not None:
-            raise ConfigError(f"this trainer takes no {name}: {instead}")
+
+def _drawn_by_trainer(what: str, when: Callable[[Any], Any]) -> Conflict:
+    return Conflict(f"draws in place of the trainer, which then cannot serve {what}", when)
+
+
+@dataclass
+class Arguments:
+    """Arguments of the trainer beside its settings, with what each cannot stand beside; not given, they are None."""
+
+    args: GRPOConfig
+    reward_processing_classes: Any = _argument(
+        Conflict("is not served: a reward model reads text by its own tokenizer: save both in one folder and name it")
+    )
+    quantization_config: Any = _argument(
+        Conflict("is not served: load the model by from_pretrained(..., quantization_config=...) and give that")
+    )
+    environment_factory: Any = _argument(
+        Conflict("is not served: name it in args.environment, path/to/file.py:name or package.module:name")
+    )
+    probe: Any = None
+    eval_dataset: Any = _argument(
+        Conflict("and probe both say what evaluate measures: give one of them", lambda g: g.probe is not None)
+    )
+    tools: Any = _argument(
+        Conflict(
+            "are given both to the trainer and in args.tools: give one of them", lambda g: g.tools and g.args.tools
+        )
+    )
+    rollout_func: Any = _argument(
+        _drawn_by_trainer("an objective of its own", lambda g: g.args.objective != "policy_gradient"),
+        _drawn_by_trainer("advantage_baseline greedy", lambda g: g.args.advantage_baseline == "greedy"),
+        _drawn_by_trainer("reference_prefix", lambda g: g.args.reference_prefix > 0),
+        _drawn_by_trainer("tools", lambda g: g.tools or g.args.tools),
+        _drawn_by_trainer("environment", lambda g: g.args.environment is not None),
+        _drawn_by_trainer("generation_kwargs", lambda g: g.args.generation_kwargs),
+    )
+
+    def __post_init__(self) -> None:
+        check_declared(self, prefix="")
 
 
 def settings_of(args: Any, settings: type[GRPOConfig]) -> Any:
@@ -249,12 +278,10 @@ def probe_of(
     """The probe given, or one that measures the rewards on the rows of `eval_dataset`, greedy and sampled.
 
     Raises:
-        ConfigError: both are given, or the best checkpoint is to be chosen by what is not measured.
+        ConfigError: the best checkpoint is to be chosen by what is not measured.
     """
     if eval_dataset is None:
         return probe
-    if probe is not None:
-        raise ConfigError("eval_dataset and probe both say what evaluate measures: give one of them")
     made = ValidationProbe(
         prompts_of(eval_dataset, tokenizer, args, "eval_dataset"),
         tokenizer,
@@ -266,27 +293,6 @@ def probe_of(
     if args.load_best_model_at_end or args.metric_for_best_model is not None:
         choose_best_by(args, made.metrics, made.best)
     return made
-
-
-def check_generation(args: GRPOConfig, tools: Any, rollout_func: Any) -> None:
-    """Refuse two sources of tools, and settings that a `rollout_func`, which draws instead, does not follow.
-
-    Raises:
-        ConfigError: names them.
-    """
-    if tools and args.tools:
-        raise ConfigError("tools are given both to the trainer and in args.tools: give one of them")
-    if rollout_func is not None:
-        own = {
-            f"objective {args.objective}": args.objective != "policy_gradient",
-            "advantage_baseline greedy": args.advantage_baseline == "greedy",
-            "reference_prefix": args.reference_prefix > 0,
-            "tools": bool(tools or args.tools),
-            "environment": args.environment is not None,
-            "generation_kwargs": bool(args.generation_kwargs),
-        }
-        if named := [name for name, is_set in own.items() if is_set]:
-            raise ConfigError(f"rollout_func draws in place of the trainer, which then cannot serve {', '.join(named)}")
 
 
 def _kind(value: Any) -> str:
