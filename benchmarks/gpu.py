@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from performance import StepTimes, ours, quiet, race, result, table, theirs
-from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from rlseq.engine.decoding.kv_budget import cached_numbers
 from rlseq.engine.packing import FLEX, pack
@@ -39,6 +39,7 @@ SIZES = {
         "prompts": 64,
         "prompt": 256,
         "completion": 512,
+        "paged cache": {},
     },
     "tiny": {
         "config": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -46,6 +47,8 @@ SIZES = {
         "prompts": 3,
         "prompt": 20,
         "completion": 24,
+        # by default the paged cache and its masks take most of the free memory, whatever the model's size
+        "paged cache": {"num_blocks": 32, "max_batch_tokens": 512},
     },
 }
 STOPS = 300  # one id in so many ends a completion
@@ -117,8 +120,11 @@ def rollouts(size: dict[str, Any], tokenizer: Any, repeats: int) -> list[dict[st
 
     @torch.no_grad()
     def continuous() -> float:
-        config = GenerationConfig(eos_token_id=stops, **drawn)
-        found = paged.generate_batch([ids for ids in rows for _ in range(G)], generation_config=config)
+        found = paged.generate_batch(
+            [ids for ids in rows for _ in range(G)],
+            generation_config=GenerationConfig(eos_token_id=stops, **drawn),
+            continuous_batching_config=ContinuousBatchingConfig(**size["paged cache"]),
+        )
         wait()
         if len(found) < len(rows) * G:
             raise RuntimeError(f"{len(found)} of {len(rows) * G} requests were answered")
@@ -221,7 +227,11 @@ def step(size: dict[str, Any], tokenizer: Any, repeats: int) -> list[dict[str, A
     common = {"max_completion_length": length, "max_steps": repeats + 1, "num_generations": G}
     common |= {"per_device_train_batch_size": layout, "gradient_accumulation_steps": rows // layout}
     sides = {"rlseq": (ours, {}), "TRL": (theirs, {})}
-    sides["TRL, continuous batching"] = (theirs, {"use_transformers_continuous_batching": True})
+    paged = {
+        "use_transformers_continuous_batching": True,
+        "transformers_continuous_batching_config": size["paged cache"],
+    }
+    sides["TRL, continuous batching"] = (theirs, paged)
     seconds: dict[str, float] = {}
     for name, (make, more) in sides.items():
         try:
