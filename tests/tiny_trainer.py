@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rlseq.training.trl.resume import ResumeMixin
+from rlseq.training.trl.trainer import RunMixin
 
 
 class Line(torch.nn.Module):
@@ -27,8 +28,15 @@ class Line(torch.nn.Module):
         return {"loss": ((prediction - labels) ** 2).mean(), "logits": prediction}
 
 
-class TinyTrainer(ResumeMixin, Trainer):
+class TinyTrainer(RunMixin, Trainer):
     """A Trainer as the recipes' trainers are."""
+
+
+@dataclass
+class TinyArguments(TrainingArguments):
+    """With what the recipes' settings have beside transformers'."""
+
+    max_skipped_steps: int = 3
 
 
 def tiny_trainer(output_dir, callbacks, *, rows: int = 8, **settings) -> Trainer:
@@ -40,7 +48,7 @@ def tiny_trainer(output_dir, callbacks, *, rows: int = 8, **settings) -> Trainer
         "logging_steps": 1,
         "report_to": "none",
     }
-    args = TrainingArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **settings})
+    args = TinyArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **settings})
     return TinyTrainer(Line(), args, train_dataset=data, eval_dataset=data, callbacks=callbacks)
 
 

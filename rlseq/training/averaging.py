@@ -52,17 +52,11 @@ class WeightAverage(TrainerCallback):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        resumed = getattr(self.trainer, "resumed_from", None)
-        saved = None if resumed is None else resumed / FILE
-        if saved is not None and saved.is_file():
-            loaded = load_file(saved)
-            self.average = {name: loaded[name].to(p.device, _wide(p)) for name, p in self._trained().items()}
-        else:
-            self.average = {name: p.detach().to(_wide(p), copy=True) for name, p in self._trained().items()}
+        self.average = {name: p.detach().to(_wide(p), copy=True) for name, p in self._trained().items()}
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.step_was_skipped:
+        if self.trainer.guard.step_was_skipped:
             return
         for name, p in self._trained().items():
             self.average[name].lerp_(p.to(_wide(p)), 1 - self.decay)
@@ -70,6 +64,12 @@ class WeightAverage(TrainerCallback):
     def save_into(self, checkpoint: Path) -> None:
         """Write the average beside the weights; the trainer calls it before it marks the checkpoint as whole."""
         save_file({name: value.contiguous().cpu() for name, value in self.average.items()}, checkpoint / FILE)
+
+    def load_from(self, checkpoint: Path) -> None:
+        """Continue with the average of a checkpoint, where it holds one; the trainer calls it once training begins."""
+        if (checkpoint / FILE).is_file():
+            saved = load_file(checkpoint / FILE)
+            self.average = {name: saved[name].to(p.device, _wide(p)) for name, p in self._trained().items()}
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -35,8 +35,8 @@ from rlseq.losses import group_advantages, leave_one_prompt_out_baseline, normal
 from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
 from rlseq.training.rollouts import RolloutBatch
-from rlseq.training.run.faults import memory_for
-from rlseq.training.run.rollout_log import rollout_records, write_rollouts
+from rlseq.training.run.faults import evaluation_advice, memory_for
+from rlseq.training.run.rollout_log import rollout_records, trained_records, write_rollouts
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
     Arguments,
@@ -48,13 +48,12 @@ from rlseq.training.trl.arguments import (
     tokenizer_of,
     training_rows,
 )
-from rlseq.training.trl.guard import RolloutGuardMixin
 from rlseq.training.trl.head import add_cpu_head
 from rlseq.training.trl.loss import LossMixin
-from rlseq.training.trl.publish import PublishMixin
 from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
-from rlseq.training.trl.resume_state import ResumeStateMixin
+from rlseq.training.trl.resume_state import ResumeState
 from rlseq.training.trl.tracking import Tracking
+from rlseq.training.trl.trainer import RunMixin
 from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.types import Prompt
 
@@ -62,7 +61,7 @@ NAN = float("nan")
 ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
 
 
-class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, PublishMixin, LossMixin):
+class GRPOTrainer(RunMixin, LossMixin):
     """TRL's GRPOTrainer with rlseq's rollouts, rewards, objectives and packed updates; a drop-in for it.
 
     Args:
@@ -156,6 +155,7 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, PublishMixin, LossMixin):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        self.resume_state = ResumeState(self, [self.guard])
         self.log_completions = False  # by TRL, whose table would come again with the closing summary
         self.tracking = Tracking(self.callback_handler)
         self.add_callback(self.tracking)
@@ -268,6 +268,9 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, PublishMixin, LossMixin):
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)
 
+    def describe_rows(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return trained_records(inputs, self.prompts, self.batch.scored, self.processing_class)
+
     # -- training and evaluation ---------------------------------------------------------------------------------
 
     def train(self, *args, **kwargs):
@@ -276,14 +279,18 @@ class GRPOTrainer(RolloutGuardMixin, ResumeStateMixin, PublishMixin, LossMixin):
         with disable_input_dtype_casting(self.model, active=self.accelerator.mixed_precision != "no"):
             return super().train(*args, **kwargs)
 
-    @raise_on_all_ranks(exchange=False)  # before the guard's, which this class hides
+    @raise_on_all_ranks(exchange=False)
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Measure the model by the probe, in place of TRL's evaluation, which would draw from the run's randomness."""
         if self.probe is None:
             raise ConfigError("this trainer was given no probe to evaluate with")
         if eval_dataset is not None or ignore_keys is not None:
             raise ConfigError("evaluate measures the rows of the probe: leave out eval_dataset and ignore_keys")
-        with memory_for("evaluation", self._evaluation_advice), torch.no_grad(), self._model_to_generate() as model:
+        with (
+            memory_for("evaluation", evaluation_advice, self.args),
+            torch.no_grad(),
+            self._model_to_generate() as model,
+        ):
             found = self.probe(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far

@@ -16,8 +16,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,6 +44,64 @@ from rlseq.training.rollouts import RolloutBatch
 from rlseq.types import ScoredRollout
 
 
+class KLCoefficient:
+    """The coefficient of the KL to the start, which may adapt from batch to batch.
+
+    Attributes:
+        value, of_next: of the batch under way, and of the next one.
+    """
+
+    def __init__(self, value: float, *, target: float | None):
+        self.value = self.of_next = value
+        self.target = target
+
+    def begin_batch(self) -> None:
+        self.value = self.of_next
+
+    def adapt(self, kl: float) -> None:
+        """Choose the next batch's by the KL of this one's sequences, where there is a target."""
+        if self.target is not None:
+            self.of_next = adapt_kl_coefficient(self.value, kl, target=self.target)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"beta": self.value, "next_beta": self.of_next}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value, self.of_next = state["beta"], state["next_beta"]
+
+
+class TargetKL:
+    """Whether the policy has moved so far from the rollouts of a batch that the other updates on it are left out.
+
+    Attributes:
+        is_passed: the mean KL of an optimizer step of this batch was above the limit.
+    """
+
+    def __init__(self, limit: float | None):
+        self.limit = limit
+        self.is_passed = False
+        self.sums = torch.zeros(2)  # Σ KL and tokens, of the optimizer step under way
+
+    def begin_batch(self) -> None:
+        self.is_passed = False
+
+    def add(self, kl: Tensor, tokens: Tensor) -> None:
+        """Count a micro-batch: the sum of its tokens' KL, and how many they are."""
+        self.sums = self.sums.to(kl) + torch.stack([kl, tokens])
+
+    def end_step(self, accelerator: Accelerator) -> None:
+        """Compare the mean over the step's micro-batches on all processes with the limit."""
+        total, tokens = accelerator.reduce(self.sums.to(accelerator.device)).tolist()
+        self.sums = torch.zeros(2)
+        self.is_passed = self.is_passed or total / max(tokens, 1.0) > self.limit
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"batch_is_over": self.is_passed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.is_passed = state["batch_is_over"]
+
+
 class PPOTrainer(GRPOTrainer):
     """PPO; arguments as `GRPOTrainer` takes them, with an `rlseq.PPOConfig` as `args`.
 
@@ -56,8 +116,6 @@ class PPOTrainer(GRPOTrainer):
         critic = build_critic(model, args.critic, args.critic_name_or_path, trunk_gradient=args.critic_trunk_gradient)
         if args.disable_dropout:
             disable_dropout(critic)
-        self._drift = torch.zeros(2)  # Σ of approx_kl and tokens, of the optimizer step under way
-        self._batch_is_over = False  # target_kl was passed: the other updates on these rollouts are left out
         return critic
 
     def _add_critic(self, critic: torch.nn.Module) -> None:
@@ -69,7 +127,10 @@ class PPOTrainer(GRPOTrainer):
                 "critic_warmup_steps and target_kl hold parameters still by dropping their gradients, which "
                 "DeepSpeed's step does not see. Leave them out, or use another accelerate config."
             )
-        self._next_beta = self.beta  # of the next batch, where it adapts
+        self.kl_coefficient = KLCoefficient(self.beta, target=args.kl_target)
+        self.target_kl = TargetKL(args.target_kl)
+        self.resume_state.shared.append(self.kl_coefficient)
+        self.resume_state.parts.append(self.target_kl)
         attach(self._causal_model(), critic)
         if self.packs:
             self.packs, reason = critic.supports_packing(self._longest())
@@ -155,8 +216,7 @@ class PPOTrainer(GRPOTrainer):
         metrics["kl"].append(total / max(tokens, 1.0))
         metrics["kl_penalty"].append(self.beta * total / sequences)
         metrics["kl_coefficient"].append(self.beta)
-        if self.args.kl_target is not None:
-            self._next_beta = adapt_kl_coefficient(self.beta, total / sequences, target=self.args.kl_target)
+        self.kl_coefficient.adapt(total / sequences)
         return kl
 
     def _gather_tokens(self, x_BT: Tensor) -> Tensor:
@@ -186,14 +246,15 @@ class PPOTrainer(GRPOTrainer):
             # k3 of KL(rollout policy ‖ policy), from the rollout policy's samples
             drift = torch.where(trained, kl_estimate(old_logprobs, scores.logprobs.detach(), "k3"), 0.0)
             self._log_masked_mean("approx_kl", drift, trained)
-            self._drift = self._drift.to(drift) + torch.stack([drift.sum(), trained.sum()])
+            self.target_kl.add(drift.sum(), trained.sum())
         return super().additional_loss(scores, inputs, references) + args.vf_coef * self._step_mean(loss, mask, inputs)
 
     def training_step(self, model, inputs, num_items_in_batch):
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:  # a batch begins
-            self._batch_is_over = False
-            self.beta = self._next_beta
-        if self._batch_is_over:
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self.kl_coefficient.begin_batch()
+            self.target_kl.begin_batch()
+        self.beta = self.kl_coefficient.value
+        if self.target_kl.is_passed:
             self._step += 1  # no forward, no gradient: the optimizer finds nothing to do
             loss = torch.zeros((), device=self.accelerator.device)
         else:
@@ -205,13 +266,11 @@ class PPOTrainer(GRPOTrainer):
     def _choose_what_moves(self) -> None:
         """Before the optimizer steps: what has no gradient is left alone by it, and by the clip of the norm."""
         if self.args.target_kl is not None:
-            total, count = self.accelerator.reduce(self._drift.to(self.accelerator.device)).tolist()
-            self._drift = torch.zeros(2)
-            self._batch_is_over = self._batch_is_over or total / max(count, 1.0) > self.args.target_kl
-            self._metrics["train"]["updates_left_out"].append(float(self._batch_is_over))
+            self.target_kl.end_step(self.accelerator)
+            self._metrics["train"]["updates_left_out"].append(float(self.target_kl.is_passed))
         for name, parameter in self.model.named_parameters():
             warming_up = self.state.global_step < self.args.critic_warmup_steps and not is_critic(name)
-            if self._batch_is_over or warming_up:
+            if self.target_kl.is_passed or warming_up:
                 parameter.grad = None
 
     # -- optimizer, checkpoints ----------------------------------------------------------------------------------
@@ -235,20 +294,6 @@ class PPOTrainer(GRPOTrainer):
         super()._save(output_dir, policy)
         if self.args.should_save:
             self.critic.save(Path(output_dir or self.args.output_dir) / FOLDER, critic)
-
-    def resume_state(self):
-        return super().resume_state() | {"batch_is_over": self._batch_is_over}
-
-    def restore_resume_state(self, state):
-        super().restore_resume_state(state)
-        self._batch_is_over = state["batch_is_over"]
-
-    def shared_state(self):
-        return super().shared_state() | {"beta": self.beta, "next_beta": self._next_beta}
-
-    def restore_shared_state(self, state):
-        super().restore_shared_state(state)
-        self.beta, self._next_beta = state["beta"], state["next_beta"]
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -92,7 +92,10 @@ def in_an_evaluation_during_training(folder):
 
 def in_saving(folder):
     return trained(
-        folder, lambda trainer: _on_one_rank(trainer, "resume_state", key_error), save_strategy="steps", save_steps=1
+        folder,
+        lambda trainer: _on_one_rank(trainer.resume_state, "save", key_error),
+        save_strategy="steps",
+        save_steps=1,
     )
 
 

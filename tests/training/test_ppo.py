@@ -114,7 +114,7 @@ def test_the_kl_that_is_logged_and_steered_by_is_of_all_completions_abstained_or
     total = sum(sum(log_ratio(trainer, start, row)) for row in ROWS)
     assert trainer._metrics["train"]["kl"] == [pytest.approx(total / 13, abs=1e-5)]
     # Clipped at −0.2 or 0.2 by Ziegler's rule, whose K is 0.1.
-    assert trainer._next_beta == pytest.approx(0.3 * (1.02 if total / 4 > 1e-3 else 0.98))
+    assert trainer.kl_coefficient.of_next == pytest.approx(0.3 * (1.02 if total / 4 > 1e-3 else 0.98))
     assert not output["advantages"][1].any()
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,23 +46,54 @@ def is_failed_write(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def memory_for(phase: str, advice: Callable[[], str]) -> Iterator[None]:
+def memory_for(phase: str, advice: Callable[[Any], str], args: Any) -> Iterator[None]:
     """Turn a failed allocation into a `TrainingError` that names the phase and says what to lower.
 
     Args:
         phase: what was being done; of nested phases the innermost is named.
-        advice: called when it happens.
+        advice: the run's settings -> what to lower, one of the functions below.
+        args: the run's settings.
     """
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingError(_memory_message(phase, error, advice())) from error
+        raise TrainingError(_memory_message(phase, error, advice(args))) from error
 
 
 def _memory_message(phase: str, error: BaseException, advice: str) -> str:
     return f"out of memory in {phase}. {advice}\n  ({_first_line(error)})"
+
+
+def update_advice(args: Any) -> str:
+    """What to lower where an update finds no memory."""
+    longest = "max_completion_length" if hasattr(args, "max_completion_length") else "max_length"
+    advice = (
+        f"Lower --per_device_train_batch_size ({args.per_device_train_batch_size}) and raise "
+        f"--gradient_accumulation_steps ({args.gradient_accumulation_steps}) by as much, which leaves the batch as "
+        f"it is; or lower --{longest} ({getattr(args, longest)})"
+    )
+    return advice + ("." if args.gradient_checkpointing else "; or give --gradient_checkpointing true.")
+
+
+def sampling_advice(args: Any) -> str:
+    """What to lower where the sampling of rollouts finds no memory."""
+    return (
+        "A process samples per_device_train_batch_size × steps_per_generation "
+        f"({args.per_device_train_batch_size} × {args.steps_per_generation}) completions of up to "
+        f"max_completion_length ({args.max_completion_length}) "
+        "tokens at a time: lower one of them, e.g. --steps_per_generation 1 with the --gradient_accumulation_steps "
+        f"of now ({args.gradient_accumulation_steps}), which leaves the batch as it is. --num_generations "
+        f"({args.num_generations}) must divide the completions that all processes sample at a time: lower it, too."
+    )
+
+
+def evaluation_advice(args: Any) -> str:
+    """What to lower where an evaluation during training finds no memory."""
+    if hasattr(args, "max_completion_length"):
+        return "Lower --probe_rows or --max_completion_length."
+    return f"Lower --per_device_eval_batch_size ({args.per_device_eval_batch_size})."
 
 
 @contextlib.contextmanager

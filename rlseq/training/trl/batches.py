@@ -23,7 +23,7 @@ from rlseq.errors import ConfigError
 from rlseq.losses import importance_ratio
 from rlseq.training.forward import Ids, Scores, forward, ragged
 from rlseq.training.rollouts import RolloutBatch
-from rlseq.training.run.faults import memory_for
+from rlseq.training.run.faults import memory_for, update_advice
 from rlseq.training.trl.rollouts import SamplingMixin
 from rlseq.training.trl.scoring import ScoringMixin
 from rlseq.training.trl.tracking import Completions, Tracking
@@ -56,7 +56,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
                 "rollouts are not predicted: sample by rlseq.sample, or measure by evaluate or rlseq.contrast"
             )
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
-            with memory_for("scoring the rollouts (log-probs, the reference, values)", self._memory_advice):
+            with memory_for("scoring the rollouts (log-probs, the reference, values)", update_advice, self.args):
                 inputs = self.make_batch(generation_batch).inputs
             if self.args.steps_per_generation > 1:
                 inputs = self._shuffle_groups(inputs)

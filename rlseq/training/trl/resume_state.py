@@ -8,136 +8,179 @@ Each rank writes its own to `checkpoint-N/resume_state/`, before the trainer's s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import trl
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlseq.errors import ConfigError
 from rlseq.training.run.checkpoints import RESUME_STATE, write_format
-from rlseq.training.trl.resume import ResumeMixin
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference.safetensors"
 
 
-class ResumeStateMixin(ResumeMixin, trl.GRPOTrainer):
-    """Saves and restores what TRL's trainer forgets; a subclass extends `resume_state` and `restore_resume_state`."""
+class Stateful(Protocol):
+    """What holds a part of a run's state, as torch's optimizers and schedulers do."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.args.sync_ref_model and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and plain values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the state; other parts' entries are ignored."""
+
+
+class ResumeState:
+    """Saves and restores what TRL's trainer forgets.
+
+    Args:
+        trainer: TRL's; its `batch` is the `RolloutBatch` under way.
+        parts: further objects whose state each rank saves and restores.
+
+    Attributes:
+        parts: they may be added to until training begins.
+        shared: likewise, of objects whose state is equal on all ranks; another number of processes resumes it too.
+
+    Raises:
+        ConfigError: the reference moves, and is sharded.
+    """
+
+    def __init__(self, trainer: Any, parts: Sequence[Stateful]):
+        if trainer.args.sync_ref_model and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise ConfigError(
                 "sync_ref_model moves the reference, which a checkpoint must then hold whole; leave it out under FSDP "
                 "or DeepSpeed"
             )
-        self.add_callback(_Restore(self))
+        self.trainer = trainer
+        self.parts = [_TrainingLoop(trainer), *parts]
+        self.shared: list[Stateful] = []
+        self.first_step = 0  # that the summed loss of the run counts from
 
-    def resume_state(self) -> dict[str, Any]:
-        """This rank's state as tensors and plain values."""
-        in_a_round = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        return {
-            "world_size": self.accelerator.num_processes,
-            "shared": self.shared_state(),
-            "step": self._step,
-            "reference_rewards": self.batch.reference_rewards if in_a_round else {},
-            "buffered_inputs": self._buffered_inputs if in_a_round else None,
-            "metrics": dict(self._metrics["train"]),
-            "loss_since_logged": self._tr_loss,
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-        }
+    # -- saving --------------------------------------------------------------------------------------------------
 
-    def shared_state(self) -> dict[str, Any]:
-        """The part that is equal on all ranks, which another number of processes resumes too."""
-        return {}
+    def save(self, checkpoint: Path) -> None:
+        """Write the state into a checkpoint, on every process, before the rest is written."""
+        args, trainer = self.trainer.args, self.trainer
+        if args.save_only_model:
+            return
+        folder = checkpoint / RESUME_STATE
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.should_save:
+            write_format(checkpoint)
+        shared = {name: value for part in self.shared for name, value in part.state_dict().items()}
+        state = {"world_size": trainer.accelerator.num_processes, "shared": shared}
+        for part in self.parts:
+            state |= part.state_dict()
+        torch.save(state, folder / f"rank-{trainer.accelerator.process_index}.pt")
+        if args.sync_ref_model and args.should_save:
+            reference = {name: p.detach().contiguous().cpu() for name, p in trainer.ref_model.named_parameters()}
+            save_file(reference, folder / REFERENCE_FILE)
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "save_into") and args.should_save:
+                callback.save_into(checkpoint)
 
-    def restore_shared_state(self, state: dict[str, Any]) -> None:
-        """Take up what `shared_state` returned."""
+    # -- resuming ------------------------------------------------------------------------------------------------
 
-    def restore_resume_state(self, state: dict[str, Any]) -> None:
-        """Take up where `resume_state` was called."""
-        device = self.accelerator.device
-        self._step = state["step"]
-        self.batch.reference_rewards = state["reference_rewards"]
-        if state["buffered_inputs"] is not None:
-            self._buffered_inputs = [
-                {name: x.to(device) if torch.is_tensor(x) else x for name, x in part.items()}
-                for part in state["buffered_inputs"]
-            ]
-        self._metrics["train"] = defaultdict(list, state["metrics"])
-        self._tr_loss = state["loss_since_logged"].to(device)
-        self._total_loss_scalar = state["total_loss"]
-        self._total_loss_since = 0
-        self._globalstep_last_logged = state["last_logged"]
+    @contextlib.contextmanager
+    def taken_up(self, checkpoint: Path | None) -> Iterator[None]:
+        """Let the training within begin at the state of a checkpoint; None: at the state of a new run."""
+        restore = _Restore(self, checkpoint)
+        self.trainer.add_callback(restore)  # the last one, so that what other callbacks begin with is there
+        try:
+            yield
+        finally:
+            self.trainer.remove_callback(restore)
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Count from the step that training is at, and take up the state of the checkpoint, where there is one."""
+        trainer = self.trainer
+        trainer._step = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+        self.first_step = trainer.state.global_step
+        if checkpoint is None:
+            return
+        self._load_reference(checkpoint)
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "load_from"):
+                callback.load_from(checkpoint)
+        file = checkpoint / RESUME_STATE / f"rank-{trainer.accelerator.process_index}.pt"
+        if not file.is_file():
+            logger.warning("%s is missing: the run resumes, but not bit for bit", file)
+            return
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        for part in self.shared:
+            part.load_state_dict(saved["shared"])
+        if saved["world_size"] != trainer.accelerator.num_processes:
+            logger.warning(
+                "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are sampled again",
+                saved["world_size"],
+                trainer.accelerator.num_processes,
+            )
+            return
+        for part in self.parts:
+            part.load_state_dict(saved)
+        self.first_step = 0
 
     @torch.no_grad()
-    def restore_reference(self, checkpoint: Path) -> None:
+    def _load_reference(self, checkpoint: Path) -> None:
         """Take up the reference model as it was when the checkpoint was written, where it moves."""
         file = checkpoint / RESUME_STATE / REFERENCE_FILE
-        if not self.args.sync_ref_model:
+        if not self.trainer.args.sync_ref_model:
             return
         if not file.is_file():
             logger.warning("%s is missing: the reference is the start again", file)
             return
         saved = load_file(file)
-        for name, p in self.ref_model.named_parameters():
+        for name, p in self.trainer.ref_model.named_parameters():
             p.copy_(saved[name])
 
-    def begin_or_resume(self) -> None:
-        """Count from the step that training is at, and take up the state of the checkpoint, where there is one."""
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        self._total_loss_since = self.state.global_step
-        if self.resumed_from is None:
-            return
-        self.restore_reference(self.resumed_from)
-        file = self.resumed_from / RESUME_STATE / f"rank-{self.accelerator.process_index}.pt"
-        if not file.is_file():
-            logger.warning("%s is missing: the run resumes, but not bit for bit", file)
-            return
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        self.restore_shared_state(saved["shared"])
-        if saved["world_size"] != self.accelerator.num_processes:
-            logger.warning(
-                "the checkpoint is of %d processes, the run has %d: rollouts not yet trained on are sampled again",
-                saved["world_size"],
-                self.accelerator.num_processes,
-            )
-            return
-        self.restore_resume_state(saved)
+    def with_mean_loss(self, logs: dict[str, Any]) -> dict[str, Any]:
+        """What is logged, with the mean loss of the whole run: transformers divides by the steps since it resumed."""
+        if "train_loss" not in logs:
+            return logs
+        steps = self.trainer.state.global_step - self.first_step
+        return logs | {"train_loss": self.trainer._total_loss_scalar / max(steps, 1)}
 
-    def log(self, logs, start_time=None):
-        if "train_loss" in logs:  # transformers divides the loss of the whole run by the steps since it was resumed
-            steps = self.state.global_step - self._total_loss_since
-            logs = logs | {"train_loss": self._total_loss_scalar / max(steps, 1)}
-        super().log(logs, start_time)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        begin_epoch(sampler_of(kwargs["train_dataloader"]), kwargs["epoch"])
-        super()._run_epoch(**kwargs)
+class _TrainingLoop:
+    """The part of the state that TRL's and transformers' training loop has."""
 
-    def save_beside(self, checkpoint: Path) -> None:
-        super().save_beside(checkpoint)
-        if self.args.save_only_model:
-            return
-        folder = checkpoint / RESUME_STATE
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            write_format(checkpoint)
-        torch.save(self.resume_state(), folder / f"rank-{self.accelerator.process_index}.pt")
-        if self.args.sync_ref_model and self.args.should_save:
-            reference = {name: p.detach().contiguous().cpu() for name, p in self.ref_model.named_parameters()}
-            save_file(reference, folder / REFERENCE_FILE)
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "save_into") and self.args.should_save:
-                callback.save_into(checkpoint)
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self.trainer
+        within_a_batch = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
+        return {
+            "step": trainer._step,
+            "reference_rewards": trainer.batch.reference_rewards if within_a_batch else {},
+            "buffered_inputs": trainer._buffered_inputs if within_a_batch else None,
+            "metrics": dict(trainer._metrics["train"]),
+            "loss_since_logged": trainer._tr_loss,
+            "total_loss": trainer._total_loss_scalar,
+            "last_logged": trainer._globalstep_last_logged,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        trainer, device = self.trainer, self.trainer.accelerator.device
+        trainer._step = state["step"]
+        trainer.batch.reference_rewards = state["reference_rewards"]
+        if state["buffered_inputs"] is not None:
+            trainer._buffered_inputs = [
+                {name: x.to(device) if torch.is_tensor(x) else x for name, x in part.items()}
+                for part in state["buffered_inputs"]
+            ]
+        trainer._metrics["train"] = defaultdict(list, state["metrics"])
+        trainer._tr_loss = state["loss_since_logged"].to(device)
+        trainer._total_loss_scalar = state["total_loss"]
+        trainer._globalstep_last_logged = state["last_logged"]
 
 
 def begin_epoch(sampler: RepeatSampler, epoch: int) -> None:
@@ -157,8 +200,9 @@ def sampler_of(loader: Any) -> RepeatSampler:
 class _Restore(TrainerCallback):
     """Restores the state once the trainer has set its own to that of a new run."""
 
-    def __init__(self, trainer: ResumeStateMixin):
-        self.trainer = trainer
+    def __init__(self, state: ResumeState, checkpoint: Path | None):
+        self.state = state
+        self.checkpoint = checkpoint
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_or_resume()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.state.load(self.checkpoint)

@@ -20,7 +20,7 @@ from rlseq.errors import ConfigError
 from rlseq.training.environment import callable_methods, check_group_prompts
 from rlseq.training.forward import Ids
 from rlseq.training.rollouts import RolloutBatch
-from rlseq.training.run.faults import memory_for
+from rlseq.training.run.faults import memory_for, sampling_advice
 from rlseq.training.trl.sharding import whole_weights
 from rlseq.types import Prompt, Rollout
 
@@ -46,7 +46,7 @@ class SamplingMixin(trl.GRPOTrainer):
         """
         if self.environments and self.use_vllm and self.vllm_mode == "server":
             check_group_prompts(batch.indices, batch.asked)
-        with memory_for("sampling rollouts", self._rollout_advice):
+        with memory_for("sampling rollouts", sampling_advice, self.args):
             if self.tools or self.rollout_func is not None:
                 found = self._generate(batch.asked)
                 if any(found[-1]):

@@ -9,9 +9,7 @@ import trl
 from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 
-from rlseq.training.trl.guard import GuardMixin
-from rlseq.training.trl.publish import PublishMixin
-from rlseq.training.trl.resume import ResumeMixin
+from rlseq.training.trl.trainer import RunMixin
 
 
 class LengthGroupedBatches(Sampler[int]):
@@ -51,7 +49,7 @@ class LengthGroupedBatches(Sampler[int]):
         return iter(torch.cat(shuffled + last).tolist())
 
 
-class SFTTrainer(GuardMixin, ResumeMixin, PublishMixin, trl.SFTTrainer):
+class SFTTrainer(RunMixin, trl.SFTTrainer):
     """TRL's SFTTrainer with `LengthGroupedBatches` as `train_sampling_strategy: group_by_length`.
 
     Its `eval_loss` is the mean over all tokens of the completions. transformers takes the mean of batches, each by its
