@@ -12,6 +12,7 @@ rounding of the logits (a token within rounding of a boundary of the CDF may the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from rlseq.engine.strategies import Greedy, Sample, Strategy
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
 
+TILE_NUMBERS = 2**18  # logits that are worked on together on a CPU: 2 MB in float64
 COMPACT_BELOW = 0.75  # finished rows leave the batch when less than this share of it is unfinished
 
 
@@ -196,14 +198,8 @@ def _decode(
     lengths = np.zeros(num_rows, np.int64)
     rows = np.arange(num_rows)  # those that are not finished
     for step in range(max_new_tokens):
-        slots, logits = torch.from_numpy(slot).to(device), decoder.logits  # (B,), (U, V)
-        if isinstance(strategy, Sample):
-            logprobs = strategy.warp(logits)
-            token = pick(logprobs, torch.from_numpy(uniforms(keys[rows], step)), slot)
-        else:
-            logprobs = torch.log_softmax(logits, dim=-1)
-            token = logits.argmax(-1)[slots]
-        all_logprobs[torch.from_numpy(rows).to(device), step] = logprobs[slots, token]
+        token, logprobs = _next_tokens(decoder.logits, slot, strategy, uniforms(keys[rows], step))
+        all_logprobs[torch.from_numpy(rows).to(device), step] = logprobs
         sampled = token.cpu().numpy()
         all_ids[rows, step] = sampled
         lengths[rows] = step + 1
@@ -211,12 +207,45 @@ def _decode(
         rows, slot, sampled = rows[runs], slot[runs], sampled[runs]
         if not len(rows) or step + 1 == max_new_tokens:
             break
-        sources, tokens, slot = _branch(slot, sampled, len(logits))
+        sources, tokens, slot = _branch(slot, sampled, len(decoder.logits))
         decoder.advance(sources, tokens)
 
     found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
     ids, their_logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)
     return list(ids), list(their_logprobs)
+
+
+def _next_tokens(
+    logits: torch.Tensor, slot: np.ndarray, strategy: Greedy | Sample, uniform: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token of each of B rows after the prefix at its slot, and its log-prob, (B,) each.
+
+    On a CPU a few slots at a time, so that what is made of their logits stays in the processor's cache.
+
+    Args:
+        logits: (U, V) of the slots.
+        slot, uniform: (B,) of the rows.
+    """
+    device, (num_slots, vocabulary) = logits.device, logits.shape
+    size = max(1, TILE_NUMBERS // vocabulary) if device.type == "cpu" else num_slots
+    order = np.argsort(slot, kind="stable")
+    ends = np.searchsorted(slot[order], np.arange(0, num_slots + size, size))  # of each tile's rows
+    token = torch.zeros(len(slot), dtype=torch.long, device=device)
+    logprob = torch.zeros(len(slot), dtype=torch.float32, device=device)
+    for number, (start, end) in enumerate(pairwise(ends)):
+        if start == end:
+            continue
+        rows, first = order[start:end], number * size
+        tile, of = logits[first : first + size], slot[rows] - first
+        of_tile, at = torch.from_numpy(of).to(device), torch.from_numpy(rows).to(device)
+        if isinstance(strategy, Sample):
+            logprobs = strategy.warp(tile)
+            found = pick(logprobs, torch.from_numpy(uniform[rows]), of)
+        else:
+            logprobs = torch.log_softmax(tile, dim=-1)
+            found = tile.argmax(-1)[of_tile]
+        token[at], logprob[at] = found, logprobs[of_tile, found].to(logprob.dtype)
+    return token, logprob
 
 
 def _branch(slot: np.ndarray, sampled: np.ndarray, num_slots: int) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:

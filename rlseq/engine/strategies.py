@@ -113,7 +113,8 @@ class Sample(Strategy):
 
     def warp(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the log-probs (…, V), in float32 or wider, of the distribution that is sampled from logits (…, V)."""
-        logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature, -1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logprobs = torch.log_softmax(logits if self.temperature == 1.0 else logits / self.temperature, -1)
         if self.top_k is not None and self.top_k < logits.size(-1):
             kept = torch.zeros_like(logprobs, dtype=torch.bool)
             kept.scatter_(-1, logprobs.topk(self.top_k, dim=-1).indices, True)
@@ -137,6 +138,16 @@ def to_units(probs: torch.Tensor) -> torch.Tensor:
     refused under deterministic kernels.)
     """
     return (probs * 2.0**52).round_().long()
+
+
+def sums_of_units(probs: torch.Tensor) -> torch.Tensor:
+    """The cumulative sums of `to_units` of probabilities (…, V) in float64, which are overwritten.
+
+    On a CPU the whole numbers stay in float64, which holds them to 2⁵³, and no further tensor is made.
+    """
+    if probs.device.type == "cpu":
+        return probs.mul_(2.0**52).round_().cumsum_(-1)
+    return to_units(probs).cumsum_(-1)
 
 
 class Rerank(Strategy):

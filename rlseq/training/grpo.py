@@ -29,6 +29,7 @@ from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.config.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
+from rlseq.engine.model.lora import fuse_lora
 from rlseq.engine.self_tests import supports_packing
 from rlseq.errors import ConfigError
 from rlseq.losses import group_advantages, leave_one_prompt_out_baseline, normalize_then_sum
@@ -160,6 +161,7 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.tracking = Tracking(self.callback_handler)
         self.add_callback(self.tracking)
         add_reference(self, reference)
+        fuse_lora(self.model)
         if not args.cast_lm_head_to_fp32:
             for one in (self.model, self.ref_model):
                 if one is not None:

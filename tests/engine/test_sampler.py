@@ -460,3 +460,21 @@ def test_a_stop_id_within_the_prefix_does_not_end_the_completion():
 def test_a_wrong_number_of_prefixes_is_refused():
     with pytest.raises(ConfigError, match=r"2 prefixes .* 6 prompts"):
         draw(tiny_model(), prefixes=[(), (3,)])
+
+
+def test_a_few_slots_at_a_time_pick_the_tokens_and_log_probs_of_all_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 11, generator=generator)
+    slot = np.array([3, 0, 6, 3, 5, 0, 0, 2])  # slots 1 and 4 have no row
+    uniform = np.linspace(0.05, 0.95, len(slot))
+    for strategy in (Sample(), Sample(temperature=0.7, top_k=4), Greedy()):
+        whole = sampling._next_tokens(logits, slot, strategy, uniform)
+        monkeypatch.setattr(sampling, "TILE_NUMBERS", 22)  # two slots
+        tiles = sampling._next_tokens(logits, slot, strategy, uniform)
+        monkeypatch.undo()
+        assert torch.equal(tiles[0], whole[0]) and torch.equal(tiles[1], whole[1])
+        of_row = strategy.warp(logits[slot]) if isinstance(strategy, Sample) else logits[slot].log_softmax(-1)
+        torch.testing.assert_close(whole[1], of_row[range(len(slot)), whole[0]])
+        cdf = of_row.double().exp().cumsum(-1).numpy()
+        expected = [int(np.searchsorted(row, u)) for row, u in zip(cdf, uniform, strict=True)]
+        assert whole[0].tolist() == (logits[slot].argmax(-1).tolist() if isinstance(strategy, Greedy) else expected)

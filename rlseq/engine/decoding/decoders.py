@@ -7,7 +7,8 @@ the same logits to rounding; they differ in time and memory. `rlseq.engine.decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.engine.decoding.kv_cache import preallocate, rearrange
 from rlseq.engine.decoding.prefix_attention import Groups, SharedPrefixLayer, take_over_sdpa
-from rlseq.engine.model.info import attention_of, forward_parameters
+from rlseq.engine.model.info import attention_of, base_of, forward_parameters
 from rlseq.errors import ModelError
 
 Ids = Sequence[int]
@@ -65,7 +66,8 @@ class CachedDecoder:
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         self.position = positions[:, -1]  # (U,)
         self.cache = DynamicCache(config=model.config)
-        self._forward(input_ids.to(self.device), self.mask, positions)
+        with contiguous_head(model):
+            self._forward(input_ids.to(self.device), self.mask, positions)
         # Layers that carry states are moved by `reorder_cache` alone, which cannot use a preallocated layer.
         self.states = not all(map(holds_tokens, self.cache.layers))
         if max_tokens >= MIN_PREALLOCATED and not self.states:
@@ -96,6 +98,21 @@ class CachedDecoder:
         )
         self.cache = getattr(output, self.cache_name)
         self.logits = output.logits[:, -1].float()
+
+
+@contextmanager
+def contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Give the head contiguous states: of a slice of longer rows, torch's linear copies the whole head for each row."""
+    base = base_of(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, states: (states[0].contiguous(), *states[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class SharedPrefixDecoder(CachedDecoder):

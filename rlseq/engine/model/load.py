@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from rlseq.engine.model.auto_class import causal_class
 from rlseq.engine.model.gguf_files import where_and_how
+from rlseq.engine.model.lora import fuse_lora
 from rlseq.errors import ModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -205,6 +206,7 @@ def _with_adapter(base: Any, path: str | Path, *, trainable: bool, allow_missing
         for name, parameter in model.named_parameters():
             if ".default." in name:
                 parameter.data = parameter.data.to(trained_in)
+    fuse_lora(model)
     return model
 
 

@@ -9,6 +9,7 @@ import trl
 from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 
+from rlseq.engine.model.lora import fuse_lora
 from rlseq.training.trl.trainer import RunMixin
 
 
@@ -58,6 +59,10 @@ class SFTTrainer(RunMixin, trl.SFTTrainer):
     """
 
     _evaluated: tuple[float, int] = (0.0, 0)  # Σ NLL and tokens of the evaluation under way, of this process
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        fuse_lora(self.model)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         tokens = int((inputs["labels"][:, 1:] != -100).sum())
