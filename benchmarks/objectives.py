@@ -134,7 +134,7 @@ def command(method: str, seed: int, steps: int, rate: str, out: Path, base: str 
         if method == "rft":
             # `steps` × 512 rollouts, 8 a word, drawn from the base before training; every word's best is kept.
             words += ["--train_rows", str(steps * 64), "--rejection_samples", "8", "--reward_funcs", "phoneme_accuracy"]
-            words += ["--rejection_max_new_tokens", "32"]
+            words += ["--max_new_tokens", "32"]
         return words
     more = "--temperature 1.0 --reference_loss_coef 0 --ema_decay 0 --start_weight 0 --evaluate false"
     minibatches = re.search(r"--steps_per_generation (\d+)", flags)

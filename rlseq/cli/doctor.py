@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rlseq.common.escapes import visible
+from rlseq.config.commands import DoctorArguments, EvalRowsArguments
+from rlseq.config.flags import add_flags, from_flags
 from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Result
-from rlseq.errors import ConfigError, RlseqError
+from rlseq.errors import RlseqError
 
-PROMPT_OPTIONS = ("prompt_column", "reference_column", "prompt_template", "reference_template", "merge_references")
+ARGUMENTS = (DoctorArguments, EvalRowsArguments)
 MARKS = {OK: ("✓", "green"), WARNING: ("!", "yellow"), FAILED: ("✗", "bold red"), SKIPPED: ("–", "dim")}
 WEIGHT_PATTERNS = ("*.bin", "*.pt", "*.pth")
 
@@ -28,41 +30,14 @@ model's repository is run, and no weights but safetensors are read."""
 
 EPILOG = """Exit status: 0 when nothing failed (warnings are none), 1 when a check failed, 2 on bad input.
 
-  rlseq doctor --model_name_or_path recipes/g2p/base --dataset_name recipes/g2p/data.py --max_completion_length 32"""
+  rlseq doctor --model_name_or_path recipes/g2p/base --dataset_name recipes/g2p/data.py --max_new_tokens 32"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `rlseq doctor`; those of the data are those of `rlseq evaluate`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "%(prog)s --model_name_or_path PATH [--dataset_name DATA] [--name value ...]"
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add = parser.add_argument
-    add("--model_name_or_path", required=True, metavar="M", help="Path or hub id of a model, or folder of an adapter.")
-    add("--dataset_name", metavar="D", help="Task module, local json/jsonl/csv/parquet file or folder, or hub id.")
-    add("--dataset_config", metavar="NAME", help="Configuration name of a hub data set.")
-    add("--eval_split", default="validation", metavar="S", help="Split that is looked at (default: validation).")
-    add("--rows", type=int, metavar="N", help="Use only the first N rows.")
-    add("--prompt_column", default="prompt", metavar="NAME", help="Column of the prompt (default: prompt).")
-    add(
-        "--reference_column",
-        default="references",
-        metavar="NAME",
-        help="Column of the right answer (default: references).",
-    )
-    add("--prompt_template", metavar="JINJA", help="Template over a row's columns that makes the prompt.")
-    add("--reference_template", metavar="JINJA", help="Template over a row's columns that makes the reference.")
-    add("--merge_references", action="store_true", help="Make rows with equal prompts one row.")
-    add(
-        "--chat_template_kwargs",
-        metavar="JSON",
-        help="""What the chat template is told besides, as in training: '{"enable_thinking": false}'.""",
-    )
-    add(
-        "--max_completion_length",
-        type=int,
-        metavar="T",
-        help="Tokens of the longest completion that will be sampled (default: the longest reference).",
-    )
-    add("--json", action="store_true", help="Print the results as JSON, and nothing else.")
+    add_flags(parser, ARGUMENTS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,13 +46,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         RlseqError: the model, data or a flag cannot be used.
     """
-    for name in ("rows", "max_completion_length"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; expected at least 1")
+    args, data = from_flags(ARGUMENTS, args)
     show = _silent if args.json else _Lines(args.model_name_or_path)
     results = []
     with _quiet():
-        for result in examine(args):
+        for result in examine(args, data):
             results.append(result)
             show(result)
     failed = any(result.status == FAILED for result in results)
@@ -89,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return int(failed)
 
 
-def examine(args: argparse.Namespace) -> Iterator[Result]:
+def examine(args: DoctorArguments, data: EvalRowsArguments) -> Iterator[Result]:
     """Make the checks, the cheap ones first.
 
     Raises:
@@ -107,17 +80,17 @@ def examine(args: argparse.Namespace) -> Iterator[Result]:
         check_model_path(args.model_name_or_path)
     config, generation_config = load_configs(args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path)  # as it was saved
-    prompts, told = [], template_options(args.chat_template_kwargs)
-    if args.dataset_name:
-        options = {name: getattr(args, name) for name in PROMPT_OPTIONS} | {"config_name": args.dataset_config}
-        options["chat_template_kwargs"] = told
-        prompts = load_prompts(args.dataset_name, tokenizer, split=args.eval_split, limit=args.rows, **options)
+    prompts = []
+    if data.dataset_name:
+        options = data.prompt_options() | {"config_name": data.dataset_config}
+        options["chat_template_kwargs"] = template_options(args.chat_template_kwargs)
+        prompts = load_prompts(data.dataset_name, tokenizer, split=data.eval_split, limit=data.eval_rows, **options)
     yield from static_checks(
         config,
         tokenizer,
         prompts,
         generation_config=generation_config,
-        max_completion_length=args.max_completion_length,
+        max_new_tokens=args.max_new_tokens,
         own_sampler=False,
         needs_references=True,
         elsewhere=True,

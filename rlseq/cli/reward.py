@@ -12,10 +12,20 @@ from typing import Any
 
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table, terminal_width
-from rlseq.errors import ConfigError, ModelError
+from rlseq.config.arguments import WeightedArguments
+from rlseq.config.commands import (
+    CheckArguments,
+    LoggedRowsArguments,
+    OutputArguments,
+    ScoreArguments,
+    TrainRowsArguments,
+)
+from rlseq.config.flags import add_flags, from_flags
+from rlseq.config.yaml_file import bundled_paths
+from rlseq.errors import ModelError
 from rlseq.scoring.check.check import run_checks, spread
 from rlseq.scoring.check.probe import Check
-from rlseq.scoring.check.rows import add_data_arguments, prompts_of, with_columns
+from rlseq.scoring.check.rows import prompts_of, with_columns
 from rlseq.scoring.corpus import of_completions
 from rlseq.scoring.load import load_rewards
 from rlseq.scoring.outcome import json_ready
@@ -34,42 +44,39 @@ SPEC_HELP = (
 )
 
 
+CHECK = (CheckArguments, TrainRowsArguments)
+SCORE = (ScoreArguments, LoggedRowsArguments)
+REPLAY = (WeightedArguments, LoggedRowsArguments, OutputArguments)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the four subcommands."""
     commands = parser.add_subparsers(dest="reward_command", required=True, metavar="list | check | score | replay")
 
-    listing = commands.add_parser("list", help="List the rewards that have a name.")
+    listing = _command(commands, "list", "List the rewards that have a name.")
     listing.set_defaults(reward_run=_list)
 
-    check = commands.add_parser("check", help="Check a reward before a run; exit 1 if something is wrong.")
+    check = _command(commands, "check", "Check a reward before a run; exit 1 if something is wrong.")
     check.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
-    add_data_arguments(check)
-    check.add_argument("--rows", type=int, default=32, help="Rows to check it on (default: 32).")
-    check.add_argument("--model_name_or_path", help="Sample from this model: do its completions differ in reward?")
-    check.add_argument("--num_generations", type=int, default=8, help="Samples per row then (default: 8).")
-    check.add_argument("--max_completion_length", type=int, default=256, help="Their tokens at most (default: 256).")
+    add_flags(check, CHECK)
     check.set_defaults(reward_run=_check)
 
-    score = commands.add_parser("score", help="Score logged or written completions.")
+    score = _command(commands, "score", "Score logged or written completions.")
     score.add_argument("spec", metavar="SPEC", nargs="+", help=SPEC_HELP)
-    score.add_argument(
-        "--rollouts", type=Path, required=True, help="jsonl with prompt, completion and columns, or a run."
-    )
-    score.add_argument(
-        "--output", type=Path, help="Write the records there with values, status, details and total (the weighted sum)."
-    )
-    add_data_arguments(score, "for columns that the rollouts lack")
+    add_flags(score, SCORE)
     score.set_defaults(reward_run=_score)
 
-    replay = commands.add_parser("replay", help="Score a run's rollouts with other rewards or weights.")
+    replay = _command(commands, "replay", "Score a run's rollouts with other rewards or weights.")
     replay.add_argument("run_directory", metavar="RUN", type=Path, help="A run directory, or a jsonl of its rollouts.")
-    replay.add_argument("--reward_funcs", nargs="+", required=True, metavar="SPEC", help=SPEC_HELP)
-    replay.add_argument("--reward_weights", nargs="+", type=float, help="A weight for each (default: 1).")
-    replay.add_argument(
-        "--output", type=Path, help="Write the records there with the new values and total (the weighted sum)."
-    )
-    add_data_arguments(replay, "for columns that the log lacks; by default as in RUN/config.yaml")
+    add_flags(replay, REPLAY)
     replay.set_defaults(reward_run=_replay)
+    usages = {check: "SPEC", score: "SPEC ... --rollouts PATH", replay: "RUN --reward_funcs SPEC ..."}
+    for command, usage in usages.items():
+        command.usage = f"%(prog)s {usage} [--name value ...]"
+
+
+def _command(commands: Any, name: str, about: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=about, description=about)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -99,22 +106,20 @@ def _range(limits: Any) -> str:
 
 
 def _check(args: argparse.Namespace) -> int:
-    for name in ("rows", "num_generations", "max_completion_length"):
-        if (value := getattr(args, name)) < 1:
-            raise ConfigError(f"--{name} is {value}; expected at least 1")
-    given = parse_spec(args.spec)
+    model, data = from_flags(CHECK, args)
+    given = parse_spec(bundled_paths({"spec": args.spec})["spec"])
     spec = given if isinstance(given, dict) else {"func": given}
     tokenizer = None
-    if args.model_name_or_path:
+    if model.model_name_or_path:
         from rlseq.engine.model.load import load_tokenizer
 
-        tokenizer = load_tokenizer(args.model_name_or_path, "--model_name_or_path", padding_side="left")
-    prompts = prompts_of(args, tokenizer)
-    if args.model_name_or_path:
-        _check_context(args, prompts)
+        tokenizer = load_tokenizer(model.model_name_or_path, "--model_name_or_path", padding_side="left")
+    prompts = prompts_of(data, tokenizer)
+    if model.model_name_or_path:
+        _check_context(model, prompts)
     checks = run_checks(spec, prompts, Path.cwd())
-    if args.model_name_or_path and all(check.passed is not False for check in checks[:3]):
-        checks.append(_spread(spec, prompts, tokenizer, args))
+    if model.model_name_or_path and all(check.passed is not False for check in checks[:3]):
+        checks.append(_spread(spec, prompts, tokenizer, model))
     marks = {True: "ok", False: "FAIL", None: "-"}
     print(render_table([(marks[c.passed], c.question, c.finding) for c in checks], ("", "question", "finding")))
     wrong = [check for check in checks if check.passed is False]
@@ -128,19 +133,19 @@ def _check(args: argparse.Namespace) -> int:
     return int(bool(wrong))
 
 
-def _check_context(args: argparse.Namespace, prompts: list[Prompt]) -> None:
+def _check_context(args: CheckArguments, prompts: list[Prompt]) -> None:
     """Raise ModelError for a model without positions for prompt and samples, before anything is scored or loaded."""
     from rlseq.doctor.check import FAILED
     from rlseq.doctor.prompts import check_context
     from rlseq.doctor.static import load_configs
 
     model_config, _ = load_configs(args.model_name_or_path)
-    room = check_context(model_config, prompts, args.max_completion_length)
+    room = check_context(model_config, prompts, args.max_new_tokens, setting="max_new_tokens")
     if room.status == FAILED:
         raise ModelError(f"--model_name_or_path {args.model_name_or_path!r} does not fit the rows. {room.sentence}")
 
 
-def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args: argparse.Namespace) -> Check:
+def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args: CheckArguments) -> Check:
     """Sample from the model, and see whether the completions of a prompt differ in reward."""
     from transformers.utils import logging
 
@@ -154,8 +159,8 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
     groups = rlseq.sample(
         model,
         prompts,
-        num_samples=args.num_generations,
-        max_new_tokens=args.max_completion_length,
+        num_samples=args.samples_per_row,
+        max_new_tokens=args.max_new_tokens,
         strategy=rlseq.engine.strategies.Sample(),
         seed=0,
         stop_ids=sorted(stops),
@@ -166,17 +171,19 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
 
 
 def _score(args: argparse.Namespace) -> int:
-    with load_rewards(args.spec) as suite:
-        logged = with_columns(suite, read_rollouts(args.rollouts), args.rollouts, args)
+    what, data = from_flags(SCORE, args)
+    with load_rewards(bundled_paths({"spec": args.spec})["spec"]) as suite:
+        logged = with_columns(suite, read_rollouts(what.rollouts), what.rollouts, data)
         table = score_by_step(suite, logged)
         _summary(suite, table)
-    _write(args.output, logged, table)
+    _write(what.output, logged, table)
     return 0
 
 
 def _replay(args: argparse.Namespace) -> int:
-    with load_rewards(args.reward_funcs, weights=args.reward_weights) as suite:
-        logged = with_columns(suite, read_rollouts(args.run_directory), args.run_directory, args)
+    rewards, data, to = from_flags(REPLAY, args)
+    with load_rewards(rewards.reward_funcs, weights=rewards.reward_weights) as suite:
+        logged = with_columns(suite, read_rollouts(args.run_directory), args.run_directory, data)
         table = score_by_step(suite, logged)
         _summary(suite, table)
     found = compare(logged, table.totals)
@@ -189,7 +196,7 @@ def _replay(args: argparse.Namespace) -> int:
     ]
     print()
     print(render_table(rows, ("replay", "")))
-    _write(args.output, logged, table)
+    _write(to.output, logged, table)
     return 0
 
 

@@ -7,6 +7,7 @@ metadata holds what argparse gets for its flag, and its range.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -93,17 +94,13 @@ class EvaluateArguments(Settings):
 
 
 @dataclass
-class DataArguments(Settings):
-    """Data: where the prompts and references come from."""
-
-    _argument_group_name = "data (rlseq)"
+class RowsArguments(Settings):
+    """A data set, and how its rows become prompts and references."""
 
     dataset_name: str | None = setting(
         None, "Task module (path/to/task.py), local json/jsonl/csv/parquet file or folder, or hub id."
     )
     dataset_config: str | None = setting(None, "Configuration name of a hub data set.")
-    train_split: str = setting("train", "Split to train on.")
-    eval_split: str = setting("validation", "Split to evaluate on; test is touched only when named here.")
     prompt_column: str = setting("prompt", "Column of the prompt: text or chat messages.")
     reference_column: str = setting("references", "Column of the right answer: a text or a list of texts.")
     prompt_template: str | None = setting(
@@ -112,8 +109,6 @@ class DataArguments(Settings):
     )
     reference_template: str | None = setting(None, "Jinja template over a row's columns that makes the reference.")
     merge_references: bool = setting(False, "Make rows with equal prompts one row with all their references.")
-    train_rows: int | None = setting(None, "Use only the first N rows of the training split.", range=at_least(1))
-    eval_rows: int | None = setting(None, "Use only the first N rows of the evaluation split.", range=at_least(1))
 
     def row_options(self) -> dict[str, Any]:
         """The options of `rlseq.data.rows.load_rows` that these settings stand for."""
@@ -135,6 +130,18 @@ class DataArguments(Settings):
 
 
 @dataclass
+class DataArguments(RowsArguments):
+    """Data: where the prompts and references come from."""
+
+    _argument_group_name = "data (rlseq)"
+
+    train_split: str = setting("train", "Split to train on.")
+    eval_split: str = setting("validation", "Split to evaluate on; test is touched only when named here.")
+    train_rows: int | None = setting(None, "Use only the first N rows of the training split.", range=at_least(1))
+    eval_rows: int | None = setting(None, "Use only the first N rows of the evaluation split.", range=at_least(1))
+
+
+@dataclass
 class RewardArguments(Settings):
     """Rewards: what is optimised (their weights: --reward_weights)."""
 
@@ -153,6 +160,16 @@ class RewardArguments(Settings):
         "Stop when a reward fails (error, timeout, invalid) on more than this share of a step's completions.",
         range=SHARE,
     )
+
+
+@dataclass
+class WeightedArguments(Settings):
+    """Rewards and their weights, outside of a TRL configuration, which has reward_weights."""
+
+    _argument_group_name = "rewards (rlseq)"
+
+    reward_funcs: list[str | dict] = as_declared(RewardArguments, "reward_funcs", default=dataclasses.MISSING)
+    reward_weights: list[float] | None = setting(None, "A weight for each of --reward_funcs; default: 1 each.")
 
 
 @dataclass
@@ -317,9 +334,7 @@ class RejectionArguments(Settings):
         help="Rewards that score the samples, named as for recipes/grpo.py.",
         conflicts=_SCORES_NOTHING,
     )
-    reward_weights: list[float] | None = setting(
-        None, "A weight for each of --reward_funcs; default: 1 each.", conflicts=_SCORES_NOTHING
-    )
+    reward_weights: list[float] | None = as_declared(WeightedArguments, "reward_weights", conflicts=_SCORES_NOTHING)
     max_error_rate: float = as_declared(
         RewardArguments,
         "max_error_rate",
@@ -327,8 +342,11 @@ class RejectionArguments(Settings):
         needs=_SAMPLES,
     )
     temperature: float = setting(1.0, "Sampling temperature.", range=FINITE_ABOVE_0, needs=_SAMPLES)
-    rejection_max_new_tokens: int = setting(
-        256, "Longest sample, in tokens; those cut there are not kept.", range=at_least(1), needs=_SAMPLES
+    max_new_tokens: int = as_declared(
+        EvaluateArguments,
+        "max_new_tokens",
+        help="Longest sample, in tokens; those cut there are not kept.",
+        needs=_SAMPLES,
     )
     rejection_keep: int = setting(
         1,

@@ -108,6 +108,11 @@ def as_declared(settings: type, name: str, **other: Any) -> Any:
     return dataclasses.field(default=value, metadata={**declared.metadata, **other})
 
 
+def range_of(settings: type, name: str) -> Range:
+    """The range that the setting `name` of a dataclass declares."""
+    return {field.name: field for field in dataclasses.fields(settings)}[name].metadata[RANGE]
+
+
 def default_of(field: dataclasses.Field) -> Any:
     """The default of a field, made where there is a factory of it."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import math
 import re
+import shutil
 import types
 from collections.abc import Sequence
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -118,22 +119,35 @@ class HelpFormatter(argparse.HelpFormatter):
     """One spelling a flag, the type in a word, defaults where they say something."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=40, width=110)
+        width = max(min(shutil.get_terminal_size().columns - 2, 110), 60)
+        super().__init__(prog, max_help_position=40 if width > 90 else 28, width=width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fill each paragraph; a line that is indented, a command, stays as it is."""
+        parts = text.split("\n\n")
+        fill = super()._fill_text
+        filled = [part if part.startswith(" ") else fill(part, width, indent) for part in parts]
+        return "\n\n".join(filled)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
         option = action.option_strings[-1] if action.dest == "help" else action.option_strings[0]
         if action.nargs == 0:
             return option
         kind = action.metavar or getattr(action.type, "__name__", "value")
         if action.choices is not None:
             kind = "|".join(map(str, action.choices)) if len(action.choices) <= 6 else "NAME"
-        names = {"string_to_bool": "true|false", "json_mapping": "JSON", "json_or_text": "JSON"}
+        names = {"string_to_bool": "true|false", "json_mapping": "JSON", "json_or_text": "JSON", "Path": "PATH"}
         kind = names.get(kind, kind.upper() if kind in ("int", "float", "str", "value") else kind)
         return f"{option} {kind}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = getattr(action, "default_in_help", action.default)
+        if action.dest == "help":
+            return "Show this message and exit."
         if default in (None, argparse.SUPPRESS, dataclasses.MISSING, "", []) or action.nargs == 0:
             return action.help
-        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        shown = shown.lower() if isinstance(default, bool) else shown
         return f"{action.help or ''} (default: {shown.replace('%', '%%')})"

@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from rlseq.config.fields import FINITE_ABOVE_0, FROM_0_BELOW_1, Conflict, Need, OneOf, at_least
+from rlseq.config.arguments import EvaluateArguments, RejectionArguments
+from rlseq.config.fields import FROM_0_BELOW_1, Conflict, Need, OneOf, at_least, range_of
 from rlseq.engine.model.load import is_adapter
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
@@ -19,7 +20,7 @@ RANGES = {
     "steps_per_generation": at_least(1),
     "num_generations": at_least(1),
     "num_iterations": at_least(1),
-    "max_completion_length": at_least(1),
+    "max_completion_length": range_of(EvaluateArguments, "max_new_tokens"),
     "max_length": at_least(1),
     "save_total_limit": at_least(1),
     "seed": at_least(0),
@@ -29,7 +30,7 @@ RANGES = {
     "adam_beta2": FROM_0_BELOW_1,
     "epsilon": at_least(0),
     "beta": at_least(0),
-    "temperature": FINITE_ABOVE_0,
+    "temperature": range_of(RejectionArguments, "temperature"),
 }
 RANGES_OF_ROLLOUTS = {**RANGES, "loss_type": OneOf(LOSS_TYPES)}
 ADAPTER_RANGES = {

@@ -134,7 +134,7 @@ def main() -> None:
     held_out = prompts_of(data.eval_split, data.eval_rows)
     validation = references_of(held_out, data.eval_split)
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
-    drawn = rejection.rejection_max_new_tokens if rejection.rejection_samples else None
+    drawn = rejection.max_new_tokens if rejection.rejection_samples else None
     if rejection.rejection_samples:  # else the examples are checked, which are there already
         check_prefill((prompt.prompt for prompt in prompts), "training")
     made = new_config(new.new_model, tokenizer) if new.new_model else None
@@ -159,7 +159,7 @@ def main() -> None:
     if run.dry_run:
         drawn, cached = len(prompts) * (rejection.rejection_samples or 0), 0
         if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
-            longest = max(len(p.prompt_ids) for p in prompts) + rejection.rejection_max_new_tokens
+            longest = max(len(p.prompt_ids) for p in prompts) + rejection.max_new_tokens
             lengths = [longest] * len(prompts) * min(rejection.rejection_keep, rejection.rejection_samples)
             own = -(-len(prompts) // PartialState().num_processes)
             cached = longest * rejection.rejection_samples * min(own, prompts_together(rejection.rejection_samples))
@@ -190,7 +190,7 @@ def main() -> None:
                 tokenizer,
                 num_samples=rejection.rejection_samples,
                 temperature=rejection.temperature,
-                max_new_tokens=rejection.rejection_max_new_tokens,
+                max_new_tokens=rejection.max_new_tokens,
                 seed=config.seed,
             )
             if PartialState().is_main_process:

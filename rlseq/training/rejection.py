@@ -80,7 +80,7 @@ def require_survivors(kept: Sequence[Record], records: Sequence[Record], min_tot
         + (f", {max(whole):g} of those not cut" if whole else "")
         + (f"; --min_reward is {min_total:g}" if min_total is not None else "")
         + f"; {cut:,} were cut at the length limit, {len(records) - len(seen):,} have no total. Lower --min_reward, "
-        "let completions be longer (--rejection_max_new_tokens), or draw more of them."
+        "let completions be longer (--max_new_tokens), or draw more of them."
     )
 
 

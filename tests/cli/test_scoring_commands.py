@@ -214,7 +214,7 @@ def test_check_names_a_form_that_is_read_for_only_some_references(tmp_path):
     assert findings({"func": f"{tmp_path}/cut.py"}, numbers("4", "12"), tmp_path)[question].passed is True
 
 
-@pytest.mark.parametrize("flag", ["--rows", "--num_generations", "--max_completion_length"])
+@pytest.mark.parametrize("flag", ["--train_rows", "--samples_per_row", "--max_new_tokens"])
 def test_check_refuses_numbers_that_nothing_can_be_done_with(flag, data, capsys):
     for number in ("0", "-3"):
         assert main(["reward", "check", "exact_match", "--dataset_name", data, flag, number]) == 2
@@ -251,7 +251,7 @@ def test_a_damaged_text_is_never_the_same_text():
 def test_check_samples_from_a_model_to_see_whether_grpo_would_learn(tmp_path, capsys):
     folder = save_tiny_model(tmp_path / "model")
     data = jsonl(tmp_path / "rows.jsonl", [{"prompt": f"a b {'c ' * i}", "references": ["a b"]} for i in range(4)])
-    flags = ["--dataset_name", str(data), "--model_name_or_path", folder, "--max_completion_length", "6"]
+    flags = ["--dataset_name", str(data), "--model_name_or_path", folder, "--max_new_tokens", "6"]
     main(["reward", "check", "token_f1", *flags])
     table = " ".join(capsys.readouterr().out.split())
     assert "ok samples of a prompt differ in reward 4 of 4 groups (100%)" in table
@@ -261,7 +261,7 @@ def test_check_samples_from_a_model_to_see_whether_grpo_would_learn(tmp_path, ca
 
 def test_check_samples_from_a_model_on_the_made_up_rows_too(tmp_path, capsys):
     folder = save_tiny_model(tmp_path / "model")
-    main(["reward", "check", "token_f1", "--model_name_or_path", folder, "--max_completion_length", "6"])
+    main(["reward", "check", "token_f1", "--model_name_or_path", folder, "--max_new_tokens", "6"])
     assert "samples of a prompt differ in reward 0 of 8 groups" in " ".join(capsys.readouterr().out.split())
 
 
@@ -275,7 +275,7 @@ def test_check_refuses_a_model_without_room_for_the_samples_before_it_loads(tmp_
     assert main(["reward", "check", "exact_match", "--dataset_name", data, "--model_name_or_path", folder]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "may exceed 64 tokens" in err  # said at once, not below a table
-    assert "lower max_completion_length to 59" in err  # a prompt of 5 words: "sum of 1 and 1:"
+    assert "lower max_new_tokens to 59" in err  # a prompt of 5 words: "sum of 1 and 1:"
 
 
 def test_check_names_a_model_that_cannot_be_loaded(capsys, tmp_path):

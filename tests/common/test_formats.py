@@ -2,7 +2,6 @@
 
 import json
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,13 @@ from tiny_task import tiny_trainer
 from rlseq.cli.main import main
 from rlseq.cli.show import load_step
 from rlseq.common import formats
+from rlseq.config.commands import LoggedRowsArguments
 from rlseq.config.parser import RecipeParser, write_config
 from rlseq.config.training import DataArguments
 from rlseq.errors import FormatError
 from rlseq.evaluation.results import read_evaluation, read_jsonl
 from rlseq.scoring import load_rewards
-from rlseq.scoring.check.rows import DEFAULTS, with_columns
+from rlseq.scoring.check.rows import with_columns
 from rlseq.scoring.replay import read_rollouts
 from rlseq.training.run.checkpoints import write_format
 from rlseq.training.run.directory import check_available, prepare
@@ -64,8 +64,7 @@ def resume(path):
 
 
 def replay(path):
-    nothing_given = dict.fromkeys(("dataset_name", *DEFAULTS))
-    return with_columns(load_rewards(["constant"]), read_rollouts(path), path, Namespace(**nothing_given))
+    return with_columns(load_rewards(["constant"]), read_rollouts(path), path, LoggedRowsArguments())
 
 
 READERS = {

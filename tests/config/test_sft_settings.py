@@ -53,8 +53,8 @@ REFUSED = {
         "8 training examples are fewer than a batch of 9",
     ),
     "samples that are longer than the model": (
-        ["--model_name_or_path", "{task}/gpt2", *DRAW, "--rejection_max_new_tokens", 61],
-        "lower rejection_max_new_tokens to 60",
+        ["--model_name_or_path", "{task}/gpt2", *DRAW, "--max_new_tokens", 61],
+        "lower max_new_tokens to 60",
     ),
 }
 
@@ -111,7 +111,7 @@ def test_what_would_train_nothing_is_refused_before_a_model_loads(case, dry, tas
 
 def test_samples_that_just_fit_are_drawn(task, tmp_path, monkeypatch):
     arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", *DRAW]
-    arguments += ["--model_name_or_path", task / "gpt2", "--rejection_max_new_tokens", 60]
+    arguments += ["--model_name_or_path", task / "gpt2", "--max_new_tokens", 60]
     run(monkeypatch, "sft", *arguments)
     assert len(lines(tmp_path / "run/rollouts/000000.jsonl")) == 16
 
@@ -119,7 +119,7 @@ def test_samples_that_just_fit_are_drawn(task, tmp_path, monkeypatch):
 def test_a_dry_run_counts_the_cache_of_the_samples_that_are_drawn(task, tmp_path, monkeypatch, capsys):
     """8 prompts of at most 4 tokens, 2 samples of at most 12; keys and values of 2 layers, 1 head of 8: 32 numbers."""
     arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", *DRAW, "--dry_run", "true"]
-    assert run(monkeypatch, "sft", *arguments, "--rejection_max_new_tokens", 12) == 0
+    assert run(monkeypatch, "sft", *arguments, "--max_new_tokens", 12) == 0
     assert "256 tokens × 32 numbers × 4 bytes" in capsys.readouterr().out
     assert run(monkeypatch, "sft", *arguments[:4], "--dry_run", "true") == 0
     assert "KV cache" not in capsys.readouterr().out

@@ -124,7 +124,7 @@ def task(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--rejection_samples", 2, "--reward_funcs", "exact_match", "--rejection_max_new_tokens", 4]]
+    "more", [[], ["--rejection_samples", 2, "--reward_funcs", "exact_match", "--max_new_tokens", 4]]
 )
 def test_teacher_forcing_refuses_an_answer_that_is_begun_before_a_model_loads(more, task, monkeypatch, capsys):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
@@ -278,7 +278,7 @@ def test_samples_of_rejection_follow_and_are_trained_behind_what_the_template_is
             asked.extend(prompts) or sample(model, prompts, **more)
         ),
     )
-    more = ["--rejection_samples", 4, "--rejection_max_new_tokens", 40, "--reward_funcs", f"{task}/own.py:own"]
+    more = ["--rejection_samples", 4, "--max_new_tokens", 40, "--reward_funcs", f"{task}/own.py:own"]
     arguments = ["--config", task / "sft.yaml", "--dataset_name", task / "asked", *more]
     assert run(monkeypatch, "sft", *arguments, "--chat_template_kwargs", '{"think": "yes"}') == 0
     begins = "<user>2+2$<assistant>(yes)"

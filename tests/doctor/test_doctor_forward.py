@@ -307,7 +307,7 @@ def test_pickled_weights_are_a_failure_and_not_loaded(saved, capsys):
     ("flags", "message"),
     [
         (["--model_name_or_path", "./nowhere"], "there is no model at './nowhere'"),
-        (["--rows", "0"], "--rows is 0; expected at least 1"),
+        (["--eval_rows", "0"], "--eval_rows is 0; expected at least 1"),
         (["--dataset_name", "./nowhere.jsonl"], "there is no data file"),
         (["--prompt_column", "promt"], "Did you mean 'prompt'"),
         (["--row", "3"], "unknown argument --row"),

@@ -250,12 +250,12 @@ def test_training_on_a_log_teaches_its_best_completions_and_validates_on_referen
     assert loss == pytest.approx(nats / tokens, rel=1e-4)
 
 
-DRAW = ["--rejection_samples", 6, "--rejection_max_new_tokens", 12]
+DRAW = ["--rejection_samples", 6, "--max_new_tokens", 12]
 
 
 def test_samples_drawn_afresh_are_logged_chosen_and_learnt(task, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    drawn = ["--rejection_samples", 32, "--rejection_max_new_tokens", 12, "--rejection_keep", 2]
+    drawn = ["--rejection_samples", 32, "--max_new_tokens", 12, "--rejection_keep", 2]
     drawn += ["--reward_funcs", f"{task}/rewards.py:share_of_a", "--min_reward", 0.1]
     run_sft(monkeypatch, "--config", task / "sft.yaml", *drawn, "--output_dir", out, "--seed", 5, "--max_steps", 60)
     tokenizer = tiny_tokenizer()
@@ -343,7 +343,7 @@ def test_chat_prompts_work_from_both_sources(task, tmp_path, monkeypatch):
     drawn = [
         "--rejection_samples",
         4,
-        "--rejection_max_new_tokens",
+        "--max_new_tokens",
         12,
         "--reward_funcs",
         f"{task}/rewards.py:share_of_a",

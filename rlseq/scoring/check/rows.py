@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from rlseq.scoring.suite import RewardSuite
 from rlseq.types import ABSENT, Prompt
 
 DEFAULTS = {
-    "split": "train",
+    "train_split": "train",
     "dataset_config": None,
     "prompt_column": "prompt",
     "reference_column": "references",
@@ -27,24 +26,8 @@ DEFAULTS = {
 }
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, purpose: str = "") -> None:
-    """Declare the flags that name a data set; those not given are None."""
-    add = parser.add_argument
-    add(
-        "--dataset_name",
-        help="Rows: a task module, json/jsonl/csv/parquet files, or a hub id" + (f" ({purpose})." if purpose else "."),
-    )
-    add("--dataset_config", help="Configuration name of a hub data set.")
-    add("--split", help="Its split (default: train).")
-    add("--prompt_column", help="Column of the prompt (default: prompt).")
-    add("--reference_column", help="Column of the right answer (default: references).")
-    add("--prompt_template", help="Jinja template over a row's columns that makes the prompt.")
-    add("--reference_template", help="Jinja template over a row's columns that makes the reference.")
-    add("--merge_references", action="store_true", default=None, help="Make rows with equal prompts one row.")
-
-
-def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
-    """The first `args.rows` rows of the data set that the flags name; made-up ones if they name none."""
+def prompts_of(args: Any, tokenizer: Any) -> list[Prompt]:
+    """The first `args.train_rows` rows of the data set that the settings name; made-up ones if they name none."""
     if args.dataset_name is None:
         print("No --dataset_name: tried on made-up rows.\n", file=sys.stderr, flush=True)
         words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -53,12 +36,12 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any) -> list[Prompt]:
         ids = (tokenizer or _WordTokenizer())(text=texts)["input_ids"]
         return [
             Prompt(f"row-{i}", texts[i], tuple(ids[i]), {"references": [answer]})
-            for i, answer in enumerate(answers[: args.rows])
+            for i, answer in enumerate(answers[: args.train_rows])
         ]
-    return _load(args.dataset_name, _given(args), tokenizer, args.rows)
+    return _load(args.dataset_name, _given(args), tokenizer, args.train_rows)
 
 
-def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.Namespace) -> Logged:
+def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: Any) -> Logged:
     """Rollouts with the columns that the rewards ask for: of the log or, where it lacks some, of the data set.
 
     The data set is the one that the flags name, or else that of the run whose config.yaml is in `path`. A log keeps the
@@ -89,8 +72,8 @@ def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: argparse.
     if unknown:
         raise RewardError(
             f"{len(unknown)} of {len(logged.rollouts)} rollouts are on prompts that are not in {name} (split "
-            f"{options.get('split', DEFAULTS['split'])}), the first has the key {unknown[0]!r}. Name the data set, "
-            "split, columns and templates that made the rollouts with the flags (rlseq reward replay --help)."
+            f"{options.get('train_split', DEFAULTS['train_split'])}), the first has the key {unknown[0]!r}. Name the "
+            "data set, split, columns and templates that made the rollouts with the flags (rlseq reward replay --help)."
         )
     rows = [prompts[rollout.prompt_key].columns for rollout in logged.rollouts]
     if edited := _edited(suite, logged, rows):
@@ -150,7 +133,7 @@ def _edited(suite: RewardSuite, logged: Logged, rows: Sequence[Mapping[str, Any]
     return f"{'; '.join(said)}." if said else ""
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def _given(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
 
 
@@ -163,7 +146,6 @@ def _config_of(path: Path) -> dict[str, Any]:
         return {}
     found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     RUN_CONFIG.check(found, config)
-    found = {("split" if name == "train_split" else name): value for name, value in found.items()}
     return {name: found[name] for name in ("dataset_name", *DEFAULTS) if found.get(name) is not None}
 
 
@@ -171,7 +153,7 @@ def _load(name: str, options: dict[str, Any], tokenizer: Any, limit: int | None 
     import rlseq
 
     options = {**DEFAULTS, **options}
-    config_name, split = options.pop("dataset_config"), options.pop("split")
+    config_name, split = options.pop("dataset_config"), options.pop("train_split")
     return rlseq.load_prompts(
         name, tokenizer or _WordTokenizer(), split=split, limit=limit, config_name=config_name, **options
     )

@@ -186,7 +186,7 @@ def check_fit(
         }
     results = static_checks(model_config, tokenizer, prompts, generation_config=generation_config, **options)
     if drawn is not None:
-        results.append(check_context(model_config, prompts, drawn, setting="rejection_max_new_tokens"))
+        results.append(check_context(model_config, prompts, drawn, setting="max_new_tokens"))
     lines = {status: [r.sentence for r in results if r.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))
