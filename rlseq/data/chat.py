@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlseq.common.escapes import shortened
 from rlseq.errors import DataError
 from rlseq.types import Prompt
 
@@ -112,9 +113,3 @@ def _refused(prompts: list[Any], tokenizer: Any, options: Mapping[str, Any]) -> 
         except Exception:
             return f"the prompt {shortened(prompt)}"
     return "the prompts"
-
-
-def shortened(value: Any) -> str:
-    """The repr of a value, at most 200 characters of it."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from rlseq.common.escapes import shortened
 from rlseq.errors import DataError
 
 FORMATS = (".json", ".jsonl", ".csv", ".parquet")
@@ -104,7 +105,9 @@ def json_rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
                 ) from None
     for place, row in found:
         if not isinstance(row, dict):
-            raise DataError(f"{file}, {place}: {_shown(row)} is not a row; expected a mapping of column to value")
+            raise DataError(
+                f"{file}, {place}: {shortened(row, 60)} is not a row; expected a mapping of column to value"
+            )
         if not row:
             raise DataError(f"{file}, {place}: the row has no columns; expected a mapping of column to value")
     return found
@@ -146,11 +149,6 @@ def _parse(text: str) -> Any:
 
 def _not_json(error: json.JSONDecodeError) -> str:
     return f"not valid JSON ({error.msg}{f', at character {error.colno}' if error.pos else ''})"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def csv_records(file: Path, *, strict: bool) -> Iterator[tuple[int, list[str]]]:

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rlseq.data.chat import shortened, tokenize_prompts
+from rlseq.common.escapes import shortened
+from rlseq.data.chat import tokenize_prompts
 from rlseq.data.files import place_of, rows_of_dataset
 from rlseq.errors import DataError, did_you_mean
 from rlseq.types import Prompt
@@ -105,7 +106,7 @@ def build_prompts(
     """Turn rows into prompts.
 
     Args:
-        rows: dicts that share their columns.
+        rows: by column the values of each row, which may lack some columns.
         tokenizer: gives the prompt's ids; chat messages go through its chat template.
         prompt_column: column of the prompt, text or a list of chat messages.
         reference_column: column of the right answer, a text or a list of texts; the prompt's `references` column
@@ -113,6 +114,7 @@ def build_prompts(
         prompt_template, reference_template: Jinja templates over the row's columns that replace the column's
             text, for example `"{{ word | list | join(' ') }} = "`.
         merge_references: merge rows with the same prompt into one, with all their references.
+        chat_template_kwargs: what the chat template is told besides the messages; answers are rendered with it, too.
 
     Raises:
         DataError: a column is missing (the message names the nearest), a prompt is empty, without tokens or of a
@@ -169,10 +171,10 @@ def build_prompts(
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """Return a hash of what is evaluated: the prompts' keys and token ids, in order."""
-    digest = hashlib.blake2b(digest_size=8)
+    found = hashlib.blake2b(digest_size=8)
     for prompt in prompts:
-        digest.update(f"{prompt.key}:{','.join(map(str, prompt.prompt_ids))};".encode())
-    return digest.hexdigest()
+        found.update(f"{prompt.key}:{','.join(map(str, prompt.prompt_ids))};".encode())
+    return found.hexdigest()
 
 
 def _require_column(name: str, columns: Sequence[str], flag: str) -> None:

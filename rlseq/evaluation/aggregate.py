@@ -106,12 +106,15 @@ def coverage(metric: Metric, *parts: Sequence[RowStatistics]) -> dict[str, int]:
     return {"completions": present, "of": every} if present < every else {}
 
 
-def put(block: dict[str, Any], metric: Metric, cell: Mapping[str, Any]) -> None:
-    """Put a metric's value where results.json has it."""
+def put(
+    entry: dict[str, Any], strategy: str | None, metric: Metric, cell: dict[str, Any], *parts: Sequence[RowStatistics]
+) -> None:
+    """Put a metric's value where results.json has it, in the entry of a checkpoint or method; `parts` as `coverage`."""
+    block = entry["likelihood"] if strategy is None else entry["strategies"].setdefault(strategy, {})
     *outer, last = metric.place
     for key in outer:
         block = block.setdefault(key, {})
-    block[last] = cell
+    block[last] = cell | coverage(metric, *parts)
 
 
 def model_results(
@@ -126,12 +129,9 @@ def model_results(
     results: dict[str, Any] = {}
     for (name, strategy, metric_name), interval in intervals.items():
         model = results.setdefault(name, {"path": found[name].path, "likelihood": {}, "strategies": {}})
-        place = model["likelihood"] if strategy is None else model["strategies"].setdefault(strategy, {})
+        metric = LIKELIHOOD_METRICS[metric_name] if strategy is None else metrics[metric_name]
         cell = {"value": interval.value, "ci95": list(interval.ci95)}
-        if strategy is None:
-            put(place, LIKELIHOOD_METRICS[metric_name], cell)
-        else:
-            put(place, metrics[metric_name], cell | coverage(metrics[metric_name], found[name].strategies[strategy]))
+        put(model, strategy, metric, cell, rows_under(found[name], strategy))
     for name, statistics in found.items():
         counts = agreement(statistics.strategies.get(Greedy().spec, []))
         if counts is not None:
@@ -184,17 +184,20 @@ def comparisons(
             sides = rows_under(found[a], strategy_a), rows_under(found[b], strategy_b)
             pairs[a, b, strategy_a, strategy_b, name] = (*(matrix(side, metric) for side in sides), metric.aggregate)
     found_pairs = paired_bootstrap_many(pairs, seed=settings.seed, resamples=settings.resamples) if pairs else {}
-    return [
-        {
-            "a": a,
-            "b": b,
-            "strategy": strategy_b,
-            **({"strategy_a": strategy_a} if strategy_a != strategy_b else {}),
-            "metric": name,
-            "difference": result.difference,
-            "ci95": list(result.ci95),
-            "p_value": math.nan if math.isnan(result.difference) else result.p_value,
-            **claim_of(1, 1),
-        }
-        for (a, b, strategy_a, strategy_b, name), result in found_pairs.items()
-    ]
+    return [compared(*place, result) | claim_of(1, 1) for place, result in found_pairs.items()]
+
+
+def compared(
+    a: str, b: str, strategy_a: str | None, strategy_b: str | None, metric: str, result: Any
+) -> dict[str, Any]:
+    """A comparison b − a as results.json has it; of a difference that is not defined, the p-value is not either."""
+    return {
+        "a": a,
+        "b": b,
+        "strategy": strategy_b,
+        **({"strategy_a": strategy_a} if strategy_a != strategy_b else {}),
+        "metric": metric,
+        "difference": result.difference,
+        "ci95": list(result.ci95),
+        "p_value": math.nan if math.isnan(result.difference) else result.p_value,
+    }

@@ -226,6 +226,3 @@ def _moves(history: Sequence[Mapping[str, Any]], key: str, direction: int) -> bo
     """Whether each of the last evaluations is above (direction 1) or below (−1) the one before it."""
     last = _series(history, key)[-EVALUATIONS:]
     return len(last) == EVALUATIONS and all((after - before) * direction > 0 for before, after in pairwise(last))
-
-
-__all__ = ["ValidationProbe", "learning_warnings", "measured_together"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.aggregate import coverage, matrix, measured, measured_places, put, rows_under
+from rlseq.evaluation.aggregate import compared, matrix, measured, measured_places, put, rows_under
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.settings import ContrastSettings
@@ -36,15 +35,9 @@ def method_results(
         for method, names in repeated.items()
     }
     for (method, strategy, name), drawn in draws.items():
-        place = results[method]["likelihood"]
-        if strategy is not None:
-            place = results[method]["strategies"].setdefault(strategy, {})
+        metric = LIKELIHOOD_METRICS[name] if strategy is None else metrics[name]
         cell = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
-        if strategy is None:
-            put(place, LIKELIHOOD_METRICS[name], cell)
-        else:
-            of_seeds = (found[seed].strategies[strategy] for seed in repeated[method])
-            put(place, metrics[name], cell | coverage(metrics[name], *of_seeds))
+        put(results[method], strategy, metric, cell, *(rows_under(found[seed], strategy) for seed in repeated[method]))
     return results
 
 
@@ -65,24 +58,9 @@ def method_comparisons(
                 tables[*place, side] = (method, rows, metric.aggregate)
             about[place] = claim_of(len(seeds_a), len(seeds_b))
     draws = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
-    compared = []
-    for place, said in about.items():
-        b, strategy_a, strategy_b, name = place
+    rows = []
+    for place, claim in about.items():
         side_a, side_b = draws[*place, "a"], draws[*place, "b"]
-        result = difference(side_a, side_b)
-        compared.append(
-            {
-                "a": a,
-                "b": b,
-                "strategy": strategy_b,
-                **({"strategy_a": strategy_a} if strategy_a != strategy_b else {}),
-                "metric": name,
-                "difference": result.difference,
-                "ci95": list(result.ci95),
-                "p_value": math.nan if math.isnan(result.difference) else result.p_value,
-                "value_a": side_a.value,
-                "value_b": side_b.value,
-                **said,
-            }
-        )
-    return compared
+        values = {"value_a": side_a.value, "value_b": side_b.value}
+        rows.append(compared(a, *place, difference(side_a, side_b)) | values | claim)
+    return rows

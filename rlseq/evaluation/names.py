@@ -52,12 +52,9 @@ class Names:
         known = [*self.rewards.values(), *self.corpus.values(), *others]
         if given in known:
             return given
-        named = [*self.rewards.items(), *self.corpus.items()]
-        whole = {f"reward/{own}": name for own, name in self.rewards.items()}
-        whole |= {f"corpus/{own}": name for own, name in self.corpus.items()}
-        if given in whole:
-            return whole[given]
-        meant = [name for own, name in named if own == given]
+        kinds = {"reward": self.rewards, "corpus": self.corpus}
+        named = [(f"{kind}/{own}", own, name) for kind, names in kinds.items() for own, name in names.items()]
+        meant = [name for whole, _, name in named if whole == given] or [name for _, own, name in named if own == given]
         if len(meant) == 1:
             return meant[0]
         if meant:
