@@ -63,9 +63,10 @@ def help_text() -> str:
     table = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
     return (
         "usage: rlseq COMMAND [options]\n\n"
-        "Fine-tune language models on sampled rollouts, and contrast likelihood with generation.\n"
-        "Training is started with `accelerate launch -m rlseq.recipes.grpo` (or sft, ppo); in a checkout\n"
-        "`accelerate launch recipes/grpo.py` is the same.\n\n"
+        "Fine-tune language models on sampled rollouts, and contrast their likelihood\n"
+        "with what they generate.\n"
+        "Training starts with `accelerate launch -m rlseq.recipes.grpo` (or sft, ppo); in\n"
+        "a checkout `accelerate launch recipes/grpo.py` is the same.\n\n"
         f"{table}\n\nrlseq COMMAND --help describes a command; rlseq --version prints the version."
     )
 

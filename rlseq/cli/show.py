@@ -18,10 +18,10 @@ COMPLETION_AND_TOTALS = 60  # columns: 22 of text, then reward, advantage, log-p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `rlseq show`."""
-    parser.add_argument("run_directory", metavar="RUN", type=Path, help="the run's directory")
-    parser.add_argument("--step", type=int, metavar="S", help="step to show (default: the last)")
-    parser.add_argument("--prompt", metavar="TEXT", help="only prompts that contain this text")
-    parser.add_argument("--limit", type=int, default=8, metavar="N", help="prompts to show (default: 8; 0: all)")
+    parser.add_argument("run_directory", metavar="RUN", type=Path, help="Run directory.")
+    parser.add_argument("--step", type=int, metavar="S", help="Step to show (default: the last).")
+    parser.add_argument("--prompt", metavar="TEXT", help="Show only prompts that contain this text.")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="Show N prompts; 0: all (default: 8).")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -56,15 +56,17 @@ class EvaluateArguments(Settings):
 
     models: list[str] | None = setting(
         None,
-        "Checkpoints; the first is the baseline, and a name repeated is one method with several training seeds.",
+        "Checkpoints (paths or hub ids). The first is the baseline; a NAME given several times is one method "
+        "with several "
+        "training seeds.",
         metavar="NAME=PATH",
     )
     compare: list[str] | None = setting(
         None,
-        "Join finished evaluations (results.json or its folder) instead; NAME names the checkpoint in one.",
+        "Join finished evaluations (results.json or its folder) instead of measuring; NAME picks one of their models.",
         metavar="[NAME=]RESULTS",
     )
-    output_dir: str = setting("runs/contrast", "Where results.json and report.html go.")
+    output_dir: str = setting("runs/contrast", "Folder for results.json and report.html.")
     max_new_tokens: int = setting(256, "Longest completion, in tokens.", range=at_least(1))
     seed: int = setting(0, "Seed of the evaluation's sampling and of its bootstrap.")
     dtype: str = setting(
@@ -73,14 +75,16 @@ class EvaluateArguments(Settings):
         choices=["float32", "bfloat16", "float16", "auto"],
     )
     allow_missing_weights: bool = setting(
-        False, "Let weights that a checkpoint lacks be random, and layers that its configuration leaves out be lost."
+        False,
+        "Load a checkpoint although it lacks weights (they are random) or holds layers that its configuration "
+        "does not.",
     )
     tune_split: str = setting(
-        "validation", "Split on which strategies with alternatives, sample:temperature=0.5/0.7/1, are tuned."
+        "validation", "Split on which a strategy with several values, as sample:temperature=0.5/0.7/1, is tuned."
     )
-    tune_rows: int = setting(500, "Only its first N rows.", range=at_least(1))
+    tune_rows: int = setting(500, "Tune on the first N rows of tune_split.", range=at_least(1))
     chat_template_kwargs: str | dict[str, Any] | None = setting(
-        None, "Further variables of chat templates, as JSON.", metavar='{"enable_thinking":false}'
+        None, "Variables for the chat template, as JSON.", metavar='{"enable_thinking":false}'
     )
 
     def template_options(self) -> dict[str, Any]:
@@ -169,7 +173,7 @@ class WeightedArguments(Settings):
     _argument_group_name = "rewards (rlseq)"
 
     reward_funcs: list[str | dict] = as_declared(RewardArguments, "reward_funcs", default=dataclasses.MISSING)
-    reward_weights: list[float] | None = setting(None, "A weight for each of --reward_funcs; default: 1 each.")
+    reward_weights: list[float] | None = setting(None, "A weight for each of reward_funcs (default: 1 each).")
 
 
 @dataclass
@@ -185,15 +189,16 @@ class EvaluationArguments(Settings):
         "sample:temperature=0.5/0.7/1, `rlseq evaluate` and recipes/evaluate.py tune for each model on "
         "--tune_split (docs/evaluation.md).",
     )
-    samples_per_row: int = setting(4, "Completions drawn a row under strategies that sample.", range=at_least(1))
+    samples_per_row: int = setting(4, "Completions sampled per row, for strategies that sample.", range=at_least(1))
     eval_batch_size: int = setting(
         256,
-        "Rows decoded together in evaluation (completions do not depend on it).",
+        "Rows decoded together in evaluation; changes speed and memory, not completions.",
         range=at_least(1),
     )
     max_kv_gb: float | None = setting(
         None,
-        "Budget for the KV cache of its decoding, in gigabytes: fewer rows together; default: none.",
+        "Largest KV cache while decoding, in gigabytes; fewer rows are decoded together to keep it (default: no "
+        "limit).",
         range=ABOVE_0,
     )
     resamples: int = setting(
@@ -201,55 +206,71 @@ class EvaluationArguments(Settings):
     )
     studies: list[str] = setting(
         ["ranking", "coverage", "sharpening", "exposure_bias", "kl"],
-        "What else is measured; there are also map and lookahead, or none (docs/evaluation.md).",
+        "Studies to run: ranking, coverage, sharpening, exposure_bias, kl, map, lookahead, or none "
+        "(docs/evaluation.md).",
     )
-    study_rows: int = setting(500, "Rows that costly studies run on, the first ones.", range=at_least(1))
-    coverage_samples: int = setting(32, "Completions a row that the study of coverage draws.", range=COVERAGE)
+    study_rows: int = setting(500, "The costly studies run on the first N rows.", range=at_least(1))
+    coverage_samples: int = setting(32, "Completions sampled per row in the study coverage.", range=COVERAGE)
     temperatures: list[float] = setting(
-        [0.3, 0.5, 0.7, 0.85, 1.0, 1.2], "Temperatures of the study of sharpening.", range=TEMPERATURES
+        [0.3, 0.5, 0.7, 0.85, 1.0, 1.2], "Temperatures in the study sharpening.", range=TEMPERATURES
     )
     map_rows: int | None = setting(
-        None, "Rows on which the study map searches, the first ones; default: study_rows.", range=at_least(1)
+        None, "The study map searches on the first N rows (default: study_rows).", range=at_least(1)
     )
-    map_max_nodes: int = setting(20_000, "Prefixes that the study map expands per row at most.", range=at_least(1))
+    map_max_nodes: int = setting(20_000, "Most prefixes that the study map expands per row.", range=at_least(1))
     prefix_lengths: list[int] = setting(
-        [1, 2, 4, 8], "Tokens of the prefixes that the study exposure_bias continues.", range=at_least(1)
+        [1, 2, 4, 8], "Lengths, in tokens, of the prefixes in the study exposure_bias.", range=at_least(1)
     )
     likelihood_dataset: str | None = setting(
         None, "Text without prompts, for bits per byte: txt, json, jsonl, csv or parquet, a task module, or hub id."
     )
-    likelihood_config: str | None = setting(None, "Its configuration name, of a hub data set.", needs=_DOCUMENTS)
+    likelihood_config: str | None = setting(
+        None, "Configuration name of likelihood_dataset, if a hub data set.", needs=_DOCUMENTS
+    )
     likelihood_split: str | None = setting(
         None,
-        "Its split; default: validation, or all of it where there is the split train alone.",
+        "Split of likelihood_dataset (default: validation, or train where that is the only one).",
         needs=_DOCUMENTS,
     )
-    likelihood_column: str = setting("text", "Its column.", needs=_DOCUMENTS)
-    likelihood_rows: int | None = setting(None, "Only its first N documents.", range=at_least(1), needs=_DOCUMENTS)
+    likelihood_column: str = setting("text", "Column of likelihood_dataset that holds the text.", needs=_DOCUMENTS)
+    likelihood_rows: int | None = setting(
+        None, "Use only the first N documents of likelihood_dataset.", range=at_least(1), needs=_DOCUMENTS
+    )
     likelihood_stride: int | None = setting(
-        None, "Tokens that windows over it slide by; default: half the context.", range=at_least(1), needs=_DOCUMENTS
+        None,
+        "Tokens that the window over a document moves by (default: half the window).",
+        range=at_least(1),
+        needs=_DOCUMENTS,
     )
     likelihood_context: int | None = setting(
-        None, "Longest window over it, in tokens; default: the model's.", range=at_least(2), needs=_DOCUMENTS
+        None,
+        "Longest window over a document, in tokens (default: the model's context).",
+        range=at_least(2),
+        needs=_DOCUMENTS,
     )
-    primary: str | None = setting(None, "The one comparison with a claim, metric:strategy, e.g. wer:greedy.")
-    primary_against: str | None = setting(None, "The start's strategy in it, if another: its best decoding.")
+    primary: str | None = setting(
+        None,
+        "The comparison that the evaluation is for, as metric:strategy, e.g. wer:greedy; all others are exploratory.",
+    )
+    primary_against: str | None = setting(
+        None, "Strategy of the baseline in the primary comparison, if it is another one."
+    )
 
 
 @dataclass
 class TrainingEvaluationArguments(EvaluationArguments):
     """Evaluation around and during a training run."""
 
-    evaluate: bool = setting(True, "Evaluate the start against the result when training ends.")
+    evaluate: bool = setting(True, "When training ends, evaluate the model before and after training.")
     studies: list[str] = setting(
         ["ranking"],
-        "What else is measured when training ends: ranking, coverage, sharpening, exposure_bias, kl, map, "
+        "Studies to run when training ends: ranking, coverage, sharpening, exposure_bias, kl, map, "
         "lookahead, or none (docs/evaluation.md).",
     )
     eval_seed: int = as_declared(EvaluateArguments, "seed")  # seed is that of training
     probe_rows: int = setting(
         500,
-        "Rows measured every eval_steps during training, where eval_strategy is not no; the first of eval_split.",
+        "During training, evaluate on the first N rows of eval_split, as often as eval_strategy says.",
         range=at_least(1),
     )
 
@@ -261,18 +282,19 @@ class RunArguments(Settings):
     _argument_group_name = "run (rlseq)"
 
     overwrite_output_dir: bool = setting(
-        False, "If output_dir holds an earlier run, move that aside (to NAME.previous-DATE) and start again."
+        False, "If output_dir holds a run, move it to NAME.previous-DATE and start again."
     )
     resume_with_changes: bool = setting(
         False, "Resume from a checkpoint although reward code, reward arguments or data rows have changed."
     )
     dry_run: bool = setting(
-        False, "Check everything that needs no model, print what the run would do and need, and stop."
+        False, "Check everything that can be checked without training, print what the run would do and need, and stop."
     )
     num_cpu_threads: int | None = setting(
         None,
-        "Threads of a process that trains on the CPU; default: OMP_NUM_THREADS if you set it, else the cores over the "
-        "processes on this machine.",
+        "Threads of each process that trains on the CPU (default: OMP_NUM_THREADS if set, else the machine's "
+        "cores divided "
+        "by its processes).",
         range=at_least(1),
     )
 
@@ -311,7 +333,7 @@ class RejectionArguments(Settings):
 
     from_rollouts: list[str] | None = setting(
         None,
-        "Take the samples from these runs (their rollouts/*.jsonl) or jsonl files, as scored there.",
+        "Take samples and their totals from these run directories or jsonl files.",
         conflicts=(
             Conflict(
                 "takes samples that exist, --rejection_samples draws new ones: give one of them",
@@ -322,7 +344,7 @@ class RejectionArguments(Settings):
     )
     rejection_samples: int | None = setting(
         None,
-        "Sample N completions per prompt from --model_name_or_path and score them by --reward_funcs.",
+        "Sample N completions per prompt from model_name_or_path, and score them with reward_funcs.",
         range=at_least(1),
         conflicts=Conflict(
             "needs --reward_funcs (`rlseq reward list` shows the bundled ones)", lambda config: not config.reward_funcs
@@ -345,12 +367,12 @@ class RejectionArguments(Settings):
     max_new_tokens: int = as_declared(
         EvaluateArguments,
         "max_new_tokens",
-        help="Longest sample, in tokens; those cut there are not kept.",
+        help="Longest sample, in tokens; a sample that is cut at this length is not kept.",
         needs=_SAMPLES,
     )
     rejection_keep: int = setting(
         1,
-        "Keep N distinct completions per prompt, those of the highest total.",
+        "Keep the N distinct completions per prompt with the highest total reward.",
         range=at_least(1),
         needs=_CHOICE,
     )

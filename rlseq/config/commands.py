@@ -26,8 +26,8 @@ class DoctorArguments(Settings):
         EvaluateArguments,
         "max_new_tokens",
         default=None,
-        help="Longest completion that will be sampled, in tokens (--max_completion_length of a training run); "
-        "default: that of the longest reference.",
+        help="Longest completion that will be sampled, in tokens (max_completion_length of a training run; "
+        "default: the longest reference).",
     )
     json: bool = setting(False, "Print the results as JSON, and nothing else.")
 
@@ -38,7 +38,7 @@ class EvalRowsArguments(RowsArguments):
 
     _argument_group_name = "data (rlseq)"
 
-    eval_split: str = as_declared(DataArguments, "eval_split", help="Split that is looked at.")
+    eval_split: str = as_declared(DataArguments, "eval_split", help="Split to check.")
     eval_rows: int | None = as_declared(DataArguments, "eval_rows", help="Use only its first N rows.")
 
 

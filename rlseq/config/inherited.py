@@ -50,6 +50,12 @@ def _strategy(config: Any) -> str:
     return str(getattr(config.eval_strategy, "value", config.eval_strategy))
 
 
+def saves_what_it_evaluates(config: Any) -> bool:
+    """Whether a run evaluates, and saves whenever it does."""
+    evaluates, saves = _strategy(config), str(getattr(config.save_strategy, "value", config.save_strategy))
+    return evaluates != "no" and saves in (evaluates, "best")
+
+
 _OF_ALL: Needs = (
     (("eval_steps",), Need("eval_strategy steps", lambda c: _strategy(c) == "steps")),
     (("eval_delay",), Need("eval_strategy steps or epoch", lambda c: _strategy(c) != "no")),

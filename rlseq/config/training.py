@@ -103,10 +103,14 @@ class DefaultsMixin:
     * logging_steps 1 and save_only_model off, so that any step can be looked at and resumed from.
     """
 
-    bf16: bool | None = setting(None, "bf16 mixed precision; default: where the accelerator supports it.")
-    gradient_checkpointing: bool | None = setting(None, "Recompute activations; default: on accelerators only.")
-    use_cpu: bool | None = setting(None, "Train on the CPU; default: where there is no accelerator.")
-    logging_nan_inf_filter: bool = setting(False, "Replace NaN and infinite losses in the log (TRL: on).")
+    bf16: bool | None = setting(None, "bf16 mixed precision (default: where the accelerator supports it).")
+    gradient_checkpointing: bool | None = setting(
+        None, "Recompute activations in the backward pass, to save memory (default: on accelerators only)."
+    )
+    use_cpu: bool | None = setting(None, "Train on the CPU (default: where there is no accelerator).")
+    logging_nan_inf_filter: bool = setting(
+        False, "Leave NaN and infinite losses out of the logged mean (TRL's default: true)."
+    )
     report_to: str | list[str] = setting("none", "Trackers to report to, or none.")
     logging_steps: float = setting(1, "Log every N steps.")
     output_dir: str | None = setting("runs/run", "The run directory.")
@@ -140,11 +144,6 @@ class DefaultsMixin:
         return self.__dict__ | {"hub_token": None}  # transformers pickles settings into what is pushed
 
 
-def _saves_what_it_evaluates(config: Any) -> bool:
-    evaluates, saves = (getattr(s, "value", s) for s in (config.eval_strategy, config.save_strategy))
-    return evaluates != "no" and saves in (evaluates, "best")
-
-
 @dataclass
 class SFTConfig(DefaultsMixin, trl.SFTConfig):
     """TRL's SFTConfig with rlseq's defaults: the loss is on the completion only."""
@@ -163,7 +162,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
         conflicts=Conflict(
             "counts evaluations and ends with the best checkpoint, but eval_strategy is {eval_strategy} and "
             "save_strategy {save_strategy}. Give both the same: epoch, or steps (with --eval_steps and --save_steps).",
-            lambda config: not _saves_what_it_evaluates(config),
+            lambda config: not inherited.saves_what_it_evaluates(config),
         ),
     )
 
@@ -194,7 +193,9 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     checks_filled_in = (*DefaultsMixin.checks_filled_in, checks.validate_sampling, checks.validate_objective)
 
     disable_dropout: bool = setting(True, "Disable dropout in the model.")
-    remove_unused_columns: bool | None = setting(False, "Keep columns: rewards read them.")
+    remove_unused_columns: bool | None = setting(
+        False, "Remove columns that the model does not take; rewards read them, so keep false."
+    )
     objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "reference_exact"] = setting(
         "policy_gradient",
         "What is optimised: policy_gradient (TRL's losses, see loss_type), minimum_risk, expected_accuracy (exact, "
@@ -256,7 +257,9 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         needs=Need("ema_decay above 0", lambda config: config.ema_decay),
     )
     pack_updates: bool = setting(
-        True, "Compute a prompt once for all its completions in the update (exact; off where a model cannot)."
+        True,
+        "In the update, compute a prompt once for all its completions; exact. It is off for models that do not "
+        "allow it.",
     )
     tools: list[str] | None = setting(
         None,
@@ -265,11 +268,11 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     )
     environment: str | None = setting(
         None,
-        "Class or factory of an environment, one a rollout, whose methods the model calls as it does tools: "
+        "Class or factory of an environment, one per rollout, whose methods the model calls as it does tools: "
         "package.module:name or path/to/file.py:name. What its get_reward says is the reward environment_reward.",
     )
     rlseq_sampler: bool = setting(
-        True, "Draw rollouts by rlseq.engine.sampling (shared prefill, counter-based noise); off: TRL's own generate."
+        True, "Sample rollouts with rlseq's sampler (shared prefill, noise by position); false: with TRL's generate."
     )
 
     @property
@@ -324,15 +327,15 @@ class PPOConfig(GRPOConfig):
     conflicts_of_inherited = inherited.CONFLICTS_OF_PPO
     checks_filled_in = (*GRPOConfig.checks_filled_in, checks.validate_target_kl)
 
-    num_generations: int | None = setting(1, "Completions a prompt; a critic needs no group, so 1 is enough.")
+    num_generations: int | None = setting(1, "Completions per prompt; with a critic, 1 is enough.")
     critic: Literal["separate", "shared"] = setting(
         "separate", "The critic: separate (its own backbone) or shared (a head on the policy's trunk)."
     )
     critic_name_or_path: str | None = setting(
-        None, "What the critic starts from: a critic that a run saved, or any model; default: the policy's start."
+        None, "What the critic starts from: a critic that a run saved, or any model (default: the policy's start)."
     )
     critic_learning_rate: float | None = setting(
-        None, "Learning rate of the critic; default: the policy's.", range=at_least(0)
+        None, "Learning rate of the critic (default: the policy's).", range=at_least(0)
     )
     critic_warmup_steps: int = setting(
         0, "Steps that train the critic alone, before the policy moves.", range=at_least(0)
@@ -344,7 +347,7 @@ class PPOConfig(GRPOConfig):
     )
     vf_coef: float = setting(0.5, "Weight of the value loss.", range=at_least(0))
     value_clip: float | None = setting(
-        None, "Clip of the value's change an update, in units of reward; default: none.", range=at_least(0)
+        None, "Clip of the value's change per update, in units of reward (default: no clip).", range=at_least(0)
     )
     gamma: float = setting(1.0, "Discount γ.", range=FROM_0_TO_1)
     lam: float = setting(
@@ -356,7 +359,7 @@ class PPOConfig(GRPOConfig):
     )
     kl_target: float | None = setting(
         None,
-        "Adapt beta so that the KL to the start stays near this many nats per completion; default: beta is fixed.",
+        "Adapt beta so that the KL to the start stays near this many nats per completion (default: beta is fixed).",
         range=NATS_ABOVE_0,
         conflicts=Conflict(
             "adapts beta, the KL penalty in the reward: give --beta, a start above 0",
@@ -365,7 +368,8 @@ class PPOConfig(GRPOConfig):
     )
     target_kl: float | None = setting(
         None,
-        "Leave out the other updates on a batch of rollouts once the policy is this many nats per token from it.",
+        "Skip the remaining updates on a batch of rollouts once the KL to the policy that sampled it exceeds this many "
+        "nats per token (default: no limit).",
         range=NATS_ABOVE_0,
         conflicts=Conflict(
             "leaves updates out, which the loss scaling of fp16 does not allow; take bf16", lambda config: config.fp16
