@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from rlseq.engine.decoding.prefix_attention import mark_causal
+from rlseq.engine.decoding.prefix_attention import mark_packed
 from rlseq.engine.layout import Group, Layout, arrange, fill_rows, ramps, split
 
 FLEX = "flex_attention"  # transformers' name
@@ -159,7 +159,7 @@ def _added(seen_RS: Tensor, dtype: torch.dtype) -> Tensor:
     columns = torch.arange(seen_RS.shape[1], dtype=torch.int32, device=seen_RS.device)
     visible = columns[:, None] < seen_RS[:, None, :]  # (R, S, S)
     # 1 becomes 0 and 0 the lowest finite number: much faster than a masked fill
-    return mark_causal(visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None])
+    return mark_packed(visible.tril_().to(dtype).sub_(1).mul_(torch.finfo(dtype).max)[:, None], seen_RS)
 
 
 def _rule(seen_RS: Tensor) -> BlockMask:

@@ -1,8 +1,6 @@
 """Attention that is faster than transformers' SDPA call where more is known about the mask or the keys.
 
-**Packed rows, a block of queries at a time.** With an explicit mask, SDPA on a CPU computes the whole square of a row,
-though no token attends to a later one. Here each block of queries attends to the tokens up to its last, little more
-than half of the square. On rows of 2,060 tokens, forward and backward took two thirds of the time.
+**Packed rows.** `rlseq.engine.decoding.packed_attention` computes what their tokens can see.
 
 **A prompt held once for all its samples (cascade attention).** A decoding step reads every key and value that it
 attends to; if each row holds its prompt, most of them are copies. Here the queries of all rows of a prompt attend to it
@@ -19,22 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlseq.engine.decoding.kv_cache import PreallocatedLayer
+from rlseq.engine.decoding.packed_attention import NEGLIGIBLE, Blocks, packed_attention
 from rlseq.engine.layout import ranks
 
-BLOCK = 256  # queries; 128 and 512 were slower (2 CPU cores)
-_CAUSAL = "rlseq_causal"
+MIN_TOKENS = 256  # of a packed row; shorter ones leave little out
+_BLOCKS = "rlseq_blocks"
 _SHARED = "rlseq_shared_prefix"
 _whole: Any = None  # transformers' own
 
 
-def mark_causal(mask: Tensor) -> Tensor:
-    """Mark a float mask (R, 1, S, S) as causal, and return it. If the mark is lost, as in a cast, only time is lost."""
-    if mask.device.type == "cpu":
-        setattr(mask, _CAUSAL, True)
+def mark_packed(mask: Tensor, seen_RS: Tensor) -> Tensor:
+    """Mark the float mask (R, 1, S, S) of packed rows, and return it. If the mark is lost, as in a cast, only time is.
+
+    Args:
+        seen_RS: (R, S), the column before which each token is seen.
+    """
+    if mask.device.type == "cpu" and seen_RS.shape[1] >= MIN_TOKENS:
+        setattr(mask, _BLOCKS, Blocks(seen_RS))
         take_over_sdpa()
     return mask
 
@@ -110,26 +112,16 @@ class SharedPrefixLayer(PreallocatedLayer):
         return (of_prompt * share + of_sampled * (1 - share)).to(query.dtype).reshape(U, 1, H * N, D)
 
 
-class _Repeated:
-    """An attention module whose keys are repeated already; all other attributes are the module's."""
-
-    num_key_value_groups = 1
-
-    def __init__(self, module: torch.nn.Module):
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 def _softmax(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention (…, Q, D), and the log of its sum of exponentials (…, Q, 1), in float32 or wider."""
     scores = query @ keys.transpose(-1, -2)  # (…, Q, K)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
         scores += bias
-    weight = scores.logsumexp(-1, keepdim=True)
-    return scores.sub_(weight).exp_().to(values.dtype) @ values, weight
+    highest = scores.amax(-1, keepdim=True)
+    probs = scores.sub_(highest).clamp_(min=-NEGLIGIBLE).exp_()
+    total = probs.sum(-1, keepdim=True)
+    return (probs.to(values.dtype) @ values) / total, highest.add_(total.log())
 
 
 def _attend(
@@ -140,19 +132,8 @@ def _attend(
     if shared is not None:
         scale = more.get("scaling")
         return shared.attend(query, query.shape[-1] ** -0.5 if scale is None else scale), None
-    tokens = query.shape[2]
-    blocks = getattr(attention_mask, _CAUSAL, False) and key.shape[2] == tokens >= 2 * BLOCK
-    if not blocks or more.get("position_bias") is not None:
+    blocks = getattr(attention_mask, _BLOCKS, None)
+    packed = blocks is not None and blocks.tokens == query.shape[2] == key.shape[2]
+    if not packed or more.get("dropout") or more.get("position_bias") is not None:
         return _whole(module, query, key, value, attention_mask, **more)
-    # Key heads that several query heads share are repeated here, once: SDPA would make a copy per block and keep
-    # all of them for the backward.
-    repeats = query.shape[1] // key.shape[1]
-    if repeats > 1:
-        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-        module = _Repeated(module)
-    parts = []
-    for start in range(0, tokens, BLOCK):
-        end = min(start + BLOCK, tokens)
-        mask = attention_mask[:, :, start:end, :end]
-        parts.append(_whole(module, query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask, **more)[0])
-    return torch.cat(parts, dim=1), None
+    return packed_attention(query, key, value, blocks, more.get("scaling")), None

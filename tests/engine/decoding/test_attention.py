@@ -8,29 +8,28 @@ import transformers
 from test_packing import GROUPS, SEQUENCES, SHARING, alone, gradients, shifted_logprobs
 from tiny import PAD, tiny_model
 
-from rlseq.engine.decoding import prefix_attention
+from rlseq.engine.decoding import packed_attention, prefix_attention
 from rlseq.engine.packing import pack, unpack
 
 
 @pytest.fixture
-def spans(monkeypatch):
-    """Blocks of 4 queries; each call of SDPA as (queries, keys)."""
-    pack(GROUPS, pad_id=PAD)  # what is registered is in place
+def calls(monkeypatch):
+    """Packed rows of any length in blocks of 4 queries; of each call of the packed attention the rows' tokens."""
     seen = []
-    whole = prefix_attention._whole
 
-    def spy(module, query, key, *args, **more):
-        seen.append((query.shape[2], key.shape[2]))
-        return whole(module, query, key, *args, **more)
+    def spy(query, key, value, blocks, scale):
+        seen.append(query.shape[2])
+        return packed_attention.packed_attention(query, key, value, blocks, scale)
 
-    monkeypatch.setattr(prefix_attention, "_whole", spy)
-    monkeypatch.setattr(prefix_attention, "BLOCK", 4)
+    monkeypatch.setattr(prefix_attention, "packed_attention", spy)
+    monkeypatch.setattr(prefix_attention, "MIN_TOKENS", 1)
+    monkeypatch.setattr(packed_attention, "BLOCK", 4)
     return seen
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "qwen3"])
-def test_log_probs_and_gradients_are_those_of_plain_forwards(family, checkpointed, spans):
+def test_log_probs_and_gradients_are_those_of_plain_forwards(family, checkpointed, calls):
     model = tiny_model(family)
     expected = [alone(model, prompt, completion) for prompt, completion in SEQUENCES]
     weights = [1.0 + i for i in range(len(SEQUENCES))]
@@ -40,10 +39,8 @@ def test_log_probs_and_gradients_are_those_of_plain_forwards(family, checkpointe
         model.train()
     batch = pack(GROUPS, pad_id=PAD, row_tokens=32)
     width = batch.input_ids.shape[1]
-    del spans[:]
     found = unpack(shifted_logprobs(model, batch), batch)
-    blocks = [(min(4, width - start), min(start + 4, width)) for start in range(0, width, 4)]
-    assert spans == blocks * 2 and len(blocks) > 3  # two layers
+    assert calls == [width] * 2 and width > 12  # two layers
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     grads = gradients(model, sum(w * x.sum() for w, x in zip(weights, found, strict=True)))
@@ -51,47 +48,55 @@ def test_log_probs_and_gradients_are_those_of_plain_forwards(family, checkpointe
         torch.testing.assert_close(grads[name], gradient, atol=1e-4, rtol=1e-3)
 
 
-def test_completions_that_share_beginnings(spans):
+def test_completions_that_share_beginnings(calls):
     model = tiny_model("qwen2")
     batch = pack(SHARING, pad_id=PAD)
     with torch.no_grad():
         found = unpack(shifted_logprobs(model, batch), batch)
         expected = [alone(model, prompt, one) for prompt, completions in SHARING for one in completions]
+    assert calls
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-    assert (4, 12) in spans
 
 
-def test_anything_else_is_handed_on(spans):
+def test_anything_else_is_handed_on(calls):
     model = tiny_model("qwen2")
     batch = pack(GROUPS, pad_id=PAD, row_tokens=32)
     unmarked = {**batch.model_inputs, "attention_mask": batch.attention_mask.clone()}
     with torch.no_grad():
-        del spans[:]
         found = model(**unmarked, use_cache=False).logits
         model(input_ids=batch.input_ids, use_cache=False)
         model.generate(batch.input_ids[:, :5], max_new_tokens=3, do_sample=False)
-        assert all(keys == queries or queries == 1 for queries, keys in spans)
+        assert not calls
         torch.testing.assert_close(model(**batch.model_inputs, use_cache=False).logits, found, atol=1e-5, rtol=1e-4)
+        assert calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_those_of_a_masked_softmax(dtype, monkeypatch):
+    monkeypatch.setattr(packed_attention, "BLOCK", 3)
+    torch.manual_seed(0)
+    # Row 0: tokens 2 and 3 are seen by themselves and by token 4 only; row 1: its last two are padding.
+    seen = torch.tensor([[8, 8, 5, 5, 5, 8, 8, 8], [6, 6, 6, 4, 6, 6, 7, 8]])
+    query, key, value, weight = (torch.randn(2, heads, 8, 4, dtype=torch.float64).to(dtype) for heads in (6, 2, 2, 6))
+    if dtype != torch.bfloat16:  # whose products have 8 bits
+        key[:, :, 5] *= 400  # scores so far apart that probabilities underflow
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    found = packed_attention.packed_attention(*inputs, packed_attention.Blocks(seen), 0.7)
+    gradients = torch.autograd.grad(found, inputs, weight.transpose(1, 2))
+
+    at = torch.arange(8)
+    sees = (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < seen[:, None, :])  # (R, S, S)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    keys, values = (x.repeat_interleave(3, dim=1) for x in exact[1:])
+    scores = (exact[0] @ keys.transpose(-1, -2) * 0.7).masked_fill(~sees[:, None], -torch.inf)
+    expected = scores.softmax(-1) @ values
+    wanted = torch.autograd.grad(expected, exact, weight.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.04}[dtype]
+    assert found.dtype == dtype and found.shape == (2, 8, 6, 4)
+    for one, other in zip((found.transpose(1, 2), *gradients), (expected, *wanted), strict=True):
+        assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
 
 
 def test_transformers_looks_attention_up_by_name():
     assert transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"] is prefix_attention._attend
-
-
-def test_repeated_keys_are_held_once_and_not_by_every_block(monkeypatch):
-    pack(GROUPS, pad_id=PAD)
-    kept, whole = [], prefix_attention._whole
-
-    def spy(module, query, key, value, *args, **more):
-        kept.append((module.num_key_value_groups, key.shape[1], key.untyped_storage().data_ptr()))
-        return whole(module, query, key, value, *args, **more)
-
-    monkeypatch.setattr(prefix_attention, "_whole", spy)
-    monkeypatch.setattr(prefix_attention, "BLOCK", 4)
-    model = tiny_model("llama")
-    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)
-    batch = pack(GROUPS, pad_id=PAD, row_tokens=32)
-    shifted_logprobs(model, batch)  # with gradient: what a block was given is held
-    assert len(kept) > 6 and {(groups, heads) for groups, heads, _ in kept} == {(1, 2)}
-    assert len({storage for _, _, storage in kept}) == 2  # one a layer
