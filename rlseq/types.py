@@ -59,6 +59,13 @@ class Prompt:
         return "\n".join(str(message.get("content", "")) for message in self.prompt)
 
 
+def transcript(prompt: str | Messages) -> str:
+    """A prompt to be read: text, or a line `role: content` per message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
+
+
 def column_names(prompts: Iterable[Prompt]) -> list[str]:
     """The columns that any of these prompts has, `prompt` last: each may lack some."""
     return [*dict.fromkeys(name for prompt in prompts for name in prompt.columns if name != "prompt"), "prompt"]

@@ -12,6 +12,7 @@ from rlseq.common.escapes import visible
 from rlseq.common.formats import ROLLOUTS
 from rlseq.common.tables import render_table, table_width
 from rlseq.errors import ConfigError, RunDirectoryError
+from rlseq.types import transcript
 
 COMPLETION_AND_TOTALS = 60  # columns: 22 of text, then reward, advantage, log-prob and tokens
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     rollouts = load_step(args.run_directory, args.step)
     groups = by_prompt(rollouts)
     if args.prompt is not None:
-        groups = {key: group for key, group in groups.items() if args.prompt in _text(group[0]["prompt"])}
+        groups = {key: group for key, group in groups.items() if args.prompt in transcript(group[0]["prompt"])}
         if not groups:
             raise RunDirectoryError(
                 f"no prompt of step {rollouts[0]['step']} contains {args.prompt!r}; "
@@ -120,7 +121,7 @@ def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: 
     for group in shown:
         first = group[0]
         console.print()
-        console.print(Text(visible(_text(first["prompt"])), style="bold cyan"))
+        console.print(Text(visible(transcript(first["prompt"])), style="bold cyan"))
         for reference in first.get("references") or ():
             console.print(Text(f"reference  {visible(str(reference))}", style="dim"))
         names = list(dict.fromkeys(name for rollout in group for name in rollout.get("values") or ()))
@@ -175,12 +176,6 @@ def _color(advantage: float | None) -> str:
 def _mean(values: Any) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def _text(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message.get('role', '')}: {message.get('content', '')}" for message in prompt)
 
 
 def _ranges(steps: set[int]) -> str:

@@ -29,6 +29,7 @@ from rlseq.config.validate import Settings
 from rlseq.errors import ConfigError
 
 _DOCUMENTS = Need("--likelihood_dataset, text without prompts", lambda config: config.likelihood_dataset is not None)
+STUDIES = ("ranking", "coverage", "sharpening", "exposure_bias", "kl", "map", "lookahead")
 COVERAGE = Range("2 to 256: the largest k is the largest power of two among them", least=2, most=256)
 TEMPERATURES = Range(f"{FINITE_ABOVE_0.words} (for the limit 0 use greedy)", above=0, below=math.inf)
 
@@ -205,9 +206,9 @@ class EvaluationArguments(Settings):
         10_000, "Bootstrap resamples of rows, and sign flips of the permutation test.", range=at_least(1)
     )
     studies: list[str] = setting(
-        ["ranking", "coverage", "sharpening", "exposure_bias", "kl"],
-        "Studies to run: ranking, coverage, sharpening, exposure_bias, kl, map, lookahead, or none "
-        "(docs/evaluation.md).",
+        ["ranking"],
+        f"Studies to run: {', '.join(STUDIES)}, all or none (docs/evaluation.md). Only ranking costs no decoding or "
+        "scoring beyond the evaluation's own.",
     )
     study_rows: int = setting(500, "The costly studies run on the first N rows.", range=at_least(1))
     coverage_samples: int = setting(32, "Completions sampled per row in the study coverage.", range=COVERAGE)
@@ -262,11 +263,6 @@ class TrainingEvaluationArguments(EvaluationArguments):
     """Evaluation around and during a training run."""
 
     evaluate: bool = setting(True, "When training ends, evaluate the model before and after training.")
-    studies: list[str] = setting(
-        ["ranking"],
-        "Studies to run when training ends: ranking, coverage, sharpening, exposure_bias, kl, map, "
-        "lookahead, or none (docs/evaluation.md).",
-    )
     eval_seed: int = as_declared(EvaluateArguments, "seed")  # seed is that of training
     probe_rows: int = setting(
         500,

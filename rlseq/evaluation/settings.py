@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlseq.config.arguments import EvaluateArguments, EvaluationArguments
+from rlseq.config.arguments import STUDIES, EvaluateArguments, EvaluationArguments
 from rlseq.config.fields import as_declared
 from rlseq.engine.strategies import Strategy, Sweep, parse_strategy
 
@@ -87,7 +87,8 @@ class ContrastSettings:
         values: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if name in names
         }
-        values["studies"] = tuple(name for name in values.get("studies", ()) if name != "none")
+        studies = values.get("studies", ())
+        values["studies"] = STUDIES if studies == ("all",) else tuple(name for name in studies if name != "none")
         return cls(**values)
 
     def parsed(self) -> list[Strategy]:

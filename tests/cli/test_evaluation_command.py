@@ -78,7 +78,7 @@ def test_a_recipe_refuses_it_before_it_trains(recipe, task, tmp_path, monkeypatc
         {"models": "x=y"},
         {"samples_per_row": 9, "eval_rows": 5},
         {"temperatures": 0.5, "tune_split": "dev"},
-        {"likelihood_rows": 5, "dataset_name": "d"},
+        {"study_rows": 5, "dataset_name": "d"},
     ],
 )
 def test_the_recipe_refuses_settings_beside_a_join_by_name_as_the_command_does(given, tmp_path, monkeypatch, capsys):

@@ -9,9 +9,11 @@ from tiny_task import ROWS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import RobertaConfig
 
+from rlseq.config.arguments import STUDIES, EvaluationArguments, TrainingEvaluationArguments
 from rlseq.errors import DataError, ModelError, RewardError
 from rlseq.evaluation.measure import checkpoint
 from rlseq.evaluation.run import ContrastSettings, contrast
+from rlseq.evaluation.studies import table
 from rlseq.scoring import load_rewards
 
 BAD = {
@@ -103,3 +105,10 @@ def test_a_reward_that_fails_on_one_row_is_found_before_any_model_is_loaded(whic
     said = r"^tried on row 7 of 8, which has nothing in 'references': reward 'exact_match' raised"
     with load_rewards(["exact_match"]) as suite, pytest.raises(RewardError, match=said):
         contrast(models, suite=suite, settings=settings, quiet=True, **data)
+
+
+def test_default_studies_decode_and_score_nothing_and_all_are_those_there_are():
+    assert sorted(STUDIES) == sorted(table.STUDIES)
+    assert ContrastSettings.of(EvaluationArguments(studies=["all"])).studies == STUDIES
+    default = ContrastSettings.of(EvaluationArguments()).studies
+    assert default == ContrastSettings.of(TrainingEvaluationArguments()).studies == ("ranking",)

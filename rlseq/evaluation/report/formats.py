@@ -59,7 +59,7 @@ class Shown:
 
 
 def number(x: float | None, decimals: int, *, signed: bool = False) -> str:
-    """A decimal with a true minus sign and thin groups of thousands; `n/a` for None and NaN."""
+    """A decimal with a true minus sign and commas between thousands; `n/a` for None and NaN."""
     if x is None or math.isnan(x):
         return NOTHING
     text = f"{x:{'+' if signed else ''},.{decimals}f}"
@@ -70,5 +70,5 @@ def number(x: float | None, decimals: int, *, signed: bool = False) -> str:
 
 def p_text(p: float | None) -> str:
     if p is None or math.isnan(p):
-        return "n/a"
+        return NOTHING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlseq.evaluation.metrics import PASS_AT
 from rlseq.evaluation.statistics import LIKELIHOOD
 from rlseq.evaluation.stats.bootstrap import pass_at_k
+from rlseq.types import transcript
 
 _CHANCE = LIKELIHOOD("expected_accuracy").text(LIKELIHOOD.source)
 MAX_CHARACTERS = 600  # of a prompt, reference or completion shown in a report
@@ -103,7 +105,7 @@ def pair_samples(
             if model is not None
         }
         shown = tuple(_shorten(text) for text in references)
-        return Row(key, _shorten(_text(first["prompt"])), shown, sides.get(a), sides[b], gains[key])
+        return Row(key, _shorten(transcript(first["prompt"])), shown, sides.get(a), sides[b], gains[key])
 
     ranked = sorted(keys, key=lambda key: (-gains[key], key))
     if a is None:
@@ -144,7 +146,7 @@ def monte_carlo_pass_at_k(
         if len(by_row) == rows and len(sizes) == 1:
             n = sizes.pop()
             counts = [sum(found) for found in by_row.values()]
-            ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
+            ks = [k for k in PASS_AT if k <= n]
             curves[model] = {k: float(pass_at_k(n, counts, k).mean()) for k in ks}
     return curves
 
@@ -204,12 +206,6 @@ def _score_name(groups: Mapping[Any, Sequence[Mapping[str, Any]]]) -> str:
 def _gain(a: float | None, b: float | None) -> float:
     gain = 0.0 if a is None or b is None else b - a
     return 0.0 if math.isclose(gain, 0.0, abs_tol=1e-9) else gain
-
-
-def _text(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in prompt)
 
 
 def _shorten(text: str) -> str:

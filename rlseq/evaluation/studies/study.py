@@ -41,7 +41,7 @@ class Context:
         references: by row the distinct references as token ids, stop included; empty where there are none.
         completions: by strategy spec, a list of rollouts a row: what the strategies gave.
         values: by strategy spec and reward, a value a completion, rows in turn; None where it abstained or failed.
-        settings: of the contrast (`rlseq.evaluation.measure.checkpoint.ContrastSettings`).
+        settings: of the contrast (`rlseq.evaluation.settings.ContrastSettings`).
         baseline: loads the first model of the contrast, once, on first call; in eval mode, on this device. It is
             `model` itself where that is the first.
         progress: called with the number of rows that are done; a study reports each of its N rows once.

@@ -41,7 +41,7 @@ def check_studies(settings: Any, suite: RewardSuite) -> None:
     for name in settings.studies:
         if name not in STUDIES:
             raise ConfigError(
-                f"--studies names no study: {name!r}; there are {', '.join(STUDIES)}, and none for no study."
+                f"--studies names no study: {name!r}; there are {', '.join(STUDIES)}, and all or none alone."
                 + did_you_mean(name, STUDIES)
             )
     if len(set(settings.studies)) < len(settings.studies):
