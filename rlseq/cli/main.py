@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": Command("rlseq.cli.evaluate", "Contrast likelihood and generation of named checkpoints."),
     "reward": Command("rlseq.cli.reward", "List, check and try rewards; score rollouts again."),
     "doctor": Command("rlseq.cli.doctor", "Check a model and its tokenizer for reinforcement learning."),
+    "difficulty": Command("rlseq.cli.difficulty", "Add a column to data: how often a model answers each row right."),
     "show": Command("rlseq.cli.show", "Show a run's rollouts: prompt, completions, rewards, advantages."),
 }
 

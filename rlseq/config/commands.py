@@ -1,4 +1,4 @@
-"""The settings of `rlseq doctor` and `rlseq reward`, composed of those of training and evaluation."""
+"""The settings of `rlseq doctor`, `reward` and `difficulty`, composed of those of training and evaluation."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RowsArguments
-from rlseq.config.fields import as_declared, setting
+from rlseq.config.arguments import (
+    DataArguments,
+    EvaluateArguments,
+    EvaluationArguments,
+    RewardArguments,
+    RowsArguments,
+    WeightedArguments,
+)
+from rlseq.config.fields import Conflict, Need, as_declared, setting
 from rlseq.config.validate import Settings
 
 
@@ -108,3 +115,66 @@ class ScoreArguments(OutputArguments):
     rollouts: Path = dataclasses.field(
         kw_only=True, metadata={"help": "jsonl file with prompt, completion and columns, or a run directory."}
     )
+
+
+_REWARDS = Need("--reward_funcs, which score samples", lambda config: config.reward_funcs)
+
+
+@dataclass
+class DifficultyArguments(Settings):
+    """The model, and how its completions are measured."""
+
+    _argument_group_name = "measurement (rlseq)"
+
+    model: str = setting(dataclasses.MISSING, "Path or hub id of a model, or folder of an adapter.")
+    output_dir: str = as_declared(
+        EvaluateArguments,
+        "output_dir",
+        default="runs/difficulty",
+        help="Folder for the data set with the column; no file in it is replaced.",
+    )
+    column: str | None = setting(None, "Name of the column; default: pass_rate, or mean_reward.")
+    exact: bool | None = setting(
+        None,
+        "Write the exact chance that a sample is one of the references; default: where no reward is given.",
+    )
+    reward_funcs: list[str | dict] | None = as_declared(
+        RewardArguments,
+        "reward_funcs",
+        help="Rewards that score the samples, named as for recipes/grpo.py.",
+        conflicts=Conflict("score samples, and --exact draws none: give one of them", lambda config: config.exact),
+    )
+    reward_weights: list[float] | None = as_declared(WeightedArguments, "reward_weights", needs=_REWARDS)
+    max_error_rate: float = as_declared(
+        RewardArguments,
+        "max_error_rate",
+        help="Stop when a reward fails on more than this share of the samples that are scored together.",
+        needs=_REWARDS,
+    )
+    samples_per_row: int = as_declared(
+        EvaluationArguments, "samples_per_row", default=8, help="Completions sampled per row.", needs=_REWARDS
+    )
+    pass_threshold: float = setting(
+        1.0,
+        "A completion passes if its reward, the weighted sum, is at least this.",
+        needs=(_REWARDS, Need("a pass rate: --mean_reward asks for the mean", lambda config: not config.mean_reward)),
+    )
+    mean_reward: bool = setting(
+        False, "Write the mean reward of the samples and its standard error instead of a pass rate.", needs=_REWARDS
+    )
+    strategy: str = setting("sample", "How completions are sampled: sample, sample:temperature=0.7,top_p=0.9.")
+    max_new_tokens: int = as_declared(
+        EvaluateArguments,
+        "max_new_tokens",
+        help="Longest completion, in tokens: max_completion_length of the training.",
+    )
+    seed: int = as_declared(EvaluateArguments, "seed", help="Seed of the sampling.", needs=_REWARDS)
+    dtype: str = as_declared(EvaluateArguments, "dtype", help="Precision of the weights; auto: the checkpoint's own.")
+    allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")
+    eval_batch_size: int = as_declared(
+        EvaluationArguments,
+        "eval_batch_size",
+        help="Rows measured together, and kept together on an interruption (values differ by rounding at most).",
+    )
+    max_kv_gb: float | None = as_declared(EvaluationArguments, "max_kv_gb", needs=_REWARDS)
+    chat_template_kwargs: str | dict[str, Any] | None = as_declared(EvaluateArguments, "chat_template_kwargs")

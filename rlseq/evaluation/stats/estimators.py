@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,22 @@ def best_of_k(rewards_n: Any, k: int) -> Any:
     weights = np.array([math.comb(i, k - 1) / math.comb(n, k) for i in range(n)])
     best = rewards @ weights
     return float(best) if best.ndim == 0 else best
+
+
+def wilson_interval(passed: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share, passed of n (Wilson 1927): it holds also where none or all of few passed.
+
+        (p̂ + z²/2n ± z √(p̂(1 − p̂)/n + z²/4n²)) / (1 + z²/n)
+
+    Raises:
+        RlseqError: unless 0 ≤ passed ≤ n and n ≥ 1.
+    """
+    if not 0 <= passed <= n or n < 1:
+        raise RlseqError(f"wilson_interval got passed={passed}, n={n}; it needs 0 <= passed <= n and n >= 1.")
+    p, z = passed / n, NormalDist().inv_cdf((1 + level) / 2)
+    centre = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    low = 0.0 if passed == 0 else (centre - half) / scale
+    high = 1.0 if passed == n else (centre + half) / scale
+    return low, high
