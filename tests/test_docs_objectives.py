@@ -11,7 +11,6 @@ from tiny_task import tiny_trainer
 
 from rlseq.config.parser import RecipeParser
 from rlseq.config.training import (
-    DataArguments,
     EvaluationArguments,
     GRPOConfig,
     ModelArguments,
@@ -20,6 +19,7 @@ from rlseq.config.training import (
     RewardArguments,
     RunArguments,
     SFTConfig,
+    TrainingDataArguments,
 )
 
 PAGE = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_every_flag_that_the_page_names_exists():
     known: set[str] = set()
     for config in (GRPOConfig, PPOConfig, SFTConfig):
         more = [RejectionArguments] if config is SFTConfig else [EvaluationArguments, RewardArguments]
-        parser = RecipeParser([DataArguments, *more, RunArguments, config, ModelArguments])
+        parser = RecipeParser([TrainingDataArguments, *more, RunArguments, config, ModelArguments])
         known |= set(parser._option_string_actions)
     named = set(re.findall(r"--\w+", PAGE))
     assert len(named) > 20

@@ -43,8 +43,8 @@ RECIPES = {
     "sft": ["sft", "sft-continued"],
 }
 FIELDS = {
-    "grpo": ("DataArguments", "RewardArguments", "TrainingEvaluationArguments", "RunArguments", "GRPOConfig"),
-    "ppo": ("DataArguments", "RewardArguments", "TrainingEvaluationArguments", "RunArguments", "PPOConfig"),
+    "grpo": ("TrainingDataArguments", "RewardArguments", "TrainingEvaluationArguments", "RunArguments", "GRPOConfig"),
+    "ppo": ("TrainingDataArguments", "RewardArguments", "TrainingEvaluationArguments", "RunArguments", "PPOConfig"),
     "sft": ("DataArguments", "NewModelArguments", "RejectionArguments", "RunArguments", "SFTConfig"),
 }
 VALUES = [

@@ -26,6 +26,7 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
     template_options,
 )
+from rlseq.config.curriculum import TrainingDataArguments
 from rlseq.config.fields import (
     ABOVE_0,
     FROM_0_BELOW_1,
@@ -52,6 +53,7 @@ __all__ = [
     "RewardArguments",
     "RunArguments",
     "SFTConfig",
+    "TrainingDataArguments",
     "TrainingEvaluationArguments",
     "bf16_supported",
 ]

@@ -21,11 +21,11 @@ from accelerate import PartialState
 from rlseq.config.adapters import peft_config_of
 from rlseq.config.parser import RecipeParser
 from rlseq.config.training import (
-    DataArguments,
     GRPOConfig,
     ModelArguments,
     RewardArguments,
     RunArguments,
+    TrainingDataArguments,
     TrainingEvaluationArguments,
 )
 from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
@@ -42,7 +42,7 @@ DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "grpo.yaml"
 
 def main() -> None:
     parser = RecipeParser(
-        [DataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, GRPOConfig, ModelArguments],
+        [TrainingDataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, GRPOConfig, ModelArguments],
         description=__doc__.splitlines()[0],
     )
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))

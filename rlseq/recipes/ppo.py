@@ -19,11 +19,11 @@ from accelerate import PartialState
 from rlseq.config.adapters import peft_config_of
 from rlseq.config.parser import RecipeParser
 from rlseq.config.training import (
-    DataArguments,
     ModelArguments,
     PPOConfig,
     RewardArguments,
     RunArguments,
+    TrainingDataArguments,
     TrainingEvaluationArguments,
 )
 from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
@@ -41,7 +41,7 @@ DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "ppo.yaml"
 
 def main() -> None:
     parser = RecipeParser(
-        [DataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, PPOConfig, ModelArguments],
+        [TrainingDataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, PPOConfig, ModelArguments],
         description=__doc__.splitlines()[0],
     )
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))

@@ -11,7 +11,13 @@ from transformers import Trainer
 
 from rlseq.common.formats import METRICS
 from rlseq.config.adapters import quantization_note, quantization_of
-from rlseq.config.training import DataArguments, ModelArguments, RewardArguments, TrainingEvaluationArguments
+from rlseq.config.training import (
+    DataArguments,
+    ModelArguments,
+    RewardArguments,
+    TrainingDataArguments,
+    TrainingEvaluationArguments,
+)
 from rlseq.data.prompts import build_prompts
 from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
@@ -55,7 +61,7 @@ class Prepared:
 
 
 def prepare(
-    data: DataArguments,
+    data: TrainingDataArguments,
     rewards: RewardArguments,
     evaluation: TrainingEvaluationArguments,
     config: Any,

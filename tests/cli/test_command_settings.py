@@ -64,7 +64,9 @@ def test_the_recipes_parser_reads_the_same_dataclasses():
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("command", [*COMMANDS, ["reward"], ["reward", "replay"], ["evaluate"], ["difficulty"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, ["reward"], ["reward", "replay"], ["evaluate"], ["difficulty"]], ids=" ".join
+)
 def test_help_fits_the_terminal_and_every_flag_says_something(monkeypatch, capsys, command, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):

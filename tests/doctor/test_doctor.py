@@ -10,7 +10,7 @@ from tiny_task import ROWS, save_model, tiny_tokenizer, write_data, write_rows
 from tokenizers import normalizers, processors
 from transformers import GenerationConfig
 
-from rlseq.config.training import DataArguments, GRPOConfig, ModelArguments, RewardArguments, SFTConfig
+from rlseq.config.training import GRPOConfig, ModelArguments, RewardArguments, SFTConfig, TrainingDataArguments
 from rlseq.data.prompts import build_prompts
 from rlseq.doctor.chat import check_template, end_of_turn
 from rlseq.doctor.prompts import check_bos, check_context, check_references, reference_pairs
@@ -292,7 +292,7 @@ def test_recipes_make_these_checks_before_they_start(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     write_rows(tmp_path / "train.jsonl")
     (tmp_path / "reward.py").write_text("def length(completion): return len(completion)\n")
-    data = DataArguments(dataset_name=str(tmp_path / "train.jsonl"), train_split="train")
+    data = TrainingDataArguments(dataset_name=str(tmp_path / "train.jsonl"), train_split="train")
     rewards = RewardArguments(reward_funcs=[f"{tmp_path / 'reward.py'}:length"])
     model = ModelArguments(model_name_or_path=str(tmp_path))
     config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=32, use_cpu=True)
@@ -304,7 +304,7 @@ def test_recipes_make_these_checks_before_they_start(tmp_path):
 def test_a_reward_is_tried_on_the_row_that_lacks_what_it_asks_for(tmp_path, first):
     save_model(tmp_path)
     write_data(tmp_path / "data", [*ROWS, {**ROWS[0], "references": []}][:: 1 if first == "answered" else -1])
-    data = DataArguments(dataset_name=str(tmp_path / "data"))
+    data = TrainingDataArguments(dataset_name=str(tmp_path / "data"))
     model = ModelArguments(model_name_or_path=str(tmp_path))
     config = GRPOConfig(per_device_train_batch_size=2, num_generations=2, max_completion_length=8, use_cpu=True)
     row = 9 if first == "answered" else 1
@@ -320,7 +320,7 @@ def test_prompts_left_out_of_an_epoch_and_prompts_of_two_splits_are_counted(tmp_
     (tmp_path / "data").mkdir()
     for split, rows in (("train", ROWS[:prompts]), ("validation", ROWS[5:])):
         write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
-    data = DataArguments(dataset_name=str(tmp_path / "data"))
+    data = TrainingDataArguments(dataset_name=str(tmp_path / "data"))
     model = ModelArguments(model_name_or_path=str(tmp_path))
     config = GRPOConfig(per_device_train_batch_size=4, num_generations=2, max_completion_length=4, use_cpu=True)
     rewards = RewardArguments(reward_funcs=["exact_match"])

@@ -10,7 +10,7 @@ from test_environment import CHAT, Accumulator, says_done
 from tiny_chat import chat_model, chat_tokenizer
 from tiny_task import ROWS, tiny_tokenizer
 
-from rlseq.config.training import DataArguments, GRPOConfig, ModelArguments, PPOConfig, RewardArguments
+from rlseq.config.training import GRPOConfig, ModelArguments, PPOConfig, RewardArguments, TrainingDataArguments
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, TrainingError
 from rlseq.scoring import load_rewards
@@ -200,7 +200,7 @@ def test_a_recipe_refuses_before_a_model_loads(name, eval_rewards, evaluates, na
     chat_model(tokenizer).config.save_pretrained(tmp_path / "model")
     save_file({}, tmp_path / "model" / "model.safetensors")  # no weights: loading it would fail
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHAT))
-    data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), eval_split="train")
+    data = TrainingDataArguments(dataset_name=str(tmp_path / "rows.jsonl"), eval_split="train")
     rewards = RewardArguments(reward_funcs=["environment_reward"], eval_reward_funcs=eval_rewards)
     model = ModelArguments(model_name_or_path=str(tmp_path / "model"))
 

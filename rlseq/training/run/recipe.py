@@ -21,7 +21,15 @@ from rlseq.config.adapters import ignored_adapter_settings
 from rlseq.config.checks import check_group_rewards, check_prompts, check_router, describe_left_out
 from rlseq.config.config_file import changed_values
 from rlseq.config.parser import write_config
-from rlseq.config.training import DataArguments, ModelArguments, NewModelArguments, RewardArguments, RunArguments
+from rlseq.config.training import (
+    DataArguments,
+    ModelArguments,
+    NewModelArguments,
+    RewardArguments,
+    RunArguments,
+    TrainingDataArguments,
+)
+from rlseq.data.curriculum import rows_in_range
 from rlseq.data.prompts import build_prompts, describe_shared, keeping_all, made_prompts
 from rlseq.data.rows import load_rows
 from rlseq.doctor.check import FAILED, WARNING
@@ -91,7 +99,7 @@ class Task:
 
 @keeping_all()
 def load_task(
-    data: DataArguments, rewards: RewardArguments, model_args: ModelArguments, config: Any, *, evaluates: bool
+    data: TrainingDataArguments, rewards: RewardArguments, model_args: ModelArguments, config: Any, *, evaluates: bool
 ) -> Task:
     """Find everything that can be wrong with model path, rewards and data, before anything expensive starts.
 
@@ -108,6 +116,9 @@ def load_task(
     eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     rows = load_rows(data.dataset_name, data.train_split, **data.row_options())[: data.train_rows]
+    if (chosen := data.curriculum_range()) is not None:
+        rows, dropped = rows_in_range(rows, data.curriculum_column, *chosen)
+        say(f"rlseq: {dropped}")
     prompts = build_prompts(rows, tokenizer, **prompt_options(data, config))
     check_group_rewards(config, suite)
     check_prompts(config, prompts)

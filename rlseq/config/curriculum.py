@@ -1,0 +1,47 @@
+"""The data of training on rollouts: of which difficulty its prompts are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rlseq.config.arguments import DataArguments
+from rlseq.config.fields import Need, setting
+from rlseq.errors import ConfigError
+
+_NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
+
+
+@dataclass
+class TrainingDataArguments(DataArguments):
+    """Data of the recipes that train on rollouts."""
+
+    curriculum: str | None = setting(
+        None,
+        "Train only on rows whose --curriculum_column lies in this range, ends included: 0.1-0.9. `rlseq difficulty` "
+        "writes the column.",
+        metavar="LOW-HIGH",
+    )
+    curriculum_column: str = setting(
+        "pass_rate", "Column that --curriculum reads.", needs=Need("--curriculum", lambda config: config.curriculum)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.curriculum_range()
+
+    def curriculum_range(self) -> tuple[float, float] | None:
+        """The ends of the range; None without one.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if self.curriculum is None:
+            return None
+        found = re.fullmatch(f"({_NUMBER})-({_NUMBER})", self.curriculum.strip())
+        low, high = map(float, found.groups()) if found else (1.0, 0.0)
+        if low > high:
+            raise ConfigError(
+                f"--curriculum is {self.curriculum!r}; expected two numbers, the smaller first, as 0.1-0.9"
+            )
+        return low, high
