@@ -45,6 +45,7 @@ def logged(trainer) -> set[str]:
         (tiny_trainer, {"advantage_baseline": "greedy", "reference_loss_coef": 0.1}),
         (tiny_trainer, {"objective": "reference_exact"}),
         (tiny_trainer, {"objective": "expected_accuracy", "per_device_train_batch_size": 8}),
+        (tiny_trainer, {"objective": "max_rl", "max_rl_order": 4, "per_device_train_batch_size": 8}),
         (tiny_trainer, {"objective": "minimum_risk"}),
         (tiny_ppo, {"value_clip": 0.2, "num_iterations": 2, "target_kl": 0.001}),
         (tiny_ppo, {"critic": "shared", "num_generations": 2}),

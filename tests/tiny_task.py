@@ -97,7 +97,7 @@ def tiny_trainer(
         "disable_tqdm": True,
         "loss_type": "dapo",
     }
-    if settings.get("objective") == "expected_accuracy":
+    if settings.get("objective") in ("expected_accuracy", "max_rl"):
         del defaults["num_generations"]  # it draws nothing
     tokenizer = tokenizer or tiny_tokenizer()
     return GRPOTrainer(

@@ -58,7 +58,7 @@ def toy_trainer(tmp_path, *, model=None, rows=ROWS[:1], rewards=(table,), **sett
     }
     if settings.get("objective", "policy_gradient") != "policy_gradient":
         del defaults["loss_type"], defaults["scale_rewards"]
-    if settings.get("objective") == "expected_accuracy":
+    if settings.get("objective") in ("expected_accuracy", "max_rl"):
         defaults["num_generations"] = 1  # it draws nothing
     settings = {**defaults, **settings}
     if len(rows) == 1 and settings["num_generations"] == 1:  # TRL takes no batch of one row: a twin fills it

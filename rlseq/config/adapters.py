@@ -1,14 +1,46 @@
-"""What the settings of adapters and quantisation stand for, and which of them come to nothing; nothing is loaded."""
+"""The settings of the model, its adapter and quantisation: what they stand for, and which come to nothing.
+
+Nothing is loaded here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import trl
 from peft import PeftConfig
 
+from rlseq.config import inherited
+from rlseq.config.arguments import EvaluateArguments
+from rlseq.config.fields import as_declared, setting
+from rlseq.config.validate import check_declared
 from rlseq.engine.model.load import is_adapter
+
+
+@dataclass
+class ModelArguments(trl.ModelConfig):
+    """The model: TRL's ModelConfig, in float32 unless told otherwise."""
+
+    _argument_group_name = "model (TRL's ModelConfig)"
+
+    merge_adapter: bool = setting(
+        False, "When training ends, also write the adapter merged into its base, a whole model, to RUN/merged."
+    )
+
+    allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")
+
+    ranges_of_inherited = inherited.ADAPTER_RANGES
+    needs_of_inherited = inherited.OF_ADAPTERS
+    conflicts_of_inherited = inherited.CONFLICTS_OF_ADAPTERS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_declared(self)
+        target = self.lora_target_modules
+        if isinstance(target, str) and target.isidentifier():
+            self.lora_target_modules = [target]  # TRL unpacks a list of one, and peft takes a text for a whole path
 
 
 def peft_config_of(model_args: trl.ModelConfig) -> PeftConfig | None:

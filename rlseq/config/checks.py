@@ -10,6 +10,7 @@ from typing import Any
 import trl
 from transformers.integrations import integration_utils
 
+from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
@@ -143,7 +144,7 @@ def check_prompts(config: Any, prompts: Sequence[Prompt]) -> None:
             "Give more prompts, or a smaller per_device_train_batch_size."
         )
     asks = {
-        f"objective {config.objective}": config.objective in ("expected_accuracy", "reference_exact"),
+        f"objective {config.objective}": config.objective in (*EXACT_OBJECTIVES, "reference_exact"),
         "reference_loss_coef": bool(config.reference_loss_coef),
         "reference_prefix": bool(config.reference_prefix),
         "minimum_risk_references": config.minimum_risk_references,

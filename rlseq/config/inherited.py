@@ -11,6 +11,7 @@ from rlseq.config.fields import FROM_0_BELOW_1, Conflict, Need, OneOf, at_least,
 from rlseq.engine.model.load import is_adapter
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
+EXACT_OBJECTIVES = ("expected_accuracy", "max_rl")  # computed from references alone, without rollouts
 
 # What TRL, transformers and torch would refuse late, by a traceback, or not at all.
 RANGES = {
@@ -60,19 +61,17 @@ _OF_ALL: Needs = (
     (("eval_steps",), Need("eval_strategy steps", lambda c: _strategy(c) == "steps")),
     (("eval_delay",), Need("eval_strategy steps or epoch", lambda c: _strategy(c) != "no")),
 )
+_ROLLOUTS = "an objective that draws (expected_accuracy and max_rl do not)"
 OF_ROLLOUTS: Needs = (
     *_OF_ALL,
     (
         ("num_generations",),
         Need(
-            "an objective that draws (expected_accuracy does not)",
-            lambda c: c.objective != "expected_accuracy" or c.num_generations == 1,
+            _ROLLOUTS,
+            lambda c: c.objective not in EXACT_OBJECTIVES or c.num_generations == 1,
         ),
     ),
-    (
-        ("beta",),
-        Need("an objective that draws (expected_accuracy does not)", lambda c: c.objective != "expected_accuracy"),
-    ),
+    (("beta",), Need(_ROLLOUTS, lambda c: c.objective not in EXACT_OBJECTIVES)),
     (
         (
             *("scale_rewards", "loss_type", "importance_sampling_level", "advantage_baseline", "reference_prefix"),

@@ -15,6 +15,7 @@ import torch
 import trl
 
 from rlseq.config import checks, inherited
+from rlseq.config.adapters import ModelArguments
 from rlseq.config.arguments import (
     DataArguments,
     EvaluateArguments,
@@ -38,7 +39,7 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
-from rlseq.config.validate import check_declared, validate, validate_given
+from rlseq.config.validate import validate, validate_given
 
 __all__ = [
     "DataArguments",
@@ -67,30 +68,6 @@ def bf16_supported() -> bool:
 
 
 Checks = tuple[Callable[[Any], None], ...]
-
-
-@dataclass
-class ModelArguments(trl.ModelConfig):
-    """The model: TRL's ModelConfig, in float32 unless told otherwise."""
-
-    _argument_group_name = "model (TRL's ModelConfig)"
-
-    merge_adapter: bool = setting(
-        False, "When training ends, also write the adapter merged into its base, a whole model, to RUN/merged."
-    )
-
-    allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")
-
-    ranges_of_inherited = inherited.ADAPTER_RANGES
-    needs_of_inherited = inherited.OF_ADAPTERS
-    conflicts_of_inherited = inherited.CONFLICTS_OF_ADAPTERS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_declared(self)
-        target = self.lora_target_modules
-        if isinstance(target, str) and target.isidentifier():
-            self.lora_target_modules = [target]  # TRL unpacks a list of one, and peft takes a text for a whole path
 
 
 @dataclass
@@ -198,11 +175,22 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     remove_unused_columns: bool | None = setting(
         False, "Remove columns that the model does not take; rewards read them, so keep false."
     )
-    objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "reference_exact"] = setting(
+    objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "max_rl", "reference_exact"] = setting(
         "policy_gradient",
         "What is optimised: policy_gradient (TRL's losses, see loss_type), minimum_risk, expected_accuracy (exact, "
-        "no rollouts; where references enumerate success), or reference_exact (any reward; the references' share "
-        "exactly). docs/objectives.md explains each.",
+        "no rollouts; where references enumerate success), max_rl (as exact; from expected accuracy to likelihood by "
+        "max_rl_order), or reference_exact (any reward; the references' share exactly). docs/objectives.md explains "
+        "each.",
+        conflicts=Conflict(
+            "max_rl needs the number of terms of its series: give --max_rl_order (1: expected accuracy).",
+            lambda config: config.objective == "max_rl" and config.max_rl_order is None,
+        ),
+    )
+    max_rl_order: int | None = setting(
+        None,
+        "Terms K of max_rl's series of log p: a prompt weighs its pass@K in the gradient of the log-likelihood.",
+        range=at_least(1),
+        needs=Need("objective max_rl", lambda config: config.objective == "max_rl"),
     )
     advantage_baseline: Literal["mean", "leave_one_out", "greedy", "batch"] = setting(
         "mean",
@@ -286,7 +274,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
     def uses_references(self) -> bool:
         """Whether the loss needs the references' log-probs."""
         mixed = self.reference_loss_coef != 0 or self.minimum_risk_references
-        return mixed or self.objective in ("expected_accuracy", "reference_exact")
+        return mixed or self.objective in (*inherited.EXACT_OBJECTIVES, "reference_exact")
 
     @property
     def counts_equal_groups(self) -> bool:
@@ -308,7 +296,7 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
 
     def __post_init__(self) -> None:
         validate_given(self)
-        if self.objective == "expected_accuracy":
+        if self.objective in inherited.EXACT_OBJECTIVES:
             self.num_generations = 1  # no rollouts: a batch is of this many prompts
         with checks.single_generation(self):
             super().__post_init__()

@@ -20,6 +20,7 @@ from rlseq.losses.critic import error_by_position, explained_variance, value_los
 from rlseq.losses.expected_reward import (
     expected_accuracy,
     leave_one_prompt_out_baseline,
+    max_rl,
     minimum_risk,
     reference_exact_references,
     reference_exact_weight,
@@ -60,6 +61,7 @@ __all__ = [
     "last_token_rewards",
     "leave_one_prompt_out_baseline",
     "masked_mean",
+    "max_rl",
     "minimum_risk",
     "normalize_then_sum",
     "on_policy_mask",

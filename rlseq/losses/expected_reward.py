@@ -65,12 +65,62 @@ def expected_accuracy(reference_logprobs: Tensor, row_index: Tensor, num_rows: i
     Raises:
         ValueError: shapes differ.
     """
+    num_rows = _check_references(reference_logprobs, row_index, num_rows)
+    return -reference_logprobs.new_zeros(num_rows).index_add(0, row_index, reference_logprobs.exp())
+
+
+def max_rl(reference_logprobs: Tensor, row_index: Tensor, num_rows: int | None = None, *, order: int) -> Tensor:
+    """Minus the likelihood of a right answer, its series cut after K terms (MaxRL, Tajwar et al. 2026).
+
+        log p = −Σ_{k ≥ 1} (1 − p)^k / k        loss_i = Σ_{k = 1..K} (1 − p_i)^k / k
+        p_i = Σ_{y ∈ references of row i} exp(log p(y | x_i))
+
+    The gradient of row i is −pass@K_i·∇log p_i, with pass@K = 1 − (1 − p)^K the chance that one of K samples is
+    right: at K = 1 that of `expected_accuracy`, p·∇log p = ∇p, and as K grows that of log p. It is computed in that
+    form, from log p, so that a p near 0 or 1 loses no digits.
+
+    Args:
+        reference_logprobs: (N,) nats, of distinct references; the gradient flows through them.
+        row_index: (N,) long, the row of each.
+        num_rows: rows of the result; None: up to the last that has a reference.
+        order: K, at least 1.
+
+    Returns:
+        (num_rows,) in 0..(1 + 1/2 + … + 1/K); 0, without gradient, for a row without references.
+
+    Raises:
+        ValueError: shapes differ, or order below 1.
+    """
+    if order < 1:
+        raise ValueError(f"order is {order}; expected at least 1")
+    num_rows = _check_references(reference_logprobs, row_index, num_rows)
+    # log p of each row, by its largest term
+    largest = reference_logprobs.new_full((num_rows,), -torch.inf)
+    largest = largest.scatter_reduce(0, row_index, reference_logprobs.detach(), "amax")
+    possible = largest > -torch.inf
+    largest = torch.where(possible, largest, 0.0)
+    sums = torch.zeros_like(largest).index_add(0, row_index, (reference_logprobs - largest[row_index]).exp())
+    logprobs = largest + torch.where(possible, sums, 1.0).log()  # (num_rows,)
+
+    with torch.no_grad():
+        at_most_1 = logprobs.clamp(max=0)  # rounding may pass 1
+        failure = -torch.expm1(at_most_1)  # 1 − p
+        log_failure = torch.where(at_most_1 > -0.5, failure.log(), torch.log1p(-at_most_1.exp()))
+        pass_at_order = -torch.expm1(order * log_failure)
+        series = torch.zeros_like(failure)
+        for k in range(order, 0, -1):
+            series = (series + 1 / k) * failure
+    return torch.where(possible, series - pass_at_order * (logprobs - logprobs.detach()), 0.0)
+
+
+def _check_references(reference_logprobs: Tensor, row_index: Tensor, num_rows: int | None) -> int:
+    """How many rows there are to be; ValueError where the references are not one-dimensional and aligned."""
     if reference_logprobs.ndim != 1 or reference_logprobs.shape != row_index.shape:
         shapes = f"{describe(reference_logprobs)} and {describe(row_index)}"
         raise ValueError(f"reference_logprobs and row_index are {shapes}; expected (N,) twice")
     if num_rows is None:
-        num_rows = int(row_index.max()) + 1 if len(row_index) else 0
-    return -reference_logprobs.new_zeros(num_rows).index_add(0, row_index, reference_logprobs.exp())
+        return int(row_index.max()) + 1 if len(row_index) else 0
+    return num_rows
 
 
 def reference_exact_references(

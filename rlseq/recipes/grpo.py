@@ -12,8 +12,8 @@ rewards; every field of TRL's GRPOConfig and ModelConfig is a flag under its TRL
 
 A step: P prompts, G samples each -> rewards -> advantages within each prompt's group -> clipped policy gradient.
 Other objectives are one flag away (docs/objectives.md): --advantage_baseline leave_one_out|greedy|batch,
---objective minimum_risk|expected_accuracy|reference_exact, --reference_loss_coef, --reference_prefix. recipes/ppo.py
-takes the same flags and puts a critic in place of the group.
+--objective minimum_risk|expected_accuracy|max_rl|reference_exact, --reference_loss_coef, --reference_prefix.
+recipes/ppo.py takes the same flags and puts a critic in place of the group.
 """
 
 from accelerate import PartialState

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.config.checks import check_group_rewards, check_prompts, check_router
+from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
 from rlseq.engine.model.lora import fuse_lora
@@ -177,9 +178,9 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.packs = packs
         if args.pack_updates and not packs and self.accelerator.is_main_process:
             print(f"rlseq: updates are not packed: {reason}", flush=True)
-        if args.objective == "expected_accuracy" and not any(self._references_of(prompt) for prompt in prompts):
+        if not self.samples and not any(self._references_of(prompt) for prompt in prompts):
             raise ConfigError(
-                "objective expected_accuracy sums the chances of references, but no prompt has one of at most "
+                f"objective {args.objective} sums the chances of references, but no prompt has one of at most "
                 f"max_completion_length ({args.max_completion_length}) tokens. Name their column (--reference_column)."
             )
         if critic is not None:
@@ -213,8 +214,8 @@ class GRPOTrainer(RunMixin, LossMixin):
 
     @property
     def samples(self) -> bool:
-        """Expected accuracy is exact: it has no rollouts."""
-        return self.args.objective != "expected_accuracy"
+        """Objectives that are exact have no rollouts."""
+        return self.args.objective not in EXACT_OBJECTIVES
 
     def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
         """Of the total that is optimised; an abstention has none, and counts in no baseline."""

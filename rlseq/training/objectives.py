@@ -14,6 +14,7 @@ from torch import Tensor
 from rlseq.losses import (
     clipped_surrogate,
     expected_accuracy,
+    max_rl,
     minimum_risk,
     reference_exact_references,
     reference_exact_weight,
@@ -31,13 +32,21 @@ def reference_loss(references: References) -> Tensor | None:
     return torch.stack(terms).sum() if terms else None
 
 
-def expected_accuracy_loss(references: References) -> tuple[Tensor, Tensor]:
-    """−P of each row, summed, and P of each distinct prompt (U,): exact, by teacher forcing alone."""
+def expected_accuracy_loss(references: References, max_rl_order: int | None = None) -> tuple[Tensor, Tensor]:
+    """−P of each row, summed, and P of each distinct prompt (U,): exact, by teacher forcing alone.
+
+    Args:
+        references: of the micro-batch's prompts.
+        max_rl_order: K; in place of −P the loss is then `max_rl`'s, −log P cut after K terms of its series.
+    """
     logprobs = references.sequence_logprobs  # (N,)
     prompt_of = torch.tensor(references.prompt_of, device=logprobs.device)
     loss = expected_accuracy(logprobs, prompt_of, len(references.rows))  # (U,)
+    P = -loss.detach()
+    if max_rl_order is not None:
+        loss = max_rl(logprobs, prompt_of, len(references.rows), order=max_rl_order)
     rows = torch.tensor(references.rows, device=logprobs.device, dtype=loss.dtype)
-    return (rows * loss).sum(), -loss.detach()
+    return (rows * loss).sum(), P
 
 
 def minimum_risk_loss(

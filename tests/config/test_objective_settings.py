@@ -45,6 +45,16 @@ REFUSED = {
         {"objective": "expected_accuracy", "beta": 0.1},
         "beta is 0.1, which has no effect",
     ),
+    "a KL of references alone": (
+        {"objective": "max_rl", "max_rl_order": 2, "beta": 0.1},
+        "beta is 0.1, which has no effect",
+    ),
+    "a series without its length": ({"objective": "max_rl"}, "objective max_rl needs .* give --max_rl_order"),
+    "a series of no terms": ({"objective": "max_rl", "max_rl_order": 0}, "max_rl_order is 0; expected at least 1"),
+    "a length without its series": (
+        {"objective": "expected_accuracy", "max_rl_order": 2},
+        "max_rl_order is 2, which has no effect without objective max_rl",
+    ),
     "no sharpness": ({"minimum_risk_sharpness": 0.0}, "minimum_risk_sharpness is 0.0"),
     "references among no samples": ({"minimum_risk_references": True}, "no effect without objective minimum_risk"),
     "a prefix as long as the completion": ({"reference_prefix": 6}, r"expected 0 to .*\(5\)"),
@@ -108,9 +118,10 @@ def test_a_reward_of_whole_groups_cannot_score_a_completion_by_itself(tmp_path, 
         family_trainer(tmp_path, rewards=[diversity], **settings)
 
 
-def test_expected_accuracy_needs_a_reference_that_can_be_sampled(tmp_path):
-    with pytest.raises(ConfigError, match="no prompt has one"):
-        family_trainer(tmp_path, rows=LONG[2:], objective="expected_accuracy", per_device_train_batch_size=2)
+@pytest.mark.parametrize("settings", [{"objective": "expected_accuracy"}, {"objective": "max_rl", "max_rl_order": 2}])
+def test_an_exact_objective_needs_a_reference_that_can_be_sampled(tmp_path, settings):
+    with pytest.raises(ConfigError, match=f"objective {settings['objective']} .*no prompt has one"):
+        family_trainer(tmp_path, rows=LONG[2:], per_device_train_batch_size=2, **settings)
 
 
 def test_a_batch_of_more_prompts_than_there_are_is_refused(tmp_path):

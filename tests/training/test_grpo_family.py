@@ -14,6 +14,7 @@ import torch
 from tiny import EOS, tiny_model
 from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 
+from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 
@@ -31,6 +32,7 @@ FAMILY = {
         "minimum_risk_references": True,
     },
     "expected_accuracy": {"objective": "expected_accuracy"},
+    "max_rl": {"objective": "max_rl", "max_rl_order": 8},
     "reference_exact": {"objective": "reference_exact"},
 }
 SETTINGS = [pytest.param(settings, id=name) for name, settings in FAMILY.items()]
@@ -62,7 +64,7 @@ def sometimes_abstains(completion, references):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_update_does_not_depend_on_the_micro_batch_split(tmp_path, settings):
     rewards, rows = [sometimes_abstains], 16
-    if settings.get("objective") == "expected_accuracy":  # each of the 8 prompts once; their chances are small
+    if settings.get("objective") in EXACT_OBJECTIVES:  # each of the 8 prompts once; their chances are small
         rows, settings = 8, {**settings, "learning_rate": 20.0}
     settings = {**WEIGHTS, **settings}
     whole = family_trainer(tmp_path / "a", rewards=rewards, per_device_train_batch_size=rows, **settings)
@@ -78,7 +80,7 @@ def test_the_update_does_not_depend_on_the_micro_batch_split(tmp_path, settings)
     after = weights_after(whole)
     assert after.isfinite().all() and (after - start).abs().max() > 1e-3
     torch.testing.assert_close(weights_after(split), after, atol=2e-5, rtol=0)
-    if settings.get("objective") != "expected_accuracy":
+    if settings.get("objective") not in EXACT_OBJECTIVES:
         assert {row["status"]["sometimes_abstains"] for row in logged(tmp_path / "a")} == {"ok", "abstained"}
 
 
@@ -246,14 +248,15 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["expected_accuracy", "reference_exact"])
+@pytest.mark.parametrize("objective", ["expected_accuracy", "max_rl", "reference_exact"])
 def test_expected_accuracy_is_that_of_the_references_that_can_be_sampled(tmp_path, objective):
-    per_prompt = 1 if objective == "expected_accuracy" else 4
+    per_prompt = 1 if objective in EXACT_OBJECTIVES else 4
     trainer = family_trainer(
         tmp_path,
         rows=LONG,
         rewards=[len_of],
         objective=objective,
+        max_rl_order=3 if objective == "max_rl" else None,
         per_device_train_batch_size=4 * per_prompt,
         learning_rate=0.0,
         max_steps=1,

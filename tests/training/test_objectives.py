@@ -221,6 +221,23 @@ def test_grpo_under_exact_match_has_expected_accuracy_as_its_mean(tmp_path, monk
     assert_equal(mean_gradient(sampled, monkeypatch), found / 2 / LONGEST)  # (G − 1) / G, and dr_grpo's constant
 
 
+def max_rl(chance, order):
+    return -sum((1 - chance) ** k / k for k in range(1, order + 1))
+
+
+@pytest.mark.parametrize("order", [1, 2, 7, 200])
+@pytest.mark.parametrize("row", [0, 1])
+def test_max_rl_is_the_series_of_the_enumerated_chance_of_a_right_answer(tmp_path, row, order):
+    trainer = toy_trainer(
+        tmp_path, rows=ROWS[row : row + 1], objective="max_rl", max_rl_order=order, per_device_train_batch_size=2
+    )
+    rewards = {y: is_reference(y, ROWS[row]["references"]) for y in COMPLETIONS}
+    chance = expected_reward(trainer.model, trainer.prompts[0].prompt_ids, rewards)
+    loss = trainer.micro_batch_loss(trainer.model, {"prompt_index": torch.tensor([0, 0])})
+    assert loss.item() == pytest.approx(-max_rl(chance, order).item(), abs=ROUNDING)
+    assert_equal(gradient(loss, trainer.model), -gradient(max_rl(chance, order), trainer.model))
+
+
 # minimum risk
 
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from rlseq.common.disk import readable_size
 from rlseq.common.tables import render_table
+from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import ModelArguments, RunArguments
 from rlseq.data.chat import reference_ids
 from rlseq.training.run.directory import check_available
@@ -77,7 +78,7 @@ def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int, tokeni
     A rollout batch has generation_batch_size completions, and gives every process num_iterations ×
     steps_per_generation micro-batches; an epoch has as many rounds as the prompts fill, the rest is left out.
     """
-    draws = config.objective != "expected_accuracy"
+    draws = config.objective not in EXACT_OBJECTIVES
     samples, accumulation = config.num_generations, config.gradient_accumulation_steps
     micro_batches_a_round = config.num_iterations * config.steps_per_generation
     micro_batches = len(prompts) // (config.generation_batch_size // samples) * micro_batches_a_round

@@ -20,6 +20,7 @@ from rlseq.common.escapes import visible
 from rlseq.config.adapters import ignored_adapter_settings
 from rlseq.config.checks import check_group_rewards, check_prompts, check_router, describe_left_out
 from rlseq.config.config_file import changed_values
+from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.parser import write_config
 from rlseq.config.training import (
     DataArguments,
@@ -338,7 +339,7 @@ def announce(config: TrainingArguments, run: RunArguments, what: str) -> None:
 def describe_round(config: Any) -> str:
     """The size of a rollout batch, in words."""
     prompts = config.generation_batch_size // config.num_generations
-    if config.objective == "expected_accuracy":
+    if config.objective in EXACT_OBJECTIVES:
         return f"the references of {prompts} prompts a step, no rollouts"
     samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
     return f"{prompts} prompts × {samples} per rollout batch"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.losses import kl_estimate
 from rlseq.training.forward import Ids, Scores
 from rlseq.training.objectives import (
@@ -70,9 +71,9 @@ class LossMixin(PolicyGradientMixin):
         """rlseq's objectives: the mean over the micro-batch's rows."""
         args, G = self.args, self.num_generations
         rows = inputs["prompt_index"].tolist()
-        if args.objective == "expected_accuracy":
+        if args.objective in EXACT_OBJECTIVES:
             if scores.references.logprobs:
-                loss, P = expected_accuracy_loss(scores.references)
+                loss, P = expected_accuracy_loss(scores.references, args.max_rl_order)
             else:
                 loss = scores.logprobs.sum()  # 0, and a backward on this rank as on the others
                 P = torch.zeros(1, device=loss.device)

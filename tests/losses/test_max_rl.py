@@ -1,0 +1,84 @@
+"""MaxRL: the exact series from references, against 60-digit decimals and every sequence of a toy model."""
+
+from __future__ import annotations
+
+import math
+from decimal import Decimal, localcontext
+
+import pytest
+import torch
+from test_losses import RIGHT, tensor, toy_logprobs
+
+from rlseq.losses import expected_accuracy, max_rl
+
+
+def of_toy(order):
+    """The loss on a toy model's right answers, and its gradient."""
+    parameters, logprobs = toy_logprobs()
+    loss = max_rl(torch.stack([logprobs[y] for y in RIGHT]), torch.tensor([0, 0]), order=order)
+    return loss, torch.autograd.grad(loss.sum(), parameters)
+
+
+@pytest.mark.parametrize("order", [1, 2, 5, 64])
+def test_max_rl_is_the_truncated_series_of_the_chance_of_a_right_answer(order):
+    loss, found = of_toy(order)
+    parameters, logprobs = toy_logprobs()
+    wrong = sum(logprobs[y].exp() for y in logprobs if y not in RIGHT)  # 1 − p, by the other seven sequences
+    series = sum(wrong**k / k for k in range(1, order + 1))
+    assert loss.tolist() == pytest.approx([series.item()])
+    for a, b in zip(found, torch.autograd.grad(series, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_max_rl_goes_from_expected_accuracy_to_the_log_likelihood():
+    parameters, logprobs = toy_logprobs()
+    right = torch.stack([logprobs[y] for y in RIGHT])
+    of_accuracy = torch.autograd.grad(
+        expected_accuracy(right, torch.tensor([0, 0])).sum(), parameters, retain_graph=True
+    )
+    of_likelihood = torch.autograd.grad(-right.logsumexp(0), parameters)
+    for a, b in zip(of_toy(1)[1], of_accuracy, strict=True):
+        torch.testing.assert_close(a, b)
+    loss, found = of_toy(500)
+    assert loss.item() == pytest.approx(-right.logsumexp(0).item())
+    for a, b in zip(found, of_likelihood, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_max_rl_by_hand():
+    # p = 0.1 + 0.15: 0.75 + 0.75² / 2. The gradient of each log-prob is −(1 − 0.75²) times its share of p.
+    logprobs = tensor([0.1, 0.5, 0.15]).log().requires_grad_()
+    loss = max_rl(logprobs, torch.tensor([2, 0, 2]), num_rows=4, order=2)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.5 + 0.125, 0, 1.03125, 0])
+    assert logprobs.grad.tolist() == pytest.approx([-0.4375 * 0.4, -0.75, -0.4375 * 0.6])
+
+
+@pytest.mark.parametrize("logprob", [-1e-6, -1e-3, -0.4, -0.6, -3.0, -20.0, -60.0])
+@pytest.mark.parametrize("order", [1, 3, 100])
+def test_max_rl_keeps_the_digits_of_float32_near_0_and_1(logprob, order):
+    x = torch.tensor([logprob, -200.0], requires_grad=True)  # beside a reference that is as good as impossible
+    loss = max_rl(x, torch.tensor([0, 0]), order=order)
+    loss.sum().backward()
+    with localcontext(prec=60):  # more digits than 1 − p loses
+        failure = 1 - Decimal(x[0].item()).exp()
+        series = sum(failure**k / k for k in range(1, order + 1))
+        pass_at_order = 1 - failure**order
+    assert loss.item() == pytest.approx(float(series), rel=1e-5)
+    assert x.grad[0].item() == pytest.approx(-float(pass_at_order), rel=1e-5)
+    assert x.grad[1].isfinite()
+
+
+def test_max_rl_of_what_is_certain_impossible_or_missing_is_finite():
+    x = torch.tensor([1e-6, -math.inf], requires_grad=True)  # rounding passed 1; a token that has no chance
+    loss = max_rl(x, torch.tensor([0, 1]), num_rows=3, order=4)
+    loss.sum().backward()
+    assert loss.tolist() == [0, 0, 0]
+    assert x.grad.tolist() == pytest.approx([-1, 0])
+
+
+def test_max_rl_refuses_what_has_no_meaning():
+    with pytest.raises(ValueError, match="order is 0; expected at least 1"):
+        max_rl(torch.zeros(1), torch.tensor([0]), order=0)
+    with pytest.raises(ValueError, match="twice"):
+        max_rl(torch.zeros(2), torch.tensor([0]), order=1)
