@@ -106,7 +106,7 @@ def evaluate(bases: list[int], methods: list[str], folder: Path, rows: int) -> N
 
 @dataclass(frozen=True)
 class Change:
-    """A difference to the base, over B bases: its mean and its standard error, of words and of training alike."""
+    """A difference to the base, over B bases: its mean and its standard error, over words and training runs."""
 
     value: float
     error: float

@@ -51,7 +51,7 @@ SIZES = {
         "paged cache": {"num_blocks": 32, "max_batch_tokens": 512},
     },
 }
-STOPS = 300  # one id in so many ends a completion
+STOPS = 300  # one id in 300 ends a completion
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -3,7 +3,7 @@
     python benchmarks/objectives.py --output_dir runs/objectives [--methods grpo ppo] [--seeds 0 1 2] [--steps 60]
     python benchmarks/objectives.py --output_dir runs/objectives --table           # of the runs that are there
 
-Every run starts from the bundled base and sees 512 rollouts a step (expected accuracy: 512 words, nothing drawn;
+Every run starts from the bundled base and sees 512 rollouts a step (expected accuracy: 512 words, no rollouts;
 rejection sampling: the same rollouts, drawn from the base beforehand). Each is evaluated on the validation words; the
 test words are not touched. A run that is there already is not run again. Two minutes a run on one core; give several
 `--seeds` to several processes to use more.
@@ -70,7 +70,7 @@ METHODS = {
 }
 # What five minutes of two cores buy: expected-accuracy.yaml, and finalists of the above with its averaging of weights,
 # at a rate of their own. (recipe, configuration, flags, what it is)
-AVERAGED = "--lr_scheduler_type constant_with_warmup --ema_decay 0.99 --start_weight 0.25 --temperature 1.0"
+AVERAGED = "--lr_scheduler_type constant_with_warmup --ema_decay 0.99 --interpolation_weight 0.25 --temperature 1.0"
 FINALISTS = {
     "ea+ce1-averaged": (
         "grpo",
@@ -136,7 +136,7 @@ def command(method: str, seed: int, steps: int, rate: str, out: Path, base: str 
             words += ["--train_rows", str(steps * 64), "--rejection_samples", "8", "--reward_funcs", "phoneme_accuracy"]
             words += ["--max_new_tokens", "32"]
         return words
-    more = "--temperature 1.0 --reference_loss_coef 0 --ema_decay 0 --start_weight 0 --evaluate false"
+    more = "--temperature 1.0 --reference_loss_coef 0 --ema_decay 0 --interpolation_weight 0 --evaluate false"
     minibatches = re.search(r"--steps_per_generation (\d+)", flags)
     updates = steps * (int(minibatches.group(1)) if minibatches else 1)
     words += ["--config", "recipes/g2p/grpo-base.yaml", "--max_steps", str(updates), *more.split()]

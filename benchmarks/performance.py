@@ -251,7 +251,7 @@ def _at(temperature: float) -> str:
 
 
 def sharing(repeats: int) -> list[dict[str, Any]]:
-    """Work that samples share, or hardly: more of them, fewer, and at a temperature at which hardly two begin alike."""
+    """Work that samples share, or hardly: more of them, fewer, and at a temperature at which few share a token."""
     changes: list[tuple[int, float]] = [(4, 1.0), (16, 1.0), (G, 3.0)]
     work = [f(max(1, repeats // 2), *change) for change in changes for f in (rollouts, update)]
     return [{**row, "targets": None} for rows in work for row in rows]
@@ -368,7 +368,7 @@ def updating(
     def work(name: str, trainer: Any, layout: int) -> Work:
         def once() -> float:
             trainer.model.zero_grad()
-            # As in a run of that layout: a round of rollouts is so many micro-batches, accumulated to one step.
+            # As in a run of that layout: a rollout batch is several micro-batches, accumulated to one step.
             trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = rows // layout
             total = 0.0
             for start in range(0, rows, layout):

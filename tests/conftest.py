@@ -1,4 +1,4 @@
-"""One thread for the whole suite: tiny models are slower on several, and sums then round alike everywhere."""
+"""One thread for the whole suite: tiny models are slower on several, and sums then round equally everywhere."""
 
 import torch
 

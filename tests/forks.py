@@ -41,7 +41,7 @@ def fork(act: Callable[[], object], log: Path, **environment: str) -> int:
 
 
 def end_of(pid: int, seconds: float = 120) -> int:
-    """Return a child's exit code, minus the signal that ended it; after so many seconds it is killed."""
+    """Return a child's exit code, minus the signal that ended it; after that many seconds it is killed."""
     deadline = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -68,7 +68,7 @@ def recipe(name: str, arguments: Sequence[object]) -> Callable[[], None]:
 
 
 def end_of_ranks(number: int, act: Callable[[], object], log: Path, seconds: float = 120) -> list[int]:
-    """Do something as so many processes of one run (gloo, on the CPU); returns their exit codes."""
+    """Do something as N processes of one run (gloo, on the CPU); returns their exit codes."""
 
     def rank_acts() -> None:
         PartialState(cpu=True)
@@ -84,5 +84,5 @@ def end_of_ranks(number: int, act: Callable[[], object], log: Path, seconds: flo
 
 
 def run_ranks(number: int, act: Callable[[], object], log: Path) -> None:
-    """Do something that succeeds as so many processes of one run."""
+    """Do something that succeeds as N processes of one run."""
     assert end_of_ranks(number, act, log) == [0] * number, log.read_text()[-3000:]

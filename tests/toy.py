@@ -104,7 +104,7 @@ def expected_reward(model, prompt_ids, rewards=REWARDS):
 
 
 def groups(model, prompt_ids, size) -> Iterable[tuple[tuple, float]]:
-    """Every multiset of so many completions, and its probability under the model."""
+    """Every multiset of N completions, and its probability under the model."""
     probs = {y: logprob.exp().item() for y, logprob in exact_logprobs(model, prompt_ids).items()}
     for group in itertools.combinations_with_replacement(COMPLETIONS, size):
         orders = math.factorial(size) // math.prod(math.factorial(n) for n in Counter(group).values())

@@ -240,9 +240,9 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         "Keep an exponential moving average of the weights with this decay as the result; 0: the last weights.",
         range=FROM_0_BELOW_1,
     )
-    start_weight: float = setting(
+    interpolation_weight: float = setting(
         0.0,
-        "Share of the weights that training started from in the result (needs ema_decay); 0: none.",
+        "Weight interpolation with the start (WiSE-FT): the start's share in the result (needs ema_decay); 0: none.",
         range=FROM_0_BELOW_1,
         needs=Need("ema_decay above 0", lambda config: config.ema_decay),
     )

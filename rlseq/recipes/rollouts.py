@@ -90,7 +90,9 @@ def prepare(
         check_models(base, task.eval_rows, prompt_options(data, config), settings, measured)
     probe = None
     if during:
-        prompts = build_prompts(task.eval_rows[: evaluation.probe_rows], task.tokenizer, **prompt_options(data, config))
+        prompts = build_prompts(
+            task.eval_rows[: evaluation.eval_rows_during_training], task.tokenizer, **prompt_options(data, config)
+        )
         if not evaluation.evaluate:
             smoke_test_rewards(measured, prompts)
         probe = ValidationProbe(
@@ -116,7 +118,7 @@ def train(trainer: Trainer, directory: RunDirectory, probe: ValidationProbe | No
     trainer.add_callback(Warnings(partial(learning_warnings, eval_rewards=probe.eval_rewards if probe else ())))
     trainer.add_callback(stop := GracefulStop())
     if config.ema_decay:
-        trainer.add_callback(average := WeightAverage(trainer, config.ema_decay, config.start_weight))
+        trainer.add_callback(average := WeightAverage(trainer, config.ema_decay, config.interpolation_weight))
     trainer.train(resume_from_checkpoint=directory.resume_from)
     if config.ema_decay and not stop.stopped:
         average.apply()

@@ -27,24 +27,24 @@ class WeightAverage(TrainerCallback):
     Args:
         trainer: the trainer whose model is averaged; not for sharded models.
         decay: d in (0, 1); the average looks back over about 1 / (1 − d) steps.
-        start_weight: w in [0, 1); the result is w θ_0 + (1 − w) θ̄_N, between where training began and where it
+        interpolation_weight: w in [0, 1); the result is w θ_0 + (1 − w) θ̄_N, between where training began and where it
             went (WiSE-FT, Wortsman et al. 2022). θ_0 is the model as the trainer was given it.
 
     Raises:
         ConfigError: the decay is outside (0, 1), or the model is sharded over processes.
     """
 
-    def __init__(self, trainer: Trainer, decay: float, start_weight: float = 0.0):
+    def __init__(self, trainer: Trainer, decay: float, interpolation_weight: float = 0.0):
         if not 0 < decay < 1:
             raise ConfigError(f"ema_decay is {decay}; expected a number in (0, 1), or 0 for no average")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ConfigError("ema_decay needs whole weights on each process; set it to 0 under FSDP or DeepSpeed")
         self.trainer = trainer
-        if not 0 <= start_weight < 1:
-            raise ConfigError(f"start_weight is {start_weight}; expected a number in [0, 1)")
+        if not 0 <= interpolation_weight < 1:
+            raise ConfigError(f"interpolation_weight is {interpolation_weight}; expected a number in [0, 1)")
         self.decay = decay
-        self.start_weight = start_weight
-        self.start = {name: p.detach().clone() for name, p in self._trained().items()} if start_weight else {}
+        self.interpolation_weight = interpolation_weight
+        self.start = {name: p.detach().clone() for name, p in self._trained().items()} if interpolation_weight else {}
         self.average: dict[str, torch.Tensor] = {}
 
     def _trained(self) -> dict[str, torch.Tensor]:
@@ -76,8 +76,8 @@ class WeightAverage(TrainerCallback):
         """Give the model the averaged weights; called once, when training has ended."""
         for name, p in self._trained().items():
             result = self.average[name]
-            if self.start_weight:
-                result = result.lerp(self.start[name].to(result), self.start_weight)
+            if self.interpolation_weight:
+                result = result.lerp(self.start[name].to(result), self.interpolation_weight)
             p.copy_(result)
 
 

@@ -41,7 +41,7 @@ REFUSED = {
     "an off-policy mask": ({"objective": "minimum_risk", "off_policy_mask_threshold": 0.5}, "off_policy_mask"),
     "truncation masked": ({"objective": "minimum_risk", "mask_truncated_completions": True}, "mask_truncated"),
     "references' share off policy": ({"objective": "reference_exact", "num_iterations": 2}, "exact only on policy"),
-    "a KL of nothing drawn": (
+    "a KL without rollouts": (
         {"objective": "expected_accuracy", "beta": 0.1},
         "beta is 0.1, which has no effect",
     ),
@@ -66,7 +66,7 @@ REFUSED = {
         {"advantage_baseline": "batch", "multi_objective_aggregation": "normalize_then_sum"},
         "multi_objective_aggregation",
     ),
-    "torn groups": (
+    "split groups": (
         {"objective": "minimum_risk", "per_device_train_batch_size": 6, "gradient_accumulation_steps": 2},
         "these work: 4 or 8",
     ),

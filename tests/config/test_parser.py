@@ -411,7 +411,7 @@ def test_a_recipe_process_prints_no_traceback_and_no_usage(tmp_path):
     [
         (DataArguments, {"train_rows": -1}, "--train_rows is -1; expected at least 1"),
         (DataArguments, {"eval_rows": 0}, "--eval_rows is 0"),
-        (TrainingEvaluationArguments, {"probe_rows": -5}, "--probe_rows is -5"),
+        (TrainingEvaluationArguments, {"eval_rows_during_training": -5}, "--eval_rows_during_training is -5"),
         (RunArguments, {"num_cpu_threads": 0}, "--num_cpu_threads is 0"),
         (RewardArguments, {"max_error_rate": 5}, "--max_error_rate is 5; expected a share, 0 to 1"),
         (RejectionArguments, {"max_error_rate": -1}, "--max_error_rate is -1"),

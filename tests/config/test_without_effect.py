@@ -114,7 +114,7 @@ def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
         ({"sapo_temperature_neg": 2.0}, "no effect without loss_type sapo"),
         ({"kl_estimator": "k3"}, "no effect without beta above 0"),
         ({"data_seed": 3}, "follows from seed alone"),
-        ({"start_weight": 0.1}, "start_weight is 0.1, which has no effect without ema_decay above 0"),
+        ({"interpolation_weight": 0.1}, "interpolation_weight is 0.1, which has no effect without ema_decay above 0"),
         ({"max_tool_calling_iterations": 3}, "no effect without tools"),
         ({"num_completions_to_print": 3}, "no effect without log_completions"),
         ({"per_device_eval_batch_size": 4}, "per_device_eval_batch_size is 4, which has no effect: evaluation is"),

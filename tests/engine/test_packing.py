@@ -16,7 +16,7 @@ GROUPS = [
     ([9, 5, 6, 7], [[16, 17, 18, 2], [10, 11, 2], [19, 2]]),
 ]
 SEQUENCES = [(prompt, completion) for prompt, completions in GROUPS for completion in completions]
-# Completions that begin alike, equal ones, and ones that others continue, in no order: of three symbols.
+# Completions that share a prefix, equal ones, and ones that others continue, in no order: of three symbols.
 _noise = random.Random(0)
 SHARING = [
     ([5, 6, 7], [[_noise.choice((10, 11, 2)) for _ in range(_noise.randrange(6))] for _ in range(24)]),
@@ -144,7 +144,7 @@ def test_a_row_holds_as_many_tokens_as_sequences_do_not_share():
         assert whole.input_ids.shape == (1, tokens)
 
 
-@pytest.mark.parametrize("groups", [GROUPS, SHARING], ids=["unlike", "alike"])
+@pytest.mark.parametrize("groups", [GROUPS, SHARING], ids=["different", "sharing"])
 @pytest.mark.parametrize("row_tokens", [None, 1, 6, 12, 1000])
 def test_unpack_returns_completions_in_the_order_given(row_tokens, groups):
     batch = pack(groups, pad_id=PAD, row_tokens=row_tokens)
@@ -158,7 +158,7 @@ def test_unpack_returns_completions_in_the_order_given(row_tokens, groups):
 
 @BOTH_ATTENTIONS
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("groups", [GROUPS, SHARING], ids=["unlike", "alike"])
+@pytest.mark.parametrize("groups", [GROUPS, SHARING], ids=["different", "sharing"])
 @pytest.mark.parametrize("row_tokens", [None, 12, 64])
 def test_packed_log_probs_and_gradients_equal_one_sequence_at_a_time(family, attention, row_tokens, groups):
     sequences = [(prompt, completion) for prompt, completions in groups for completion in completions]

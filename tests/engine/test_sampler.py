@@ -116,7 +116,7 @@ def test_when_finished_rows_leave_the_batch_changes_nothing(monkeypatch, share):
 
 def test_samples_are_decoded_together_as_long_as_they_are_equal():
     model = tiny_model().double()  # logits of this size round visibly in float32
-    model.lm_head.weight.data *= 8  # surer of its tokens, so that samples begin alike
+    model.lm_head.weight.data *= 8  # surer of its tokens, so that samples share prefixes
     widths = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -126,13 +126,13 @@ def test_samples_are_decoded_together_as_long_as_they_are_equal():
     assert_same([list(group) for group in zip(*(draw_one(model, s) for s in range(30)), strict=True)], found)
     prompts = {prompt.prompt_ids for prompt in PROMPTS}
     for step, width in enumerate(widths):
-        beginnings = {
+        prefixes = {
             (prompt.prompt_ids, rollout.completion_ids[:step])
             for prompt, group in zip(PROMPTS, found, strict=True)
             for rollout in group
             if len(rollout.completion_ids) > step
         }
-        assert len(beginnings) <= width <= max(len(prompts), len(beginnings) / sampling.COMPACT_BELOW)
+        assert len(prefixes) <= width <= max(len(prompts), len(prefixes) / sampling.COMPACT_BELOW)
     assert 3 * sum(widths[1:]) < sum(len(rollout.completion_ids) - 1 for group in found for rollout in group)
 
 
@@ -153,7 +153,7 @@ def test_slots_hold_what_rows_follow():
         assert len(continued) == len(tokens) and continued.max() < num_slots
         assert continued[found].tolist() == slot.tolist() and tokens[found].tolist() == drawn.tolist()
         pairs = set(zip(slot.tolist(), drawn.tolist(), strict=True))
-        assert len(set(found.tolist())) == len(pairs)  # equal beginnings share, unlike ones do not
+        assert len(set(found.tolist())) == len(pairs)  # equal prefixes share, different ones do not
         assert len(tokens) <= max(num_slots, len(pairs))
         assert len(pairs) >= sampling.COMPACT_BELOW * len(tokens)
 

@@ -153,7 +153,7 @@ def rollout_of(ids, reason="stop"):
         ((5, 6, 2), "stop", (1, 0, 0), (3, -1e-5, -2), "near_ties"),  # what follows the first parting says nothing
         ((5, 6), "length", (1, 1, 1), (3, 1, 2), "agree"),  # cut
         ((5, 7), "length", (1, 1, 1), (3, 1, 2), "disagree"),
-        ((5,), "stop", (1, 1, 1), (3, 1, 2), "disagree"),  # ended where teacher forcing goes on
+        ((5,), "stop", (1, 1, 1), (3, 1, 2), "disagree"),  # ended where teacher forcing continues
     ],
 )
 def test_partings_are_judged_by_the_margin_where_they_begin(greedy, reason, right, margins, verdict):

@@ -87,7 +87,7 @@ def command(task, output_dir):
 
 
 def stopped(task, output_dir, at_call, number):
-    """Run the command until the reward is called so many times; then send a signal."""
+    """Run the command until the reward is called N times; then send a signal."""
     calls = task / "calls"
     calls.write_text("")
     (task / "hold").write_text(str(at_call))

@@ -32,7 +32,7 @@ def test_accelerate_reads_the_file_and_knows_every_key_of_it(name):
     shown = {**vars(config), "distributed_type": config.distributed_type.value}
     assert {key: shown[key] for key in ASKED[name]} == ASKED[name]
     known = vars(launch_command_parser().parse_args(["x.py"]))
-    # FSDP's and DeepSpeed's blocks become flags of those names; accelerate takes unknown ones without a word.
+    # FSDP's and DeepSpeed's blocks become flags of those names; accelerate accepts unknown ones silently.
     for key in [*config.fsdp_config, *config.deepspeed_config]:
         assert key in known, key
 

@@ -78,7 +78,7 @@ def test_a_decay_outside_its_range_is_refused(tmp_path, decay):
 
 def test_the_start_takes_its_share_of_the_result(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=2)
-    average = WeightAverage(trainer, 0.5, start_weight=0.25)
+    average = WeightAverage(trainer, 0.5, interpolation_weight=0.25)
     trainer.add_callback(average)
     trainer.train()
     average.apply()

@@ -118,13 +118,13 @@ def test_an_update_does_not_depend_on_the_micro_batch_split(tmp_path, reference_
     split = weights_after(
         tiny_trainer(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=4, **settings)
     )
-    torn = weights_after(
+    split_groups = weights_after(
         tiny_trainer(tmp_path / "c", per_device_train_batch_size=2, gradient_accumulation_steps=8, **settings)
     )
     start = torch.cat([p.detach().flatten() for p in tiny_model("llama", initializer_range=0.1).parameters()])
     assert (whole - start).abs().max() > 1e-3
     torch.testing.assert_close(split, whole, atol=2e-5, rtol=0)
-    torch.testing.assert_close(torn, whole, atol=2e-5, rtol=0)
+    torch.testing.assert_close(split_groups, whole, atol=2e-5, rtol=0)
 
 
 def test_reference_loss_is_the_mean_token_nll_of_the_references(tmp_path):

@@ -10,7 +10,7 @@ from tiny_shapes import tiny_shape
 from tiny_task import tiny_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from rlseq.config.checks import LOSS_TYPES
+from rlseq.config.inherited import LOSS_TYPES
 from rlseq.training.forward import Scores
 
 ROWS, LONGEST = 5, 7

@@ -227,7 +227,7 @@ def _describe(
     settings = {
         "optim": optim,
         "reference": bool(getattr(config, "beta", 0)) and not size.adapter,
-        "averages": ema + bool(ema and config.start_weight),
+        "averages": ema + bool(ema and config.interpolation_weight),
         "quantized_bits": 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
         "compute_bytes": 2 if half else 4,
         "checkpointing": bool(config.gradient_checkpointing),

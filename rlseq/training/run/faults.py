@@ -92,7 +92,7 @@ def sampling_advice(args: Any) -> str:
 def evaluation_advice(args: Any) -> str:
     """What to lower where an evaluation during training finds no memory."""
     if hasattr(args, "max_completion_length"):
-        return "Lower --probe_rows or --max_completion_length."
+        return "Lower --eval_rows_during_training or --max_completion_length."
     return f"Lower --per_device_eval_batch_size ({args.per_device_eval_batch_size})."
 
 

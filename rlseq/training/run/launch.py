@@ -29,7 +29,7 @@ CPU_WORLD = (
 )
 
 
-def check_world() -> None:
+def check_launch() -> None:
     """Refuse to run in another world than the one asked for, where this process is a child of `accelerate launch`.
 
     Raises:
@@ -134,7 +134,7 @@ def compare(asked: Mapping[str, Any], environment: Mapping[str, str], *, acceler
         )
 
 
-def leave_world() -> None:
+def shutdown_distributed() -> None:
     """Destroy the process group, where there is one: what a process that has done its work does last.
 
     Gloo's threads may still hold the tensors of the last collective when Python ends. One that then frees them aborts
@@ -162,10 +162,10 @@ def run_recipe(main: Callable[[], int | None]) -> NoReturn:
     """
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     try:
-        check_world()
+        check_launch()
         with raise_on_all_ranks(exchange=False):
             code = main() or 0
-        leave_world()
+        shutdown_distributed()
     except KeyboardInterrupt:
         code = 130
     except Exception as error:

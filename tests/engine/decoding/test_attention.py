@@ -48,7 +48,7 @@ def test_log_probs_and_gradients_are_those_of_plain_forwards(family, checkpointe
         torch.testing.assert_close(grads[name], gradient, atol=1e-4, rtol=1e-3)
 
 
-def test_completions_that_share_beginnings(calls):
+def test_completions_that_share_prefixes(calls):
     model = tiny_model("qwen2")
     batch = pack(SHARING, pad_id=PAD)
     with torch.no_grad():

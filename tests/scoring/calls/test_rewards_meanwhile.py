@@ -38,7 +38,7 @@ def rollouts(*texts):
 
 
 def called(path, lines, seconds=60):
-    """Whether the file has so many lines, waited for."""
+    """Whether the file has N lines, waited for."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if path.is_file() and len(path.read_text().splitlines()) >= lines:

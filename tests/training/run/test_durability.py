@@ -87,13 +87,13 @@ def saved_twice(run, second):
     first.rename(run / ".checkpoint-4.earlier")
     if second != "not begun":
         make_checkpoint(run, 4)
-    if second == "torn":
+    if second == "truncated":
         tear_state(run / "checkpoint-4")
     append_jsonl(run / "metrics.jsonl", [{"step": s} for s in (2, 4, 5)])
 
 
 @pytest.mark.parametrize("asked", ["latest", "checkpoint-4"])
-@pytest.mark.parametrize("second", ["not begun", "torn"])
+@pytest.mark.parametrize("second", ["not begun", "truncated"])
 def test_the_first_save_of_a_step_comes_back_where_the_second_was_killed(tmp_path, caplog, second, asked):
     saved_twice(tmp_path, second)
     others = open_run(tmp_path, resume=asked, main_process=False)  # looks, and touches nothing
@@ -113,7 +113,7 @@ def test_a_second_save_that_is_whole_stays(tmp_path, caplog):
 
 
 def test_where_neither_save_is_whole_the_run_goes_on_from_the_checkpoint_before(tmp_path, caplog):
-    saved_twice(tmp_path, "torn")
+    saved_twice(tmp_path, "truncated")
     tear_state(tmp_path / ".checkpoint-4.earlier")
     with pytest.raises(RunDirectoryError, match=r"trainer_state\.json was cut short"):
         open_run(tmp_path, resume="checkpoint-4")
@@ -122,7 +122,7 @@ def test_where_neither_save_is_whole_the_run_goes_on_from_the_checkpoint_before(
 
 
 def test_resuming_from_an_older_checkpoint_sets_the_first_save_aside_with_the_later_ones(tmp_path):
-    saved_twice(tmp_path, "torn")
+    saved_twice(tmp_path, "truncated")
     open_run(tmp_path, resume="checkpoint-2")
     assert not list(tmp_path.glob(".checkpoint*")) and not (tmp_path / "checkpoint-4").exists()
     assert len(list(tmp_path.glob("superseded-checkpoint-4-*/first"))) == 1

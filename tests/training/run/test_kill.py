@@ -167,15 +167,15 @@ class Killed:
     """A recipe in real processes, killed at random moments of its life and each time gone on with.
 
     Attributes:
-        in_training, torn: how many kills fell between a life's first checkpoint and the end of training; how many of
-            all left a checkpoint that was being written.
+        in_training, truncated: how many kills fell between a life's first checkpoint and the end of training; how many
+            of all left a checkpoint that was being written.
     """
 
     def __init__(self, name, config, run, launcher, seed):
         self.run, self.launcher, self.draw = run, launcher, random.Random(seed)
         self.command = [f"recipes/{name}.py", "--config", str(config), "--output_dir", str(run)]
         self.log = run.with_name(f"{run.name}.log")
-        self.kills = self.in_training = self.torn = 0
+        self.kills = self.in_training = self.truncated = 0
 
     def start(self, *launcher):
         """Start it, to resume from the last complete checkpoint if there is one."""
@@ -222,14 +222,17 @@ class Killed:
         where = "after its end" if process.poll() is not None else None
         kill_with_children(process)
         new = [path for path in self.run.glob("checkpoint-*") if inode(path) not in files]
-        torn = [path.name for path in new if find_defect(path) is not None]
+        truncated = [path.name for path in new if find_defect(path) is not None]
         reached = self.reached()
         where = where or ("at the end" if reached == STEPS else "in training" if new else "in start-up")
         self.kills += 1
         self.in_training += where == "in training"
-        self.torn += bool(torn)
+        self.truncated += bool(truncated)
         then = moment if moment == "start" else f"{moment} {target}"
-        print(f"  kill {self.kills} {where}, {waited:.3f} s after {then}: went from step {before} to {reached}", *torn)
+        print(
+            f"  kill {self.kills} {where}, {waited:.3f} s after {then}: went from step {before} to {reached}",
+            *truncated,
+        )
 
 
 def inode(path):
@@ -283,10 +286,10 @@ def test_a_run_killed_ten_times_ends_as_the_undisturbed_one(task, tmp_path, name
         assert code == -signal.SIGKILL and find_defect(run.run / f"checkpoint-{step}") == "it has no trainer_state.json"
         print(f"  killed with all of checkpoint-{step} written but its mark")
     run.kill("end", 0.5)
-    print(f"  {run.kills} kills: {run.in_training} in training, {run.torn} in a save")
+    print(f"  {run.kills} kills: {run.in_training} in training, {run.truncated} in a save")
     # Whether a kill at random falls within a save is up to the machine; that of one process at its mark always does.
-    assert run.kills == 10 and run.in_training >= 5 and run.torn >= (processes == 1)
+    assert run.kills == 10 and run.in_training >= 5 and run.truncated >= (processes == 1)
     process = run.start()
     assert process.wait(300) == 0, run.log.read_text()[-3000:]
-    assert ("Skipping a checkpoint that was not written to its end" in run.log.read_text()) == (run.torn > 0)
+    assert ("Skipping a checkpoint that was not written to its end" in run.log.read_text()) == (run.truncated > 0)
     check_same(run.run, whole.run)
