@@ -67,7 +67,7 @@ def test_the_yaml_of_the_page_loads(page_folder):
 def test_the_commands_of_the_page_print_what_it_shows(page_folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")  # the page's; the rule under a table's head is no wider than the terminal
     commands = [block.split("\n", 1) for kind, block in BLOCKS if kind == "console"]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for line, expected in commands:
         arguments = shlex.split(line.removeprefix("$ rlseq "))
         code = main(arguments)

@@ -1,20 +1,21 @@
-"""`rlseq reward list | check | score | replay`."""
+"""`rlseq reward list | check | score | replay | compare`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlseq.cli.score_table import number, print_scores
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table, terminal_width
 from rlseq.config.arguments import WeightedArguments
 from rlseq.config.commands import (
     CheckArguments,
+    CompareArguments,
     LoggedRowsArguments,
     OutputArguments,
     ScoreArguments,
@@ -26,14 +27,12 @@ from rlseq.errors import ModelError
 from rlseq.scoring.check.check import run_checks, spread
 from rlseq.scoring.check.probe import Check
 from rlseq.scoring.check.rows import prompts_of, with_columns
-from rlseq.scoring.corpus import of_completions
 from rlseq.scoring.load import load_rewards
 from rlseq.scoring.outcome import json_ready
 from rlseq.scoring.replay import Logged, compare, read_rollouts, score_by_step
 from rlseq.scoring.specs.find import bundled_folder, describe_point, entry_points, named_files
 from rlseq.scoring.specs.options import parse_spec
 from rlseq.scoring.specs.reward_files import describe_file
-from rlseq.scoring.suite import RewardSuite
 from rlseq.scoring.table import ScoreTable
 from rlseq.types import Prompt
 
@@ -46,12 +45,15 @@ SPEC_HELP = (
 
 CHECK = (CheckArguments, TrainRowsArguments)
 SCORE = (ScoreArguments, LoggedRowsArguments)
+COMPARE = (CompareArguments, LoggedRowsArguments)
 REPLAY = (WeightedArguments, LoggedRowsArguments, OutputArguments)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the four subcommands."""
-    commands = parser.add_subparsers(dest="reward_command", required=True, metavar="list | check | score | replay")
+    """Declare the five subcommands."""
+    commands = parser.add_subparsers(
+        dest="reward_command", required=True, metavar="list | check | score | replay | compare"
+    )
 
     listing = _command(commands, "list", "List the rewards that have a name.")
     listing.set_defaults(reward_run=_list)
@@ -70,7 +72,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     replay.add_argument("run_directory", metavar="RUN", type=Path, help="A run directory, or a jsonl of its rollouts.")
     add_flags(replay, REPLAY)
     replay.set_defaults(reward_run=_replay)
-    usages = {check: "SPEC", score: "SPEC ... --rollouts PATH", replay: "RUN --reward_funcs SPEC ..."}
+
+    comparison = _command(commands, "compare", "Compare two rewards on the same rollouts.")
+    comparison.add_argument("reward_a", metavar="A", help=SPEC_HELP)
+    comparison.add_argument("reward_b", metavar="B", help="The other reward, named in the same way.")
+    add_flags(comparison, COMPARE)
+    comparison.set_defaults(reward_run=_compare)
+    usages = {
+        check: "SPEC",
+        score: "SPEC ... --rollouts PATH",
+        replay: "RUN --reward_funcs SPEC ...",
+        comparison: "A B --rollouts PATH",
+    }
     for command, usage in usages.items():
         command.usage = f"%(prog)s {usage} [--name value ...]"
 
@@ -175,7 +188,7 @@ def _score(args: argparse.Namespace) -> int:
     with load_rewards(bundled_paths({"spec": args.spec})["spec"]) as suite:
         logged = with_columns(suite, read_rollouts(what.rollouts), what.rollouts, data)
         table = score_by_step(suite, logged)
-        _summary(suite, table)
+        print_scores(suite, table)
     _write(what.output, logged, table)
     return 0
 
@@ -185,13 +198,13 @@ def _replay(args: argparse.Namespace) -> int:
     with load_rewards(rewards.reward_funcs, weights=rewards.reward_weights) as suite:
         logged = with_columns(suite, read_rollouts(args.run_directory), args.run_directory, data)
         table = score_by_step(suite, logged)
-        _summary(suite, table)
+        print_scores(suite, table)
     found = compare(logged, table.totals)
     share = f"{found.reversed:.1%} of advantages change sign"
     rows = [
         ("rollouts / groups", f"{found.rollouts:,} / {found.groups:,}"),
-        ("rank correlation with what was optimised", f"{_number(found.rank_correlation)} over all rollouts"),
-        ("", f"{_number(found.group_correlation)} within groups ({found.varying:,} in which both vary)"),
+        ("rank correlation with what was optimised", f"{number(found.rank_correlation)} over all rollouts"),
+        ("", f"{number(found.group_correlation)} within groups ({found.varying:,} in which both vary)"),
         ("advantages", f"{share}; {found.gained:.1%} are no longer 0, {found.lost:.1%} become 0"),
     ]
     print()
@@ -200,33 +213,10 @@ def _replay(args: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(suite: RewardSuite, table: ScoreTable) -> None:
-    rows = []
-    for name, weight in zip(suite.names, suite.weights, strict=True):
-        counts = [f"{count:,}" for count in table.failure_counts[name].values()]
-        rows.append((name, f"{weight:g}", *_moments(table.values[name]), *counts))
-    rows.append(("weighted sum", "", *_moments(table.totals), "", "", "", ""))
-    header = ("reward", "weight", "n", "mean", "sd", "min", "max", "abstained", "error", "timeout", "invalid")
-    print(render_table(rows, header, right=range(1, len(header))))
-    count = len(table.totals)
-    for name, metric in suite.corpus.items():
-        value, present = of_completions(name, metric, table.details[metric.reward])
-        of = f" of {present:,} of {count:,} completions" if present < count else ""
-        said = f"  ({metric.description})" if metric.description else ""
-        print(f"{name} = {_number(value)}{of}{said}")
+def _compare(args: argparse.Namespace) -> int:
+    from rlseq.cli.reward_compare import run_compare  # numpy is for this command alone
 
-
-def _moments(values: Sequence[float | None]) -> tuple[str, ...]:
-    present = [value for value in values if value is not None]
-    if not present:
-        return ("0", "-", "-", "-", "-")
-    mean = math.fsum(present) / len(present)
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in present) / len(present))
-    return (f"{len(present):,}", *map(_number, (mean, sd, min(present), max(present))))
-
-
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
+    return run_compare(*from_flags(COMPARE, args), [args.reward_a, args.reward_b])
 
 
 def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:

@@ -15,7 +15,7 @@ from rlseq.config.arguments import (
     RowsArguments,
     WeightedArguments,
 )
-from rlseq.config.fields import Conflict, Need, as_declared, setting
+from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
 from rlseq.config.validate import Settings
 
 
@@ -115,6 +115,17 @@ class ScoreArguments(OutputArguments):
     rollouts: Path = dataclasses.field(
         kw_only=True, metadata={"help": "jsonl file with prompt, completion and columns, or a run directory."}
     )
+
+
+@dataclass
+class CompareArguments(Settings):
+    """The rollouts on which `rlseq reward compare` compares two rewards, and what it shows of them."""
+
+    _argument_group_name = "rollouts (rlseq)"
+
+    rollouts: Path = as_declared(ScoreArguments, "rollouts")
+    limit: int = setting(10, "Show N rollouts on which the two differ; 0: all.", metavar="N", range=at_least(0))
+    output: Path | None = setting(None, "Write the numbers to this JSON file.")
 
 
 _REWARDS = Need("--reward_funcs, which score samples", lambda config: config.reward_funcs)

@@ -143,6 +143,14 @@ def score_by_step(suite: RewardSuite, logged: Logged) -> ScoreTable:
     return ScoreTable(suite.names, [scored[row] for row in range(len(logged.rollouts))], ordered)
 
 
+def groups_of(logged: Logged) -> list[list[int]]:
+    """Rows of the log by group: the rollouts of one prompt in one step, of one model under one strategy."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for row, (record, rollout) in enumerate(zip(logged.records, logged.rollouts, strict=True)):
+        groups[record.get("step"), record.get("model"), record.get("strategy"), rollout.prompt_key].append(row)
+    return list(groups.values())
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How the rewards of another suite compare with those that were optimised.
@@ -173,28 +181,24 @@ def compare(logged: Logged, totals: Sequence[float | None]) -> Comparison:
     Raises:
         RewardError: no rollout has both rewards.
     """
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for row, (record, rollout) in enumerate(zip(logged.records, logged.rollouts, strict=True)):
-        if record.get("total") is not None and totals[row] is not None:
-            groups[record.get("step"), record.get("model"), record.get("strategy"), rollout.prompt_key].append(row)
-    rows = [row for group in groups.values() for row in group]
+    both = [record.get("total") is not None and totals[row] is not None for row, record in enumerate(logged.records)]
+    groups = [rows for group in groups_of(logged) if (rows := [row for row in group if both[row]])]
+    rows = [row for group in groups for row in group]
     if not rows:
         raise RewardError(_nothing_to_compare(logged, totals))
     old = {row: float(logged.records[row]["total"]) for row in rows}
     new = {row: float(total) for row in rows if (total := totals[row]) is not None}
     signs = [
         pair
-        for group in groups.values()
+        for group in groups
         for pair in zip(_signs([old[r] for r in group]), _signs([new[r] for r in group]), strict=True)
     ]
     within = [
-        rho
-        for group in groups.values()
-        if not math.isnan(rho := spearman([old[r] for r in group], [new[r] for r in group]))
+        rho for group in groups if not math.isnan(rho := spearman([old[r] for r in group], [new[r] for r in group]))
     ]
     return Comparison(
         rollouts=len(rows),
-        groups=sum(len(group) > 1 for group in groups.values()),
+        groups=sum(len(group) > 1 for group in groups),
         rank_correlation=spearman([old[r] for r in rows], [new[r] for r in rows]),
         group_correlation=sum(within) / len(within) if within else math.nan,
         varying=len(within),

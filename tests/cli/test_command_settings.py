@@ -37,6 +37,7 @@ def test_a_misspelled_key_of_a_config_file_is_named_with_its_line(tmp_path, caps
         (["reward", "check", "exact_match", "--train_rows", "0"], "--train_rows is 0; expected at least 1"),
         (["reward", "check", "exact_match", "--merge_references", "perhaps"], "expected true or false"),
         (["reward", "score", "exact_match"], "--rollouts must be given, as a flag or in the --config file."),
+        (["reward", "compare", "a", "b"], "--rollouts must be given, as a flag or in the --config file."),
         (["reward", "replay", "run"], "--reward_funcs must be given, as a flag or in the --config file."),
         (["reward", "replay", "run", "--reward_funcs", "exact_match", "--reward_weights", "nan"], "expected a number"),
     ],
@@ -65,7 +66,9 @@ def test_the_recipes_parser_reads_the_same_dataclasses():
 
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize(
-    "command", [*COMMANDS, ["reward"], ["reward", "replay"], ["evaluate"], ["difficulty"]], ids=" ".join
+    "command",
+    [*COMMANDS, ["reward"], ["reward", "replay"], ["reward", "compare"], ["evaluate"], ["difficulty"]],
+    ids=" ".join,
 )
 def test_help_fits_the_terminal_and_every_flag_says_something(monkeypatch, capsys, command, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -138,10 +138,11 @@ def _given(args: Any) -> dict[str, Any]:
 
 
 def _config_of(path: Path) -> dict[str, Any]:
-    """How a run read its data: from the config.yaml of its directory, if there is one."""
+    """How a run read its data: from its config.yaml; `path` is the run's directory, its rollouts/ or a file in it."""
     import yaml
 
-    config = path / "config.yaml"
+    folder = path.parent if path.is_file() else path
+    config = (folder.parent if folder.resolve().name == "rollouts" else folder) / "config.yaml"
     if not config.is_file():
         return {}
     found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
