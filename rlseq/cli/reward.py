@@ -216,7 +216,8 @@ def _replay(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from rlseq.cli.reward_compare import run_compare  # numpy is for this command alone
 
-    return run_compare(*from_flags(COMPARE, args), [args.reward_a, args.reward_b])
+    what, data = from_flags(COMPARE, args)
+    return run_compare(what, data, [args.reward_a, args.reward_b])
 
 
 def _write(path: Path | None, logged: Logged, table: ScoreTable) -> None:

@@ -59,9 +59,8 @@ def run_compare(what: CompareArguments, data: LoggedRowsArguments, specs: Sequen
             "above counts abstentions and failures; `rlseq reward check SPEC` looks for their cause."
         )
     groups = groups_of(logged)
-    signs = [advantage_signs(values, groups) for values in (a, b)]
-    numbers = {key: i for i, key in enumerate(dict.fromkeys(rollout.prompt_key for rollout in logged.rollouts))}
-    found = agreement(a, b, *signs, np.array([numbers[rollout.prompt_key] for rollout in logged.rollouts]))
+    _, prompts = np.unique([rollout.prompt_key for rollout in logged.rollouts], return_inverse=True)
+    found = agreement(a, b, advantage_signs(a, groups), advantage_signs(b, groups), prompts)
     rows = disagreements(a, b)
     listed = rows[: what.limit or None]
     _print_agreement(found, counts)

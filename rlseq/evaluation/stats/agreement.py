@@ -103,12 +103,13 @@ def agreement(
         return np.stack([np.bincount(prompt, column, minlength=count) for column in columns], axis=1)
 
     one = np.ones(len(a))
-    verdicts, table = [is_binary(values) for values in (a, b)], None
+    table: tuple[int, int, int, int] | None = None
     metrics: dict[str, tuple[np.ndarray, Aggregate]] = {}
-    if all(verdicts):
+    if is_binary(a) and is_binary(b):
         pass_a, pass_b = a > 0, b > 0
         cells = (pass_a & pass_b, pass_a & ~pass_b, ~pass_a & pass_b, ~pass_a & ~pass_b)
-        table = tuple(int(cell.sum()) for cell in cells)
+        counts = [int(cell.sum()) for cell in cells]
+        table = counts[0], counts[1], counts[2], counts[3]
         metrics["equal"] = per_prompt(pass_a == pass_b, one), RatioOfSums()
         metrics["kappa"] = per_prompt(*cells), CohensKappa()
         metrics["pass_rate_difference"] = per_prompt(pass_b.astype(float) - pass_a, one), RatioOfSums()
