@@ -142,6 +142,7 @@ def evaluate(
         from rlseq.data.prompts import made_prompts
         from rlseq.data.rows import load_rows
         from rlseq.evaluation.run import contrast_and_report
+        from rlseq.evaluation.stats.power import describe_power
         from rlseq.evaluation.tune_decoding import sweeps
         from rlseq.scoring import load_rewards
 
@@ -165,6 +166,8 @@ def evaluate(
     rows = load(split)[: data.eval_rows]
     if PartialState().is_main_process and split != TRAIN:
         _say_shared(rows, split, load, partial(made_prompts, **made_by))
+    if PartialState().is_main_process and len(named) > 1 and rows:
+        print(f"rlseq: {describe_power(len(rows))}", flush=True)
     tuning_rows = []
     if tuned:
         tuning_rows = load(settings.tune_split)[: settings.tune_rows]

@@ -25,6 +25,7 @@ from rlseq.evaluation.statistics import (
     rows_matrix,
 )
 from rlseq.evaluation.stats.bootstrap import bootstrap_many, paired_bootstrap_many
+from rlseq.evaluation.stats.power import power_of
 from rlseq.evaluation.stats.seeds import claim_of
 from rlseq.scoring import Ratio, RewardSuite
 from rlseq.scoring.corpus import value_of
@@ -184,7 +185,13 @@ def comparisons(
             sides = rows_under(found[a], strategy_a), rows_under(found[b], strategy_b)
             pairs[a, b, strategy_a, strategy_b, name] = (*(matrix(side, metric) for side in sides), metric.aggregate)
     found_pairs = paired_bootstrap_many(pairs, seed=settings.seed, resamples=settings.resamples) if pairs else {}
-    return [compared(*place, result) | claim_of(1, 1) for place, result in found_pairs.items()]
+    found_rows = []
+    for place, result in found_pairs.items():
+        *_, strategy, name = place
+        metric = LIKELIHOOD_METRICS[name] if strategy is None else metrics[name]
+        power = power_of(result.deviation, result.rows, metric.unit)
+        found_rows.append(compared(*place, result) | claim_of(1, 1) | {"power": power and power.as_json()})
+    return found_rows
 
 
 def compared(

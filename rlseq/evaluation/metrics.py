@@ -54,6 +54,11 @@ class Metric:
     def __post_init__(self) -> None:
         object.__setattr__(self, "place", self.place or (self.name,))
 
+    @property
+    def unit(self) -> float:
+        """One point: 0.01 of a rate, reward or likelihood; 1 of what has another scale (tokens, corpus chrF)."""
+        return 0.01 if self.percent or self.kind == "reward" or self.table == "likelihood" else 1.0
+
     def as_json(self) -> dict[str, Any]:
         """What results.json says of it."""
         fields = ("higher_is_better", "kind", "label", "description", "percent", "table", "fault")

@@ -109,6 +109,17 @@ def test_the_recipes_share_of_failures_is_what_ends_an_evaluation(task, tmp_path
     assert "--max_error_rate cannot change it" in capsys.readouterr().err
 
 
+def test_an_evaluation_says_before_it_starts_what_its_rows_can_detect(task, tmp_path, capsys):
+    flags = ["--dataset_name", f"{task}/data", "--reward_funcs", "exact_match", "--output_dir", str(tmp_path / "out")]
+    flags += ["--strategies", "greedy", "--max_new_tokens", "2", "--resamples", "20", "--studies", "none"]
+    assert main(["evaluate", "--models", f"one={task}/model", f"two={task}/model", *flags]) == 0
+    before, _, after = capsys.readouterr().out.partition("2 rows, 95% intervals")
+    assert "12 rows detect a paired difference of a rate of 57.2 percentage points with 80% power" in before
+    assert "80% power" not in after  # equal models: their rows show no spread
+    assert main(["evaluate", "--models", f"one={task}/model", *flags]) == 0
+    assert "80% power" not in capsys.readouterr().out  # nothing is compared
+
+
 def test_an_evaluation_says_that_it_replaces_an_earlier_one_and_leaves_nothing_of_it(task, tmp_path, capsys):
     folder = tmp_path / "out"
     flags = ["--models", f"one={task}/model", "--dataset_name", f"{task}/data", "--reward_funcs", "exact_match"]

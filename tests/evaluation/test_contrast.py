@@ -121,7 +121,7 @@ def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
             low, high = cell["ci95"]
             assert low <= high and all(map(math.isfinite, (cell["value"], low, high)))
     for comparison in results["comparisons"]:
-        assert set(comparison) == {"a", "b", "strategy", "metric", "difference", "ci95", "p_value", *CLAIM}
+        assert set(comparison) == {"a", "b", "strategy", "metric", "difference", "ci95", "p_value", "power", *CLAIM}
         assert {key: comparison[key] for key in CLAIM} == CLAIM
     metrics = {name: list(cells) for name, cells in results["models"]["one"]["strategies"].items()}
     assert metrics["sample"] == [*metrics["greedy"], "expected_accuracy", "unreachable", "unreachable_references"]
@@ -243,6 +243,18 @@ def test_comparisons_are_b_minus_a(measured):
         assert (c["a"], c["b"]) == ("one", "two") and 0 < c["p_value"] <= 1
         moved += difference != 0
     assert moved > 20
+
+
+def test_power_is_that_of_the_differences_of_the_rows_on_file(measured):
+    results, out = measured
+    accuracy = {"one": [], "two": []}
+    for row in lines(out / "per_example.jsonl"):
+        accuracy[row["model"]].append(row["likelihood"]["expected_accuracy"])
+    found = next(c for c in results["comparisons"] if (c["strategy"], c["metric"]) == (None, "expected_accuracy"))
+    deviation = np.std(np.subtract(accuracy["two"], accuracy["one"]), ddof=1)
+    assert found["power"]["unit"] == 0.01
+    assert found["power"]["detectable_difference"] == pytest.approx(2.801585 * deviation / math.sqrt(5), rel=1e-6)
+    assert found["power"]["rows_for_unit"] == math.ceil((2.801585 * deviation / 0.01) ** 2)
 
 
 def quick(models, rewards=(letters,), rows=ROWS, options=None, **changes):

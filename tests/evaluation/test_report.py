@@ -207,6 +207,23 @@ def test_headline_says_what_changed_how_sure_and_what_it_cost(results, samples, 
     assert headline.finding in markdown
 
 
+def test_headline_says_what_its_rows_could_have_detected(results, samples, tmp_path):
+    power = {"detectable_difference": 0.0142, "unit": 0.01, "rows_for_unit": 4033}
+    results["comparisons"][3]["power"] = power  # of the primary one
+    said = "With 80% power these rows detect a difference of 1.42 pp (two-sided, 5%); one percentage point takes "
+    said += "4,033 rows."
+    page, _, markdown = report(results, samples, tmp_path)
+    assert make_headline(results).certainty.endswith(f"the same 4 rows. {said}")
+    assert said in page.text and said.split("(")[0] in markdown
+    results["primary"] = None
+    results["comparisons"][0]["power"] = power
+    results["comparisons"][3]["power"] = None
+    results["comparisons"] = results["comparisons"][:1]
+    assert make_headline(results).certainty.endswith(
+        "detect a difference of 0.014 (two-sided, 5%); a difference of 0.01 takes 4,033 rows."
+    )
+
+
 def test_headline_says_what_it_cost_in_coverage_and_diversity(results, samples, tmp_path):
     results["comparisons"] += [
         compared("exact_pass_at_k.1", None, 0.14, [0.1, 0.18]),

@@ -63,6 +63,7 @@ def make_headline(results: Results) -> Headline:
         certainty = f"There is no difference to report: {lead.metric.label} has no value on one side at least."
     if not declared:
         certainty += " No primary comparison was declared, so this is exploratory."
+    certainty = " ".join(filter(None, [certainty, lead.power]))
     same_metric = [
         c
         for c in others

@@ -67,6 +67,19 @@ class Comparison:
         return f"{self.raw.get('seeds_b', 1)} seeds against {self.raw.get('seeds_a', 1)}"
 
     @property
+    def power(self) -> str:
+        """What its rows could have detected, as a sentence; "" where that is unknown (methods, rows without spread)."""
+        found = self.raw.get("power")
+        if not found:
+            return ""
+        smallest = self.metric.difference(found["detectable_difference"]).removeprefix("+")
+        point = "one percentage point" if self.metric.percent else f"a difference of {found['unit']:g}"
+        return (
+            f"With 80% power these rows detect a difference of {smallest} (two-sided, 5%); {point} takes "
+            f"{found['rows_for_unit']:,} rows."
+        )
+
+    @property
     def where(self) -> str:
         if self.strategy is None:
             return "teacher forcing"

@@ -28,6 +28,7 @@ from rlseq.evaluation.stats.estimators import (
     best_of_k,
     pass_at_k,
 )
+from rlseq.evaluation.stats.power import row_deviation
 
 __all__ = [
     "Aggregate",
@@ -64,12 +65,19 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedResult:
-    """The difference b − a on the same rows, its 95% interval and its two-sided sign-flip p-value."""
+    """The difference b − a on the same rows, its 95% interval and its two-sided sign-flip p-value.
+
+    Attributes:
+        deviation: standard deviation of the row differences (`rlseq.evaluation.stats.power.row_deviation`).
+        rows: R.
+    """
 
     difference: float
     ci95: tuple[float, float]
     p_value: float
     resamples: int
+    deviation: float
+    rows: int
 
 
 def bootstrap(stats: np.ndarray, aggregate: Aggregate, *, seed: int, resamples: int = 10_000) -> Interval:
@@ -188,6 +196,8 @@ def paired_bootstrap_many(
             percentiles(np.concatenate(draws[key])),
             (hits[key] + 1) / (resamples + 1),
             resamples,
+            row_deviation(a[key], b[key], aggregates[key]),
+            rows,
         )
         for key in comparisons
     }
