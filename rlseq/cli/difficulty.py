@@ -10,7 +10,8 @@ from typing import Any
 
 from rlseq.common.escapes import visible
 from rlseq.common.interrupts import exit_on_sigint
-from rlseq.config.arguments import DataArguments, template_options
+from rlseq.config.arguments import DataArguments
+from rlseq.config.chat_template import template_options
 from rlseq.config.commands import DifficultyArguments
 from rlseq.config.flags import add_flags, from_flags
 from rlseq.errors import ConfigError, DataError
@@ -52,9 +53,11 @@ def run(args: argparse.Namespace) -> int:
         import torch
         from accelerate import PartialState
 
+        from rlseq.data.lengths import within_length
         from rlseq.evaluation.difficulty import as_lines, measure_rows, write_rows
         from rlseq.evaluation.folder import claimed
         from rlseq.evaluation.measure.kept_rows import remove_kept
+        from rlseq.evaluation.measure.loading import load_tokenizer
         from rlseq.evaluation.settings import ContrastSettings
         from rlseq.scoring import load_rewards
         from rlseq.training.models import check_model_path
@@ -63,7 +66,15 @@ def run(args: argparse.Namespace) -> int:
     check_model_path(arguments.model)
     PartialState(cpu=not torch.accelerator.is_available())
     folder = Path(arguments.output_dir)
+    given = template_options(arguments.chat_template_kwargs)
+    prompt_options = data.prompt_options() | ({"chat_template_kwargs": given} if given else {})
     rows, others = load_splits(data)
+    if data.max_prompt_length is not None:
+        tokenizers = [load_tokenizer(arguments.model, arguments.model)]
+        limits = data.length_options()
+        rows, left_out = within_length(rows, tokenizers, data.train_split, **limits, prompt_options=prompt_options)
+        if left_out and PartialState().is_main_process:
+            print(visible(f"rlseq: {left_out}"), flush=True)
     name, columns_of = columns_by(arguments)
     check_columns(rows, columns_of([None]), name)
     as_lines(rows)
@@ -71,12 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if others:
         files[folder / f"{data.eval_split}.jsonl"] = others
     check_absent(files)
-    given = template_options(arguments.chat_template_kwargs)
-    options = {
-        "settings": settings,
-        "prompt_options": data.prompt_options() | ({"chat_template_kwargs": given} if given else {}),
-        "folder": folder,
-    }
+    options = {"settings": settings, "prompt_options": prompt_options, "folder": folder}
     with claimed(folder):
         if arguments.reward_funcs:
             weights, limit = arguments.reward_weights, arguments.max_error_rate

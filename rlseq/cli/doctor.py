@@ -68,7 +68,7 @@ def examine(args: DoctorArguments, data: EvalRowsArguments) -> Iterator[Result]:
     Raises:
         RlseqError: the model or data cannot be loaded.
     """
-    from rlseq.config.arguments import template_options
+    from rlseq.config.chat_template import template_options
     from rlseq.data.rows import load_prompts
     from rlseq.doctor.static import load_configs, static_checks
     from rlseq.engine.model.load import load_tokenizer
@@ -81,6 +81,8 @@ def examine(args: DoctorArguments, data: EvalRowsArguments) -> Iterator[Result]:
     config, generation_config = load_configs(args.model_name_or_path)
     tokenizer = load_tokenizer(args.model_name_or_path)  # as it was saved
     prompts = []
+    if template := data.prompt_options().get("chat_template"):
+        tokenizer.chat_template = template  # also where there is no data
     if data.dataset_name:
         options = data.prompt_options() | {"config_name": data.dataset_config}
         options["chat_template_kwargs"] = template_options(args.chat_template_kwargs)

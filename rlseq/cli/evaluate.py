@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlseq.common.escapes import visible
 from rlseq.common.interrupts import exit_on_sigint
 from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
 from rlseq.config.flags import add_flags, from_flags
@@ -139,8 +140,10 @@ def evaluate(
         import torch
         from accelerate import PartialState
 
+        from rlseq.data.lengths import within_length
         from rlseq.data.prompts import made_prompts
         from rlseq.data.rows import load_rows
+        from rlseq.evaluation.measure.loading import load_tokenizer
         from rlseq.evaluation.run import contrast_and_report
         from rlseq.evaluation.stats.power import describe_power
         from rlseq.evaluation.tune_decoding import sweeps
@@ -166,11 +169,17 @@ def evaluate(
     rows = load(split)[: data.eval_rows]
     if PartialState().is_main_process and split != TRAIN:
         _say_shared(rows, split, load, partial(made_prompts, **made_by))
+    tuning_rows = load(settings.tune_split)[: settings.tune_rows] if tuned else []
+    tokenizers = [] if data.max_prompt_length is None else [load_tokenizer(*model) for model in named.items()]
+    fitting = partial(within_length, **data.length_options(), prompt_options=prompt_options)
+    rows, note = fitting(rows, tokenizers, split)
+    tuning_rows, tuning_note = fitting(tuning_rows, tokenizers, settings.tune_split) if tuned else ([], "")
+    notes = [text for text in (note, tuning_note) if text]
+    if PartialState().is_main_process:
+        for text in notes:
+            print(visible(f"rlseq: {text}"), flush=True)
     if PartialState().is_main_process and len(named) > 1 and rows:
         print(f"rlseq: {describe_power(len(rows))}", flush=True)
-    tuning_rows = []
-    if tuned:
-        tuning_rows = load(settings.tune_split)[: settings.tune_rows]
     with load_rewards(reward_funcs, max_error_rate=max_error_rate) as suite:
         return contrast_and_report(
             named,
@@ -181,6 +190,7 @@ def evaluate(
             output_dir=Path(output_dir),
             data_name=f"{data.dataset_name} ({split})",
             tuning_rows=tuning_rows,
+            notes=notes,
         )
 
 

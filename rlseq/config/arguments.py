@@ -8,12 +8,11 @@ metadata holds what argparse gets for its flag, and its range.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from rlseq.config.chat_template import template_options
 from rlseq.config.fields import (
     ABOVE_0,
     FINITE_ABOVE_0,
@@ -25,28 +24,13 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
+from rlseq.config.rows import RenderedRowsArguments
 from rlseq.config.validate import Settings
-from rlseq.errors import ConfigError
 
 _DOCUMENTS = Need("--likelihood_dataset, text without prompts", lambda config: config.likelihood_dataset is not None)
 STUDIES = ("ranking", "coverage", "sharpening", "exposure_bias", "kl", "map", "lookahead")
 COVERAGE = Range("2 to 256: the largest k is the largest power of two among them", least=2, most=256)
 TEMPERATURES = Range(f"{FINITE_ABOVE_0.words} (for the limit 0 use greedy)", above=0, below=math.inf)
-
-
-def template_options(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What --chat_template_kwargs stands for: a mapping, or the JSON of one.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    try:
-        found = json.loads(given) if isinstance(given, str) else given
-    except ValueError as error:
-        raise ConfigError(f"--chat_template_kwargs {given!r} is not JSON: {error}") from None
-    if found is not None and not isinstance(found, Mapping):
-        raise ConfigError(f'--chat_template_kwargs is {found!r}; expected a mapping, as {{"enable_thinking":false}}')
-    return dict(found or {})
 
 
 @dataclass
@@ -99,51 +83,28 @@ class EvaluateArguments(Settings):
 
 
 @dataclass
-class RowsArguments(Settings):
-    """A data set, and how its rows become prompts and references."""
-
-    dataset_name: str | None = setting(
-        None, "Task module (path/to/task.py), local json/jsonl/csv/parquet file or folder, or hub id."
-    )
-    dataset_config: str | None = setting(None, "Configuration name of a hub data set.")
-    prompt_column: str = setting("prompt", "Column of the prompt: text or chat messages.")
-    reference_column: str = setting("references", "Column of the right answer: a text or a list of texts.")
-    prompt_template: str | None = setting(
-        None,
-        "Jinja template over a row's columns that makes the prompt, e.g. \"{{ word | list | join(' ') }} = \".",
-    )
-    reference_template: str | None = setting(None, "Jinja template over a row's columns that makes the reference.")
-    merge_references: bool = setting(False, "Make rows with equal prompts one row with all their references.")
-
-    def row_options(self) -> dict[str, Any]:
-        """The options of `rlseq.data.rows.load_rows` that these settings stand for."""
-        return {
-            "config_name": self.dataset_config,
-            "prompt_column": self.prompt_column,
-            "prompt_template": self.prompt_template,
-        }
-
-    def prompt_options(self) -> dict[str, Any]:
-        """The options of `rlseq.data.prompts.build_prompts` that these settings stand for."""
-        return {
-            "prompt_column": self.prompt_column,
-            "reference_column": self.reference_column,
-            "prompt_template": self.prompt_template,
-            "reference_template": self.reference_template,
-            "merge_references": self.merge_references,
-        }
-
-
-@dataclass
-class DataArguments(RowsArguments):
+class DataArguments(RenderedRowsArguments):
     """Data: where the prompts and references come from."""
 
     _argument_group_name = "data (rlseq)"
 
     train_split: str = setting("train", "Split to train on.")
     eval_split: str = setting("validation", "Split to evaluate on; test is touched only when named here.")
+    max_prompt_length: int | None = setting(
+        None, "Longest prompt, in tokens, as the chat template renders it; default: no limit.", range=at_least(1)
+    )
+    overlong_prompts: Literal["fail", "drop"] = setting(
+        "fail",
+        "What to do with longer prompts: fail refuses the data and names them, drop leaves them out of training and "
+        "evaluation and says how many.",
+        needs=Need("--max_prompt_length", lambda config: config.max_prompt_length is not None),
+    )
     train_rows: int | None = setting(None, "Use only the first N rows of the training split.", range=at_least(1))
     eval_rows: int | None = setting(None, "Use only the first N rows of the evaluation split.", range=at_least(1))
+
+    def length_options(self) -> dict[str, Any]:
+        """The options of `rlseq.data.lengths.within_length` that these settings stand for."""
+        return {"max_prompt_length": self.max_prompt_length, "drop": self.overlong_prompts == "drop"}
 
 
 @dataclass
@@ -281,7 +242,9 @@ class RunArguments(Settings):
         False, "If output_dir holds a run, move it to NAME.previous-DATE and start again."
     )
     resume_with_changes: bool = setting(
-        False, "Resume from a checkpoint although reward code, reward arguments or data rows have changed."
+        False,
+        "Resume from a checkpoint although reward code, reward arguments, data rows, system prompt or chat template "
+        "have changed.",
     )
     dry_run: bool = setting(
         False, "Check everything that can be checked without training, print what the run would do and need, and stop."

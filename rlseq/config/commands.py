@@ -12,10 +12,10 @@ from rlseq.config.arguments import (
     EvaluateArguments,
     EvaluationArguments,
     RewardArguments,
-    RowsArguments,
     WeightedArguments,
 )
 from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
+from rlseq.config.rows import RenderedRowsArguments, RowsArguments
 from rlseq.config.validate import Settings
 
 
@@ -40,7 +40,7 @@ class DoctorArguments(Settings):
 
 
 @dataclass
-class EvalRowsArguments(RowsArguments):
+class EvalRowsArguments(RenderedRowsArguments):
     """Rows of the evaluation split."""
 
     _argument_group_name = "data (rlseq)"
@@ -57,6 +57,7 @@ class TrainRowsArguments(RowsArguments):
 
     train_split: str = as_declared(DataArguments, "train_split", help="Split that the reward is checked on.")
     train_rows: int = as_declared(DataArguments, "train_rows", default=32, help="Use only its first N rows.")
+    system_prompt: str | None = as_declared(DataArguments, "system_prompt")
 
 
 @dataclass
@@ -92,6 +93,7 @@ class LoggedRowsArguments(Settings):
     prompt_template: str | None = _as_the_run("prompt_template")
     reference_template: str | None = _as_the_run("reference_template")
     merge_references: bool | None = _as_the_run("merge_references")
+    system_prompt: str | None = _as_the_run("system_prompt")
     train_split: str | None = as_declared(DataArguments, "train_split", default=None, help="Split of the rollouts.")
 
 

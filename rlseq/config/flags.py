@@ -14,7 +14,7 @@ import re
 import shutil
 import types
 from collections.abc import Sequence
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from rlseq.config.fields import default_of, for_argparse
 from rlseq.config.values import describe_choices
@@ -79,6 +79,8 @@ def _reading(hint: Any) -> dict[str, Any]:
     if get_origin(kinds[0]) is list:
         element = get_args(kinds[0])[0]
         return {"nargs": "+", "type": _reader(str if str in get_args(element) else element)}
+    if get_origin(kinds[0]) is Literal:
+        return {"choices": list(get_args(kinds[0]))}
     if kinds == [bool]:
         return {"nargs": "?", "const": True, "type": string_to_bool}
     reader = _reader(kinds[0])

@@ -179,6 +179,10 @@ CONFLICTS_OF_ADAPTERS: Conflicts = (
 CONFLICTS_OF_ALL: Conflicts = (
     (("trust_remote_code",), Conflict("is not served: no code of a model's repository is run. Leave it out")),
 )
+CONFLICTS_OF_SFT: Conflicts = (
+    *CONFLICTS_OF_ALL,
+    (("chat_template_path",), Conflict("is read after the prompts were rendered; give --chat_template FILE instead")),
+)
 CONFLICTS_OF_ROLLOUTS: Conflicts = (
     *CONFLICTS_OF_ALL,
     (

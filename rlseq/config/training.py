@@ -25,8 +25,8 @@ from rlseq.config.arguments import (
     RewardArguments,
     RunArguments,
     TrainingEvaluationArguments,
-    template_options,
 )
+from rlseq.config.chat_template import template_options
 from rlseq.config.curriculum import TrainingDataArguments
 from rlseq.config.fields import (
     ABOVE_0,
@@ -129,6 +129,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
 
     _argument_group_name = "training (rlseq)"
     needs_of_inherited = inherited.OF_SFT
+    conflicts_of_inherited = inherited.CONFLICTS_OF_SFT
     checks_filled_in = (*DefaultsMixin.checks_filled_in, checks.validate_template_options)
 
     completion_only_loss: bool | None = setting(True, "Loss on the completion only.")

@@ -73,7 +73,9 @@ def tokenize_prompts(prompts: list[Any], tokenizer: Any, template_options: Mappi
     if isinstance(prompts[0], str):
         return tokenizer(text=prompts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the prompts are chat messages, but the tokenizer has no chat template")
+        raise DataError(
+            "the prompts are chat messages, but the tokenizer has no chat template; give one (--chat_template FILE)"
+        )
     try:
         return _rendered(prompts, tokenizer, template_options)
     except Exception as error:  # a template refuses conversations by any error

@@ -55,7 +55,7 @@ def _without_spacing(value: Any) -> Any:
 def made_prompts(
     rows: Sequence[Mapping[str, Any]], prompt_column: str = "prompt", prompt_template: str | None = None
 ) -> list[Any]:
-    """Return each row's prompt, text or messages, as `build_prompts` makes it, unchecked.
+    """Return each row's prompt, text or messages, as `build_prompts` makes it, unchecked and without a system prompt.
 
     Raises:
         DataError: no row has the column; the template is not valid, or fails on a row.
@@ -102,6 +102,8 @@ def build_prompts(
     reference_template: str | None = None,
     merge_references: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
+    chat_template: str | None = None,
 ) -> list[Prompt]:
     """Turn rows into prompts.
 
@@ -114,11 +116,14 @@ def build_prompts(
         prompt_template, reference_template: Jinja templates over the row's columns that replace the column's
             text, for example `"{{ word | list | join(' ') }} = "`.
         merge_references: merge rows with the same prompt into one, with all their references.
-        chat_template_kwargs: what the chat template is told besides the messages; answers are rendered with it, too.
+        chat_template_kwargs: further variables of the chat template.
+        system_prompt: content of a system message that is put before each prompt's messages.
+        chat_template: replaces the tokenizer's own, for good: references, further prompts and the tokenizer that is
+            saved with a model then have it too.
 
     Raises:
         DataError: a column is missing (the message names the nearest), a prompt is empty, without tokens or of a
-            wrong type, or a row holds an image.
+            wrong type, a row holds an image, or prompts that are text, or have a system message, are given one.
     """
     rows = rows_of_dataset(rows)
     if not rows:
@@ -141,6 +146,7 @@ def build_prompts(
             if records and isinstance(prompt, str) != isinstance(records[0]["prompt"], str):
                 raise DataError(f"the prompt is {shortened(prompt)}; text and chat messages cannot be mixed")
             _validate_no_images(row, prompt)
+            prompt = _with_system_prompt(prompt, system_prompt)
             references = row.get(reference_column) if reference_column else []
             references = _as_texts(render_reference(row) if render_reference else references)
         except DataError as error:
@@ -154,6 +160,10 @@ def build_prompts(
         records.append(record)
 
     options = dict(chat_template_kwargs or {})
+    if chat_template is not None:
+        if isinstance(records[0]["prompt"], str):
+            raise DataError("--chat_template is for chat messages, but the prompts are text; leave it out")
+        tokenizer.chat_template = chat_template
     all_ids = tokenize_prompts([record["prompt"] for record in records], tokenizer, options)
     seen: Counter[str] = Counter()
     prompts = []
@@ -192,6 +202,19 @@ def _as_prompt(prompt: Any) -> Any:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise DataError(f"the prompt has the message {shortened(message)}; expected a mapping of role and content")
     return _in_unicode(prompt, "prompt")
+
+
+def _with_system_prompt(prompt: Any, system_prompt: str | None) -> Any:
+    if system_prompt is None:
+        return prompt
+    if isinstance(prompt, str):
+        raise DataError(
+            f"--system_prompt is for chat messages, but the prompt is the text {shortened(prompt)}; put it into "
+            "--prompt_template, or give messages"
+        )
+    if any(message["role"] == "system" for message in prompt):
+        raise DataError("the prompt has a system message already; leave --system_prompt or that message out")
+    return [{"role": "system", "content": system_prompt}, *prompt]
 
 
 def _validate_no_images(row: Mapping[str, Any], prompt: Any) -> None:

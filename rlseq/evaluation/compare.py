@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.data.chat import shortened
 from rlseq.errors import ConfigError, DataError, RewardError
 from rlseq.evaluation.folder import claimed
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
@@ -118,11 +119,11 @@ def _check_alike(a: Evaluation, b: Evaluation) -> list[str]:
         ConfigError: anything else of the specs does.
     """
     fields = [dict(flatten({k: v for k, v in e.results["spec"].items() if k != "versions"})) for e in (a, b)]
-    absent = "absent"
+    pairs = {key: [spec.get(key, "absent") for spec in fields] for key in dict.fromkeys([*fields[0], *fields[1]])}
     differing = [
-        f"{key} is {fields[0].get(key, absent)} in the first and {fields[1].get(key, absent)} in the second"
-        for key in dict.fromkeys([*fields[0], *fields[1]])
-        if fields[0].get(key, absent) != fields[1].get(key, absent)
+        f"{key} is {_shown(one)} in the first and {_shown(two)} in the second"
+        for key, (one, two) in pairs.items()
+        if one != two
     ]
     if differing:
         raise ConfigError(
@@ -134,6 +135,11 @@ def _check_alike(a: Evaluation, b: Evaluation) -> list[str]:
     versions = [e.results["spec"]["versions"] for e in (a, b)]
     other = [f"{k} {versions[0].get(k)} and {v}" for k, v in versions[1].items() if versions[0].get(k) != v]
     return [f"Versions differ between {a.path} and {b.path}: {', '.join(other)}."] if other else []
+
+
+def _shown(value: Any) -> Any:
+    """A value in one line: a chat template has many."""
+    return shortened(value) if isinstance(value, str) and ("\n" in value or len(value) > 200) else value
 
 
 def _settings(on_file: Mapping[str, Any]) -> ContrastSettings:

@@ -83,7 +83,7 @@ def measure_rows(
     if state.is_main_process and not quiet:
         for warning in warnings:
             print(visible(f"rlseq: warning: {warning}"), flush=True)
-    keys = [key_of("", vars(prompt)) for prompt in prompts]
+    keys = [key_of(prompt_options.get("chat_template", ""), vars(prompt)) for prompt in prompts]
     kept = KeptRows(folder, _key(path, judged, settings))
     todo = [i for i, key in enumerate(keys) if key not in kept.found]
     if len(todo) < len(prompts) and state.is_main_process and not quiet:

@@ -54,7 +54,7 @@ def main() -> None:
         say(describe_rollouts(config, run, model_args, task))
         prepared.close()
         return
-    inputs = task_inputs(task, config)
+    inputs = task_inputs(task, data, config)
     steps = plan_rollouts(config, task.prompts, PartialState().num_processes).steps
     directory = open_run(config, run, data, rewards, evaluation, model_args, inputs=inputs, steps=steps)
     announce(config, run, f"{task.describe()}, {describe_round(config)}")

@@ -161,7 +161,7 @@ def contrast_with_base(
         title=f"{method} on {data.dataset_name} ({data.eval_split})",
         metrics_file=directory.metrics,
         data_name=f"{data.dataset_name} ({data.eval_split})",
-        notes=[note] if note else [],
+        notes=[text for text in (prepared.task.eval_note, note) if text],
     )
 
 

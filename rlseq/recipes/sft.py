@@ -60,6 +60,7 @@ from rlseq.training.rejection import (
     Record,
     best_completions,
     draw_candidates,
+    fitting_candidates,
     prompts_together,
     read_candidates,
     require_survivors,
@@ -70,7 +71,16 @@ from rlseq.training.run.dry_run import describe_examples, plan_examples
 from rlseq.training.run.inputs import run_inputs
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.run.memory import weightless_model
-from rlseq.training.run.recipe import announce, check_fit, default_config, finish, open_run, prompt_options, say
+from rlseq.training.run.recipe import (
+    announce,
+    check_fit,
+    default_config,
+    finish,
+    fitting_rows,
+    open_run,
+    prompt_options,
+    say,
+)
 from rlseq.training.run.rollout_log import write_rollouts
 from rlseq.training.sft import MEASURED, check_examples, check_prefill
 from rlseq.training.trl.publish import publish
@@ -106,6 +116,7 @@ def main() -> None:
 
     def prompts_of(split: str, limit: int | None) -> list[Prompt]:
         rows = load_rows(data.dataset_name, split, **data.row_options())[:limit]
+        rows, _ = fitting_rows(rows, split, data, config, tokenizer)
         return build_prompts(rows, tokenizer, **prompt_options(data, config))
 
     # One example a (prompt, reference): all of a prompt's references are right answers.
@@ -140,7 +151,10 @@ def main() -> None:
     made = new_config(new.new_model, tokenizer) if new.new_model else None
     check_fit(config, model_args, tokenizer, prompts, drawn=drawn, new=made)
     if rejection.from_rollouts:
-        candidates = read_candidates(rejection.from_rollouts)
+        given = read_candidates(rejection.from_rollouts)
+        candidates, left_out = fitting_candidates(given, data, tokenizer, config.chat_template_kwargs)
+        if left_out:
+            say(f"rlseq: {left_out}")
         train, what = select(candidates, rejection, config.chat_template_kwargs)
     elif rejection.rejection_samples:
         suite = load_rewards(
@@ -170,7 +184,7 @@ def main() -> None:
         return
     rewards = {"reward": suite} if rejection.rejection_samples else {}
     rows = [(p.prompt, p.columns) for p in prompts] if rejection.rejection_samples else train
-    inputs = run_inputs(rewards, {"training rows": rows, "evaluation rows": validation})
+    inputs = run_inputs(rewards, {"training rows": rows, "evaluation rows": validation}, texts=data.rendering())
     known = lengths and not config.packing  # else how many rows there will be is not known yet
     steps = plan_examples(config, lengths, PartialState().num_processes).steps if known else None
     directory = open_run(config, run, data, new, rejection, model_args, inputs=inputs, steps=steps)

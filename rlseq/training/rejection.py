@@ -21,6 +21,8 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from rlseq.common.ranks import raise_on_all_ranks
+from rlseq.config.arguments import DataArguments
+from rlseq.data.lengths import within_length
 from rlseq.engine.sampling import sample, stop_ids_of
 from rlseq.engine.strategies import Sample
 from rlseq.errors import DataError
@@ -111,6 +113,26 @@ def read_candidates(paths: Sequence[str]) -> list[Record]:
     if len({isinstance(record["prompt"], str) for record in records}) > 1:
         raise DataError(f"{', '.join(paths)} mix text prompts and chat prompts; train on one kind")
     return records
+
+
+def fitting_candidates(
+    candidates: list[Record], data: DataArguments, tokenizer: Any, template_options: Mapping[str, Any] | None
+) -> tuple[list[Record], str]:
+    """Those whose prompts are as `data` wants them, and a sentence on those left out or "".
+
+    Raises:
+        DataError: they were logged without the system prompt, or a prompt is too long and is not to be left out.
+    """
+    if data.system_prompt is not None:
+        first = {"role": "system", "content": data.system_prompt}
+        other = sum(isinstance(c["prompt"], str) or c["prompt"][0] != first for c in candidates)
+        if other:
+            raise DataError(
+                f"{other:,} of {len(candidates):,} logged prompts do not begin with --system_prompt, which is put "
+                "before the rows of --dataset_name alone; leave it out, or take rollouts that were drawn with it"
+            )
+    options = {"chat_template_kwargs": template_options}
+    return within_length(candidates, [tokenizer], "logged", **data.length_options(), prompt_options=options)
 
 
 def prompts_together(num_samples: int) -> int:

@@ -121,7 +121,9 @@ def measure_checkpoint(
     if output_dir is not None:
         checkpoints = [path, baseline or path]
         options = {"tuned": tuned or {}, "doing": doing, "quiet": quiet}
-        parts = partial_results_of(name, checkpoints, prompts, documents, suite, settings, output_dir, **options)
+        parts = partial_results_of(
+            name, checkpoints, prompts, prompt_options, documents, suite, settings, output_dir, **options
+        )
     studied = sum(studied_rows(name, _mine(prompts), settings) for name in settings.studies)
     with tqdm(
         total=len(_mine(prompts)) * (len(settings.strategies) + 1) + studied,

@@ -145,6 +145,7 @@ def partial_results_of(
     name: str,
     checkpoints: Sequence[str],
     prompts: Sequence[Prompt],
+    prompt_options: Mapping[str, Any],
     documents: Sequence[str],
     suite: RewardSuite,
     settings: Any,
@@ -160,6 +161,7 @@ def partial_results_of(
         name: of the model.
         checkpoints: the paths of the model and of the one that studies compare it with.
         prompts: all rows, with all columns that rewards may read.
+        prompt_options: how rows became prompts, and references are rendered.
         documents: text without prompts.
         settings: of the contrast (`rlseq.evaluation.measure.checkpoint.ContrastSettings`).
         tuned: by sweep the one that stands for it.
@@ -170,6 +172,7 @@ def partial_results_of(
     fields = {
         "model": [name, *checkpoints, *fingerprints],
         "rows": [vars(prompt) for prompt in prompts],
+        "prompt": dict(prompt_options),
         "documents": documents,
         "rewards": suite.fingerprint(),
         "settings": settings.reproducibility_fields(),

@@ -23,6 +23,7 @@ DEFAULTS = {
     "prompt_template": None,
     "reference_template": None,
     "merge_references": False,
+    "system_prompt": None,
 }
 
 

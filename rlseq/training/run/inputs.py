@@ -1,4 +1,4 @@
-"""What a run started with beside its settings: its rewards by code and arguments, its data by content.
+"""What a run started with beside its settings: its rewards by code and arguments, its data and templates by content.
 
 It is kept in `run_inputs.json`. A run that resumes with others would write their numbers behind those of the first as
 if they were of one kind, so it stops, unless --resume_with_changes says that this is meant.
@@ -22,7 +22,10 @@ FILE = "run_inputs.json"
 
 
 def run_inputs(
-    suites: Mapping[str, RewardSuite | None], data: Mapping[str, Sequence[Any]], functions: Sequence[str] = ()
+    suites: Mapping[str, RewardSuite | None],
+    data: Mapping[str, Sequence[Any]],
+    functions: Sequence[str] = (),
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Describe the rewards, the data and the other functions of a run, in plain JSON.
 
@@ -30,6 +33,7 @@ def run_inputs(
         suites: by what they are for ("reward", "eval reward"); one may be None.
         data: by name ("training rows"), rows of any content.
         functions: specs of tools and of an environment.
+        texts: by name, what stands around every row's messages ("system prompt", "chat template").
     """
     found: dict[str, dict[str, Any]] = {}
     for kind, suite in suites.items():
@@ -38,6 +42,8 @@ def run_inputs(
     for spec in functions:
         function = find(spec, Path.cwd()).function
         found[f"function {spec!r}"] = {"code": code_hash(function), "files": needed_files(function, {})}
+    for name, text in (texts or {}).items():
+        found[name] = {"text": text}
     for name, rows in data.items():
         digits = "".join(map(content_hash, rows))  # 8 a row, that the first other one is found
         found[name] = {"count": len(rows), "rows": digits}
@@ -79,7 +85,7 @@ def _reward_changes(had: Mapping[str, Any], has: Mapping[str, Any]) -> list[str]
             names = [name for name in dict.fromkeys([*one, *two]) if name not in unknown]
             said += [name for name in names if one.get(name) != two.get(name)]
         elif one != two:
-            said.append(key if key == "code" else f"{key} {one}, now {two}")
+            said.append({"code": "code", "text": "another text"}.get(key) or f"{key} {one}, now {two}")
     return said
 
 

@@ -31,6 +31,7 @@ from rlseq.config.training import (
     TrainingDataArguments,
 )
 from rlseq.data.curriculum import rows_in_range
+from rlseq.data.lengths import within_length
 from rlseq.data.prompts import build_prompts, describe_shared, keeping_all, made_prompts
 from rlseq.data.rows import load_rows
 from rlseq.doctor.check import FAILED, WARNING
@@ -75,6 +76,7 @@ class Task:
         tokenizer: the model's.
         prompts: what is trained on.
         eval_rows: rows of the evaluation split; empty where nothing is evaluated.
+        eval_note: a sentence on those of them that are left out, or "".
         shared: how many prompts of the evaluation split are trained on too, in words; empty where nothing is evaluated.
         suite: the optimised rewards.
         eval_suite: rewards that are only measured, or None.
@@ -82,7 +84,8 @@ class Task:
 
     tokenizer: Any
     prompts: list[Prompt]
-    eval_rows: list[dict[str, Any]]
+    eval_rows: list[Mapping[str, Any]]
+    eval_note: str
     shared: str
     suite: RewardSuite
     eval_suite: RewardSuite | None
@@ -120,6 +123,7 @@ def load_task(
     if (chosen := data.curriculum_range()) is not None:
         rows, dropped = rows_in_range(rows, data.curriculum_column, *chosen)
         say(f"rlseq: {dropped}")
+    rows, _ = fitting_rows(rows, data.train_split, data, config, tokenizer)
     prompts = build_prompts(rows, tokenizer, **prompt_options(data, config))
     check_group_rewards(config, suite)
     check_prompts(config, prompts)
@@ -130,20 +134,37 @@ def load_task(
     batch = config.generation_batch_size // config.num_generations
     if left_out := describe_left_out(len(prompts), batch, "prompts", shuffled=config.shuffle_dataset):
         say(f"rlseq: {left_out}")
-    eval_rows, shared = [], ""
+    eval_rows, eval_note, shared = [], "", ""
     if evaluates:
         check_measured(config, suite, eval_suite)
         eval_rows = load_rows(data.dataset_name, data.eval_split, **data.row_options())[: data.eval_rows]
+        eval_rows, eval_note = fitting_rows(eval_rows, data.eval_split, data, config, tokenizer)
         held_out = made_prompts(eval_rows, data.prompt_column, data.prompt_template)
-        shared = describe_shared(held_out, data.eval_split, (p.prompt for p in prompts), data.train_split)
+        own = (p.prompt[1:] if data.system_prompt else p.prompt for p in prompts)  # without the system prompt
+        shared = describe_shared(held_out, data.eval_split, own, data.train_split)
     for each in (suite, eval_suite):
         if each is not None:
             smoke_test_rewards(each, prompts)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
-    return Task(tokenizer, prompts, list(eval_rows), shared, suite, eval_suite)
+    return Task(tokenizer, prompts, list(eval_rows), eval_note, shared, suite, eval_suite)
 
 
-def task_inputs(task: Task, config: Any) -> dict[str, Any]:
+def fitting_rows(
+    rows: Sequence[Mapping[str, Any]], split: str, data: DataArguments, config: Any, tokenizer: Any
+) -> tuple[list[Mapping[str, Any]], str]:
+    """Rows without those whose prompts are too long, and a sentence on the latter, which is printed, or "".
+
+    Raises:
+        DataError: a prompt is too long and is not to be left out.
+    """
+    options = prompt_options(data, config)
+    kept, left_out = within_length(rows, [tokenizer], split, **data.length_options(), prompt_options=options)
+    if left_out:
+        say(f"rlseq: {left_out}")
+    return kept, left_out
+
+
+def task_inputs(task: Task, data: DataArguments, config: Any) -> dict[str, Any]:
     """What a run on rollouts begins with beside its settings."""
     return run_inputs(
         {"reward": task.suite, "eval reward": task.eval_suite},
@@ -152,6 +173,7 @@ def task_inputs(task: Task, config: Any) -> dict[str, Any]:
             "evaluation rows": task.eval_rows,
         },
         [*(config.tools or []), *([config.environment] if config.environment else [])],
+        data.rendering(),
     )
 
 
