@@ -43,7 +43,7 @@ ADAPTER_RANGES = {
 # Names, or beginnings of names that end in _, and what they need or cannot stand beside.
 Needs = tuple[tuple[tuple[str, ...], Need], ...]
 Conflicts = tuple[tuple[tuple[str, ...], Conflict], ...]
-_MEASURES = "evaluation is the probe's, which measures what it was made with"
+_MEASURES = "the evaluator measures the rows and samples that it was made with"
 _ORDER = "the order of the prompts follows from seed alone"
 
 

@@ -19,7 +19,7 @@ def check_bos(tokenizer: Any, prompts: Sequence[Prompt] = ()) -> Result:
 
     Without prompts, one text and (where there is a template) one chat are built.
     """
-    prompts = prompts or _probes(tokenizer)
+    prompts = prompts or _sample_prompts(tokenizer)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     intended = bos is not None and tokenizer(text="a")["input_ids"][:1] == [bos]
     counts = [_leading(bos, prompt.prompt_ids) for prompt in prompts]
@@ -157,7 +157,7 @@ def _rotary_switch(values: Mapping[str, Any]) -> int | None:
     return min(filter(None, (one.get(name) or values.get(name) for one in long)), default=None)
 
 
-def _probes(tokenizer: Any) -> list[Prompt]:
+def _sample_prompts(tokenizer: Any) -> list[Prompt]:
     prompts = build_prompts([{"prompt": "a a"}], tokenizer)
     if getattr(tokenizer, "chat_template", None):
         prompts += build_prompts([{"prompt": [{"role": "user", "content": "a"}]}], tokenizer)

@@ -1,6 +1,6 @@
 """Evaluation during training: the same few rows measured again and again, without leaving a trace in the run.
 
-A recipe makes a `ValidationProbe` and hands it to its trainer as a callable, model in, numbers out, so that the
+A recipe makes a `ValidationEvaluator` and hands it to its trainer as a callable, model in, numbers out, so that the
 trainer needs nothing of this room. `learning_warnings` reads what was logged and says what stands in the way.
 """
 
@@ -31,8 +31,8 @@ ZERO_STD_LIMIT = 0.8
 CLIPPED_LIMIT = 0.9
 
 
-class ValidationProbe:
-    """Measures a model on fixed validation rows: `probe(model) -> {"nll_per_token": 0.31, "greedy/wer": 0.32, ...}`.
+class ValidationEvaluator:
+    """Measures a model on fixed validation rows: `evaluator(model) -> {"greedy/wer": 0.32, ...}`.
 
     Keys (a value that nothing was measured of is NaN):
 
@@ -144,8 +144,8 @@ def learning_warnings(history: Iterable[Mapping[str, Any]], eval_rewards: Iterab
 
     Args:
         history: what was logged, in order (`trainer.state.log_history`, or the records of metrics.jsonl). Evaluations
-            are records with a probe's keys, under `eval_` or bare.
-        eval_rewards: `ValidationProbe.eval_rewards`.
+            are records with an evaluator's keys, under `eval_` or bare.
+        eval_rewards: `ValidationEvaluator.eval_rewards`.
 
     Returns:
         Texts that stay the same while their cause does, so that a caller can say each once. None for a shorter log

@@ -66,11 +66,11 @@ def main() -> None:
         task.prompts,
         processing_class=task.tokenizer,
         rollouts_dir=directory.rollouts,
-        probe=prepared.probe,
+        evaluator=prepared.evaluator,
         peft_config=peft_config_of(model_args),
         callbacks=[MetricsWriter(directory.metrics)],
     )
-    ended = train(trainer, directory, prepared.probe)
+    ended = train(trainer, directory, prepared.evaluator)
     if ended:
         merge_result(config.output_dir, model_args)
         results = {}

@@ -19,7 +19,7 @@ from rlseq.config.training import (
     TrainingEvaluationArguments,
 )
 from rlseq.data.prompts import build_prompts
-from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
+from rlseq.evaluation.during import ValidationEvaluator, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.documents import check_windows
 from rlseq.evaluation.report.plots import write_curves
@@ -46,13 +46,13 @@ class Prepared:
         task: what is learnt, and the rows to evaluate on.
         measured: the rewards of the evaluation, optimised or only measured, as one suite.
         settings: of the contrast after training.
-        probe: the evaluation during training, or None.
+        evaluator: the evaluation during training, or None.
     """
 
     task: Task
     measured: RewardSuite
     settings: ContrastSettings
-    probe: ValidationProbe | None
+    evaluator: ValidationEvaluator | None
 
     def close(self) -> None:
         """End the rewards' worker processes."""
@@ -88,14 +88,14 @@ def prepare(
         base = {"base": named_alone(model_args)}
         check_windows(settings, base)
         check_models(base, task.eval_rows, prompt_options(data, config), settings, measured)
-    probe = None
+    evaluator = None
     if during:
         prompts = build_prompts(
             task.eval_rows[: evaluation.eval_rows_during_training], task.tokenizer, **prompt_options(data, config)
         )
         if not evaluation.evaluate:
             smoke_test_rewards(measured, prompts)
-        probe = ValidationProbe(
+        evaluator = ValidationEvaluator(
             prompts,
             task.tokenizer,
             task.suite,
@@ -103,11 +103,11 @@ def prepare(
             max_new_tokens=config.max_completion_length,
             seed=evaluation.eval_seed,
         )
-        choose_best_by(config, probe.metrics, probe.best)
-    return Prepared(task, measured, settings, probe)
+        choose_best_by(config, evaluator.metrics, evaluator.best)
+    return Prepared(task, measured, settings, evaluator)
 
 
-def train(trainer: Trainer, directory: RunDirectory, probe: ValidationProbe | None) -> bool:
+def train(trainer: Trainer, directory: RunDirectory, evaluator: ValidationEvaluator | None) -> bool:
     """Train to the end or a signal to stop, save the result, and draw the curves.
 
     Returns:
@@ -115,7 +115,7 @@ def train(trainer: Trainer, directory: RunDirectory, probe: ValidationProbe | No
     """
     config = trainer.args
     Progress.replace_default(trainer)
-    trainer.add_callback(Warnings(partial(learning_warnings, eval_rewards=probe.eval_rewards if probe else ())))
+    trainer.add_callback(Warnings(partial(learning_warnings, eval_rewards=evaluator.eval_rewards if evaluator else ())))
     trainer.add_callback(stop := GracefulStop())
     if config.ema_decay:
         trainer.add_callback(average := WeightAverage(trainer, config.ema_decay, config.interpolation_weight))

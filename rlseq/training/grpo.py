@@ -42,8 +42,8 @@ from rlseq.training.run.rollout_log import rollout_records, trained_records, wri
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
     Arguments,
+    evaluator_of,
     model_of,
-    probe_of,
     prompts_of,
     settings_of,
     suite_of,
@@ -81,8 +81,8 @@ class GRPOTrainer(RunMixin, LossMixin):
             ids and log-probs are columns for the rewards.
         reward_processing_classes, quantization_config, environment_factory: of TRL; refused, with what to do instead.
         rollouts_dir: every rollout is appended there, one file per batch; None writes nothing.
-        probe: measures the model in place of `eval_dataset`: called with it, returns numbers by name, equal on every
-            rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
+        evaluator: measures the model in place of `eval_dataset`: called with it, returns numbers by name, equal on
+            every rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
 
     Raises:
         RlseqError: an argument would have no effect, or does not fit; the message says what to give instead.
@@ -108,7 +108,7 @@ class GRPOTrainer(RunMixin, LossMixin):
         environment_factory: Any = None,
         *,
         rollouts_dir: Path | None = None,
-        probe: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
+        evaluator: Callable[[torch.nn.Module], Mapping[str, float]] | None = None,
     ):
         args = settings_of(args, self.settings)
         Arguments(
@@ -116,7 +116,7 @@ class GRPOTrainer(RunMixin, LossMixin):
             reward_processing_classes=reward_processing_classes,
             quantization_config=quantization_config,
             environment_factory=environment_factory,
-            probe=probe,
+            evaluator=evaluator,
             eval_dataset=eval_dataset,
             tools=tools,
             rollout_func=rollout_func,
@@ -131,7 +131,7 @@ class GRPOTrainer(RunMixin, LossMixin):
         check_tools(args, prompts)
         tools = load_tools(args.tools) if args.tools else tools
         environment_factory = load_environment(args, prompts, suite)
-        self.probe = probe_of(eval_dataset, probe, tokenizer, suite, args)
+        self.evaluator = evaluator_of(eval_dataset, evaluator, tokenizer, suite, args)
         self.prompts = prompts
         self.suite = suite
         self.rollouts_dir = rollouts_dir
@@ -148,7 +148,9 @@ class GRPOTrainer(RunMixin, LossMixin):
                 reward_funcs=[_name_only(name) for name in suite.names],
                 args=args,
                 train_dataset=training_rows(prompts),
-                eval_dataset=None if self.probe is None else training_rows(prompts[:1]),  # a stand-in: it has its rows
+                eval_dataset=None
+                if self.evaluator is None
+                else training_rows(prompts[:1]),  # a stand-in: it has its rows
                 processing_class=tokenizer,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -284,17 +286,17 @@ class GRPOTrainer(RunMixin, LossMixin):
 
     @raise_on_all_ranks(exchange=False)
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Measure the model by the probe, in place of TRL's evaluation, which would draw from the run's randomness."""
-        if self.probe is None:
-            raise ConfigError("this trainer was given no probe to evaluate with")
+        """Measure the model by the evaluator, in place of TRL's evaluation, which changes the random state."""
+        if self.evaluator is None:
+            raise ConfigError("this trainer was given no evaluator to evaluate with")
         if eval_dataset is not None or ignore_keys is not None:
-            raise ConfigError("evaluate measures the rows of the probe: leave out eval_dataset and ignore_keys")
+            raise ConfigError("evaluate measures the rows of the evaluator: leave out eval_dataset and ignore_keys")
         with (
             memory_for("evaluation", evaluation_advice, self.args),
             torch.no_grad(),
             self._model_to_generate() as model,
         ):
-            found = self.probe(model)
+            found = self.evaluator(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         Trainer.log(self, dict(metrics))  # not TRL's, which would spend the training metrics gathered so far
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -17,7 +17,7 @@ from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import RewardError, RlseqError, TrainingError
 from rlseq.evaluation import folder
-from rlseq.evaluation.during import ValidationProbe
+from rlseq.evaluation.during import ValidationEvaluator
 from rlseq.evaluation.measure import checkpoint as measuring
 from rlseq.evaluation.measure.checkpoint import measure
 from rlseq.evaluation.run import contrast
@@ -83,9 +83,9 @@ def in_an_evaluation_during_training(folder):
 
     def spoil(trainer):
         suite = load_rewards([shares_letters])
-        trainer.probe = ValidationProbe(prompts(), tiny_tokenizer(), suite, max_new_tokens=4)
+        trainer.evaluator = ValidationEvaluator(prompts(), tiny_tokenizer(), suite, max_new_tokens=4)
         trainer.add_callback(Ask())
-        _on_one_rank(trainer.probe.suite, "_table", key_error)
+        _on_one_rank(trainer.evaluator.suite, "_table", key_error)
 
     return trained(folder, spoil)
 
@@ -189,22 +189,24 @@ def test_an_evaluation_that_a_script_calls_ends_on_both_with_what_it_was(rank, o
     assert end_of_ranks(2, act, tmp_path / "log.txt", SECONDS) == [0, 0], (tmp_path / "log.txt").read_text()
 
 
-def with_probe(folder, **settings):
+def with_evaluator(folder, **settings):
     options = {"per_device_train_batch_size": 8, "max_steps": 2, "report_to": "none", **settings}
     trainer = tiny_trainer(folder, **options)
-    trainer.probe = ValidationProbe(prompts(), tiny_tokenizer(), load_rewards([shares_letters]), max_new_tokens=4)
+    trainer.evaluator = ValidationEvaluator(
+        prompts(), tiny_tokenizer(), load_rewards([shares_letters]), max_new_tokens=4
+    )
     return trainer
 
 
 @pytest.mark.parametrize(
     ("rank", "owner", "name"),
-    [("1", "probe.suite", "_table"), ("0", "callback_handler", "on_evaluate"), ("0", "model", "save_pretrained")],
+    [("1", "evaluator.suite", "_table"), ("0", "callback_handler", "on_evaluate"), ("0", "model", "save_pretrained")],
 )
 def test_what_a_script_calls_outside_of_training_ends_on_both_with_it(rank, owner, name, tmp_path, monkeypatch):
     monkeypatch.setenv(FAILING, rank)
 
     def act():
-        trainer = with_probe(tmp_path / "run")
+        trainer = with_evaluator(tmp_path / "run")
         _on_one_rank(operator.attrgetter(owner)(trainer) if owner else trainer, name, key_error)
         begun = time.monotonic()
         with pytest.raises((KeyError, TrainingError), match="lost on purpose"):

@@ -88,7 +88,7 @@ def test_what_a_rollout_func_returns_beside_tokens_reaches_the_rewards(tmp_path)
         ({"reward_processing_classes": ["tokenizer"]}, "reward_processing_classes is not served: a reward model reads"),
         ({"quantization_config": object()}, "quantization_config is not served: load the model by from_pretrained"),
         ({"environment_factory": object}, "environment_factory is not served: name it in args.environment"),
-        ({"eval_dataset": ROWS, "probe": print}, "eval_dataset and probe both say what evaluate measures"),
+        ({"eval_dataset": ROWS, "evaluator": print}, "eval_dataset and evaluator both say what evaluate measures"),
     ],
 )
 def test_arguments_of_trl_without_effect_are_refused_with_what_to_give(tmp_path, more, words):
@@ -96,8 +96,8 @@ def test_arguments_of_trl_without_effect_are_refused_with_what_to_give(tmp_path,
         trainer_of(tmp_path, more=more)
 
 
-def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
-    trainer = trainer_of(tmp_path, more={"probe": lambda model: {"x": 1.0}})
+def test_rows_handed_to_evaluate_beside_an_evaluator_are_refused(tmp_path):
+    trainer = trainer_of(tmp_path, more={"evaluator": lambda model: {"x": 1.0}})
     assert trainer.evaluate() == {"eval_x": 1.0}
     with pytest.raises(ConfigError, match="leave out eval_dataset"):
         trainer.evaluate(eval_dataset=[{"nonsense": 1}])
@@ -108,7 +108,7 @@ def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"num_generations_eval": 2}, "num_generations_eval is 2, which has no effect: evaluation is the probe's"),
+        ({"num_generations_eval": 2}, "num_generations_eval is 2, which has no effect: the evaluator measures"),
         ({"cache_implementation": "static"}, "no effect without rlseq_sampler false"),
         ({"vllm_gpu_memory_utilization": 0.5}, "no effect without use_vllm"),
         ({"sapo_temperature_neg": 2.0}, "no effect without loss_type sapo"),
@@ -117,7 +117,7 @@ def test_rows_handed_to_evaluate_beside_a_probe_are_refused(tmp_path):
         ({"interpolation_weight": 0.1}, "interpolation_weight is 0.1, which has no effect without ema_decay above 0"),
         ({"max_tool_calling_iterations": 3}, "no effect without tools"),
         ({"num_completions_to_print": 3}, "no effect without log_completions"),
-        ({"per_device_eval_batch_size": 4}, "per_device_eval_batch_size is 4, which has no effect: evaluation is"),
+        ({"per_device_eval_batch_size": 4}, "per_device_eval_batch_size is 4, which has no effect: the evaluator"),
         ({"eval_steps": 5}, "eval_steps is 5, which has no effect without eval_strategy steps"),
         ({"eval_steps": 5, "eval_strategy": "epoch"}, "no effect without eval_strategy steps"),
         ({"eval_delay": 2}, "no effect without eval_strategy steps or epoch"),
@@ -139,7 +139,7 @@ def test_settings_that_nothing_reads_are_refused(tmp_path, given, words):
     [
         ({"scale_rewards": "none"}, "scale_rewards is none, which has no effect: PPO's advantages are against its"),
         ({"scale_rewards": "batch"}, "PPO's advantages are against its critic"),
-        ({"per_device_eval_batch_size": 4}, "evaluation is the probe's"),
+        ({"per_device_eval_batch_size": 4}, "the evaluator measures"),
     ],
 )
 def test_settings_that_ppo_does_not_read_are_refused(tmp_path, given, words):

@@ -18,7 +18,7 @@ from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.errors import DataError, RewardError
-from rlseq.evaluation.during import ValidationProbe, learning_warnings, measured_together
+from rlseq.evaluation.during import ValidationEvaluator, learning_warnings, measured_together
 from rlseq.scoring import load_rewards
 
 ROOT = Path(__file__).parents[2]
@@ -44,12 +44,12 @@ def policy(**changes):
     return tiny_model("llama", seed=1, initializer_range=0.3, **changes)
 
 
-def make_probe(rewards=(letters,), eval_rewards=None, rows=ROWS, **settings):
+def make_evaluator(rewards=(letters,), eval_rewards=None, rows=ROWS, **settings):
     tokenizer = word_tokenizer()
     suite = load_rewards(list(rewards))
     eval_suite = load_rewards(list(eval_rewards)) if eval_rewards else None
     settings = {"max_new_tokens": NEW_TOKENS, "seed": 3, "samples_per_row": 2} | settings
-    return ValidationProbe(build_prompts(rows, tokenizer), tokenizer, suite, eval_suite, **settings)
+    return ValidationEvaluator(build_prompts(rows, tokenizer), tokenizer, suite, eval_suite, **settings)
 
 
 def ids_of(text):
@@ -88,7 +88,7 @@ def words(ids):
 
 def test_the_numbers_are_those_of_a_token_by_token_loop():
     model = policy()
-    found = make_probe([{"func": letters, "weight": 0.5}, {"func": says_a, "weight": 2.0}])(model)
+    found = make_evaluator([{"func": letters, "weight": 0.5}, {"func": says_a, "weight": 2.0}])(model)
     logprobs = [[logprob(model, row["prompt"], r) for r in row["references"]] for row in ROWS if row["references"]]
     tokens = sum(len(r.split()) + 1 for row in ROWS for r in row["references"])
     assert found["nll_per_token"] == pytest.approx(-sum(map(sum, logprobs)) / tokens, rel=1e-5)
@@ -103,7 +103,7 @@ def test_the_numbers_are_those_of_a_token_by_token_loop():
 
 def test_what_is_sampled_is_what_the_seed_and_a_fixed_draw_say():
     model, tokenizer = policy(), word_tokenizer()
-    probe = make_probe()
+    evaluator = make_evaluator()
     groups = sample(
         model,
         build_prompts(ROWS, tokenizer),
@@ -117,24 +117,24 @@ def test_what_is_sampled_is_what_the_seed_and_a_fixed_draw_say():
     )
     drawn = [rollout for group in groups for rollout in group]
     torch.manual_seed(0)
-    first = probe(model)
+    first = evaluator(model)
     torch.manual_seed(1)
-    assert probe(model) == first
+    assert evaluator(model) == first
     assert first["sample/letters"] == first["sample/reward"] == mean(len(r.text.split()) for r in drawn)
     assert first["sample/length"] == mean(len(r.completion_ids) for r in drawn)
-    others = [make_probe(seed=seed)(model) for seed in (4, 5, 6)]
+    others = [make_evaluator(seed=seed)(model) for seed in (4, 5, 6)]
     assert any(other["sample/logprob"] != first["sample/logprob"] for other in others)
     assert all(other["greedy/logprob"] == first["greedy/logprob"] for other in others)
 
 
 def test_corpus_metrics_and_measured_rewards_are_there_with_their_direction():
-    probe = make_probe([letters], ["phoneme_accuracy", says_a], [row for row in ROWS if row["references"]])
-    found = probe(policy())
-    assert set(found) == set(probe.metrics)
-    assert probe.eval_rewards == ("phoneme_accuracy", "says_a") and probe.best == "greedy/phoneme_accuracy"
+    evaluator = make_evaluator([letters], ["phoneme_accuracy", says_a], [row for row in ROWS if row["references"]])
+    found = evaluator(policy())
+    assert set(found) == set(evaluator.metrics)
+    assert evaluator.eval_rewards == ("phoneme_accuracy", "says_a") and evaluator.best == "greedy/phoneme_accuracy"
     assert {"greedy/wer", "sample/wer", "greedy/per", "sample/per", "sample/phoneme_accuracy"} <= set(found)
-    assert probe.metrics["greedy/wer"] is False and probe.metrics["greedy/length"] is None
-    assert probe.metrics["sample/says_a"] is probe.metrics["expected_accuracy"] is True
+    assert evaluator.metrics["greedy/wer"] is False and evaluator.metrics["greedy/length"] is None
+    assert evaluator.metrics["sample/says_a"] is evaluator.metrics["expected_accuracy"] is True
     assert found["greedy/reward"] == found["greedy/letters"]  # what is only measured is in no total
 
 
@@ -149,11 +149,11 @@ def test_a_measured_reward_that_is_optimised_too_is_measured_once_and_another_of
     def letters_of_another_kind(completion: str) -> float:
         return -1.0
 
-    same = make_probe([counted], [counted])
+    same = make_evaluator([counted], [counted])
     assert same(policy())["greedy/counted"] == 1.0
     assert len(calls.read_text()) == len(ROWS) * (1 + 2)
     assert same.eval_rewards == () and same.best == "greedy/counted"
-    other = make_probe([letters], [{"func": letters_of_another_kind, "name": "letters"}])
+    other = make_evaluator([letters], [{"func": letters_of_another_kind, "name": "letters"}])
     found = other(policy())
     assert other.eval_rewards == ("letters-2",) and other.best == "greedy/letters-2"
     assert found["greedy/letters-2"] == -1.0 and found["greedy/letters"] > 0
@@ -170,7 +170,7 @@ def test_a_reward_called_reward_is_not_taken_for_the_total():
     def reward(completion: str) -> float:
         return 3.0
 
-    found = make_probe([{"func": reward, "weight": 2.0}])(policy())
+    found = make_evaluator([{"func": reward, "weight": 2.0}])(policy())
     assert (found["greedy/reward"], found["greedy/reward/reward"]) == (6.0, 3.0)
 
 
@@ -178,7 +178,7 @@ def test_without_references_there_is_no_likelihood_and_without_a_value_there_is_
     def silent(completion: str) -> None:
         return None
 
-    found = make_probe([silent], rows=[{"prompt": "a = "}, {"prompt": "b = "}])(policy())
+    found = make_evaluator([silent], rows=[{"prompt": "a = "}, {"prompt": "b = "}])(policy())
     assert not {"nll_per_token", "expected_accuracy", "greedy/exact_match"} & set(found)
     assert math.isnan(found["greedy/silent"]) and math.isnan(found["sample/reward"])
     assert 1 <= found["greedy/length"] <= NEW_TOKENS
@@ -198,13 +198,13 @@ def test_it_leaves_no_trace_in_random_states_modes_and_weights():
     modes = [module.training for module in model.modules()]
     weights = [p.clone() for p in model.parameters()]
     states = random_states()
-    probe = make_probe([gambler])
-    first = probe(model)
+    evaluator = make_evaluator([gambler])
+    first = evaluator(model)
     assert random_states() == states
     assert [module.training for module in model.modules()] == modes and not all(modes) and any(modes)
     assert all(map(torch.equal, weights, model.parameters())) and all(p.grad is None for p in model.parameters())
     model.eval()
-    second = probe(model)
+    second = evaluator(model)
     assert {k: v for k, v in first.items() if "logprob" in k or "nll" in k} == {
         k: v for k, v in second.items() if "logprob" in k or "nll" in k
     }
@@ -218,12 +218,12 @@ def falls_ill(completion: str, prompt: str) -> float:
 
 def test_failures_of_a_measured_reward_are_as_its_spec_says():
     with pytest.raises(RewardError, match=r"(?s)'falls_ill' raised.*unwell"):
-        make_probe([letters], [falls_ill])(policy())
-    found = make_probe([letters], [{"func": falls_ill, "on_error": "abstain"}])(policy())
+        make_evaluator([letters], [falls_ill])(policy())
+    found = make_evaluator([letters], [{"func": falls_ill, "on_error": "abstain"}])(policy())
     assert found["greedy/falls_ill"] == found["sample/falls_ill"] == 1.0
     assert found["greedy/falls_ill/failed"] == found["sample/falls_ill/failed"] == 2 / 5
     assert "greedy/letters/failed" not in found
-    found = make_probe([letters], [{"func": falls_ill, "on_error": "floor", "floor": -1.0}])(policy())
+    found = make_evaluator([letters], [{"func": falls_ill, "on_error": "floor", "floor": -1.0}])(policy())
     assert found["greedy/falls_ill"] == pytest.approx((3 - 2) / 5)
 
 
@@ -232,16 +232,16 @@ def test_what_cannot_be_measured_is_refused_at_once():
         return 1.0
 
     with pytest.raises(RewardError, match="colour"):
-        make_probe([letters], [asks])
+        make_evaluator([letters], [asks])
     with pytest.raises(DataError, match="no validation rows"):
-        ValidationProbe([], word_tokenizer(), load_rewards([letters]), max_new_tokens=3)
+        ValidationEvaluator([], word_tokenizer(), load_rewards([letters]), max_new_tokens=3)
 
 
 def test_two_processes_measure_each_row_once_and_have_the_same_numbers(tmp_path):
     run_ranks(2, lambda: measure_on_a_rank(tmp_path), tmp_path / "log")
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    assert ranks[0]["values"] == pytest.approx(make_probe()(policy()), rel=1e-5)
+    assert ranks[0]["values"] == pytest.approx(make_evaluator()(policy()), rel=1e-5)
     assert "unwell" in ranks[0]["error"]  # though only rank 1 met it
     prompts = [(tmp_path / f"{rank}.prompts").read_text().split("\n")[:-1] for rank in (0, 1)]
     assert not set(prompts[0]) & set(prompts[1])
@@ -263,10 +263,10 @@ def measure_on_a_rank(folder: Path) -> None:
             raise ValueError("unwell")
         return 1.0
 
-    values = make_probe()(policy())
-    make_probe([kept])(policy())
+    values = make_evaluator()(policy())
+    make_evaluator([kept])(policy())
     try:
-        make_probe([unwell_on_rank_one])(policy())
+        make_evaluator([unwell_on_rank_one])(policy())
     except RewardError as error:
         message = str(error)
     (folder / f"{rank}.json").write_text(json.dumps({"values": values, "error": message}))

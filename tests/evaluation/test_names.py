@@ -7,7 +7,7 @@ import math
 
 import pytest
 from test_contrast import ROWS, SETTINGS, checkpoints, quick
-from test_during import make_probe, policy
+from test_during import make_evaluator, policy
 
 from rlseq import load_rewards
 from rlseq.errors import ConfigError, RewardError
@@ -49,7 +49,7 @@ def test_a_corpus_metric_with_the_name_of_its_reward_leaves_the_reward_its_mean(
     assert one(results)["reward/acc"]["value"] == 0.25 and one(results)["corpus/acc"]["value"] == 1.0
     assert "acc" not in one(results)
     assert metric(results, "reward/acc").label == "acc (reward)" and metric(results, "corpus/acc").label == "acc"
-    found = make_probe([acc])(policy())
+    found = make_evaluator([acc])(policy())
     assert (found["greedy/reward/acc"], found["greedy/corpus/acc"]) == (0.25, 1.0)
 
 
@@ -89,7 +89,7 @@ def test_the_share_that_a_reward_failed_on_is_no_other_rewards_number():
     ):
         load_rewards(specs)
     with pytest.raises(RewardError, match="the reward 'length/failed' has the name"):  # one is only measured
-        make_probe([specs[1]], [specs[0]])
+        make_evaluator([specs[1]], [specs[0]])
     corpus = {"wer": Ratio("a", "b"), "wer/present": Ratio("a", "b")}
     with pytest.raises(RewardError, match=r"the corpus metric 'wer/present' has the name of a number .*'wer'"):
         load_rewards([named("x", corpus=corpus)])
@@ -176,7 +176,7 @@ def test_a_completion_without_details_is_no_zero_in_a_ratio_and_the_report_says_
     assert said in shown(metric(results, "err"), cell) and any(said in note for note in results["notes"])
     assert f"err of one under greedy (of {cell['completions']} of {rows} completions)" in capsys.readouterr().out
     assert said in (tmp_path / "report.md").read_text() and said in (tmp_path / "report.html").read_text()
-    found = make_probe([first_only])(policy())
+    found = make_evaluator([first_only])(policy())
     assert found["greedy/err"] == 0.5 and 0 < found["greedy/err/present"] < 1
 
 

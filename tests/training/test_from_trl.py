@@ -42,7 +42,7 @@ def test_the_arguments_are_trl_s_in_trl_s_order():
         parameters = inspect.signature(ours.__init__).parameters
         assert list(parameters)[: len(theirs)] == theirs
         own = [p for name, p in parameters.items() if name not in theirs]
-        assert [p.name for p in own] == ["rollouts_dir", "probe"] and all(p.kind is p.KEYWORD_ONLY for p in own)
+        assert [p.name for p in own] == ["rollouts_dir", "evaluator"] and all(p.kind is p.KEYWORD_ONLY for p in own)
 
 
 def test_a_script_of_trl_trains_with_its_import_changed(tmp_path, folder):
@@ -130,7 +130,7 @@ def test_eval_rows_are_measured_greedy_and_sampled(tmp_path, folder):
     trainer.train()
     (found,) = [line for line in trainer.state.log_history if "eval_greedy/reward" in line]
     assert {"eval_sample/reward", "eval_greedy/length", "eval_sample/reward/length"} <= found.keys()
-    assert trainer.probe.settings.samples_per_row == 2 and len(trainer.probe.prompts) == 3
+    assert trainer.evaluator.settings.samples_per_row == 2 and len(trainer.evaluator.prompts) == 3
     assert trainer.evaluate()["eval_greedy/reward"] == found["eval_greedy/reward"]  # no step since
 
 

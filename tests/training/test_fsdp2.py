@@ -74,7 +74,7 @@ def let_cpus_shard() -> None:
     AcceleratorState.__init__ = init
 
 
-def probe(model):
+def evaluator(model):
     """Mean log-prob of the references; the ranks take unequal numbers of forwards to tell."""
     prompts = build_prompts(ROWS, tiny_tokenizer())
     rows = [p.prompt_ids for p in prompts], [(*p.prompt_ids[:-1], EOS) for p in prompts]
@@ -86,7 +86,7 @@ def probe(model):
 def trainer_of(kind, out, start, processes):
     settings = {**COMMON, "per_device_train_batch_size": GLOBAL_ROWS // processes, "model": load(start)}
     if kind == "ppo":
-        more = {"probe": probe}
+        more = {"evaluator": evaluator}
         return tiny_ppo(out, more=more, eval_strategy="steps", eval_steps=1, beta=0.1, **settings)
     if kind == "lora":
         settings["peft_config"] = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

@@ -137,7 +137,7 @@ def test_the_best_checkpoint_is_taken_back_with_its_critic(tmp_path, kind):
         metric_for_best_model="eval_mark",
         greater_is_better=True,
         save_total_limit=1,
-        more={"probe": lambda model: {"mark": next(marks)}},
+        more={"evaluator": lambda model: {"mark": next(marks)}},
         **SAVES,
     )
     steps = []

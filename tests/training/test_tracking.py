@@ -104,7 +104,7 @@ def trainer_for(path, report_to, **settings):
         build_prompts(ROWS, tokenizer),
         processing_class=tokenizer,
         rollouts_dir=path / "rollouts",
-        probe=lambda model: {"quality": 0.5, "never_measured": NAN},
+        evaluator=lambda model: {"quality": 0.5, "never_measured": NAN},
     )
 
 

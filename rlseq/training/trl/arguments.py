@@ -1,7 +1,8 @@
 """The arguments of TRL's trainer, as rlseq's trainer works with them.
 
 `model` (a path, too) -> a loaded model; `reward_funcs` -> a `RewardSuite`; `args` -> rlseq's settings; `train_dataset`
--> `Prompt`s; `eval_dataset` -> a probe; `processing_class` -> a tokenizer. What is rlseq's own already passes through.
+-> `Prompt`s; `eval_dataset` -> an evaluator; `processing_class` -> a tokenizer. What is rlseq's own already
+passes through.
 What is not served is refused in one line that says what to give.
 """
 
@@ -26,7 +27,7 @@ from rlseq.config.training import DefaultsMixin, GRPOConfig, ModelArguments
 from rlseq.config.validate import check_declared, validate, validate_given
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
-from rlseq.evaluation.during import ValidationProbe
+from rlseq.evaluation.during import ValidationEvaluator
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.specs.find import bundled_folder
 from rlseq.scoring.specs.reward_files import load_file
@@ -60,9 +61,9 @@ class Arguments:
     environment_factory: Any = _argument(
         Conflict("is not served: name it in args.environment, path/to/file.py:name or package.module:name")
     )
-    probe: Any = None
+    evaluator: Any = None
     eval_dataset: Any = _argument(
-        Conflict("and probe both say what evaluate measures: give one of them", lambda g: g.probe is not None)
+        Conflict("and evaluator both say what evaluate measures: give one of them", lambda g: g.evaluator is not None)
     )
     tools: Any = _argument(
         Conflict(
@@ -268,21 +269,21 @@ def weighted(suite: RewardSuite, weights: Sequence[float] | None) -> RewardSuite
     return suite
 
 
-def probe_of(
+def evaluator_of(
     eval_dataset: Any,
-    probe: Callable[[torch.nn.Module], Mapping[str, float]] | None,
+    evaluator: Callable[[torch.nn.Module], Mapping[str, float]] | None,
     tokenizer: PreTrainedTokenizerBase,
     suite: RewardSuite,
     args: GRPOConfig,
 ) -> Callable[[torch.nn.Module], Mapping[str, float]] | None:
-    """The probe given, or one that measures the rewards on the rows of `eval_dataset`, greedy and sampled.
+    """The evaluator given, or one that measures the rewards on the rows of `eval_dataset`, greedy and sampled.
 
     Raises:
         ConfigError: the best checkpoint is to be chosen by what is not measured.
     """
     if eval_dataset is None:
-        return probe
-    made = ValidationProbe(
+        return evaluator
+    made = ValidationEvaluator(
         prompts_of(eval_dataset, tokenizer, args, "eval_dataset"),
         tokenizer,
         suite,
