@@ -33,7 +33,11 @@ RANGES = {
     "beta": at_least(0),
     "temperature": range_of(RejectionArguments, "temperature"),
 }
-RANGES_OF_ROLLOUTS = {**RANGES, "loss_type": OneOf(LOSS_TYPES)}
+RANGES_OF_ROLLOUTS = {
+    **RANGES,
+    "loss_type": OneOf(LOSS_TYPES),
+    "scale_rewards": OneOf(("group", "batch", "mean", "none", True, False)),
+}
 ADAPTER_RANGES = {
     "lora_r": at_least(1),
     "lora_alpha": at_least(1),
@@ -185,6 +189,17 @@ CONFLICTS_OF_SFT: Conflicts = (
 )
 CONFLICTS_OF_ROLLOUTS: Conflicts = (
     *CONFLICTS_OF_ALL,
+    (
+        ("scale_rewards",),
+        Conflict(
+            "mean divides the difference from the group's mean summed reward; leave out advantage_baseline and "
+            "multi_objective_aggregation.",
+            lambda c: (
+                c.scale_rewards == "mean"
+                and (c.advantage_baseline, c.multi_objective_aggregation) != ("mean", "sum_then_normalize")
+            ),
+        ),
+    ),
     (
         ("ds3_gather_for_generation",),
         Conflict(

@@ -208,6 +208,11 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
             ),
         ),
     )
+    scale_rewards: str = setting(
+        "group",
+        "What divides an advantage: the standard deviation of the group's rewards (group) or of the batch's (batch), "
+        "the mean of the group's rewards (mean: MaxRL, for rewards from 0 up), or nothing (none).",
+    )
     reference_loss_coef: float = setting(
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
     )

@@ -16,7 +16,7 @@ def group_advantages(
     rewards_PG: Tensor,
     *,
     baseline: Literal["mean", "leave_one_out"] | Tensor = "mean",
-    scale: Literal["std", "batch", "none"] = "std",
+    scale: Literal["std", "batch", "mean", "none"] = "std",
 ) -> Tensor:
     """How much better each sample is than a baseline of its prompt.
 
@@ -28,6 +28,10 @@ def group_advantages(
     group's *other* samples; with a tensor of each prompt's greedy reward and "none" self-critical
     sequence training (Rennie et al. 2017, section 3).
 
+    With "mean" and "mean" that of MaxRL (Tajwar et al. 2026), (r_ig − mean_i) / mean_i without ε, for rewards from 0
+    up. Where rewards are 0 or 1, its policy gradient has the mean ∇J_{G−1} of `max_rl`: the mean of ∇log π over the
+    successes is unbiased for ∇J_G, and groups that failed throughout get 0 rather than −1.
+
     A NaN reward abstained: it leaves the baseline and the deviation and gets advantage 0. A group without
     any reward, and one whose tensor baseline is NaN, gets 0. Where the rewards present are all equal,
     advantages against the group itself are exactly 0 (1/ε would blow up the rounding of a mean), and so
@@ -38,20 +42,23 @@ def group_advantages(
         rewards_PG: (P, G), NaN where abstained.
         baseline: "mean", "leave_one_out", or one number per prompt, (P,).
         scale: divides by the sample standard deviation (n − 1 below) of the group's rewards, "std", of all
-            rewards given, "batch", or by nothing, "none".
+            rewards given, "batch", by the mean of the group's rewards, "mean", or by nothing, "none".
 
     Returns:
         (P, G), without gradient.
 
     Raises:
-        ValueError: wrong shapes, no rewards, integer or infinite ones, an unknown name.
+        ValueError: wrong shapes, no rewards, integer or infinite ones, an unknown name, or with scale "mean" a reward
+            below 0.
     """
     if rewards_PG.ndim != 2 or rewards_PG.numel() == 0 or not rewards_PG.is_floating_point():
         raise ValueError(f"rewards_PG is {describe(rewards_PG)}; expected floats of shape (P, G)")
     if rewards_PG.isinf().any():
         raise ValueError("rewards_PG holds an infinite reward; rewards are finite, or NaN where abstained")
-    if scale not in ("std", "batch", "none"):
-        raise ValueError(f"scale is {scale!r}; expected 'std', 'batch' or 'none'")
+    if scale not in ("std", "batch", "mean", "none"):
+        raise ValueError(f"scale is {scale!r}; expected 'std', 'batch', 'mean' or 'none'")
+    if scale == "mean" and (rewards_PG < 0).any():
+        raise ValueError("rewards_PG holds a reward below 0; scale 'mean' divides by the mean of rewards from 0 up")
     rewards = rewards_PG.detach()
     present = ~rewards.isnan()  # (P, G)
     count = present.sum(1, keepdim=True)  # (P, 1)
@@ -80,6 +87,8 @@ def group_advantages(
         std = values.std() if len(values) > 1 else values.new_zeros(())
         all_equal = _all_equal(rewards.flatten(), present.flatten(), 0)
         centred = torch.where(all_equal, 0.0, centred / (std + STD_EPSILON))
+    elif scale == "mean":
+        centred = torch.where(equal, 0.0, centred / mean)  # a mean of 0 is of equal rewards
     return torch.where(centred.isnan(), 0.0, centred)  # NaN: no reward, or no baseline
 
 

@@ -32,7 +32,7 @@ from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
 from rlseq.engine.model.lora import fuse_lora
 from rlseq.engine.self_tests import supports_packing
-from rlseq.errors import ConfigError
+from rlseq.errors import ConfigError, TrainingError
 from rlseq.losses import group_advantages, leave_one_prompt_out_baseline, normalize_then_sum
 from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
@@ -60,7 +60,7 @@ from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.types import Prompt
 
 NAN = float("nan")
-ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "none": "none"}
+ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "mean": "mean", "none": "none"}
 
 
 class GRPOTrainer(RunMixin, LossMixin):
@@ -225,6 +225,12 @@ class GRPOTrainer(RunMixin, LossMixin):
         if self.multi_objective_aggregation == "normalize_then_sum":
             advantages = normalize_then_sum(values.view(*groups.shape, -1), self.reward_weights)
         else:
+            if self.scale_rewards == "mean" and (groups < 0).any():
+                raise TrainingError(
+                    f"a rollout has reward {groups[groups < 0].min():g}, but scale_rewards mean divides by the mean of "
+                    "rewards from 0 up. Give rewards of at least 0, or --scale_rewards group, batch or none.",
+                    on_every_rank=True,
+                )
             baseline: Any = self.args.advantage_baseline
             if baseline == "greedy":
                 baseline = batch.greedy_totals.view(groups.shape)[:, 0]

@@ -55,6 +55,15 @@ REFUSED = {
         {"objective": "expected_accuracy", "max_rl_order": 2},
         "max_rl_order is 2, which has no effect without objective max_rl",
     ),
+    "an unknown scale": ({"scale_rewards": "std"}, "scale_rewards is 'std'; expected one of 'group', 'batch', 'mean'"),
+    "the group's mean under another baseline": (
+        {"scale_rewards": "mean", "advantage_baseline": "leave_one_out"},
+        "scale_rewards mean divides .* leave out advantage_baseline",
+    ),
+    "the mean of separate rewards": (
+        {"scale_rewards": "mean", "multi_objective_aggregation": "normalize_then_sum"},
+        "scale_rewards mean divides .* multi_objective_aggregation",
+    ),
     "no sharpness": ({"minimum_risk_sharpness": 0.0}, "minimum_risk_sharpness is 0.0"),
     "references among no samples": ({"minimum_risk_references": True}, "no effect without objective minimum_risk"),
     "a prefix as long as the completion": ({"reference_prefix": 6}, r"expected 0 to .*\(5\)"),

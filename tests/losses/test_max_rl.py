@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from decimal import Decimal, localcontext
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from test_losses import RIGHT, tensor, toy_logprobs
 
-from rlseq.losses import expected_accuracy, max_rl
+from rlseq.losses import expected_accuracy, group_advantages, max_rl
 
 
 def of_toy(order):
@@ -82,3 +83,29 @@ def test_max_rl_refuses_what_has_no_meaning():
         max_rl(torch.zeros(1), torch.tensor([0]), order=0)
     with pytest.raises(ValueError, match="twice"):
         max_rl(torch.zeros(2), torch.tensor([0]), order=1)
+
+
+# the sampled estimator: advantages over the group's mean
+
+
+@pytest.mark.parametrize("G", [2, 3, 4])
+def test_advantages_over_the_mean_are_max_rl_of_one_order_less_over_all_groups(G):
+    # Every group of G sequences, weighted by its probability.
+    parameters, logprobs = toy_logprobs()
+    groups = list(itertools.product(logprobs, repeat=G))
+    rewards = tensor([[float(y in RIGHT) for y in group] for group in groups])
+    advantages = group_advantages(rewards, scale="mean")
+    taken = torch.stack([torch.stack([logprobs[y] for y in group]) for group in groups])  # (9^G, G)
+    weights = taken.detach().sum(1).exp()
+    found = torch.autograd.grad((weights * (advantages * taken).mean(1)).sum(), parameters)
+    for a, b in zip(found, of_toy(G - 1)[1], strict=True):
+        torch.testing.assert_close(a, -b)  # max_rl is a loss
+
+
+def test_advantages_over_the_mean_by_hand():
+    rewards = tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0.5, 0.5, 0.5, 0.5], [1, 0.5, math.nan, 0]])
+    advantages = group_advantages(rewards, scale="mean")
+    expected = [[3, -1, -1, -1], [1, 1, -1, -1], [0] * 4, [0] * 4, [1, 0, 0, -1]]
+    torch.testing.assert_close(advantages, tensor(expected))
+    with pytest.raises(ValueError, match="a reward below 0"):
+        group_advantages(tensor([[-0.5, 1.0]]), scale="mean")

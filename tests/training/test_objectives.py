@@ -34,6 +34,8 @@ from toy import (
     toy_trainer,
 )
 
+from rlseq.errors import TrainingError
+
 ROUNDING = 1e-6  # rewards and log-probs travel in float32; gradients here are of size 0.1 and more
 
 
@@ -236,6 +238,23 @@ def test_max_rl_is_the_series_of_the_enumerated_chance_of_a_right_answer(tmp_pat
     loss = trainer.micro_batch_loss(trainer.model, {"prompt_index": torch.tensor([0, 0])})
     assert loss.item() == pytest.approx(-max_rl(chance, order).item(), abs=ROUNDING)
     assert_equal(gradient(loss, trainer.model), -gradient(max_rl(chance, order), trainer.model))
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_advantages_over_the_group_s_mean_have_the_gradient_of_max_rl_as_their_mean(tmp_path, monkeypatch, G):
+    def right(completion_ids):
+        return is_reference(completion_ids, ["a", "b"])
+
+    trainer = toy_trainer(tmp_path, rewards=[right], num_generations=G, scale_rewards="mean")
+    chance = expected_reward(trainer.model, PROMPT, {y: right(y) for y in COMPLETIONS})
+    exact = gradient(max_rl(chance, G - 1), trainer.model)
+    assert_equal(mean_gradient(trainer, monkeypatch), -exact / LONGEST)  # dr_grpo divides by the longest
+
+
+def test_advantages_over_the_group_s_mean_need_rewards_from_0_up(tmp_path):
+    trainer = toy_trainer(tmp_path, rewards=[lambda completion_ids: -1.0], scale_rewards="mean")
+    with pytest.raises(TrainingError, match="a rollout has reward -1, but scale_rewards mean divides by"):
+        trainer.make_batch([trainer.train_dataset[0]] * 2)
 
 
 # minimum risk
