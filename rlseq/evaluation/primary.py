@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlseq.engine.strategies import parse_strategy
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, EXACT_MATCH
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.settings import ContrastSettings
+from rlseq.evaluation.stats.holm import holm
+from rlseq.evaluation.stats.seeds import methods
 from rlseq.scoring import RewardSuite
 
 
@@ -113,3 +117,23 @@ def primary_comparison(settings: ContrastSettings, names: list[str]) -> dict[str
     found = {"metric": primary.metric, "strategy": primary.spec, "a": names[0], "b": names[1]}
     against = primary.spec_against
     return found if against == primary.spec else {**found, "strategy_a": against}
+
+
+def is_primary(comparison: Mapping[str, Any], primary: Mapping[str, str] | None) -> bool:
+    """Whether a comparison of results.json is the one with the claim."""
+    keys = ("a", "b", "strategy", "strategy_a", "metric")
+    return bool(primary) and all(comparison.get(key) == primary.get(key) for key in keys)
+
+
+def adjusted(
+    comparisons: Sequence[Mapping[str, Any]], primary: Mapping[str, str] | None, models: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The comparisons with `p_adjusted`, and what results.json says of the adjustment.
+
+    All secondary comparisons are one family. The primary one is not adjusted, and single seeds of a method, for which
+    the method's comparisons stand, do not count: their `p_adjusted` is NaN.
+    """
+    seeds = {name for names in methods(models).values() if len(names) > 1 for name in names}
+    p_values = [math.nan if is_primary(c, primary) or {c["a"], c["b"]} & seeds else c["p_value"] for c in comparisons]
+    found = [c | {"p_adjusted": float(p)} for c, p in zip(comparisons, holm(p_values), strict=True)]
+    return found, {"method": "holm", "comparisons": sum(not math.isnan(p) for p in p_values)}

@@ -34,7 +34,13 @@ from rlseq.evaluation.measure.partial import remove_partial_results, resume_hint
 from rlseq.evaluation.measure.references import solution_note
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
-from rlseq.evaluation.primary import check_primary, primary_comparison, validate_no_oracle_claim, with_primary_name
+from rlseq.evaluation.primary import (
+    adjusted,
+    check_primary,
+    primary_comparison,
+    validate_no_oracle_claim,
+    with_primary_name,
+)
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.results import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.settings import ContrastSettings
@@ -194,6 +200,9 @@ def assemble(
     """
     with_references = any(any(statistics.likelihood) for statistics in found.values())
     metrics = quality_metrics(suite, with_references=with_references)
+    primary = primary_comparison(settings, list(methods(found)))
+    compared = [*method_comparisons(found, metrics, settings), *comparisons(found, metrics, settings)]
+    compared, adjustment = adjusted(compared, primary, list(found))
     results = {
         RESULTS.key: RESULTS.version,
         "spec": spec,
@@ -202,13 +211,11 @@ def assemble(
         "rows": len(prompts),
         "models": model_results(found, metrics, settings),
         "methods": method_results(found, metrics, settings),
-        "comparisons": [
-            *method_comparisons(found, metrics, settings),
-            *comparisons(found, metrics, settings),
-        ],
+        "comparisons": compared,
+        "adjustment": adjustment,
         "metrics": {name: metric.as_json() for name, metric in {**metrics, **LIKELIHOOD_METRICS}.items()},
         "studies": study_results({n: s.studies for n, s in found.items()}, settings, metrics),
-        "primary": primary_comparison(settings, list(methods(found))),
+        "primary": primary,
         "oracles": chosen_by,
         "notes": seed_notes(found),
     }

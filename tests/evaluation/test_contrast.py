@@ -121,7 +121,9 @@ def test_the_results_have_the_shape_that_was_agreed(measured, checkpoints):
             low, high = cell["ci95"]
             assert low <= high and all(map(math.isfinite, (cell["value"], low, high)))
     for comparison in results["comparisons"]:
-        assert set(comparison) == {"a", "b", "strategy", "metric", "difference", "ci95", "p_value", "power", *CLAIM}
+        numbers = {"difference", "ci95", "p_value", "p_adjusted", "power"}
+        assert set(comparison) == {"a", "b", "strategy", "metric", *numbers, *CLAIM}
+        assert comparison["p_value"] <= comparison["p_adjusted"] <= 1
         assert {key: comparison[key] for key in CLAIM} == CLAIM
     metrics = {name: list(cells) for name, cells in results["models"]["one"]["strategies"].items()}
     assert metrics["sample"] == [*metrics["greedy"], "expected_accuracy", "unreachable", "unreachable_references"]
@@ -243,6 +245,7 @@ def test_comparisons_are_b_minus_a(measured):
         assert (c["a"], c["b"]) == ("one", "two") and 0 < c["p_value"] <= 1
         moved += difference != 0
     assert moved > 20
+    assert measured[0]["adjustment"] == {"method": "holm", "comparisons": len(measured[0]["comparisons"])}
 
 
 def test_power_is_that_of_the_differences_of_the_rows_on_file(measured):

@@ -224,6 +224,19 @@ def test_headline_says_what_its_rows_could_have_detected(results, samples, tmp_p
     )
 
 
+def test_secondary_comparisons_show_their_adjusted_p_and_their_number(results, samples, tmp_path):
+    for comparison, p in zip(results["comparisons"], (0.004, 0.03, 1.0, None, 0.213), strict=True):
+        comparison["p_adjusted"] = p
+    results["adjustment"] = {"method": "holm", "comparisons": 4}
+    page, _, markdown = report(results, samples, tmp_path)
+    for text in (page.text, markdown):
+        assert "There are 4 secondary comparisons" in text and "it is below 0.05 for 2." in text.replace("\\", "")
+    cells = [[cell.strip() for cell in line.split("|")] for line in markdown.split("\n") if line.startswith("| ")]
+    header = next(row for row in cells if "p (Holm)" in row)
+    shown = {(row[1], row[2]): row[header.index("p (Holm)")] for row in cells if len(row) == len(header)}
+    assert shown["greedy", "WER (primary)"] == "n/a" and shown["sample", "WER"] == "0.213"
+
+
 def test_headline_says_what_it_cost_in_coverage_and_diversity(results, samples, tmp_path):
     results["comparisons"] += [
         compared("exact_pass_at_k.1", None, 0.14, [0.1, 0.18]),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlseq.evaluation.metrics import BUILT_IN, PASS_AT_K, PASS_METRICS
+from rlseq.evaluation.primary import is_primary
 from rlseq.evaluation.report.formats import NOTHING as NOTHING  # these two for the studies' own tables
 from rlseq.evaluation.report.formats import Shown, p_text
 from rlseq.evaluation.report.formats import number as number
@@ -41,6 +42,7 @@ class Comparison:
     difference: str
     interval: str
     p: str
+    p_adjusted: str  # by Holm, of secondary comparisons
     verdict: str  # better, worse, higher, lower, equal, unclear
     primary: bool
     oracle: bool  # one side chose by the answers
@@ -223,7 +225,6 @@ def pass_curves(results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
 
 def comparisons(results: Results) -> list[Comparison]:
     """Every comparison, the primary one first, otherwise in the order measured."""
-    primary = results.get("primary") or {}
     found = []
     for raw in results.get("comparisons", ()):
         info = metric(results, raw["metric"])
@@ -236,9 +237,6 @@ def comparisons(results: Results) -> list[Comparison]:
         verdict = _verdict(raw, info.better)
         if verdict not in ("equal", "unclear"):
             info = _telling(info, *values)
-        is_primary = bool(primary) and all(
-            raw.get(key) == primary.get(key) for key in ("a", "b", "strategy", "strategy_a", "metric")
-        )
         found.append(
             Comparison(
                 a=raw["a"],
@@ -251,13 +249,27 @@ def comparisons(results: Results) -> list[Comparison]:
                 difference=info.difference(raw["difference"]),
                 interval=info.difference_interval(raw["ci95"]),
                 p=p_text(raw.get("p_value")),
+                p_adjusted=p_text(raw.get("p_adjusted")),
                 verdict=verdict,
-                primary=is_primary,
+                primary=is_primary(raw, results.get("primary")),
                 oracle=any(is_oracle(results, s) for s in (strategy_a, raw["strategy"])),
                 raw=raw,
             )
         )
     return sorted(found, key=lambda c: not c.primary)
+
+
+def adjustment(results: Results) -> str:
+    """A sentence: how many secondary comparisons there are, and how many of them hold after the adjustment."""
+    count = results.get("adjustment", {}).get("comparisons", 0)
+    if not count:
+        return ""
+    adjusted_ps = (raw.get("p_adjusted") for raw in results["comparisons"])
+    held = sum(p is not None and p < LEVEL for p in adjusted_ps)
+    return (
+        f"There are {count:,} secondary comparisons, those of the curves included. p (Holm) is adjusted for their "
+        f"number; it is below {LEVEL:g} for {held:,}. Verdicts use the unadjusted p."
+    )
 
 
 def definitions(results: Results) -> list[Shown]:
