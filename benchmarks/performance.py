@@ -28,6 +28,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rlseq.config.training import GRPOConfig
@@ -39,6 +40,7 @@ from rlseq.scoring import load_rewards
 from rlseq.scoring.distance import accuracy, closest
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
+from rlseq.training.rollouts import MicroBatch
 from rlseq.types import Prompt
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +152,23 @@ def steps_of(make: Callable[..., Any], folder: str, steps: int, layout: int) -> 
     with phases(trainer) as spent, quiet():
         trainer.train()
     return times.seconds[1:], {name: seconds * steps / (steps + 1) for name, seconds in spent.items()}
+
+
+def as_trl_lays_it_out(batch: MicroBatch, pad_id: int) -> dict[str, torch.Tensor]:
+    """A micro-batch as TRL's loss reads it: prompts padded on the left, completions on the right."""
+    device = batch.mask.device
+    prompts = [torch.tensor(ids, device=device) for ids in batch.prompt_ids]
+    completions = [torch.tensor(ids, device=device) for ids in batch.completion_ids]
+    widest = torch.zeros(batch.mask.shape[1], dtype=torch.long, device=device)  # the whole batch's longest completion
+    found = {
+        "prompt_ids": pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left"),
+        "prompt_mask": pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left"),
+        "completion_ids": pad_sequence([*completions, widest], batch_first=True, padding_value=pad_id)[:-1],
+        "completion_mask": batch.mask.long(),
+        "advantages": batch.advantages,
+        "num_items_in_batch": batch.trained_tokens,
+    }
+    return found if batch.old_logprobs is None else found | {"old_per_token_logps": batch.old_logprobs}
 
 
 PHASES = {  # methods of TRL's trainer, and of rlseq's
@@ -360,7 +379,8 @@ def updating(
         row for row in (dict(mine.train_dataset[i]) for i in range(len(prompts))) for _ in range(mine.num_generations)
     ]
     with quiet():
-        inputs = mine.make_batch(groups).inputs
+        batch = mine.make_batch(groups).trained
+    laid_out = as_trl_lays_it_out(batch, tokenizer.pad_token_id)
     for trainer in (mine, other):
         trainer.current_gradient_accumulation_steps = 1
     losses: dict[str, float] = {}
@@ -372,10 +392,11 @@ def updating(
             trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = rows // layout
             total = 0.0
             for start in range(0, rows, layout):
-                part = {
-                    k: v[start : start + layout] if isinstance(v, torch.Tensor) and v.ndim else v
-                    for k, v in inputs.items()
-                }
+                rows_of = slice(start, start + layout)
+                if trainer is mine:
+                    part = batch.select(range(rows)[rows_of])
+                else:
+                    part = {name: x[rows_of] if x.ndim else x for name, x in laid_out.items()}
                 loss = trainer.compute_loss(trainer.model, part)
                 loss.backward()
                 total += loss.item()

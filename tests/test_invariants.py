@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from test_grpo import padded_batch
 from test_recipes import run_in_process
 from tiny import tiny_model
-from tiny_task import ROWS, tiny_tokenizer, tiny_trainer, write_task
+from tiny_task import ROWS, as_micro_batch, tiny_tokenizer, tiny_trainer, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlseq.cli.main import main as command_line
@@ -61,12 +62,12 @@ def test_tests_that_other_pages_name_are_there():
 
 
 def batches(trainer):
-    """What reaches the loss while the trainer trains: the inputs of every micro-batch."""
+    """What reaches the loss while the trainer trains: every micro-batch."""
     seen, compute = [], trainer.micro_batch_loss
 
-    def record(model, inputs):
-        seen.append({k: v.detach().clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)})
-        return compute(model, inputs)
+    def record(model, batch):
+        seen.append(batch)
+        return compute(model, batch)
 
     trainer.micro_batch_loss = record
     trainer.train()
@@ -82,15 +83,13 @@ def test_loss_and_gradient_do_not_depend_on_the_order_of_rows(tmp_path, pack_upd
         trainer = tiny_trainer(tmp_path, pack_updates=pack_updates)
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        inputs = {name: value[order] for name, value in zip(names, padded_batch(), strict=True)}
-        inputs |= {
-            "advantages": torch.tensor([1.0, -0.5, 0.25])[order],
-            "old_per_token_logps": torch.tensor([-2.5, -2.0, -3.0])[order, None].expand(3, 3),
-            "num_items_in_batch": torch.tensor(7.0),
-            "prompt_index": torch.tensor([0, 0, 2])[order],
-        }
-        loss = trainer.micro_batch_loss(trainer.model, inputs)
+        batch = dataclasses.replace(
+            as_micro_batch(padded_batch()),
+            advantages=torch.tensor([1.0, -0.5, 0.25]),
+            old_logprobs=torch.tensor([-2.5, -2.0, -3.0])[:, None].expand(3, 3),
+            trained_tokens=torch.tensor(7.0),
+        )
+        loss = trainer.micro_batch_loss(trainer.model, batch.select(order))
         loss.backward()
         return loss.detach(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
@@ -107,16 +106,15 @@ def test_loss_and_gradient_do_not_depend_on_the_order_of_rows(tmp_path, pack_upd
 def test_what_is_trained_is_what_was_drawn_with_the_log_probs_it_was_drawn_with(tmp_path):
     model = tiny_model("llama", initializer_range=0.1, attention_dropout=0.5)
     trainer = tiny_trainer(tmp_path, model=model, learning_rate=0.0, num_iterations=2)
-    inputs = batches(trainer)[0]
-    mask = inputs["completion_mask"].bool()
+    batch = batches(trainer)[0]
+    mask, drawn = batch.mask, batch.completion_ids
     tokenizer = trainer.processing_class
-    drawn = [ids[keep] for ids, keep in zip(inputs["completion_ids"], mask, strict=True)]
     reencoded = [tokenizer(tokenizer.decode(ids, skip_special_tokens=True))["input_ids"] for ids in drawn]
     stops = sum(int(ids[-1] == 2) for ids in drawn)
     assert sum(map(len, reencoded)) < mask.sum() - stops  # other special tokens were drawn too
     trainer.model.train()
-    now = trainer.token_scores(trainer.model, inputs).logprobs
-    ratio = (now - inputs["old_per_token_logps"])[mask].exp()
+    now = trainer.token_scores(trainer.model, batch).logprobs
+    ratio = (now - batch.old_logprobs)[mask].exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
 
 
@@ -129,11 +127,10 @@ def test_the_first_stop_is_trained_and_nothing_after_it_though_pad_is_eos_and_th
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     trainer = tiny_trainer(tmp_path, model=model, tokenizer=tokenizer, max_steps=1, learning_rate=0.0)
-    inputs = batches(trainer)[0]
-    ends = set()
-    for ids, keep in zip(inputs["completion_ids"].tolist(), inputs["completion_mask"].tolist(), strict=True):
+    batch, ends = batches(trainer)[0], set()
+    for ids, keep in zip(batch.completion_ids, batch.mask.tolist(), strict=True):
         first = next((i for i, token in enumerate(ids) if token in (2, 9)), len(ids) - 1)
-        assert keep == [1] * (first + 1) + [0] * (len(ids) - first - 1)
+        assert first == len(ids) - 1 and keep == [True] * len(ids) + [False] * (len(keep) - len(ids))
         ends.add(ids[first])
     assert ends >= {2, 9}
 

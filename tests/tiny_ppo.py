@@ -111,7 +111,7 @@ def rollout(model, prompt, number, completion):
 
 def generated(trainer, indices):
     """The generated batch of these rows of the data set, as training gets it."""
-    return trainer.make_batch([trainer.train_dataset[i] for i in indices]).inputs
+    return trainer.make_batch([trainer.train_dataset[i] for i in indices]).trained
 
 
 # what plain forwards of one sequence say

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.training.grpo import GRPOTrainer
+from rlseq.training.rollouts import MicroBatch
 
 VOCABULARY = ["<pad>", "<bos>", "<eos>", "<unk>", "=", *"abcdefghi", *"ABCDEFGHI"]  # 23 ids, as in tiny.py
 ROWS = [
@@ -108,4 +109,28 @@ def tiny_trainer(
         processing_class=tokenizer,
         rollouts_dir=tmp_path / "rollouts",
         peft_config=peft_config,
+    )
+
+
+def as_micro_batch(inputs: dict) -> MicroBatch:
+    """A micro-batch in TRL's layout (prompts padded on the left, completions on the right) as rlseq has it."""
+
+    def ragged(name: str) -> tuple[tuple[int, ...], ...]:
+        rows = zip(inputs[f"{name}_ids"], inputs[f"{name}_mask"].bool(), strict=True)
+        return tuple(tuple(ids[mask].tolist()) for ids, mask in rows)
+
+    ours = {
+        "old_logprobs": "old_per_token_logps",
+        "sampled_logprobs": "sampling_per_token_logps",
+        "ref_logprobs": "ref_per_token_logps",
+        "importance_ratio": "importance_sampling_ratio",
+        "trained_tokens": "num_items_in_batch",
+        "advantages": "advantages",
+    }
+    return MicroBatch(
+        prompt_index=tuple(inputs["prompt_index"].tolist()),
+        prompt_ids=ragged("prompt"),
+        completion_ids=ragged("completion"),
+        mask=(inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool(),
+        **{mine: inputs[theirs] for mine, theirs in ours.items() if theirs in inputs},
     )

@@ -149,8 +149,7 @@ def step_loss(trainer, monkeypatch, *chosen):
     """The loss that the trainer would step on, had it drawn these completions of its prompts."""
     draws(monkeypatch, chosen)
     rows = [trainer.train_dataset[i] for i, completions in enumerate(chosen) for _ in completions]
-    inputs = trainer.make_batch(rows).inputs
-    return trainer.micro_batch_loss(trainer.model, inputs)
+    return trainer.micro_batch_loss(trainer.model, trainer.make_batch(rows).trained)
 
 
 def step_gradient(trainer, monkeypatch, *chosen):

@@ -84,6 +84,7 @@ OF_ROLLOUTS: Needs = (
         ),
         Need("objective policy_gradient", lambda c: c.objective == "policy_gradient"),
     ),
+    (("pad_to_multiple_of",), Need("updates are packed, not padded as TRL pads them")),
     (("vllm_",), Need("use_vllm", lambda c: c.use_vllm)),
     (("vllm_server_", "vllm_group_port"), Need("vllm_mode server", lambda c: c.vllm_mode == "server")),
     (

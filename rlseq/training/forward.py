@@ -183,15 +183,3 @@ def _collate(groups, *, packs: bool, pad_id: int, device: torch.device, **layout
     flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
     flat = flat or [(prompt, ()) for prompt, _ in groups]  # nothing to score, but a model that every rank calls
     return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
-
-
-def ragged(input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[list[Ids], list[Ids]]:
-    """Undo TRL's padding: prompts (left-padded) and the last `width` columns (right-padded) as tuples of ids."""
-    lengths = attention_mask[:, -width:].sum(1).tolist() if width else [0] * len(input_ids)
-    prompt_lengths = (attention_mask.sum(1) - torch.tensor(lengths, device=attention_mask.device)).tolist()
-    prompts, completions = [], []
-    for row, prompt_length, length in zip(input_ids.tolist(), prompt_lengths, lengths, strict=True):
-        split = len(row) - width
-        prompts.append(tuple(row[split - prompt_length : split]))
-        completions.append(tuple(row[split : split + length]))
-    return prompts, completions

@@ -36,7 +36,7 @@ from rlseq.errors import ConfigError, TrainingError
 from rlseq.losses import group_advantages, leave_one_prompt_out_baseline, normalize_then_sum
 from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
-from rlseq.training.rollouts import RolloutBatch
+from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.training.run.faults import evaluation_advice, memory_for
 from rlseq.training.run.rollout_log import rollout_records, trained_records, write_rollouts
 from rlseq.training.tools import check_tools, load_tools
@@ -240,7 +240,7 @@ class GRPOTrainer(RunMixin, LossMixin):
             advantages = group_advantages(groups, baseline=baseline, scale=ADVANTAGE_SCALES[self.scale_rewards])
         return {"advantages": self._local(batch, advantages.flatten())}
 
-    def objective_inputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
+    def objective_fields(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """What rlseq's objectives read: the totals, and of those with references which rollouts are one."""
         if self.args.objective == "policy_gradient":
             return {}
@@ -279,7 +279,7 @@ class GRPOTrainer(RunMixin, LossMixin):
         if self.accelerator.is_main_process:
             write_rollouts(self.rollouts_dir, step, records, part)
 
-    def describe_rows(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def describe_rows(self, inputs: MicroBatch) -> list[dict[str, Any]]:
         return trained_records(inputs, self.prompts, self.batch.scored, self.processing_class)
 
     # -- training and evaluation ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ a batch changes what is optimised. The equations are in `rlseq.losses`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from rlseq.losses import (
     reference_exact_weight,
 )
 from rlseq.training.forward import Ids, References, Scores
+from rlseq.training.rollouts import MicroBatch
 
 
 def reference_loss(references: References) -> Tensor | None:
@@ -95,8 +96,7 @@ def minimum_risk_loss(
 
 def reference_exact_loss(
     scores: Scores,
-    inputs: Mapping[str, Tensor],
-    mask: Tensor,
+    batch: MicroBatch,
     *,
     num_generations: int,
     clip_low: float,
@@ -107,8 +107,7 @@ def reference_exact_loss(
 
     Args:
         scores: of B rows and their prompts' references.
-        inputs: `totals`, `is_reference`, `num_rest`, `rest_reward`, (B,) each; `old_per_token_logps` (B, T) or not.
-        mask: (B, T) bool.
+        batch: the rows, with what belongs to this objective.
         num_generations: G.
         clip_low, clip_high: of the ratio, where rollouts are used more than once.
         reference_rewards: of each row, its references' rewards, NaN where abstained.
@@ -128,18 +127,18 @@ def reference_exact_loss(
         logprobs[torch.tensor(number, dtype=torch.long, device=device)],
         torch.tensor([r for rewards in reference_rewards for r in rewards], device=device, dtype=dtype),
         torch.tensor(row, dtype=torch.long, device=device),
-        inputs["rest_reward"].to(dtype),
+        batch.rest_reward.to(dtype),
     )  # (B,)
-    weight = num_generations * reference_exact_weight(P, inputs["num_rest"], num_generations)
-    totals = inputs["totals"].to(dtype)
-    rest = ~inputs["is_reference"] & ~totals.isnan()
+    weight = num_generations * reference_exact_weight(P, batch.num_rest, num_generations)
+    totals = batch.totals.to(dtype)
+    rest = ~batch.is_reference & ~totals.isnan()
     advantages = torch.where(rest, weight * (totals - baseline), 0.0)  # (B,)
-    old = inputs.get("old_per_token_logps")
+    old = batch.old_logprobs
     surrogate = clipped_surrogate(
         scores.logprobs,
         scores.logprobs.detach() if old is None else old,
         advantages,
-        mask,
+        batch.mask,
         clip_low=clip_low,
         clip_high=clip_high,
     )

@@ -40,7 +40,7 @@ from rlseq.scoring.outcome import TOKEN_REWARDS
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
-from rlseq.training.rollouts import RolloutBatch
+from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.types import ScoredRollout
 
 
@@ -149,12 +149,12 @@ class PPOTrainer(GRPOTrainer):
 
     def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
         """Per token, against the critic; with its values and the returns that it learns from."""
-        metrics, args, inputs = self._metrics[self._mode], self.args, batch.inputs
+        metrics, args, trained = self._metrics[self._mode], self.args, batch.trained
         if self.model.training and self.critic.is_new and not batch.totals.isnan().all():
             self.critic.begin_at(batch.totals.nanmean().item())
-        state_values, after, logprobs = self._ask_critic(inputs)
+        state_values, after, logprobs = self._ask_critic(trained)
         totals = self._local(batch, batch.totals)
-        mask = self._mask(inputs) & ~totals.isnan()[:, None]  # abstained: nothing for the critic to learn
+        mask = trained.mask & ~totals.isnan()[:, None]  # abstained: nothing for the critic to learn
         truncated = torch.tensor([s.rollout.finish_reason == "length" for s in batch.scored], device=totals.device)
         per_token, at_end = self._token_rewards(batch, totals, mask)
         bootstrap = None
@@ -165,7 +165,7 @@ class PPOTrainer(GRPOTrainer):
             bootstrap = torch.where(truncated, after, 0.0)
         rewards = per_token + last_token_rewards(at_end, mask)
         if args.kl_in_reward and self.beta:
-            kl = self._kl_penalty(logprobs, inputs["ref_per_token_logps"], self._mask(inputs))
+            kl = self._kl_penalty(logprobs, trained.ref_logprobs, trained.mask)
             rewards = rewards - self.beta * kl
         advantages, returns = gae(rewards, state_values, mask, gamma=args.gamma, lam=args.lam, bootstrap_B=bootstrap)
         everywhere = (self._gather_tokens(x) for x in (advantages, returns, state_values, mask))
@@ -188,9 +188,9 @@ class PPOTrainer(GRPOTrainer):
         for part, error in enumerate(error_by_position(values, returns, counted).tolist(), start=1):
             metrics[f"critic/error_quarter_{part}"].append(error)
 
-    def _ask_critic(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _ask_critic(self, trained: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Values (B, T) before each token, (B,) after the last, and log-probs (B, T), by the weights that sampled."""
-        parts = self.scores_in_parts(self.model, inputs, values=True)
+        parts = self.scores_in_parts(self.model, trained, values=True)
         return (
             torch.cat([part.values for part in parts]),
             torch.cat([part.last_values for part in parts]),
@@ -231,23 +231,22 @@ class PPOTrainer(GRPOTrainer):
         """0 where the reward holds the KL already."""
         return 0.0 if self.args.kl_in_reward else self.beta
 
-    def additional_loss(self, scores, inputs, references) -> Tensor | float:
+    def additional_loss(self, scores, batch, references) -> Tensor | float:
         """The value loss, beside what GRPO adds; and how far the policy is from its rollouts."""
-        args, mask = self.args, inputs["value_mask"]
-        values, old = scores.values, inputs["values"]
-        loss = value_loss(values, old, inputs["returns"], mask, clip=args.value_clip)
+        args, mask = self.args, batch.value_mask
+        values, old = scores.values, batch.values
+        loss = value_loss(values, old, batch.returns, mask, clip=args.value_clip)
         self._log_masked_mean("critic/value_loss", loss, mask)
         if args.value_clip is not None:
             clipped = (values - old).abs() > args.value_clip
             self._log_masked_mean("critic/clip_fraction", clipped.to(loss.dtype), mask)
-        old_logprobs = inputs.get("old_per_token_logps")
-        if old_logprobs is not None:
-            trained = self._mask(inputs)
+        if batch.old_logprobs is not None:
+            trained = batch.mask
             # k3 of KL(rollout policy ‖ policy), from the rollout policy's samples
-            drift = torch.where(trained, kl_estimate(old_logprobs, scores.logprobs.detach(), "k3"), 0.0)
+            drift = torch.where(trained, kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3"), 0.0)
             self._log_masked_mean("approx_kl", drift, trained)
             self.target_kl.add(drift.sum(), trained.sum())
-        return super().additional_loss(scores, inputs, references) + args.vf_coef * self._step_mean(loss, mask, inputs)
+        return super().additional_loss(scores, batch, references) + args.vf_coef * self._step_mean(loss, mask, batch)
 
     def training_step(self, model, inputs, num_items_in_batch):
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:

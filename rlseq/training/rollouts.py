@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,72 @@ import torch
 from torch import Tensor
 
 from rlseq.scoring.suite import PendingScores
+from rlseq.training.forward import Ids
 from rlseq.types import Rollout, ScoredRollout
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """B rollouts as an update reads them: token ids as they were sampled, ragged, and numbers of rows and tokens.
+
+    Log-probs are in nats. T is the longest completion of the batch that the rows are of; what stands in a (B, T) after
+    a completion's end has no meaning.
+
+    Attributes:
+        prompt_index: of each row, the index of its prompt.
+        prompt_ids: B prompts.
+        completion_ids: B completions; None where an objective samples none.
+        mask: (B, T) bool, the tokens that are trained.
+        advantages: (B,) or (B, T).
+        sampled_logprobs: (B, T), under what sampled; NaN where it gave none. None where it gives none at all.
+        old_logprobs: (B, T), of the policy that sampled; None where that is the policy itself.
+        ref_logprobs: (B, T), of the reference; None without.
+        importance_ratio: (B, T) or (B, 1), policy over vLLM; None without that correction.
+        trained_tokens: how many tokens the whole batch trains, on all processes.
+        values, returns, value_mask: (B, T), what the critic said, is to say, and where it learns; None without one.
+        totals: (B,) rewards, NaN where every reward abstained; None where the objective reads none.
+        is_reference, num_rest, rest_reward: (B,), of the objective reference_exact; None for others.
+    """
+
+    prompt_index: tuple[int, ...]
+    prompt_ids: tuple[Ids, ...]
+    completion_ids: tuple[Ids, ...] | None = None
+    mask: Tensor | None = None
+    advantages: Tensor | None = None
+    sampled_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    importance_ratio: Tensor | None = None
+    trained_tokens: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+    value_mask: Tensor | None = None
+    totals: Tensor | None = None
+    is_reference: Tensor | None = None
+    num_rest: Tensor | None = None
+    rest_reward: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_index)
+
+    def select(self, rows: Sequence[int]) -> MicroBatch:
+        """These rows, in this order."""
+        rows = list(rows)
+
+        def of_rows(value: Any) -> Any:
+            if torch.is_tensor(value):
+                return value[rows] if value.ndim else value
+            return value if value is None else tuple(value[row] for row in rows)
+
+        return MicroBatch(**{name: of_rows(value) for name, value in self.as_dict().items()})
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same with all tensors on a device."""
+        return MicroBatch(**{name: x.to(device) if torch.is_tensor(x) else x for name, x in self.as_dict().items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(vars(self))
 
 
 @dataclass
@@ -29,7 +95,7 @@ class RolloutBatch:
         totals: (N·B,) rewards of all processes, NaN where every reward abstained.
         greedy: prompt index -> its greedy completion, where its reward is the baseline.
         greedy_totals: (N·B,) reward of each rollout's greedy completion, likewise; None without that baseline.
-        inputs: what is trained on, by name, B rows each; the masks and log-probs are padded to (B, T).
+        trained: what the updates read, all B rows; micro-batches are rows of it. None until there are completions.
         reference_rewards: prompt index -> the reward of each of its references, NaN where every reward abstained.
     """
 
@@ -43,7 +109,7 @@ class RolloutBatch:
     totals: Tensor = field(default_factory=lambda: torch.empty(0))
     greedy: dict[int, Rollout] = field(default_factory=dict)
     greedy_totals: Tensor | None = None
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    trained: MicroBatch | None = None
     reference_rewards: dict[int, list[float]] = field(default_factory=dict)
 
     @property

@@ -169,17 +169,15 @@ def test_rollouts_continue_the_answer_that_a_prompt_begins(own, tmp_path):
     )
     compute, compared = trainer.micro_batch_loss, []
 
-    def by_hand(model, inputs):
+    def by_hand(model, batch):
         """The tokens that the update scores, and the log-prob that was sampled, by one pass over one text."""
-        for row, index in enumerate(inputs["prompt_index"].tolist()):
-            asked, said = (
-                inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
-            )
+        for row, index in enumerate(batch.prompt_index):
+            asked, said = torch.tensor(batch.prompt_ids[row]), torch.tensor(batch.completion_ids[row])
             assert tokenizer.decode(asked) == wanted[index]
             logits = model(torch.cat([asked, said])[None]).logits[0, len(asked) - 1 : -1]
             logprobs = logits.log_softmax(-1).gather(-1, said[:, None]).sum()
             compared.append((trainer.batch.scored[row].rollout, logprobs.item()))
-        return compute(model, inputs)
+        return compute(model, batch)
 
     trainer.micro_batch_loss = by_hand
     trainer.train()
@@ -208,25 +206,22 @@ def test_ppo_continues_and_values_the_answer_that_a_prompt_begins(flags, task, t
     )
     tokenizer, compute, updates = characters(), PPOTrainer.micro_batch_loss, []
 
-    def by_hand(self, model, inputs):
+    def by_hand(self, model, batch):
         """What the update learns from, beside a forward of each sequence alone by the weights that sampled it."""
         updates.append(self.model.get_input_embeddings().weight.detach().clone())
-        for row, index in enumerate(inputs["prompt_index"].tolist()):
-            asked, said = (
-                inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()].tolist()
-                for part in ("prompt", "completion")
-            )
+        for row, index in enumerate(batch.prompt_index):
+            asked, said = batch.prompt_ids[row], batch.completion_ids[row]
             rollout, length = self.batch.scored[row].rollout, len(said)
-            assert tokenizer.decode(asked) == begins[index] and tuple(said) == rollout.completion_ids
+            assert tokenizer.decode(asked) == begins[index] and said == rollout.completion_ids
             logprobs = plain_logprobs(self._causal_model(), asked, said).tolist()
             assert list(rollout.logprobs) == pytest.approx(logprobs, abs=1e-4)
             values = values_of(self, asked, said).tolist()[:-1]
-            assert inputs["values"][row, :length].tolist() == pytest.approx(values, abs=1e-4)
+            assert batch.values[row, :length].tolist() == pytest.approx(values, abs=1e-4)
             begun = rows[index]["prompt"][-1]["content"]
             rewards = [0.0] * (length - 1) + [len(rollout.text) - len(begun) / 4]
             advantages = double_sum_gae(rewards, values, 0.0, 1.0, 0.95)
-            assert inputs["advantages"][row, :length].tolist() == pytest.approx(advantages, abs=1e-3)
-        return compute(self, model, inputs)
+            assert batch.advantages[row, :length].tolist() == pytest.approx(advantages, abs=1e-3)
+        return compute(self, model, batch)
 
     monkeypatch.setattr(PPOTrainer, "micro_batch_loss", by_hand)
     arguments = ["--config", task / "sft.yaml", "--reward_funcs", f"{task}/own.py:own"]

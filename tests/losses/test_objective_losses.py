@@ -18,6 +18,7 @@ from rlseq.training.objectives import (
     reference_exact_loss,
     reference_loss,
 )
+from rlseq.training.rollouts import MicroBatch
 
 NAN = math.nan
 
@@ -91,16 +92,18 @@ def test_expected_accuracy_and_the_reference_loss_weigh_rows_alike():
 
 def reference_exact(totals, is_reference, num_rest, scored, rewards, v=0.25):
     logprobs = tensor([[-1.0, -2.0]] * 2).requires_grad_()
-    inputs = {
-        "totals": tensor(totals),
-        "is_reference": torch.tensor(is_reference),
-        "num_rest": torch.tensor([num_rest] * 2),
-        "rest_reward": tensor([v, v]),
-    }
+    batch = MicroBatch(
+        (0, 0),
+        ((5,), (5,)),
+        mask=torch.tensor([[True, True], [True, False]]),
+        totals=tensor(totals),
+        is_reference=torch.tensor(is_reference),
+        num_rest=torch.tensor([num_rest] * 2),
+        rest_reward=tensor([v, v]),
+    )
     loss, P = reference_exact_loss(
         Scores(logprobs, torch.zeros(2, 2), references=scored),
-        inputs,
-        torch.tensor([[True, True], [True, False]]),
+        batch,
         num_generations=2,
         clip_low=0.2,
         clip_high=0.2,

@@ -69,7 +69,7 @@ def test_the_kl_is_to_the_adapter_that_the_run_started_from(dora, folders, tmp_p
 
     def remember(inputs):
         batch = make(inputs)
-        asked.append(batch.inputs)
+        asked.append(batch.trained)
         return batch
 
     trainer.make_batch = remember
@@ -78,11 +78,10 @@ def test_the_kl_is_to_the_adapter_that_the_run_started_from(dora, folders, tmp_p
     first, second = (line["kl"] for line in trainer.state.log_history if "kl" in line)
     assert first == pytest.approx(0, abs=1e-8) and second > 1e-6
     for batch in asked:
-        prompts = [ids[m.bool()].tolist() for ids, m in zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)]
-        rows = zip(batch["completion_ids"], batch["completion_mask"], batch["ref_per_token_logps"], strict=True)
-        completions, found = zip(*((ids[m.bool()].tolist(), x[m.bool()]) for ids, m, x in rows), strict=True)
-        far = score(base, prompts, completions)
-        for expected, reference, of_base in zip(score(sft, prompts, completions), found, far, strict=True):
+        found = [x[: len(ids)] for ids, x in zip(batch.completion_ids, batch.ref_logprobs, strict=True)]
+        far = score(base, batch.prompt_ids, batch.completion_ids)
+        near = score(sft, batch.prompt_ids, batch.completion_ids)
+        for expected, reference, of_base in zip(near, found, far, strict=True):
             assert torch.allclose(reference, expected, atol=1e-4)
             assert not torch.allclose(reference, of_base, atol=1e-2)
     # Only the adapter that trains has moved: neither the base nor the copy that is the reference.

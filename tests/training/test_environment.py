@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
 import shutil
@@ -165,17 +166,15 @@ def test_what_the_environment_says_is_never_trained(tmp_path, monkeypatch):
     trainer, _ = made(tmp_path, monkeypatch, max_steps=1)
     batches, compute = [], trainer.micro_batch_loss
 
-    def remember(model, inputs):
-        batches.append({name: x.clone() for name, x in inputs.items() if torch.is_tensor(x)})
-        return compute(model, inputs)
+    def remember(model, batch):
+        batches.append(batch)
+        return compute(model, batch)
 
     trainer.micro_batch_loss = remember
     trainer.train()
     (batch,) = batches
-    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    trained = sorted(
-        trainer.processing_class.decode(ids[kept]) for ids, kept in zip(batch["completion_ids"], mask, strict=True)
-    )
+    rows = zip(batch.completion_ids, batch.mask.tolist(), strict=True)
+    trained = sorted(trainer.processing_class.decode([*itertools.compress(ids, kept)]) for ids, kept in rows)
     assert trained == sorted([call(2) + ANSWER, call(4) + call(1) + ANSWER] * 2)
     found, score = [], trainer.token_scores
 
@@ -188,7 +187,7 @@ def test_what_the_environment_says_is_never_trained(tmp_path, monkeypatch):
     trainer.token_scores = remember_logprobs
     trainer.model.train()
     compute(trainer.model, batch).backward()
-    assert torch.equal(found[0].grad != 0, mask)
+    assert torch.equal(found[0].grad != 0, batch.mask)
 
 
 def test_an_environment_and_tools_may_both_be_called(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import trl
 from tiny import EOS, tiny_model
 from tiny_chat import chat_model, chat_tokenizer
 from tiny_shapes import tiny_shape
-from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
+from tiny_task import ROWS, as_micro_batch, shares_letters, tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
@@ -20,17 +20,23 @@ from rlseq.training.grpo import GRPOTrainer
 
 
 def padded_batch():
-    """Three completions of two prompts in TRL's layout: prompts left-padded, completions right-padded."""
+    """Three completions of two prompts in TRL's layout: prompts padded on the left, completions on the right."""
     prompt_ids = torch.tensor([[0, 0, 5, 4], [0, 0, 5, 4], [7, 8, 9, 4]])
     prompt_mask = (prompt_ids != 0).long()
     completion_ids = torch.tensor([[14, EOS, 0], [15, 16, EOS], [17, EOS, 0]])
     completion_mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0]])
-    return prompt_ids, prompt_mask, completion_ids, completion_mask
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "prompt_index": torch.tensor([0, 0, 2]),
+    }
 
 
 def plain_logprobs(model, prompt, completion, temperature=1.0):
     """Log-probs and entropies of one sequence by one forward without padding."""
-    ids = torch.tensor([prompt + completion])
+    ids = torch.tensor([[*prompt, *completion]])
     logprobs = (model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
     taken = logprobs.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
     return taken, -(logprobs.exp() * logprobs).sum(-1)
@@ -41,13 +47,10 @@ def plain_logprobs(model, prompt, completion, temperature=1.0):
 def test_log_probs_and_entropies_equal_those_of_each_sequence_alone(tmp_path, family, pack_updates):
     trainer = tiny_trainer(tmp_path, family=family, pack_updates=pack_updates, temperature=0.7)
     assert trainer.packs == pack_updates
-    prompt_ids, prompt_mask, completion_ids, completion_mask = padded_batch()
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    found = trainer.token_scores(trainer.model, dict(zip(names, padded_batch(), strict=True)))
+    batch = as_micro_batch(padded_batch())
+    found = trainer.token_scores(trainer.model, batch)
     logps, entropies = found.logprobs, found.entropies
-    for row in range(3):
-        prompt = prompt_ids[row][prompt_mask[row].bool()].tolist()
-        completion = completion_ids[row][completion_mask[row].bool()].tolist()
+    for row, (prompt, completion) in enumerate(zip(batch.prompt_ids, batch.completion_ids, strict=True)):
         expected, expected_entropy = plain_logprobs(trainer.model, prompt, completion, temperature=0.7)
         torch.testing.assert_close(logps[row, : len(completion)], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(entropies[row, : len(completion)], expected_entropy, atol=1e-5, rtol=0)
@@ -74,22 +77,16 @@ def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, 
         train_dataset=ours.train_dataset,
         processing_class=tiny_tokenizer(),
     )
-    prompt_ids, prompt_mask, completion_ids, completion_mask = padded_batch()
-    inputs = {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
+    inputs = padded_batch() | {
         "advantages": torch.tensor([1.0, -0.5, 0.25]),
         "old_per_token_logps": torch.full((3, 3), -2.5),
         "num_items_in_batch": torch.tensor(7.0),
-        "prompt_index": torch.tensor([0, 0, 2]),
     }
     losses, gradients = [], []
-    for trainer in (ours, theirs):
+    for trainer, batch in ((ours, as_micro_batch(inputs)), (theirs, inputs)):
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
-        loss = trainer.compute_loss(trainer.model, inputs)
+        loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad for p in trainer.model.parameters()])
@@ -239,12 +236,11 @@ def test_on_policy_a_recomputed_ratio_is_one_and_off_policy_it_is_not(tmp_path):
 
 def test_groups_are_shuffled_whole(tmp_path):
     trainer = tiny_trainer(tmp_path, per_device_train_batch_size=4, steps_per_generation=4)
-    batch = {"prompt_index": torch.tensor([3, 3, 3, 3, 1, 1, 1, 1, 2, 2, 2, 2]), "x": torch.arange(12)}
-    shuffled = trainer._shuffle_groups(batch)
-    assert sorted(shuffled["x"].tolist()) == list(range(12))
+    prompts = [3, 3, 3, 3, 1, 1, 1, 1, 2, 2, 2, 2]
+    rows = trainer._shuffle_groups(prompts)
+    assert sorted(rows) == list(range(12))
     for start in range(0, 12, 4):
-        assert len(set(shuffled["prompt_index"][start : start + 4].tolist())) == 1
-    assert shuffled["prompt_index"].tolist() == batch["prompt_index"][shuffled["x"]].tolist()
+        assert len({prompts[row] for row in rows[start : start + 4]}) == 1
 
 
 def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
@@ -254,11 +250,11 @@ def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
             trainer = tiny_trainer(tmp_path, per_device_train_batch_size=32 // (2 * processes), steps_per_generation=2)
             trainer._step = draw * 2
             trainer.accelerator.state._shared_state["process_index"] = process
-            prompts = torch.arange(8).repeat_interleave(4).chunk(processes)[process]
-            shuffled = trainer._shuffle_groups({"prompt_index": prompts})["prompt_index"]
-            for number, part in enumerate(shuffled.chunk(2)):
-                assert len(part) == 16 // processes
-                found[number] |= set(part.tolist())
+            prompts = torch.arange(8).repeat_interleave(4).chunk(processes)[process].tolist()
+            shuffled, half = [prompts[row] for row in trainer._shuffle_groups(prompts)], 16 // processes
+            for number, part in enumerate((shuffled[:half], shuffled[half:])):
+                assert len(part) == half
+                found[number] |= set(part)
         trainer.accelerator.state._shared_state["process_index"] = 0
         return found
 
@@ -324,10 +320,8 @@ def chat_trainer(path, rendered, given):
 def test_the_update_scores_the_prompts_that_were_sampled_from(tmp_path):
     silent = {"enable_thinking": False}
     trainer = chat_trainer(tmp_path, silent, silent)
-    output = trainer.make_batch([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4]).inputs
-    for row, index in enumerate(output["prompt_index"].tolist()):
-        scored = output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist()
-        assert tuple(scored) == tuple(trainer.prompts[index].prompt_ids)
+    batch = trainer.make_batch([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4]).trained
+    assert batch.prompt_ids == tuple(trainer.prompts[index].prompt_ids for index in batch.prompt_index)
     for rendered, given in ((None, silent), (silent, None)):
         with pytest.raises(ConfigError, match="rendered otherwise"):
             chat_trainer(tmp_path, rendered, given)

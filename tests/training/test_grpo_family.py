@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -181,7 +182,7 @@ def test_rewards_of_different_scales_have_equal_weight_where_each_is_normalised_
         values = [one.values[name] for one in batch.scored]
         sums = [s + v for s, v in zip(sums, normalised(values[:4]) + normalised(values[4:]), strict=True)]
     assert len(set(sums)) > 2
-    assert batch.inputs["advantages"].tolist() == pytest.approx(normalised(sums), abs=1e-4)
+    assert batch.trained.advantages.tolist() == pytest.approx(normalised(sums), abs=1e-4)
 
 
 def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path):
@@ -192,7 +193,7 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     tokenizer = tiny_tokenizer()
-    inputs = trainer.make_batch([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4]).inputs
+    batch = trainer.make_batch([trainer.train_dataset[i] for i in (0,) * 4 + (1,) * 4]).trained
     forced = {0: tokenizer("A B C")["input_ids"], 1: tokenizer("E")["input_ids"]}  # a token at least is sampled
     trained = 0
     for row, rollout in enumerate(trainer.batch.rollouts):
@@ -202,14 +203,14 @@ def test_rollouts_continue_from_reference_tokens_which_are_not_trained(tmp_path)
         assert length <= 6
         assert rollout.text.startswith(tokenizer.decode(prefix))
         assert rollout.loss_mask == (False,) * k + (True,) * (length - k)
-        mask = trainer._mask(inputs)[row].tolist()
+        mask = batch.mask[row].tolist()
         assert mask == [k <= t < length for t in range(len(mask))]
         trained += length - k
-    assert inputs["num_items_in_batch"] == trained
-    assert trainer._mask(inputs).sum() == trained
+    assert batch.trained_tokens == trained
+    assert batch.mask.sum() == trained
 
-    inputs["advantages"] = torch.ones(8)
-    loss = trainer.micro_batch_loss(trainer.model, inputs)
+    batch = dataclasses.replace(batch, advantages=torch.ones(8))
+    loss = trainer.micro_batch_loss(trainer.model, batch)
     found = torch.autograd.grad(loss, list(trainer.model.parameters()))
     # dapo on policy with advantages of 1: minus the mean of ∇log π over the tokens that were sampled
     total = 0.0

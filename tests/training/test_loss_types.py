@@ -7,7 +7,7 @@ import torch
 import trl
 from test_grpo import padded_batch
 from tiny_shapes import tiny_shape
-from tiny_task import tiny_trainer
+from tiny_task import as_micro_batch, tiny_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlseq.config.inherited import LOSS_TYPES
@@ -69,9 +69,10 @@ def equals_trl(trainer, inputs, logprobs, entropies):
         return trl.GRPOTrainer._compute_loss(trainer, model, inputs)
 
     expected = computed(trainer, of_trl, logprobs, entropies)
-    found = computed(trainer, lambda *x: trainer.policy_gradient(Scores(*x), inputs), logprobs, entropies)
+    batch = as_micro_batch(inputs)
+    found = computed(trainer, lambda *x: trainer.policy_gradient(Scores(*x), batch), logprobs, entropies)
     torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-5)
-    counted = trainer._mask(inputs)
+    counted = batch.mask
     for mine, theirs in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(mine[counted], theirs[counted], atol=1e-6, rtol=1e-5)
         assert (mine[~counted] == 0).all()
@@ -140,7 +141,7 @@ def test_a_generators_ratio_weighs_the_loss_as_it_does_in_trl(tmp_path, loss_typ
     trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max = 0.7, 1.3
     for seed in SEEDS:
         inputs, *scores = random_batch(seed, tools=True)
-        inputs["importance_sampling_ratio"] = trainer._importance_ratio(inputs)
+        inputs["importance_sampling_ratio"] = trainer._importance_ratio(as_micro_batch(inputs))
         assert (inputs["importance_sampling_ratio"] != 1).any()
         equals_trl(trainer, inputs, *scores)
 
@@ -149,14 +150,15 @@ def test_a_router_s_loss_and_its_gradient_equal_those_of_trl(tmp_path):
     trainer = tiny_trainer(tmp_path, model=tiny_shape("mixtral"), router_aux_loss_coef=0.5)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 2
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    inputs = dict(zip(names, padded_batch(), strict=True))
-    inputs |= {"prompt_index": torch.tensor([0, 0, 2]), "advantages": torch.tensor([1.0, -0.5, 0.25])}
+    inputs = padded_batch() | {"advantages": torch.tensor([1.0, -0.5, 0.25])}
     inputs["num_items_in_batch"] = torch.tensor(7.0)
     found = []
-    for compute in (trainer.micro_batch_loss, lambda *x: trl.GRPOTrainer._compute_loss(trainer, *x)):
+    for compute, batch in (
+        (trainer.micro_batch_loss, as_micro_batch(inputs)),
+        (lambda *x: trl.GRPOTrainer._compute_loss(trainer, *x), inputs),
+    ):
         trainer._metrics["train"].clear()
-        loss = compute(trainer.model, inputs)
+        loss = compute(trainer.model, batch)
         gradients = torch.autograd.grad(loss, list(trainer.model.parameters()), allow_unused=True)
         gradient = torch.cat([g.flatten() for g in gradients if g is not None])
         found.append((loss, gradient, torch.tensor(trainer._metrics["train"]["aux_loss"])))

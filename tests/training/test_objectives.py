@@ -35,6 +35,7 @@ from toy import (
 )
 
 from rlseq.errors import TrainingError
+from rlseq.training.rollouts import MicroBatch
 
 ROUNDING = 1e-6  # rewards and log-probs travel in float32; gradients here are of size 0.1 and more
 
@@ -119,8 +120,8 @@ def test_the_mean_over_real_draws_is_the_exact_gradient_within_its_standard_erro
     found = []
     for round in range(60):
         trainer._step = round  # names the noise
-        inputs = trainer.make_batch(rows).inputs
-        found.append(gradient(trainer.micro_batch_loss(trainer.model, inputs), trainer.model))
+        batch = trainer.make_batch(rows).trained
+        found.append(gradient(trainer.micro_batch_loss(trainer.model, batch), trainer.model))
     directions = torch.randn(len(exact), 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     draws = torch.stack(found) @ directions  # (60, 20)
     error = draws.std(0) / math.sqrt(60)
@@ -214,7 +215,8 @@ def test_grpo_under_exact_match_has_expected_accuracy_as_its_mean(tmp_path, monk
         tmp_path / "a", rows=ROWS[row : row + 1], objective="expected_accuracy", per_device_train_batch_size=2
     )
     sampled = toy_trainer(tmp_path / "b", rows=ROWS[row : row + 1], rewards=[is_reference], num_generations=2)
-    loss = exact.micro_batch_loss(exact.model, {"prompt_index": torch.tensor([0, 0])})
+    batch = MicroBatch((0, 0), (exact.prompts[0].prompt_ids,) * 2)
+    loss = exact.micro_batch_loss(exact.model, batch)
     rewards = {y: is_reference(y, ROWS[row]["references"]) for y in COMPLETIONS}
     chance = expected_reward(exact.model, exact.prompts[0].prompt_ids, rewards)
     assert loss.item() == pytest.approx(-chance.item(), abs=ROUNDING)
@@ -235,7 +237,8 @@ def test_max_rl_is_the_series_of_the_enumerated_chance_of_a_right_answer(tmp_pat
     )
     rewards = {y: is_reference(y, ROWS[row]["references"]) for y in COMPLETIONS}
     chance = expected_reward(trainer.model, trainer.prompts[0].prompt_ids, rewards)
-    loss = trainer.micro_batch_loss(trainer.model, {"prompt_index": torch.tensor([0, 0])})
+    batch = MicroBatch((0, 0), (trainer.prompts[0].prompt_ids,) * 2)
+    loss = trainer.micro_batch_loss(trainer.model, batch)
     assert loss.item() == pytest.approx(-max_rl(chance, order).item(), abs=ROUNDING)
     assert_equal(gradient(loss, trainer.model), -gradient(max_rl(chance, order), trainer.model))
 
@@ -290,18 +293,12 @@ def test_minimum_risk_is_the_explicit_sum_over_each_enumerated_set(tmp_path, mon
 
 def hand_made(completion, **more):
     """A micro-batch of one completion of PROMPT, as the trainer hands it to its loss."""
-    ids, length = torch.full((1, LONGEST), STOP), len(completion)
-    ids[0, :length] = torch.tensor(completion)
-    return {
-        "prompt_ids": torch.tensor([PROMPT]),
-        "prompt_mask": torch.tensor([[1]]),
-        "completion_ids": ids,
-        "completion_mask": (torch.arange(LONGEST) < length).long()[None],
-        "num_items_in_batch": torch.tensor(1.0),  # so that a "mean over tokens" is a sum
-        "prompt_index": torch.tensor([0]),
+    fields = {
+        "mask": (torch.arange(LONGEST) < len(completion))[None],
+        "trained_tokens": torch.tensor(1.0),  # so that a "mean over tokens" is a sum
         "advantages": torch.zeros(1, dtype=torch.float64),
-        **more,
     }
+    return MicroBatch((0,), (PROMPT,), (completion,), **fields | more)
 
 
 def padded(values):
@@ -353,8 +350,8 @@ def test_a_kl_in_the_loss_is_that_of_the_next_token_with_prefixes_held_fixed(tmp
 
 def kl_gradient(trainer, start, y):
     ref = padded(token_logprobs(start, PROMPT, y).detach())
-    inputs = hand_made(y, ref_per_token_logps=ref, totals=torch.zeros(1, dtype=torch.float64))
-    return gradient(trainer.micro_batch_loss(trainer.model, inputs), trainer.model)
+    batch = hand_made(y, ref_logprobs=ref, totals=torch.zeros(1, dtype=torch.float64))
+    return gradient(trainer.micro_batch_loss(trainer.model, batch), trainer.model)
 
 
 def test_k1_in_the_loss_regularises_nothing(tmp_path):

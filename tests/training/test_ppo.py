@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -47,14 +48,14 @@ def assert_targets(trainer, output, rewards, *, bootstraps=()):
     for row, mine in enumerate(rewards):
         length = len(COMPLETIONS[row])
         if mine is None:
-            assert not output["value_mask"][row].any()
-            assert not output["advantages"][row].any()
+            assert not output.value_mask[row].any()
+            assert not output.advantages[row].any()
             continue
         advantages, returns, values = expected_row(trainer, row, mine, bootstraps=row in bootstraps)
         for name, expected in (("advantages", advantages), ("returns", returns), ("values", values)):
-            torch.testing.assert_close(output[name][row, :length], torch.tensor(expected), atol=2e-5, rtol=0)
-        assert output["value_mask"][row].tolist() == [t < length for t in range(6)]
-        assert not output["advantages"][row, length:].any() and not output["returns"][row, length:].any()
+            torch.testing.assert_close(getattr(output, name)[row, :length], torch.tensor(expected), atol=2e-5, rtol=0)
+        assert output.value_mask[row].tolist() == [t < length for t in range(6)]
+        assert not output.advantages[row, length:].any() and not output.returns[row, length:].any()
 
 
 @pytest.mark.parametrize("pack_updates", [True, False])
@@ -63,7 +64,7 @@ def test_advantages_are_gae_of_the_reward_on_the_last_token(tmp_path, monkeypatc
     trainer, output = batch(tmp_path, monkeypatch, family=family, critic=critic, pack_updates=pack_updates)
     assert trainer.packs == pack_updates
     assert_targets(trainer, output, [at_the_end(REWARDS[y], len(y)) for y in COMPLETIONS])
-    assert output["values"][0, 0] != output["values"][1, 0]  # the head is not 0, so the values are put to the test
+    assert output.values[0, 0] != output.values[1, 0]  # the head is not 0, so the values are put to the test
 
 
 def test_the_value_behind_the_last_token_is_of_the_state_after_it(tmp_path, monkeypatch):
@@ -115,7 +116,7 @@ def test_the_kl_that_is_logged_and_steered_by_is_of_all_completions_abstained_or
     assert trainer._metrics["train"]["kl"] == [pytest.approx(total / 13, abs=1e-5)]
     # Clipped at −0.2 or 0.2 by Ziegler's rule, whose K is 0.1.
     assert trainer.kl_coefficient.of_next == pytest.approx(0.3 * (1.02 if total / 4 > 1e-3 else 0.98))
-    assert not output["advantages"][1].any()
+    assert not output.advantages[1].any()
 
 
 def perturb(trainer):
@@ -171,8 +172,8 @@ def test_the_advantage_that_is_logged_is_the_mean_over_all_trained_tokens(tmp_pa
     batches, make = [], trainer.make_batch
     trainer.make_batch = lambda rows: (batches.append(make(rows)), batches[-1])[1]
     trainer.train()
-    (output,) = (one.inputs for one in batches)
-    advantages, mask = output["advantages"], output["completion_mask"].bool()
+    (output,) = (one.trained for one in batches)
+    advantages, mask = output.advantages, output.mask
     assert (advantages[mask] == 0).any()  # with one value for every state, all but a completion's last token
     rows = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
     for row, mine, counted in zip(rows, advantages, mask, strict=True):
@@ -189,25 +190,25 @@ def test_an_abstention_gives_advantage_0_and_leaves_the_critic_s_loss(tmp_path, 
     mean, std = counted.mean().item(), counted.std(correction=0).item()
     for row in (0, 2, 3):
         expected = [(a - mean) / (std + 1e-4) for a in raw[row][0]]
-        assert output["advantages"][row, : len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
-    assert not output["advantages"][1].any() and not output["value_mask"][1].any()
+        assert output.advantages[row, : len(expected)].tolist() == pytest.approx(expected, abs=1e-4)
+    assert not output.advantages[1].any() and not output.value_mask[1].any()
     loss = trainer.micro_batch_loss(trainer.model, output).item()
-    other = {**output, "returns": output["returns"].clone()}
-    other["returns"][1] = 100.0
+    other = dataclasses.replace(output, returns=output.returns.clone())
+    other.returns[1] = 100.0
     assert trainer.micro_batch_loss(trainer.model, other).item() == loss
 
 
 def test_advantages_are_whitened_over_all_tokens_not_over_rows(tmp_path, monkeypatch):
     raw, plain = batch(tmp_path, monkeypatch)
     _, white = batch(tmp_path, monkeypatch, whiten_advantages=True)
-    mask = white["value_mask"]
-    tokens = plain["advantages"][mask]
+    mask = white.value_mask
+    tokens = plain.advantages[mask]
     assert mask.sum() == 13
     mean = sum(tokens.tolist()) / 13
     std = math.sqrt(sum((a - mean) ** 2 for a in tokens.tolist()) / 13)
-    torch.testing.assert_close(white["advantages"][mask], (tokens - mean) / (std + 1e-4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(white.advantages[mask], (tokens - mean) / (std + 1e-4), atol=1e-5, rtol=0)
     assert raw._metrics["train"]["advantages/std"] == [pytest.approx(std, abs=1e-5)]
-    torch.testing.assert_close(white["returns"], plain["returns"])  # what the critic learns is in units of reward
+    torch.testing.assert_close(white.returns, plain.returns)  # what the critic learns is in units of reward
 
 
 def by_token(completion_ids):
@@ -288,7 +289,7 @@ def test_the_share_of_groups_without_spread_is_not_logged_since_samples_are_comp
 
 def test_a_batch_in_which_every_reward_abstains_moves_nothing(tmp_path, monkeypatch):
     trainer, output = batch(tmp_path, monkeypatch, rewards=[lambda completion: None])
-    assert not output["value_mask"].any()
+    assert not output.value_mask.any()
     loss = trainer.micro_batch_loss(trainer.model, output)
     loss.backward()
     assert loss.item() == 0
@@ -312,9 +313,9 @@ def test_forced_tokens_are_not_judged_and_no_time_passes_on_them(tmp_path):
         prompt = trainer.prompts[trainer.batch.rows[row]["index"]].prompt_ids
         values = values_of(trainer, prompt, y).tolist()[1:-1]
         advantages = double_sum_gae(at_the_end(total, len(y) - 1), values, 0.0, GAMMA, LAM)
-        assert output["advantages"][row, 1 : len(y)].tolist() == pytest.approx(advantages, abs=2e-5)
-        assert output["value_mask"][row].tolist() == [0 < t < len(y) for t in range(output["value_mask"].shape[1])]
-        assert output["advantages"][row, 0] == 0
+        assert output.advantages[row, 1 : len(y)].tolist() == pytest.approx(advantages, abs=2e-5)
+        assert output.value_mask[row].tolist() == [0 < t < len(y) for t in range(output.value_mask.shape[1])]
+        assert output.advantages[row, 0] == 0
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
@@ -325,10 +326,11 @@ def test_samples_that_share_their_prompt_in_a_packed_row_have_the_values_of_each
         trainer = tiny_ppo(tmp_path / str(packs), pack_updates=packs, **settings)
         outputs.append(generated(trainer, [1] * 4 + [2] * 4))
         assert trainer.packs == packs
-    assert torch.equal(outputs[0]["completion_ids"], outputs[1]["completion_ids"])
+    assert outputs[0].completion_ids == outputs[1].completion_ids
     for name in ("values", "returns", "advantages"):
-        torch.testing.assert_close(outputs[0][name], outputs[1][name], atol=2e-5, rtol=0)
-        assert outputs[0][name].std() > 0.05
+        packed, alone = (getattr(output, name) for output in outputs)
+        torch.testing.assert_close(packed, alone, atol=2e-5, rtol=0)
+        assert packed.std() > 0.05
 
 
 def test_what_trl_s_own_generation_drew_is_judged_alike(tmp_path):
@@ -338,4 +340,4 @@ def test_what_trl_s_own_generation_drew_is_judged_alike(tmp_path):
         y = one.rollout.completion_ids
         values = values_of(trainer, trainer.prompts[row].prompt_ids, y).tolist()
         expected = double_sum_gae(at_the_end(one.total, len(y)), values[:-1], 0.0, GAMMA, LAM)
-        assert output["advantages"][row, : len(y)].tolist() == pytest.approx(expected, abs=2e-5)
+        assert output.advantages[row, : len(y)].tolist() == pytest.approx(expected, abs=2e-5)

@@ -211,13 +211,12 @@ def test_with_adapters_the_kl_to_the_start_is_0_at_step_0_and_the_reference_has_
     trainer.train()
     first, second = (line["kl"] for line in trainer.state.log_history if "kl" in line)
     assert first == 0 and second != 0
-    inputs = generated(trainer, range(8))
+    batch = generated(trainer, range(8))
     base = load(start)
-    for row in range(8):
-        y = inputs["completion_ids"][row][inputs["completion_mask"][row].bool()].tolist()
+    for row, y in enumerate(batch.completion_ids):
         with torch.no_grad():
             expected = plain_logprobs(base, trainer.prompts[row].prompt_ids, y)
-        torch.testing.assert_close(inputs["ref_per_token_logps"][row, : len(y)], expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(batch.ref_logprobs[row, : len(y)], expected, atol=2e-5, rtol=0)
 
 
 def adapted(start):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import pairwise
 
@@ -31,10 +32,10 @@ def batch(tmp_path, monkeypatch, **settings):
     draws(monkeypatch, trainer, COMPLETIONS)
     output = generated(trainer, range(4))
     noise = torch.Generator().manual_seed(2)
-    shape = output["advantages"].shape
-    output["old_per_token_logps"] = output["sampling_per_token_logps"] + 0.4 * torch.randn(shape, generator=noise)
-    output["values"] = output["values"] + 0.4 * torch.randn(shape, generator=noise)
-    return trainer, output
+    shape = output.advantages.shape
+    old = output.sampled_logprobs + 0.4 * torch.randn(shape, generator=noise)
+    values = output.values + 0.4 * torch.randn(shape, generator=noise)
+    return trainer, dataclasses.replace(output, old_logprobs=old, values=values)
 
 
 class Counting(torch.nn.Module):
@@ -75,12 +76,12 @@ def plain_loss(trainer, output, *, vf_coef, value_clip, clip=0.2):
             states = trunk(input_ids=torch.tensor([[*prompt, *y]])).last_hidden_state[0, len(prompt) - 1 : -1]
             values = critic.value_head(states.detach()).squeeze(-1)
         for t in range(len(y)):
-            advantage, ret = output["advantages"][row, t], output["returns"][row, t]
-            ratio = (logprobs[t] - output["old_per_token_logps"][row, t]).exp()
+            advantage, ret = output.advantages[row, t], output.returns[row, t]
+            ratio = (logprobs[t] - output.old_logprobs[row, t]).exp()
             total = total - min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
             error = (values[t] - ret) ** 2
             if value_clip is not None:
-                old = output["values"][row, t]
+                old = output.values[row, t]
                 error = max(error, (old + (values[t] - old).clamp(-value_clip, value_clip) - ret) ** 2)
             total = total + vf_coef * 0.5 * error
     return total / TOKENS
@@ -105,8 +106,8 @@ def test_the_loss_is_the_clipped_surrogate_plus_the_value_loss(
     for name, mine, theirs in zip(["loss", *parameters], found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=3e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     clipped = trainer._metrics["train"].get("critic/clip_fraction")
-    moved = (output["values"] - trainer_values(trainer, output)).abs() > 0.1
-    share = moved[output["value_mask"]].float().mean().item()
+    moved = (output.values - trainer_values(trainer, output)).abs() > 0.1
+    share = moved[output.value_mask].float().mean().item()
     assert clipped == (None if value_clip is None else [pytest.approx(share, abs=1e-6)])
     assert 0.1 < share < 0.95  # both sides of the clip occur
 
@@ -135,7 +136,7 @@ def gradients(trainer, loss):
 )
 def test_the_value_loss_reaches_what_it_may(tmp_path, monkeypatch, critic, trunk_gradient, reached):
     trainer, output = batch(tmp_path, monkeypatch, critic=critic, critic_trunk_gradient=trunk_gradient)
-    output["advantages"] = torch.zeros_like(output["advantages"])
+    output = dataclasses.replace(output, advantages=torch.zeros_like(output.advantages))
     assert gradients(trainer, trainer.micro_batch_loss(trainer.model, output)) == reached
 
 
@@ -154,7 +155,7 @@ def test_each_loss_of_trl_takes_advantages_a_token_as_it_takes_them_a_row(tmp_pa
     of_rows = torch.tensor([1.0, -0.5, 0.25, -2.0])
     found = []
     for advantages in (of_rows, of_rows[:, None].expand(4, 6).contiguous()):
-        loss = trainer.micro_batch_loss(trainer.model, {**output, "advantages": advantages})
+        loss = trainer.micro_batch_loss(trainer.model, dataclasses.replace(output, advantages=advantages))
         found.append(torch.autograd.grad(loss, trainer.model.lm_head.weight)[0])
     assert found[0].abs().max() > 1e-4
     torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
@@ -260,17 +261,17 @@ def test_every_epoch_compares_with_the_log_probs_and_values_of_rollout_time(tmp_
     rows = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and not (tmp_path / "rollouts/000002.jsonl").exists()
     for first, second in ((seen[0], seen[2]), (seen[1], seen[3])):
-        for name in ("old_per_token_logps", "values", "advantages", "returns", "completion_ids"):
-            assert torch.equal(first[name], second[name])
+        for name in ("old_logprobs", "values", "advantages", "returns"):
+            assert torch.equal(getattr(first, name), getattr(second, name))
+        assert first.completion_ids == second.completion_ids
     trainer.critic.load_state_dict(critic)
-    for inputs in seen[:2]:
-        for i, index in enumerate(inputs["prompt_index"].tolist()):
+    for batch in seen[:2]:
+        for i, (index, y) in enumerate(zip(batch.prompt_index, batch.completion_ids, strict=True)):
             prompt = trainer.prompts[index].prompt_ids
-            y = inputs["completion_ids"][i][inputs["completion_mask"][i].bool()].tolist()
             old = plain_logprobs(model, prompt, y)
             values = plain_values(trainer.critic.backbone, trainer.critic.value_head, prompt, y)[:-1]
-            torch.testing.assert_close(inputs["old_per_token_logps"][i, : len(y)], old, atol=2e-5, rtol=0)
-            torch.testing.assert_close(inputs["values"][i, : len(y)], values, atol=2e-5, rtol=0)
+            torch.testing.assert_close(batch.old_logprobs[i, : len(y)], old, atol=2e-5, rtol=0)
+            torch.testing.assert_close(batch.values[i, : len(y)], values, atol=2e-5, rtol=0)
     log = [line["approx_kl"] for line in trainer.state.log_history if "approx_kl" in line]
     assert abs(log[0]) < 1e-6 and min(log[1:]) > 1e-3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -70,9 +71,9 @@ def trained(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "generate", scripted)
     batches, compute = [], trainer.micro_batch_loss
 
-    def remember(model, inputs):
-        batches.append({name: x.clone() for name, x in inputs.items() if torch.is_tensor(x)})
-        return compute(model, inputs)
+    def remember(model, batch):
+        batches.append(batch)
+        return compute(model, batch)
 
     monkeypatch.setattr(trainer, "micro_batch_loss", remember)
     trainer.train()
@@ -99,9 +100,9 @@ def test_a_rollout_holds_every_turn_and_trains_none_of_the_tools_words(trained):
             assert [message["role"] for message in rollout.messages] == ["assistant", "tool", "assistant"]
             assert rollout.messages[1]["content"] == "42" and rollout.text == "It is 42." and scored.total == 1.0
         assert rollout.finish_reason == "stop"
-    # The loss sees the same tokens, padded; what is no token at all is never trained.
-    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    tokens = {tuple(ids[kept].tolist()) for ids, kept in zip(batch["completion_ids"], mask, strict=True)}
+    # The loss sees the same tokens.
+    rows = zip(batch.completion_ids, batch.mask.tolist(), strict=True)
+    tokens = {tuple(itertools.compress(ids, kept)) for ids, kept in rows}
     assert tokens == {tuple(trainer.processing_class(text=said).input_ids) for said in (CALL + ANSWER, PLAIN)}
 
 
@@ -141,8 +142,7 @@ def test_the_log_probs_of_the_tools_words_have_no_gradient(trained):
     trainer.token_scores = remember
     trainer.model.train()
     trainer.micro_batch_loss(trainer.model, batch).backward()
-    mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    assert torch.equal(found[0].grad != 0, mask)
+    assert torch.equal(found[0].grad != 0, batch.mask)
 
 
 def test_a_tool_must_say_how_it_is_called():

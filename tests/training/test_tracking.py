@@ -172,9 +172,9 @@ def test_the_table_of_ppo_has_the_advantages_that_were_trained(tmp_path):
     kept = {}
     compute = trainer.micro_batch_loss
 
-    def spy(model, inputs):
-        kept.update(advantages=inputs["advantages"].clone(), mask=inputs["completion_mask"].bool())
-        return compute(model, inputs)
+    def spy(model, batch):
+        kept.update(advantages=batch.advantages, mask=batch.mask)
+        return compute(model, batch)
 
     trainer.micro_batch_loss = spy
     trainer.train()

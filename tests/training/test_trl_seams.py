@@ -121,10 +121,6 @@ def test_the_fused_head_returns_log_probs_in_place_of_logits():
     assert {"loss", "log_probs", "entropy", "label_mask"} <= fields
 
 
-def test_a_batch_is_split_by_trl_as_the_buffered_inputs_are():
-    assert parameters(utils.split_tensor_dict) == ["tensor_dict", "num_chunks"]
-
-
 def test_the_parser_adds_dataclasses_field_by_field():
     assert {"args", "fail_with_unknown_args"} <= set(parameters(trl.TrlParser.parse_args_and_config))
     assert parameters(trl.TrlParser._parse_dataclass_field) == ["parser", "field"]

@@ -140,10 +140,14 @@ def check_format(checkpoint: Path) -> None:
     """Refuse a checkpoint whose resume state this rlseq cannot read.
 
     Raises:
-        FormatError: it is of another version. One without a version, or without resume state, is of version 0.
+        FormatError: it is of another version; 0 where none is named.
     """
-    file = checkpoint / RESUME_STATE / _FORMAT_FILE
-    CHECKPOINT.check(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}, checkpoint)
+    folder = checkpoint / RESUME_STATE
+    file = folder / _FORMAT_FILE
+    if file.is_file():
+        CHECKPOINT.check(json.loads(file.read_text(encoding="utf-8")), checkpoint)
+    elif any(folder.glob("rank-*.pt")):  # teacher forcing has no such state
+        CHECKPOINT.check({}, checkpoint)
 
 
 def checkpoint_step(checkpoint: Path) -> int:

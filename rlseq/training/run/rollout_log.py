@@ -11,6 +11,7 @@ from rlseq.common.escapes import visible
 from rlseq.common.formats import ROLLOUTS
 from rlseq.scoring.outcome import json_ready
 from rlseq.scoring.specs.fingerprint import content_hash
+from rlseq.training.rollouts import MicroBatch
 from rlseq.training.run.faults import writing
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
@@ -99,31 +100,30 @@ def calls_tools(messages: Sequence[Mapping[str, Any]] | None) -> bool:
 
 
 def trained_records(
-    inputs: Mapping[str, Any], prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], tokenizer: Any
+    batch: MicroBatch, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], tokenizer: Any
 ) -> list[dict[str, Any]]:
     """One record a row of a micro-batch of training: the prompt, and of a rollout what was drawn and what it earned.
 
     Args:
-        inputs: tensors by name, with `prompt_index` (B,).
+        batch: its B rows.
         prompts: all prompts, by index.
         scored: rollouts of the round; one that is not among them (after resuming) has no values.
         tokenizer: turns completions into text.
     """
     found = {(one.rollout.prompt_key, tuple(one.rollout.completion_ids)): one for one in scored}
     records = []
-    for row, index in enumerate(inputs["prompt_index"].tolist()):
+    for row, index in enumerate(batch.prompt_index):
         prompt = prompts[index]
-        record = {"prompt_key": prompt.key, "prompt": prompt.prompt}
-        if "completion_ids" in inputs:
-            length = int(inputs["completion_mask"][row].sum())
-            ids = tuple(inputs["completion_ids"][row, :length].tolist())
+        record = {"prompt_key": prompt.key, "prompt": prompt.prompt, "prompt_ids": batch.prompt_ids[row]}
+        if batch.completion_ids is not None:
+            ids = batch.completion_ids[row]
             one = found.get((prompt.key, ids))
             record |= {
                 "completion": tokenizer.decode(ids, skip_special_tokens=True),
                 "completion_ids": ids,
                 "values": dict(one.values) if one else None,
                 "total": one.total if one else None,
-                "advantage": inputs["advantages"][row].tolist(),
+                "advantage": batch.advantages[row].tolist(),
             }
         records.append(record)
     return records

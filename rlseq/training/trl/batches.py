@@ -4,25 +4,27 @@
     _prepare_inputs    makes one when it is due, and hands out its micro-batches
 
 TRL's own completions (tools, `rollout_func`, vLLM, continuous batching) come by its `_generate` and
-`_generate_single_turn`. What its loss reads is laid out as TRL lays it out: padded, prompts on the left.
+`_generate_single_turn`. Token ids stay as they were sampled, ragged, up to the packed forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import nanstd, pad, split_tensor_dict, use_adapter
+from trl.trainer.utils import nanstd, use_adapter
 
 from rlseq.engine.model.info import attention_of
 from rlseq.errors import ConfigError
 from rlseq.losses import importance_ratio
-from rlseq.training.forward import Ids, Scores, forward, ragged
-from rlseq.training.rollouts import RolloutBatch
+from rlseq.training.forward import Ids, Scores, forward
+from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.training.run.faults import memory_for, update_advice
 from rlseq.training.trl.rollouts import SamplingMixin
 from rlseq.training.trl.scoring import ScoringMixin
@@ -57,18 +59,19 @@ class BatchMixin(SamplingMixin, ScoringMixin):
             )
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
             with memory_for("scoring the rollouts (log-probs, the reference, values)", update_advice, self.args):
-                inputs = self.make_batch(generation_batch).inputs
-            if self.args.steps_per_generation > 1:
-                inputs = self._shuffle_groups(inputs)
-            self._buffered_inputs = split_tensor_dict(inputs, self.args.steps_per_generation)
+                trained = self.make_batch(generation_batch).trained
+            rows = self._shuffle_groups(trained.prompt_index)
+            size = len(rows) // self.args.steps_per_generation
+            starts = range(0, size * self.args.steps_per_generation, size)
+            self._buffered_inputs = [trained.select(rows[start : start + size]) for start in starts]
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def make_batch(self, rows: list[dict[str, Any]]) -> RolloutBatch:
         """Sample, score and log the rollouts of B rows of the data set."""
         batch = RolloutBatch(rows)
-        prompt_index = torch.tensor(batch.indices, device=self.accelerator.device)
         if not self.samples:
-            batch.inputs = {"prompt_index": prompt_index}
+            prompt_ids = tuple(self.prompts[index].prompt_ids for index in batch.indices)
+            batch.trained = MicroBatch(tuple(batch.indices), prompt_ids)
             return batch
         self.batch = batch
         batch.asked = self._ask(rows)
@@ -76,16 +79,14 @@ class BatchMixin(SamplingMixin, ScoringMixin):
         batch.told = [
             {name: of[i] if isinstance(of, list) else of for name, of in told.items()} for i in range(len(rows))
         ]
-        batch.inputs = inputs = self._laid_out(batch, prompt_ids, completion_ids, logprobs)
-        inputs["prompt_index"] = prompt_index
+        batch.trained = self._trained_rows(batch, prompt_ids, completion_ids, logprobs)
         self._add_logprobs(batch)
         values = self._score(batch, completions, completion_ids)
         self._log_rewards(batch, values)
-        inputs |= self.advantages_of(batch, values)
-        inputs |= self.objective_inputs(batch)
-        advantages = inputs["advantages"]
+        batch.trained = replace(batch.trained, **self.advantages_of(batch, values), **self.objective_fields(batch))
+        advantages = batch.trained.advantages
         if advantages.ndim > 1:  # one per token: their mean
-            advantages = advantages.sum(1) / self._mask(inputs).sum(1).clamp(min=1)
+            advantages = advantages.sum(1) / batch.trained.mask.sum(1).clamp(min=1)
         if self.args.log_completions:
             self.tracking.completions = self._completions(batch, completions, values, advantages)
         self._pending_extra_logs.clear()
@@ -98,7 +99,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
         return True
 
     def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
-        """The advantages of a batch, (B,) or (B, T), and what comes with them, by the names that the loss reads.
+        """The advantages of a batch, (B,) or (B, T), and what comes with them, as fields of a `MicroBatch`.
 
         Args:
             batch: sampled and scored.
@@ -106,68 +107,67 @@ class BatchMixin(SamplingMixin, ScoringMixin):
         """
         raise NotImplementedError
 
-    def objective_inputs(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        """What an objective reads beside that, one entry per row, so that it survives the shuffle and the split."""
+    def objective_fields(self, batch: RolloutBatch) -> dict[str, Tensor]:
+        """What an objective reads beside that, likewise."""
         return {}
 
     def log_rollouts(self, batch: RolloutBatch, advantages: Tensor) -> None:
         """Write the rollouts, with their advantages (B,), where they are written."""
 
-    # -- layout --------------------------------------------------------------------------------------------------
+    # -- micro-batches -------------------------------------------------------------------------------------------
 
-    def _laid_out(
+    def _trained_rows(
         self,
         batch: RolloutBatch,
         prompt_ids: list[list[int]],
         completion_ids: list[list[int]],
         logprobs: list[list[float | None]] | None,
-    ) -> dict[str, Tensor]:
-        """Ids and masks of the batch, padded; masks are 0 on padding, and on completions that count for nothing."""
+    ) -> MicroBatch:
+        """All rows of the batch as updates read them, as far as sampling has told it."""
+        device = self.accelerator.device
 
-        def padded(rows: Sequence[Any], value: float, side: str = "right") -> Tensor:
-            tensors = [row if torch.is_tensor(row) else torch.tensor(row) for row in rows]
-            options = {"padding_value": value, "padding_side": side, "pad_to_multiple_of": self.pad_to_multiple_of}
-            return pad(tensors, **options).to(self.accelerator.device)
+        def by_token(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:  # (B, T), 0 after the end
+            tensors = [torch.tensor(row, dtype=dtype) for row in rows]
+            return pad_sequence(tensors, batch_first=True).to(device)
 
-        pad_id = self.processing_class.pad_token_id
-        inputs = {
-            "prompt_ids": padded(prompt_ids, pad_id, "left"),
-            "prompt_mask": padded([torch.ones(len(ids), dtype=torch.long) for ids in prompt_ids], 0, "left"),
-            "completion_ids": padded(completion_ids, pad_id),
-            "completion_mask": padded([torch.ones(len(ids), dtype=torch.long) for ids in completion_ids], 0),
-        }
-        if batch.tool_mask is not None:
-            inputs["tool_mask"] = padded(batch.tool_mask, 1)
+        chosen = batch.tool_mask  # which tokens the model chose
+        if chosen is None and batch.rollouts is not None:
+            chosen = [rollout.loss_mask for rollout in batch.rollouts]
+        if chosen is None:
+            chosen = [[True] * len(ids) for ids in completion_ids]
+        mask = by_token(chosen, torch.bool)
         if self.mask_truncated_completions:
-            ends = {*self.eos_token_ids, pad_id}
-            ended = torch.tensor([ids[-1] in ends for ids in completion_ids], device=self.accelerator.device)
-            for name in ("completion_mask", "tool_mask"):
-                if name in inputs:
-                    inputs[name] = inputs[name] * ended[:, None].int()
-        if self.args.reference_prefix:  # sampled tokens alone are trained, not those that were forced
-            inputs["tool_mask"] = padded([torch.tensor(r.loss_mask).long() for r in batch.rollouts], 1)
+            ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
+            mask &= torch.tensor([ids[-1] in ends for ids in completion_ids], device=device)[:, None]
         if logprobs is not None:  # vLLM gives None for a NaN
-            known = [[NAN if x is None else x for x in of] for of in logprobs]
-            inputs["sampling_per_token_logps"] = padded(known, 0.0)
-        inputs["num_items_in_batch"] = self.accelerator.gather(self._mask(inputs).sum()).sum()
-        return inputs
+            logprobs = by_token([[NAN if x is None else x for x in of] for of in logprobs], torch.float32)
+        return MicroBatch(
+            prompt_index=tuple(batch.indices),
+            prompt_ids=tuple(map(tuple, prompt_ids)),
+            completion_ids=tuple(map(tuple, completion_ids)),
+            mask=mask,
+            sampled_logprobs=logprobs,
+            trained_tokens=self.accelerator.gather(mask.sum()).sum(),
+        )
 
-    @staticmethod
-    def _mask(inputs: Mapping[str, Tensor]) -> Tensor:
-        """The tokens of a micro-batch that are trained, (B, T) bool."""
-        mask = inputs["completion_mask"]
-        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
-
-    def _shuffle_groups(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def _shuffle_groups(self, prompt_index: Sequence[int]) -> list[int]:
         """Deal the groups of a batch to its K minibatches: of every K that follow each other, each gets one, at random.
 
         So which groups share a minibatch, over all processes, does not depend on how many of those there are. Where
         groups do not come out even, this process's are shuffled.
+
+        Args:
+            prompt_index: of each row, the prompt that its group has.
+
+        Returns:
+            The rows in their new order, minibatch after minibatch.
         """
-        rows: dict[int, list[int]] = {}
-        for row, prompt in enumerate(batch["prompt_index"].tolist()):
-            rows.setdefault(prompt, []).append(row)
-        groups, K = list(rows.values()), self.args.steps_per_generation
+        groups_of: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompt_index):
+            groups_of.setdefault(prompt, []).append(row)
+        groups, K = list(groups_of.values()), self.args.steps_per_generation
+        if K == 1:
+            return list(range(len(prompt_index)))
 
         def permutation(size: int, *name: int) -> list[int]:
             generator = torch.Generator().manual_seed(hash((self.args.seed, self.stream, *name)) % 2**63)
@@ -180,51 +180,51 @@ class BatchMixin(SamplingMixin, ScoringMixin):
             first = self.accelerator.process_index * blocks  # of the blocks of all processes
             dealt = [permutation(K, first + block) for block in range(blocks)]
             order = [groups[block * K + dealt[block][minibatch]] for minibatch in range(K) for block in range(blocks)]
-        index = [row for group in order for row in group]
-        return {key: value[index] if torch.is_tensor(value) and value.ndim else value for key, value in batch.items()}
+        return [row for group in order for row in group]
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
     def _add_logprobs(self, batch: RolloutBatch) -> None:
         """Log-probs of the policy that sampled, where the update will have left it, and of the reference."""
-        inputs, args = batch.inputs, self.args
+        args, trained = self.args, batch.trained
         corrects = self.use_vllm and self.vllm_importance_sampling_correction
         if corrects or args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations):
             exact = self.model.dtype == torch.float32 and self.accelerator.mixed_precision == "no"
             if batch.rollouts is not None and exact:
                 # The sampler recorded them: the same numbers as a fresh forward, to rounding. bfloat16's,
                 # under autocast, would leave GSPO's narrow clip: there they are those of a forward like the update's.
-                inputs["old_per_token_logps"] = inputs["sampling_per_token_logps"]
+                old = trained.sampled_logprobs
             else:
-                inputs["old_per_token_logps"] = self._logprobs_by(self.model, inputs)
+                old = self._logprobs_by(self.model, trained)
+            trained = replace(trained, old_logprobs=old)
         if corrects:
-            inputs["importance_sampling_ratio"] = self._importance_ratio(inputs)
-        if self.beta == 0.0:
-            return
+            trained = replace(trained, importance_ratio=self._importance_ratio(trained))
+        if self.beta:
+            trained = replace(trained, ref_logprobs=self._reference_logprobs(trained))
+        batch.trained = trained
+
+    def _reference_logprobs(self, trained: MicroBatch) -> Tensor:
         if self.ref_model is not None:
-            inputs["ref_per_token_logps"] = self._logprobs_by(self.ref_model, inputs)
-        else:  # an adapter: the base without it, or with the copy of the one that trains on
-            model = self.accelerator.unwrap_model(self.model)
-            with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-                inputs["ref_per_token_logps"] = self._logprobs_by(self.model, inputs)
+            return self._logprobs_by(self.ref_model, trained)
+        # an adapter: the base without it, or with the copy of the one that trains on
+        model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            return self._logprobs_by(self.model, trained)
 
-    def _logprobs_by(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([part.logprobs for part in self.scores_in_parts(model, inputs)])
+    def _logprobs_by(self, model: torch.nn.Module, trained: MicroBatch) -> Tensor:
+        return torch.cat([part.logprobs for part in self.scores_in_parts(model, trained)])
 
-    def scores_in_parts(self, model: torch.nn.Module, inputs: Mapping[str, Tensor], **more: Any) -> list[Scores]:
+    def scores_in_parts(self, model: torch.nn.Module, trained: MicroBatch, **more: Any) -> list[Scores]:
         """What a model says of a batch's completions, without gradient, a micro-batch at a time."""
-        size = self.args.per_device_train_batch_size
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        starts = range(0, len(inputs["prompt_ids"]), size)
-        parts = [{name: inputs[name][start : start + size] for name in names} for start in starts]
+        size, rows = self.args.per_device_train_batch_size, range(len(trained))
+        parts = [trained.select(rows[start : start + size]) for start in rows[::size]]
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             return [self.token_scores(model, part, **more) for part in parts]
 
-    def _importance_ratio(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _importance_ratio(self, trained: MicroBatch) -> Tensor:
         """Policy over vLLM, (B, T), or (B, 1) of whole sequences, clipped as `vllm_importance_sampling_mode` says."""
         level, _, how = self.vllm_importance_sampling_mode.partition("_")
-        mask = self._mask(inputs)
-        old, sampled = inputs["old_per_token_logps"], inputs["sampling_per_token_logps"]
+        mask, old, sampled = trained.mask, trained.old_logprobs, trained.sampled_logprobs
         ratio = importance_ratio(
             old,
             sampled,
@@ -252,7 +252,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
     def token_scores(
         self,
         model: torch.nn.Module,
-        inputs: Mapping[str, Tensor],
+        batch: MicroBatch,
         references: Sequence[Sequence[Ids]] = (),
         **more: Any,
     ) -> Scores:
@@ -260,23 +260,18 @@ class BatchMixin(SamplingMixin, ScoringMixin):
 
         Args:
             model: the policy, or the reference.
-            inputs: `prompt_ids` and `completion_ids` with their masks; without them, `prompt_index` of rows whose
-                references alone are scored.
+            batch: the rows; a completion of which no token is trained is not scored.
             references: of each row.
             more: for `rlseq.training.forward.forward`.
         """
-        if "completion_ids" in inputs:
-            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-            mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-            width = inputs["completion_ids"].shape[1]
-            prompts, completions = ragged(ids, mask, width)
-        else:
-            prompts = [self.prompts[i].prompt_ids for i in inputs["prompt_index"].tolist()]
-            completions, width = None, 0
+        completions, width = None, 0
+        if batch.completion_ids is not None:
+            trains, width = batch.mask.any(1).tolist(), batch.mask.shape[1]
+            completions = [ids if counts else () for ids, counts in zip(batch.completion_ids, trains, strict=True)]
         with self.accelerator.autocast():
             return forward(
                 model,
-                prompts,
+                batch.prompt_ids,
                 completions,
                 width,
                 references=references,

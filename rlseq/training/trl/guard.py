@@ -30,7 +30,7 @@ class Guard:
         run: the run's folder.
         max_in_a_row: the number of skipped steps in a row after which the run ends with a `TrainingError`.
         accelerator: of the trainer.
-        describe: the inputs of a micro-batch -> one record per row, for the reader.
+        describe: a micro-batch -> one record per row, for the reader.
 
     Attributes:
         step_was_skipped: whether the last optimizer step was.
@@ -42,7 +42,7 @@ class Guard:
         *,
         max_in_a_row: int,
         accelerator: Accelerator,
-        describe: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
+        describe: Callable[[Any], list[dict[str, Any]]],
     ):
         self.run = run
         self.max_in_a_row = max_in_a_row
@@ -51,9 +51,9 @@ class Guard:
         self.step_was_skipped = False
         self.in_a_row = 0
         self.since_logged = 0
-        self.micro_batches: list[tuple[Mapping[str, Any], Tensor]] = []  # and their losses, since the last step
+        self.micro_batches: list[tuple[Any, Tensor]] = []  # and their losses, since the last step
 
-    def keep(self, inputs: Mapping[str, Any], loss: Tensor) -> Tensor:
+    def keep(self, inputs: Any, loss: Tensor) -> Tensor:
         """Remember a micro-batch until the optimizer has stepped; returns its loss, 0 where that is not finite.
 
         NaN would stay in transformers' running sum for good; `with_skipped` logs it another way.
@@ -84,9 +84,7 @@ class Guard:
         if skipped:
             self._skip(model, batches, norm, step)
 
-    def _skip(
-        self, model: torch.nn.Module, batches: Sequence[tuple[Mapping[str, Any], Tensor]], grad_norm: float, step: int
-    ) -> None:
+    def _skip(self, model: torch.nn.Module, batches: Sequence[tuple[Any, Tensor]], grad_norm: float, step: int) -> None:
         for parameter in model.parameters():
             parameter.grad = None  # what has no gradient is left alone by the optimizer, its state too
         self.since_logged += 1
@@ -134,20 +132,21 @@ def keep_batch(
     folder: Path,
     step: int,
     rank: int,
-    batches: Sequence[tuple[Mapping[str, Any], Tensor]],
-    describe: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
+    batches: Sequence[tuple[Any, Tensor]],
+    describe: Callable[[Any], list[dict[str, Any]]],
 ) -> None:
     """Write this rank's micro-batches: rank-R.jsonl to read, one line per row, and rank-R.safetensors, every tensor.
 
     Args:
-        batches: (inputs, loss) of each micro-batch of an optimizer step; tensors are named `MICRO_BATCH.INPUT`.
+        batches: (inputs, loss) of each micro-batch of an optimizer step; inputs are a mapping, or a dataclass like
+            `MicroBatch`. Tensors are named `NUMBER.INPUT`, where NUMBER counts the micro-batches.
         describe: inputs -> a record a row.
     """
     records, tensors = [], {}
     for number, (inputs, loss) in enumerate(batches):
         common = {"step": step, "rank": rank, "micro_batch": number, "loss": loss.item()}
         records += [common | record for record in describe(inputs)] or [common]
-        for name, x in inputs.items():
+        for name, x in (inputs if isinstance(inputs, Mapping) else vars(inputs)).items():
             if torch.is_tensor(x):
                 tensors[f"{number}.{name}"] = x.detach().cpu().clone().contiguous()
     (folder / f"rank-{rank}.jsonl").unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from rlseq.training.objectives import (
     reference_exact_loss,
     reference_loss,
 )
+from rlseq.training.rollouts import MicroBatch
 from rlseq.training.trl.policy_gradient import PolicyGradientMixin
 
 
@@ -27,23 +28,19 @@ class LossMixin(PolicyGradientMixin):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return self.micro_batch_loss(model, inputs)
 
-    def micro_batch_loss(self, model: torch.nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    def micro_batch_loss(self, model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, by one call of the model; divided by those that make up an optimizer step."""
-        references = self._references_of_rows(inputs) if self.args.uses_references else []
-        scores = self.token_scores(
-            model, inputs, references, values=self.asks_values, router_loss=self.aux_loss_enabled
-        )
+        references = self._references_of_rows(batch) if self.args.uses_references else []
+        scores = self.token_scores(model, batch, references, values=self.asks_values, router_loss=self.aux_loss_enabled)
         if self.args.objective == "policy_gradient":
-            loss = self.policy_gradient(scores, inputs)
+            loss = self.policy_gradient(scores, batch)
             if self.kl_loss_coef and self.args.kl_estimator is not None:
-                loss = loss + self._kl_loss(scores, inputs)
+                loss = loss + self._kl_loss(scores, batch)
         else:
-            loss = self._own_objective(scores, inputs, references) / self._accumulation
-        return loss + self.additional_loss(scores, inputs, references)
+            loss = self._own_objective(scores, batch, references) / self._accumulation
+        return loss + self.additional_loss(scores, batch, references)
 
-    def additional_loss(
-        self, scores: Scores, inputs: Mapping[str, Tensor], references: Sequence[Sequence[Ids]]
-    ) -> Tensor | float:
+    def additional_loss(self, scores: Scores, batch: MicroBatch, references: Sequence[Sequence[Ids]]) -> Tensor | float:
         """What is added to the objective, from the same forward: a router's loss, or that of the references."""
         if scores.router_loss is not None:
             self._log_mean("aux_loss", scores.router_loss)
@@ -56,21 +53,18 @@ class LossMixin(PolicyGradientMixin):
             total = torch.zeros((), device=self.accelerator.device)
         with_references = [bool(found) for found in references]
         self._log_sums("reference_nll", total, torch.tensor(sum(with_references), device=total.device))
-        return self.args.reference_loss_coef * total / len(inputs["prompt_index"]) / self._accumulation
+        return self.args.reference_loss_coef * total / len(batch) / self._accumulation
 
-    def _kl_loss(self, scores: Scores, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _kl_loss(self, scores: Scores, batch: MicroBatch) -> Tensor:
         """β times the estimated KL to the start: its mean over the tokens of the whole step."""
-        kl = kl_estimate(scores.logprobs, inputs["ref_per_token_logps"], kind=self.args.kl_estimator or "k3")
-        mask = self._mask(inputs)
+        kl = kl_estimate(scores.logprobs, batch.ref_logprobs, kind=self.args.kl_estimator or "k3")
+        mask = batch.mask
         self._log_masked_mean("kl", kl, mask)
-        return self.kl_loss_coef * self._step_mean(kl, mask, inputs)
+        return self.kl_loss_coef * self._step_mean(kl, mask, batch)
 
-    def _own_objective(
-        self, scores: Scores, inputs: Mapping[str, Tensor], references: Sequence[Sequence[Ids]]
-    ) -> Tensor:
+    def _own_objective(self, scores: Scores, batch: MicroBatch, references: Sequence[Sequence[Ids]]) -> Tensor:
         """rlseq's objectives: the mean over the micro-batch's rows."""
         args, G = self.args, self.num_generations
-        rows = inputs["prompt_index"].tolist()
         if args.objective in EXACT_OBJECTIVES:
             if scores.references.logprobs:
                 loss, P = expected_accuracy_loss(scores.references, args.max_rl_order)
@@ -78,15 +72,14 @@ class LossMixin(PolicyGradientMixin):
                 loss = scores.logprobs.sum()  # 0, and a backward on this rank as on the others
                 P = torch.zeros(1, device=loss.device)
             self._log_mean("expected_accuracy", P.mean())
-            return loss / len(rows)
-        mask = self._mask(inputs)
-        rewards = [self._rewards_of_references(i) for i in rows] if args.scores_references else []
+            return loss / len(batch)
+        mask = batch.mask
+        rewards = [self._rewards_of_references(i) for i in batch.prompt_index] if args.scores_references else []
         if args.objective == "minimum_risk":
-            lengths = inputs["completion_mask"].sum(1).tolist()
             loss = minimum_risk_loss(
                 scores,
-                inputs["totals"],
-                [tuple(ids[:n]) for ids, n in zip(inputs["completion_ids"].tolist(), lengths, strict=True)],
+                batch.totals,
+                batch.completion_ids,
                 mask,
                 num_generations=G,
                 sharpness=args.minimum_risk_sharpness,
@@ -96,8 +89,7 @@ class LossMixin(PolicyGradientMixin):
         else:
             loss, P = reference_exact_loss(
                 scores,
-                inputs,
-                mask,
+                batch,
                 num_generations=G,
                 clip_low=self.epsilon_low,
                 clip_high=self.epsilon_high,
@@ -105,17 +97,16 @@ class LossMixin(PolicyGradientMixin):
             )
             self._log_mean("expected_accuracy", P.mean())
         self._log_masked_mean("entropy", scores.entropies, mask)
-        loss = loss / len(rows)
-        return loss + self._kl_loss(scores, inputs) * self._accumulation if self.kl_loss_coef else loss
+        loss = loss / len(batch)
+        return loss + self._kl_loss(scores, batch) * self._accumulation if self.kl_loss_coef else loss
 
-    def _references_of_rows(self, inputs: Mapping[str, Tensor]) -> list[list[Ids]]:
-        rows = inputs["prompt_index"].tolist()
-        known = {i: self._references_of(self.prompts[i]) for i in dict.fromkeys(rows)}
-        return [known[i] for i in rows]
+    def _references_of_rows(self, batch: MicroBatch) -> list[list[Ids]]:
+        known = {i: self._references_of(self.prompts[i]) for i in dict.fromkeys(batch.prompt_index)}
+        return [known[i] for i in batch.prompt_index]
 
-    def _step_mean(self, x_BT: Tensor, mask: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _step_mean(self, x_BT: Tensor, mask: Tensor, batch: MicroBatch) -> Tensor:
         """This micro-batch's part of the mean over all counted tokens of the optimizer step, on all ranks."""
-        return torch.where(mask, x_BT, 0.0).sum() / self._step_tokens(inputs)
+        return torch.where(mask, x_BT, 0.0).sum() / self._step_tokens(batch)
 
     # -- logs ----------------------------------------------------------------------------------------------------
 

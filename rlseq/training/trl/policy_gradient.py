@@ -27,6 +27,7 @@ from rlseq.losses import (
     vespo_weight,
 )
 from rlseq.training.forward import Scores
+from rlseq.training.rollouts import MicroBatch
 from rlseq.training.trl.batches import BatchMixin
 
 
@@ -38,27 +39,28 @@ class PolicyGradientMixin(BatchMixin):
         """What multiplies the KL to the start in the loss."""
         return self.beta
 
-    def policy_gradient(self, scores: Scores, inputs: Mapping[str, Tensor]) -> Tensor:
+    def policy_gradient(self, scores: Scores, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, divided by those that make up an optimizer step.
 
         The KL to the start is part of each token's loss where no estimator is named: k3, times the ratio where
         `use_bias_correction_kl` says so.
         """
-        mask, old, logprobs = self._mask(inputs), inputs.get("old_per_token_logps"), scores.logprobs
+        mask, old, logprobs = batch.mask, batch.old_logprobs, scores.logprobs
         old = logprobs.detach() if old is None else old  # on policy
-        losses, series = self._token_losses(logprobs, old, inputs)
+        losses, series = self._token_losses(logprobs, old, batch)
         if self.off_policy_mask_threshold is not None:
-            sampled, threshold = inputs.get("sampling_per_token_logps", old), self.off_policy_mask_threshold
-            keep = on_policy_mask(logprobs, sampled, inputs["advantages"], mask, threshold=threshold)
+            sampled = old if batch.sampled_logprobs is None else batch.sampled_logprobs
+            threshold = self.off_policy_mask_threshold
+            keep = on_policy_mask(logprobs, sampled, batch.advantages, mask, threshold=threshold)
             losses = torch.where(keep, losses, 0.0)
         teaches = mask
         if self.top_entropy_quantile < 1.0:
             teaches = mask & (scores.entropies >= self._entropy_threshold(scores.entropies[mask]))
             losses = torch.where(teaches, losses, 0.0)
-        if "importance_sampling_ratio" in inputs and self.loss_type != "vespo":  # whose weight holds it
-            losses = losses * inputs["importance_sampling_ratio"]
+        if batch.importance_ratio is not None and self.loss_type != "vespo":  # whose weight holds it
+            losses = losses * batch.importance_ratio
         if self.kl_loss_coef and self.args.kl_estimator is None:
-            series["kl"] = kl_estimate(logprobs, inputs["ref_per_token_logps"], kind="k3")
+            series["kl"] = kl_estimate(logprobs, batch.ref_logprobs, kind="k3")
             if self.args.use_bias_correction_kl:
                 series["kl"] = series["kl"] * probability_ratio(logprobs, old, mask, self.importance_sampling_level)
             losses = losses + self.kl_loss_coef * series["kl"]
@@ -67,7 +69,7 @@ class PolicyGradientMixin(BatchMixin):
             mask,
             self.loss_type,
             max_completion_length=self.max_completion_length,
-            step_tokens=self._step_tokens(inputs),
+            step_tokens=self._step_tokens(batch),
         )
         if self._entropy_bonus_enabled:
             self._log_mean("policy_loss", loss)
@@ -78,18 +80,16 @@ class PolicyGradientMixin(BatchMixin):
         self._log_series(series | {"entropy": scores.entropies}, mask)
         return loss
 
-    def _token_losses(
-        self, logprobs: Tensor, old: Tensor, inputs: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _token_losses(self, logprobs: Tensor, old: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each token, (B, T), and what the log says of the ratios, (B, T) or (B, 1)."""
-        args, mask, advantages = self.args, self._mask(inputs), inputs["advantages"]
+        args, mask, advantages = self.args, batch.mask, batch.advantages
         common, level = (logprobs, old, advantages, mask), self.importance_sampling_level
         if self.loss_type == "sapo":
             temperatures = {name: getattr(args, f"sapo_{name}") for name in ("temperature_pos", "temperature_neg")}
             return sapo(*common, **temperatures, level=level), {}
         if self.loss_type == "vespo":
             shape = {name: getattr(args, f"vespo_{name}") for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")}
-            weight = vespo_weight(*common, **shape, importance_BT=inputs.get("importance_sampling_ratio"))
+            weight = vespo_weight(*common, **shape, importance_BT=batch.importance_ratio)
             return vespo(logprobs, advantages, mask, weight=weight), {"vespo/phi_seq_mean": weight}
         ratio = probability_ratio(logprobs.detach(), old, mask, level)
         sign = advantages if advantages.ndim == 2 else advantages[:, None]
@@ -142,9 +142,9 @@ class PolicyGradientMixin(BatchMixin):
     def _accumulation(self) -> int:
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
-    def _step_tokens(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def _step_tokens(self, batch: MicroBatch) -> Tensor:
         """The counted tokens of the optimizer step, on all ranks, over the number of these."""
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes  # of the whole batch
+        tokens = batch.trained_tokens.clamp(min=1.0) / self.accelerator.num_processes  # of the whole batch
         if self.model.training:
             tokens = tokens * self._accumulation / self.args.steps_per_generation
         return tokens

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from rlseq.errors import ConfigError
+from rlseq.training.rollouts import MicroBatch
 from rlseq.training.run.checkpoints import RESUME_STATE, write_format
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class _TrainingLoop:
         return {
             "step": trainer._step,
             "reference_rewards": trainer.batch.reference_rewards if within_a_batch else {},
-            "buffered_inputs": trainer._buffered_inputs if within_a_batch else None,
+            "micro_batches": [part.as_dict() for part in trainer._buffered_inputs] if within_a_batch else None,
             "metrics": dict(trainer._metrics["train"]),
             "loss_since_logged": trainer._tr_loss,
             "total_loss": trainer._total_loss_scalar,
@@ -172,11 +173,8 @@ class _TrainingLoop:
         trainer, device = self.trainer, self.trainer.accelerator.device
         trainer._step = state["step"]
         trainer.batch.reference_rewards = state["reference_rewards"]
-        if state["buffered_inputs"] is not None:
-            trainer._buffered_inputs = [
-                {name: x.to(device) if torch.is_tensor(x) else x for name, x in part.items()}
-                for part in state["buffered_inputs"]
-            ]
+        if state["micro_batches"] is not None:
+            trainer._buffered_inputs = [MicroBatch(**part).to(device) for part in state["micro_batches"]]
         trainer._metrics["train"] = defaultdict(list, state["metrics"])
         trainer._tr_loss = state["loss_since_logged"].to(device)
         trainer._total_loss_scalar = state["total_loss"]

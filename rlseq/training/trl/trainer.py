@@ -11,7 +11,7 @@ Each method is a few lines around the one it overrides; what is done stands in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class RunMixin(Trainer):
     # -- a step --------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        given = dict(inputs)  # SFT's loss takes what it needs out of `inputs`
+        given = copy.copy(inputs)  # SFT's loss takes what it needs out of `inputs`
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.model.training:
             return found
@@ -94,7 +94,7 @@ class RunMixin(Trainer):
         self.guard.before_step(model, grad_norm, step=self.state.global_step + 1)
         return grad_norm
 
-    def describe_rows(self, inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def describe_rows(self, inputs: Any) -> list[dict[str, Any]]:
         """A micro-batch's rows for the reader of a skipped step; trainers on rollouts say more."""
         ids = inputs.get("input_ids")
         return [] if ids is None else [{"text": self.processing_class.decode(row)} for row in ids.tolist()]

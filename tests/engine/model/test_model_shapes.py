@@ -222,20 +222,13 @@ def test_a_step_of_grpo_trains_on_the_log_probs_of_one_sequence(name, tmp_path, 
     trainer = tiny_trainer(tmp_path, model=model, max_steps=1, max_completion_length=4, beta=0.0, num_iterations=1)
     trained, compute = [], trainer.micro_batch_loss
 
-    def remember(model, inputs):
-        found = trainer.token_scores(model, inputs).logprobs
+    def remember(model, batch):
+        found = trainer.token_scores(model, batch).logprobs.detach()
         trained.extend(
-            (tuple(ids[mask.bool()].tolist()), logps[mask.bool()].tolist(), tuple(p[m.bool()].tolist()))
-            for ids, mask, logps, p, m in zip(
-                inputs["completion_ids"],
-                inputs["completion_mask"],
-                found.detach(),
-                inputs["prompt_ids"],
-                inputs["prompt_mask"],
-                strict=True,
-            )
+            (ids, logps[: len(ids)].tolist(), prompt)
+            for ids, logps, prompt in zip(batch.completion_ids, found, batch.prompt_ids, strict=True)
         )
-        return compute(model, inputs)
+        return compute(model, batch)
 
     trainer.micro_batch_loss = remember
     trainer.train()
