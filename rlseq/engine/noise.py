@@ -14,7 +14,7 @@ import torch
 
 from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.layout import ranks
-from rlseq.engine.strategies import sums_of_units
+from rlseq.engine.strategies import to_units
 
 
 def stream_keys(seed: int, stream: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
@@ -46,13 +46,13 @@ def pick(logprobs: torch.Tensor, uniform: torch.Tensor, of: np.ndarray | None = 
     device = logprobs.device
     exact = float64_device(device)
     probs = to_float64(logprobs)
-    cdf = sums_of_units(probs.exp() if probs is logprobs else probs.exp_())
+    cdf = to_units(probs.exp() if probs is logprobs else probs.exp_()).cumsum_(-1)
     of = np.arange(len(cdf)) if of is None else of
     rank = ranks(of)  # a table (U, K) of the uniforms of each distribution, so that no CDF is copied
     where = torch.from_numpy(of).to(cdf.device), torch.from_numpy(rank).to(cdf.device)
     total = cdf[:, -1][where[0]]
     wanted = cdf.new_zeros(len(cdf), int(rank.max()) + 1)
     # u·total may round up to the total
-    wanted[where] = torch.minimum((uniform.to(exact) * total).floor().to(cdf.dtype), total - 1)
+    wanted[where] = torch.minimum((uniform.to(exact) * total).long(), total - 1)
     index = torch.searchsorted(cdf, wanted, right=True)[where]
     return index.clamp(max=logprobs.size(-1) - 1).to(device)  # beyond it only where a model gives no numbers

@@ -140,16 +140,6 @@ def to_units(probs: torch.Tensor) -> torch.Tensor:
     return (probs * 2.0**52).round_().long()
 
 
-def sums_of_units(probs: torch.Tensor) -> torch.Tensor:
-    """The cumulative sums of `to_units` of probabilities (…, V) in float64, which are overwritten.
-
-    On a CPU the whole numbers stay in float64, which holds them to 2⁵³, and no further tensor is made.
-    """
-    if probs.device.type == "cpu":
-        return probs.mul_(2.0**52).round_().cumsum_(-1)
-    return to_units(probs).cumsum_(-1)
-
-
 class Rerank(Strategy):
     """Base of the strategies that take n samples, as `Sample` with the same settings, and keep one."""
 

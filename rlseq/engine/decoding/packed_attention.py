@@ -131,5 +131,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, 
         (R, S, Hq, D).
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    lower = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64  # as autocast does with SDPA
+    dtype = torch.get_autocast_dtype("cpu") if lower else query.dtype
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     with torch.autocast("cpu", enabled=False):
         return _Attention.apply(query, key, value, blocks, scale)

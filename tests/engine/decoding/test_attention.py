@@ -98,5 +98,18 @@ def test_values_and_gradients_are_those_of_a_masked_softmax(dtype, monkeypatch):
         assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
 
 
+def test_under_autocast_all_is_computed_in_its_precision():
+    torch.manual_seed(0)
+    blocks = packed_attention.Blocks(torch.full((1, 6), 6))
+    query, key, value = (torch.randn(1, 2, 6, 4, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):  # a model in float32: rotated queries and keys stay so, values do not
+        found = packed_attention.packed_attention(query, key, value.bfloat16(), blocks, None)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=0.02, rtol=0.02)
+    found.float().square().sum().backward()
+    assert all(x.grad.dtype == torch.float32 and x.grad.any() for x in (query, key, value))
+
+
 def test_transformers_looks_attention_up_by_name():
     assert transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"] is prefix_attention._attend
