@@ -248,7 +248,8 @@ def test_a_damaged_text_is_never_the_same_text():
             assert corrupt(text, rng).split() != text.split()
 
 
-def test_check_samples_from_a_model_to_see_whether_grpo_would_learn(tmp_path, capsys):
+def test_check_samples_from_a_model_to_see_whether_grpo_would_learn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # in fewer, findings are wrapped
     folder = save_tiny_model(tmp_path / "model")
     data = jsonl(tmp_path / "rows.jsonl", [{"prompt": f"a b {'c ' * i}", "references": ["a b"]} for i in range(4)])
     flags = ["--dataset_name", str(data), "--model_name_or_path", folder, "--max_new_tokens", "6"]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlseq.errors import RunDirectoryError
+from rlseq.training.run.checkpoints import write_format
 from rlseq.training.run.directory import append_jsonl, prepare, write_json_atomic
 
 
@@ -25,7 +26,7 @@ def make_checkpoint(run, step, *, weights="model.safetensors"):
     path = Path(run) / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"w": torch.zeros(3, 2)}, path / weights)
-    (path / "resume_state").mkdir()
+    write_format(path)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "resume_state/rank-0.pt"):
         torch.save({}, path / name)
     for name in ("config.json", "tokenizer.json"):
