@@ -213,6 +213,8 @@ def plain(value: Any) -> Any:
         return {plain(key): plain(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
         return [plain(element) for element in value]
+    if isinstance(value, set | frozenset):  # of a YAML file with `!!set`
+        return [plain(element) for element in sorted(value, key=str)]
     if isinstance(value, Path):
         return str(value)
     if dataclasses.is_dataclass(value):

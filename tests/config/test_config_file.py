@@ -10,6 +10,7 @@ from transformers.trainer_utils import SchedulerType
 
 from rlseq.config.config_file import changed_values
 from rlseq.config.parser import RecipeParser, resolved_values, write_config
+from rlseq.config.values import plain
 
 
 @pytest.mark.parametrize(
@@ -99,3 +100,7 @@ def test_a_configuration_built_without_the_parser_can_be_read_back(tmp_path):
     (again,) = RecipeParser([trl.GRPOConfig]).parse(["--config", str(tmp_path / "config.yaml")])
     assert again.generation_batch_size == built.generation_batch_size
     assert again.lr_scheduler_type == SchedulerType.COSINE
+
+
+def test_a_set_of_a_yaml_file_is_written_as_a_list_in_order():
+    assert plain(yaml.safe_load("!!set {b, a}")) == ["a", "b"]
