@@ -1,4 +1,4 @@
-"""The settings of the model, its adapter and quantisation: what they stand for, and which come to nothing.
+"""The settings of the model, its adapter and quantisation: what they stand for, and which have no effect.
 
 Nothing is loaded here.
 """

@@ -18,7 +18,7 @@ def rows_in_range(
     """The rows whose number in a column lies in [low, high], and a sentence on how many were dropped.
 
     Raises:
-        DataError: there is no such column, a value in it is no number, or no row is left.
+        DataError: there is no such column, a value in it is not a number, or no row is left.
     """
     columns = columns_of_rows(rows)
     if column not in columns:
