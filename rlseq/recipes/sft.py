@@ -81,7 +81,7 @@ from rlseq.training.run.recipe import (
     prompt_options,
     say,
 )
-from rlseq.training.run.rollout_log import write_rollouts
+from rlseq.training.run.rollout_log import RolloutLog
 from rlseq.training.sft import MEASURED, check_examples, check_prefill
 from rlseq.training.trl.publish import publish
 from rlseq.training.trl.sft import SFTTrainer
@@ -208,7 +208,7 @@ def main() -> None:
                 seed=config.seed,
             )
             if PartialState().is_main_process:
-                write_rollouts(directory.rollouts, 0, candidates)
+                RolloutLog(directory.rollouts).write(0, candidates)
         suite.close()
         train, what = select(candidates, rejection, config.chat_template_kwargs)
         measure(train, "training", batch)

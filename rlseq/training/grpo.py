@@ -38,7 +38,7 @@ from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
 from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.training.run.faults import evaluation_advice, memory_for
-from rlseq.training.run.rollout_log import rollout_records, trained_records, write_rollouts
+from rlseq.training.run.rollout_log import RolloutLog, rollout_records, trained_records
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
     Arguments,
@@ -134,9 +134,8 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.evaluator = evaluator_of(eval_dataset, evaluator, tokenizer, suite, args)
         self.prompts = prompts
         self.suite = suite
-        self.rollouts_dir = rollouts_dir
+        self.rollout_log = None if rollouts_dir is None else RolloutLog(rollouts_dir)
         self.batch = RolloutBatch()
-        self._logged_batch = 0, 0  # the optimizer step of the last batch that was logged, and which of its batches
         self._sums = {}
         critic = self._build_critic(model, args)
         if args.disable_dropout:
@@ -264,20 +263,17 @@ class GRPOTrainer(RunMixin, LossMixin):
         }
 
     def log_rollouts(self, batch: RolloutBatch, advantages: Tensor) -> None:
-        """Write the rollouts to `rollouts_dir`, one file per batch."""
-        if self.rollouts_dir is None or not self.model.training:
+        """Write the rollouts to the log, one file per batch."""
+        if self.rollout_log is None or not self.model.training:
             return
         step = self.state.global_step + 1  # the first step they train
-        last, part = self._logged_batch
-        part = part + 1 if last == step else 0  # several batches may share an optimizer step
-        self._logged_batch = step, part
         prompts = [self.prompts[index] for index in batch.indices]
         if self.environments:  # what `reset` told the model belongs to the prompt
             asked = zip(prompts, batch.asked, strict=True)
             prompts = [dataclasses.replace(prompt, prompt=messages) for prompt, messages in asked]
         records = gather_object(rollout_records(step, prompts, batch.scored, advantages.tolist(), batch.told))
         if self.accelerator.is_main_process:
-            write_rollouts(self.rollouts_dir, step, records, part)
+            self.rollout_log.write(step, records)
 
     def describe_rows(self, inputs: MicroBatch) -> list[dict[str, Any]]:
         return trained_records(inputs, self.prompts, self.batch.scored, self.processing_class)

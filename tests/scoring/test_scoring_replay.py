@@ -15,7 +15,7 @@ from rlseq.cli.main import main
 from rlseq.errors import RewardError, RunDirectoryError
 from rlseq.scoring import load_rewards
 from rlseq.scoring.replay import compare, read_rollouts, score_by_step, spearman
-from rlseq.training.run.rollout_log import rollout_records, write_rollouts
+from rlseq.training.run.rollout_log import RolloutLog, rollout_records
 from rlseq.types import Prompt, Rollout
 
 
@@ -164,7 +164,7 @@ def test_what_training_logs_is_scored_again_bit_for_bit(tmp_path):
     seen = []
     suite = load_rewards([everything])
     table = suite.score(rollouts, {"prompt": ["?"] * 3})
-    write_rollouts(tmp_path / "rollouts", 1, rollout_records(1, prompts, table.scored, [0.0] * 3))
+    RolloutLog(tmp_path / "rollouts").write(1, rollout_records(1, prompts, table.scored, [0.0] * 3))
     again = score_by_step(suite, read_rollouts(tmp_path))
     assert again.values == table.values
     assert seen[:3] == seen[3:]
@@ -279,7 +279,7 @@ def trained_run(run_with_data, tmp_path):
     with load_rewards([f"{tmp_path}/by_level.py"]) as suite:
         columns = {name: [p.columns[name] for p in prompts] for name in ("level", "references")}
         table = suite.score(rollouts, columns | {"prompt": [p.text for p in prompts]})
-    write_rollouts(run_with_data / "rollouts", 1, rollout_records(1, prompts, table.scored, [0.0] * 3))
+    RolloutLog(run_with_data / "rollouts").write(1, rollout_records(1, prompts, table.scored, [0.0] * 3))
     return run_with_data
 
 
@@ -342,7 +342,7 @@ def test_what_a_rollout_func_told_is_logged_or_refused_by_name(tmp_path):
     suite = load_rewards([told])
     table = suite.score(rollouts, columns | {"prompt": ["?"] * 2})
     records = rollout_records(3, prompts, table.scored, [0.0] * 2, more)
-    write_rollouts(tmp_path / "rollouts", 3, records)
+    RolloutLog(tmp_path / "rollouts").write(3, records)
     logged = read_rollouts(tmp_path)
     assert [record["step"] for record in logged.records] == [3, 3] and logged.columns["step"] == [7, 7]
     assert score_by_step(suite, logged).totals == table.totals == [0.1, 2.1]

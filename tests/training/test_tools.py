@@ -108,7 +108,7 @@ def test_a_rollout_holds_every_turn_and_trains_none_of_the_tools_words(trained):
 
 def test_the_log_holds_every_turn_and_rescoring_gets_them(trained, tmp_path):
     trainer, _, _ = trained
-    logged = read_rollouts(trainer.rollouts_dir)
+    logged = read_rollouts(trainer.rollout_log.folder)
     assert [list(rollout.messages) for rollout in logged.rollouts] == [
         json.loads(json.dumps(scored.rollout.messages)) for scored in trainer.batch.scored
     ]
@@ -126,7 +126,7 @@ def test_a_call_alone_is_a_turn_that_is_logged():
 def test_rollouts_with_calls_are_not_learnt_as_if_without_them(trained):
     trainer, _, _ = trained
     with pytest.raises(DataError, match="record 1: tools were called in it"):
-        read_candidates([str(trainer.rollouts_dir.parent)])
+        read_candidates([str(trainer.rollout_log.folder.parent)])
 
 
 def test_the_log_probs_of_the_tools_words_have_no_gradient(trained):

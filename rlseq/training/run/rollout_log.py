@@ -129,12 +129,20 @@ def trained_records(
     return records
 
 
-def write_rollouts(folder: Path, step: int, records: Sequence[dict[str, Any]], part: int = 0) -> None:
-    """Write the records of a batch to `folder`/STEP.jsonl, or STEP-PART.jsonl of a step's further rounds."""
-    path = folder / (f"{step:06d}-{part}.jsonl" if part else f"{step:06d}.jsonl")
-    partial = path.with_suffix(".partial")
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [visible(json.dumps(ROLLOUTS.stamp(record), ensure_ascii=False)) + "\n" for record in records]
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
+class RolloutLog:
+    """Writes batches of rollouts to FOLDER/STEP.jsonl, and a step's further batches to STEP-PART.jsonl."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.step, self.part = -1, 0  # of the last batch
+
+    def write(self, step: int, records: Sequence[dict[str, Any]]) -> None:
+        """Write the records of a batch; `step` is the first optimizer step that trains on it."""
+        self.step, self.part = step, self.part + 1 if step == self.step else 0
+        path = self.folder / (f"{step:06d}-{self.part}.jsonl" if self.part else f"{step:06d}.jsonl")
+        partial = path.with_suffix(".partial")
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lines = [visible(json.dumps(ROLLOUTS.stamp(record), ensure_ascii=False)) + "\n" for record in records]
+            partial.write_text("".join(lines), encoding="utf-8")
+            partial.replace(path)

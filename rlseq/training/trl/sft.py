@@ -50,32 +50,51 @@ class LengthGroupedBatches(Sampler[int]):
         return iter(torch.cat(shuffled + last).tolist())
 
 
+class TokenMean:
+    """The mean of a loss over all tokens of an evaluation, from the means of its batches."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0  # of this process
+
+    def add(self, mean: float, tokens: int) -> None:
+        """Count a batch: the mean over its tokens, and how many they are."""
+        self.total += mean * tokens
+        self.tokens += tokens
+
+    def over_all_processes(self) -> float | None:
+        """The mean, where there is a token; called on every process."""
+        total, tokens = map(sum, zip(*gather_object([(self.total, self.tokens)]), strict=True))
+        return total / tokens if tokens else None
+
+
 class SFTTrainer(RunMixin, trl.SFTTrainer):
     """TRL's SFTTrainer with `LengthGroupedBatches` as `train_sampling_strategy: group_by_length`.
 
     Its `eval_loss` is the mean over all tokens of the completions. transformers takes the mean of batches, each by its
     rows, which depends on the batch size where completions have different lengths. (On several processes the rows that
     fill up the last batch count twice.)
-    """
 
-    _evaluated: tuple[float, int] = (0.0, 0)  # Σ NLL and tokens of the evaluation under way, of this process
+    Attributes:
+        eval_nll: of the evaluation under way.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.eval_nll = TokenMean()
         fuse_lora(self.model)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         tokens = int((inputs["labels"][:, 1:] != -100).sum())
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if tokens:
-            self._evaluated = self._evaluated[0] + found[0].item() * tokens, self._evaluated[1] + tokens
+            self.eval_nll.add(found[0].item(), tokens)
         return found
 
     def evaluation_loop(self, *args, **kwargs):
-        self._evaluated = 0.0, 0
+        self.eval_nll = TokenMean()
         output = super().evaluation_loop(*args, **kwargs)
-        nll, tokens = map(sum, zip(*gather_object([self._evaluated]), strict=True))
-        output.metrics.update({name: nll / tokens for name in output.metrics if name.endswith("_loss") and tokens})
+        mean = self.eval_nll.over_all_processes()
+        output.metrics.update({name: mean for name in output.metrics if name.endswith("_loss") and mean is not None})
         return output
 
     def _get_train_sampler(self, train_dataset=None):

@@ -12,7 +12,7 @@ import torch
 
 from rlseq import load_rewards
 from rlseq.common.escapes import visible
-from rlseq.training.run.rollout_log import rollout_records, write_rollouts
+from rlseq.training.run.rollout_log import RolloutLog, rollout_records
 from rlseq.types import Prompt, Rollout
 
 needs_fp32_precision = pytest.mark.skipif(
@@ -222,7 +222,7 @@ def test_text_that_cannot_be_encoded_is_logged_as_escapes_and_read_back_whole(tm
         return 1.0, {"verdict": HARMFUL, HARMFUL: 1}
 
     table = load_rewards([judged]).score([ONE], {"prompt": ["?"]})
-    write_rollouts(tmp_path, 1, rollout_records(1, [Prompt("p", "?", (1,))], table.scored, [0.0]))
+    RolloutLog(tmp_path).write(1, rollout_records(1, [Prompt("p", "?", (1,))], table.scored, [0.0]))
     text = (tmp_path / "000001.jsonl").read_text(encoding="utf-8")
     assert text.count("\n") == 1 and text[:-1].isprintable()
     assert json.loads(text)["details"]["judged"] == {"verdict": HARMFUL, HARMFUL: 1}
