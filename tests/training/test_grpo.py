@@ -96,6 +96,53 @@ def test_loss_and_gradient_equal_those_of_plain_trl_on_the_same_batch(tmp_path, 
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_rows_without_an_advantage_are_left_out_and_change_no_gradient(tmp_path, monkeypatch, loss_type, on_policy):
+    trainer = tiny_trainer(tmp_path, loss_type=loss_type)
+    inputs = padded_batch() | {"advantages": torch.tensor([1.0, 0.0, -0.25]), "num_items_in_batch": torch.tensor(7.0)}
+    if not on_policy:
+        inputs["old_per_token_logps"] = torch.full((3, 3), -2.5)
+    batch = as_micro_batch(inputs)
+    trainer.current_gradient_accumulation_steps = 1
+    forwards = []
+    trainer.model.register_forward_pre_hook(lambda _, __, given: forwards.append(given["labels"]), with_kwargs=True)
+    losses, gradients = [], []
+    for all_rows in (False, True):
+        if all_rows:
+            monkeypatch.setattr(type(trainer), "rows_that_teach", lambda *_: None)
+        trainer.model.train()
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad.clone() for p in trainer.model.parameters()])
+    left_out, whole = ((labels != -100).sum().item() for labels in forwards)
+    assert whole == sum(map(len, batch.completion_ids))
+    assert left_out == whole - len(batch.completion_ids[1])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert any(g.abs().max() > 1e-3 for g in gradients[1])
+    for some, every in zip(*gradients, strict=True):
+        torch.testing.assert_close(some, every, atol=1e-6, rtol=1e-5)
+    entropies = [trainer.token_scores(trainer.model, batch.select([row])).entropies for row in (0, 2)]
+    counted = torch.cat([e[0, : len(batch.completion_ids[row])] for e, row in zip(entropies, (0, 2), strict=True)])
+    assert trainer._metrics["train"]["entropy"][0] == pytest.approx(counted.mean().item(), abs=1e-5)
+
+
+def test_a_batch_whose_groups_are_all_equal_leaves_the_weights(tmp_path):
+    trainer = tiny_trainer(tmp_path, rewards=["constant"], max_steps=1)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("setting", [{"beta": 0.1}, {"entropy_coef": 0.01}, {"reference_loss_coef": 0.5}])
+def test_rows_without_an_advantage_stay_where_another_term_needs_them(tmp_path, setting):
+    trainer = tiny_trainer(tmp_path, **setting)
+    batch = as_micro_batch(padded_batch() | {"advantages": torch.zeros(3)})
+    assert trainer.rows_that_teach(batch) is None
+
+
 def test_a_router_s_loss_is_added(tmp_path):
     trainer = tiny_trainer(tmp_path, model=tiny_shape("mixtral"), max_steps=1, router_aux_loss_coef=0.5)
     trainer.train()

@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
 SHAPE = {"hidden_size": 64, "head_dim": 32, "tie_word_embeddings": True}  # vLLM's attention on a CPU takes no less
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+OF_A_GROUP = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 REWARD = "def short(completion):\n    return -float(len(completion.split()))\n"
 
 
@@ -188,7 +189,11 @@ def test_what_vllm_can_only_run_packed_is_refused():
 def run_recipe(folder, name, *flags):
     command = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "recipes/grpo.py"]
     command += ["--output_dir", str(folder / name), "--evaluate", "false", "--num_cpu_threads", "1", *map(str, flags)]
-    ended = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    # Tests before this one started vLLM in this process, which leaves the address of its group in the environment.
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_GROUP}
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "Traceback" not in ended.stderr
     return folder / name

@@ -254,6 +254,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
         model: torch.nn.Module,
         batch: MicroBatch,
         references: Sequence[Sequence[Ids]] = (),
+        rows: Sequence[int] | None = None,
         **more: Any,
     ) -> Scores:
         """What one forward of a micro-batch says of its completions, and of the references of its rows.
@@ -262,8 +263,20 @@ class BatchMixin(SamplingMixin, ScoringMixin):
             model: the policy, or the reference.
             batch: the rows; a completion of which no token is trained is not scored.
             references: of each row.
+            rows: which alone are scored; None: all. The log-probs of the others are those of the policy that sampled
+                (0 where the batch has none), and their entropies NaN.
             more: for `rlseq.training.forward.forward`.
         """
+        if rows is not None and len(rows) < len(batch):
+            scores = self.token_scores(model, batch.select(rows), **more)
+            index = torch.tensor(rows, device=self.accelerator.device)
+            others = torch.zeros_like(batch.mask, dtype=scores.logprobs.dtype)
+            if batch.old_logprobs is not None:
+                others = batch.old_logprobs.to(others)
+            return Scores(
+                others.index_copy(0, index, scores.logprobs),
+                torch.full_like(others, NAN).index_copy(0, index, scores.entropies),
+            )
         completions, width = None, 0
         if batch.completion_ids is not None:
             trains, width = batch.mask.any(1).tolist(), batch.mask.shape[1]

@@ -31,7 +31,14 @@ class LossMixin(PolicyGradientMixin):
     def micro_batch_loss(self, model: torch.nn.Module, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, by one call of the model; divided by those that make up an optimizer step."""
         references = self._references_of_rows(batch) if self.args.uses_references else []
-        scores = self.token_scores(model, batch, references, values=self.asks_values, router_loss=self.aux_loss_enabled)
+        scores = self.token_scores(
+            model,
+            batch,
+            references,
+            self.rows_that_teach(batch),
+            values=self.asks_values,
+            router_loss=self.aux_loss_enabled,
+        )
         if self.args.objective == "policy_gradient":
             loss = self.policy_gradient(scores, batch)
             if self.kl_loss_coef and self.args.kl_estimator is not None:

@@ -39,6 +39,21 @@ class PolicyGradientMixin(BatchMixin):
         """What multiplies the KL to the start in the loss."""
         return self.beta
 
+    def rows_that_teach(self, batch: MicroBatch) -> list[int] | None:
+        """The rows of which the loss or its gradient needs a forward; None: all.
+
+        A row without an advantage has none where the policy gradient is the whole loss, so that the update of a batch
+        whose groups earned the same is cheap. One row stays, for a backward on this process as on the others.
+        """
+        more = (self.kl_loss_coef, self._entropy_bonus_enabled, self.aux_loss_enabled, self.asks_values)
+        if self.args.objective != "policy_gradient" or self.args.uses_references or any(more):
+            return None
+        if self.top_entropy_quantile < 1.0 or not self.model.training:
+            return None
+        teaches = batch.advantages != 0
+        teaches = teaches if teaches.ndim == 1 else teaches.any(1)
+        return torch.nonzero(teaches).flatten().tolist() or [0]
+
     def policy_gradient(self, scores: Scores, batch: MicroBatch) -> Tensor:
         """The loss of a micro-batch, divided by those that make up an optimizer step.
 
@@ -159,6 +174,7 @@ class PolicyGradientMixin(BatchMixin):
         metrics, dtype, sums = self._metrics[self._mode], series["entropy"].dtype, []
         for x in series.values():
             counted = mask if x.shape == mask.shape else torch.ones_like(x, dtype=torch.bool)
+            counted = counted & ~x.isnan()  # entropies of rows that were left out
             sums += [torch.where(counted, x.detach().to(dtype), 0.0).sum(), counted.sum().to(dtype)]
         totals, counts = self.accelerator.reduce(torch.stack(sums).view(-1, 2), reduction="sum").unbind(1)
         for name, mean in zip(series, (totals / counts.clamp(min=1.0)).tolist(), strict=True):
