@@ -1,6 +1,6 @@
 """What rlseq's rollouts, updates and steps cost beside plain TRL and `generate`, on this machine (docs/performance.md).
 
-    python benchmarks/performance.py [--only step rollouts update sharing long evaluation memory startup growth]
+    python benchmarks/performance.py [--only step rollouts update equal sharing long evaluation memory startup growth]
         [--repeats N] [--json FILE]
 
 Both sides of a row do the same work in one process and take turns, so that a machine that is busy for a while slows
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,35 @@ def updating(
     }
 
 
+def equal(repeats: int) -> list[dict[str, Any]]:
+    """An update where the samples of every second word earned the same, beside one where none did."""
+    model, tokenizer, prompts = g2p(64)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ours(folder, model, tokenizer, prompts, max_steps=1)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        rows = [dict(trainer.train_dataset[i]) for i in range(len(prompts)) for _ in range(G)]
+        with quiet():
+            batch = trainer.make_batch(rows).trained
+        teaches = torch.ones(len(rows))
+
+        def work(advantages: torch.Tensor) -> Work:
+            of = replace(batch, advantages=advantages)
+
+            def once() -> float:
+                trainer.model.zero_grad()
+                trainer.compute_loss(trainer.model, of).backward()
+                return 1.0
+
+            return once
+
+        half = teaches.view(len(prompts), G).clone()
+        half[::2] = 0.0
+        rates = race({"half": work(half.flatten()), "all": work(teaches)}, repeats)
+    what = f"update, 64 words × {G}, half of the groups equal, beside none, updates/s"
+    return [result(what, rates["half"], rates["all"], None)]
+
+
 def long_model(width: int = 256, layers: int = 4) -> tuple[Any, Any]:
     """A random model for long prompts, and the tokenizer of the base, of whose ids it makes use."""
     tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left", trust_remote_code=False)
@@ -558,7 +588,7 @@ def result(work: str, rlseq: float, other: float, targets: tuple[float, float] |
     return {"work": work, "rlseq": rlseq, "other": other, "ratio": rlseq / other, "targets": targets}
 
 
-ROWS = {f.__name__: f for f in (step, rollouts, update, sharing, long, evaluation, memory, startup, growth)}
+ROWS = {f.__name__: f for f in (step, rollouts, update, equal, sharing, long, evaluation, memory, startup, growth)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
