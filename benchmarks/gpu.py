@@ -1,4 +1,4 @@
-"""Rollouts, steps and attention on a GPU, beside TRL's ways to draw and plain TRL (docs/performance.md).
+"""Rollouts, steps and attention on a GPU, beside TRL's generation and plain TRL (docs/performance.md).
 
     python benchmarks/gpu.py [--only rollouts attention step] [--repeats N] [--json FILE]
 
@@ -98,20 +98,20 @@ def rollouts(size: dict[str, Any], tokenizer: Any, repeats: int) -> list[dict[st
     stops = list(range(5, size["config"]["vocab_size"], STOPS))
     rows, length = [list(p.prompt_ids) for p in prompts], size["completion"]
     last: list[Rollout] = []
-    draws = iter(range(10**9))
+    streams = iter(range(10**9))
 
     def rlseq() -> float:
         settings = {"num_samples": G, "max_new_tokens": length, "strategy": Sample(), "seed": 0, "stop_ids": stops}
-        last[:] = [one for group in sample(model, prompts, stream=next(draws), **settings) for one in group]
+        last[:] = [one for group in sample(model, prompts, stream=next(streams), **settings) for one in group]
         wait()
         return sum(len(one.completion_ids) for one in last)
 
-    drawn = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": length, "pad_token_id": 0}
+    given = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": length, "pad_token_id": 0}
 
     @torch.no_grad()
     def generate() -> float:
         ids = torch.tensor(rows, device=DEVICE).repeat_interleave(G, 0)
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=stops, **drawn)[:, ids.shape[1] :]
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=stops, **given)[:, ids.shape[1] :]
         wait()
         stopped = torch.isin(found, torch.tensor(stops, device=DEVICE)).int()
         return int(((stopped.cumsum(1) - stopped) == 0).sum())
@@ -122,7 +122,7 @@ def rollouts(size: dict[str, Any], tokenizer: Any, repeats: int) -> list[dict[st
     def continuous() -> float:
         found = paged.generate_batch(
             [ids for ids in rows for _ in range(G)],
-            generation_config=GenerationConfig(eos_token_id=stops, **drawn),
+            generation_config=GenerationConfig(eos_token_id=stops, **given),
             continuous_batching_config=ContinuousBatchingConfig(**size["paged cache"]),
         )
         wait()

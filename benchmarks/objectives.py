@@ -4,7 +4,7 @@
     python benchmarks/objectives.py --output_dir runs/objectives --table           # of the runs that are there
 
 Every run starts from the bundled base and sees 512 rollouts a step (expected accuracy: 512 words, no rollouts;
-rejection sampling: the same rollouts, drawn from the base beforehand). Each is evaluated on the validation words; the
+rejection sampling: the same rollouts, sampled from the base beforehand). Each is evaluated on the validation words; the
 test words are not touched. A run that is there already is not run again. Two minutes a run on one core; give several
 `--seeds` to several processes to use more.
 """
@@ -132,7 +132,7 @@ def command(method: str, seed: int, steps: int, rate: str, out: Path, base: str 
         words += ["--config", "recipes/g2p/sft-continued.yaml", "--eval_rows", "100", "--eval_strategy", "no"]
         words += ["--per_device_train_batch_size", "256", "--max_steps", str(2 * steps)]
         if method == "rft":
-            # `steps` × 512 rollouts, 8 a word, drawn from the base before training; every word's best is kept.
+            # `steps` × 512 rollouts, 8 a word, sampled from the base before training; every word's best is kept.
             words += ["--train_rows", str(steps * 64), "--rejection_samples", "8", "--reward_funcs", "phoneme_accuracy"]
             words += ["--max_new_tokens", "32"]
         return words

@@ -66,7 +66,7 @@ def race(sides: dict[str, Work], repeats: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in rates.items()}
 
 
-# -- what is trained and drawn ----------------------------------------------------------------------------------------
+# -- what is trained and sampled --------------------------------------------------------------------------------------
 
 
 def trl_phoneme_accuracy(completions: list[str], references: list[list[str]], **_: Any) -> list[float]:
@@ -261,7 +261,7 @@ def step(repeats: int) -> list[dict[str, Any]]:
 def rollouts(repeats: int, samples: int = G, temperature: float = 1.0) -> list[dict[str, Any]]:
     """32 words × 8 samples."""
     model, tokenizer, prompts = g2p(32)
-    rates = race(drawing(model, tokenizer, prompts, samples, 32, temperature=temperature), repeats)
+    rates = race(sampling(model, tokenizer, prompts, samples, 32, temperature=temperature), repeats)
     what = f"rollouts, 32 words × {samples}{_at(temperature)}, tokens/s"
     return [result(what, rates["rlseq"], rates["generate"], (2, 3))]
 
@@ -281,11 +281,11 @@ def evaluation(repeats: int) -> list[dict[str, Any]]:
     """16 samples of each of 2,000 words, in batches of 1,024 rows."""
     model, tokenizer, _ = g2p(1)
     prompts = build_prompts(load_rows(DATA, "validation")[:2000], tokenizer)
-    rates = race(drawing(model, tokenizer, prompts, 16, 32, batch=64), max(1, repeats // 2))
+    rates = race(sampling(model, tokenizer, prompts, 16, 32, batch=64), max(1, repeats // 2))
     return [result("evaluation, 2,000 words × 16, tokens/s", rates["rlseq"], rates["generate"], (3, 3))]
 
 
-def drawing(
+def sampling(
     model: Any,
     tokenizer: Any,
     prompts: list[Prompt],
@@ -299,7 +299,7 @@ def drawing(
     model.eval()
     stops = stop_ids_of(model, tokenizer) if tokenizer is not None else [model.config.vocab_size]
     batch = batch or len(prompts)
-    draws = iter(range(10**9))
+    streams = iter(range(10**9))
 
     def rlseq() -> float:
         found = sample(
@@ -309,7 +309,7 @@ def drawing(
             max_new_tokens=length,
             strategy=Sample(temperature=temperature),
             seed=0,
-            stream=next(draws),
+            stream=next(streams),
             stop_ids=stops,
             tokenizer=tokenizer,
             batch_rows=batch * samples,
@@ -370,7 +370,7 @@ def updating(
     repeats: int,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Updates a second of both on one batch that rlseq drew, with equal losses; TRL's best of several layouts."""
+    """Updates per second of both on one batch that rlseq sampled, with equal losses; TRL's best of several layouts."""
     changes = {"per_device_train_batch_size": rows, "max_steps": 1, "num_iterations": 2, **changes}
     mine = ours(folder, model, tokenizer, prompts, **changes)
     other = theirs(folder, model, tokenizer, prompts, **changes)
@@ -485,7 +485,7 @@ def long(
     """A long prompt and short completions, a small random model."""
     model, tokenizer = long_model(width)
     prompts = long_prompts(tokenizer, 2, tokens)
-    rates = race(drawing(model, None, prompts, samples, length), repeats)
+    rates = race(sampling(model, None, prompts, samples, length), repeats)
     with tempfile.TemporaryDirectory() as folder:
         rows = len(prompts) * samples
         changes = {"num_generations": samples, "max_completion_length": length}
@@ -538,7 +538,7 @@ def peak(side: str) -> float:
             with quiet():
                 trainer.train()
     elif what == "rollouts":
-        work = drawing(*g2p(32), G, 32)["rlseq" if who == "ours" else "generate"]
+        work = sampling(*g2p(32), G, 32)["rlseq" if who == "ours" else "generate"]
         before = reset_peak()
         work()
     else:

@@ -103,15 +103,15 @@ def test_loss_and_gradient_do_not_depend_on_the_order_of_rows(tmp_path, pack_upd
 # 4, 8 ----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_trained_is_what_was_drawn_with_the_log_probs_it_was_drawn_with(tmp_path):
+def test_what_is_trained_is_what_was_sampled_with_its_log_probs(tmp_path):
     model = tiny_model("llama", initializer_range=0.1, attention_dropout=0.5)
     trainer = tiny_trainer(tmp_path, model=model, learning_rate=0.0, num_iterations=2)
     batch = batches(trainer)[0]
-    mask, drawn = batch.mask, batch.completion_ids
+    mask, sampled = batch.mask, batch.completion_ids
     tokenizer = trainer.processing_class
-    reencoded = [tokenizer(tokenizer.decode(ids, skip_special_tokens=True))["input_ids"] for ids in drawn]
-    stops = sum(int(ids[-1] == 2) for ids in drawn)
-    assert sum(map(len, reencoded)) < mask.sum() - stops  # other special tokens were drawn too
+    reencoded = [tokenizer(tokenizer.decode(ids, skip_special_tokens=True))["input_ids"] for ids in sampled]
+    stops = sum(int(ids[-1] == 2) for ids in sampled)
+    assert sum(map(len, reencoded)) < mask.sum() - stops  # other special tokens were sampled too
     trainer.model.train()
     now = trainer.token_scores(trainer.model, batch).logprobs
     ratio = (now - batch.old_logprobs)[mask].exp()
@@ -168,14 +168,14 @@ def test_a_checkpoint_loads_by_plain_from_pretrained_and_samples_what_the_run_wo
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "checkpoint-2")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
 
-    def drawn(model, tokenizer):
+    def completions(model, tokenizer):
         prompts = build_prompts(ROWS, tokenizer)
         settings = {"num_samples": 4, "max_new_tokens": 6, "strategy": Sample(), "seed": 5}
         return sample(model, prompts, **settings, stop_ids=stop_ids_of(model, tokenizer), tokenizer=tokenizer)
 
-    expected = drawn(trainer.model, trainer.processing_class)
-    assert drawn(loaded, tokenizer) == expected
-    assert drawn(tiny_model("llama", initializer_range=0.1), tokenizer) != expected
+    expected = completions(trainer.model, trainer.processing_class)
+    assert completions(loaded, tokenizer) == expected
+    assert completions(tiny_model("llama", initializer_range=0.1), tokenizer) != expected
 
 
 # 23 ------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Tiny random models of several families, small enough to run a test in milliseconds.
 
-Their weights are drawn wide (the usual 0.02 leaves attention uniform and logits flat, so that a wrong mask or
+Their weights are sampled wide (the usual 0.02 leaves attention uniform and logits flat, so that a wrong mask or
 position would change next to nothing), so a token that sees what it should not changes the outcome visibly.
 """
 

@@ -37,7 +37,7 @@ def ppo_settings(tmp_path, **settings):
 def tiny_ppo(
     tmp_path, *, family="llama", rewards=(shares_letters,), model=None, rows=ROWS, head=0.3, more=None, **settings
 ):
-    """A PPO trainer; its value head is drawn (deviation `head`) rather than 0, so that values say something."""
+    """A PPO trainer; its value head is random (deviation `head`) rather than 0, so that values say something."""
     tokenizer = tiny_tokenizer()
     trainer = PPOTrainer(
         model if model is not None else tiny_model(family, initializer_range=0.1),
@@ -49,13 +49,13 @@ def tiny_ppo(
         **(more or {}),
     )
     if head:
-        draw_head(trainer, head)
+        randomise_head(trainer, head)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     return trainer
 
 
-def draw_head(trainer, deviation=0.3):
+def randomise_head(trainer, deviation=0.3):
     noise = torch.Generator().manual_seed(5)
     head = trainer.critic.value_head
     with torch.no_grad():
@@ -79,17 +79,17 @@ def load(path):
 # rollouts that a test chose
 
 
-def draws(monkeypatch, trainer, completions):
-    """From now on the sampler draws completions[i] of the i-th prompt, whenever it is asked; log-probs are real."""
+def fake_sampler(monkeypatch, trainer, completions):
+    """From now on the sampler gives completions[i] of the i-th prompt, whenever it is asked; log-probs are real."""
     place = {prompt.key: i for i, prompt in enumerate(trainer.prompts)}
 
-    def draw(model, prompts, *, samples, **_):
+    def given(model, prompts, *, samples, **_):
         return [
             [rollout(model, p, i, completions[place[p.key]]) for i in of]
             for p, of in zip(prompts, samples, strict=True)
         ]
 
-    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", draw)
+    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", given)
 
 
 def rollout(model, prompt, number, completion):

@@ -153,7 +153,7 @@ SHAPES: dict[str, tuple[str, dict]] = {  # name: model type and its configuratio
 
 
 def tiny_shape(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """A random model of one of SHAPES in eval mode; its parameters are drawn wide, as those of `tiny_model`."""
+    """A random model of one of SHAPES in eval mode; its parameters are sampled wide, as those of `tiny_model`."""
     model_type, values = SHAPES[name]
     config = CONFIG_MAPPING[model_type](**values, **IDS)
     for part in (config, config.get_text_config()):

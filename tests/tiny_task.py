@@ -99,7 +99,7 @@ def tiny_trainer(
         "loss_type": "dapo",
     }
     if settings.get("objective") in ("expected_accuracy", "max_rl"):
-        del defaults["num_generations"]  # it draws nothing
+        del defaults["num_generations"]  # it samples nothing
     tokenizer = tokenizer or tiny_tokenizer()
     return GRPOTrainer(
         model if model is not None else tiny_model(family, initializer_range=0.1),

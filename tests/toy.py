@@ -59,7 +59,7 @@ def toy_trainer(tmp_path, *, model=None, rows=ROWS[:1], rewards=(table,), **sett
     if settings.get("objective", "policy_gradient") != "policy_gradient":
         del defaults["loss_type"], defaults["scale_rewards"]
     if settings.get("objective") in ("expected_accuracy", "max_rl"):
-        defaults["num_generations"] = 1  # it draws nothing
+        defaults["num_generations"] = 1  # it samples nothing
     settings = {**defaults, **settings}
     if len(rows) == 1 and settings["num_generations"] == 1:  # TRL takes no batch of one row: a twin fills it
         rows = rows * 2
@@ -114,10 +114,10 @@ def groups(model, prompt_ids, size) -> Iterable[tuple[tuple, float]]:
 # the trainer's step on completions that the test chose
 
 
-def draws(monkeypatch, chosen: Sequence[Sequence[tuple]]):
-    """From now on the trainer's sampler draws these completions, one list a prompt; greedy stays greedy."""
+def fake_sampler(monkeypatch, chosen: Sequence[Sequence[tuple]]):
+    """From now on the trainer's sampler gives these completions, one list a prompt; greedy stays greedy."""
 
-    def draw(model, prompts, *, strategy, **settings):
+    def given(model, prompts, *, strategy, **settings):
         if isinstance(strategy, Greedy):
             return sample(model, prompts, strategy=strategy, **settings)
         return [
@@ -125,7 +125,7 @@ def draws(monkeypatch, chosen: Sequence[Sequence[tuple]]):
             for prompt, completions in zip(prompts, chosen, strict=True)
         ]
 
-    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", draw)
+    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", given)
 
 
 def rollout(model, prompt, number, completion):
@@ -146,8 +146,8 @@ def rollout(model, prompt, number, completion):
 
 
 def step_loss(trainer, monkeypatch, *chosen):
-    """The loss that the trainer would step on, had it drawn these completions of its prompts."""
-    draws(monkeypatch, chosen)
+    """The loss that the trainer would step on, had it sampled these completions of its prompts."""
+    fake_sampler(monkeypatch, chosen)
     rows = [trainer.train_dataset[i] for i, completions in enumerate(chosen) for _ in completions]
     return trainer.micro_batch_loss(trainer.model, trainer.make_batch(rows).trained)
 
@@ -157,6 +157,6 @@ def step_gradient(trainer, monkeypatch, *chosen):
 
 
 def mean_gradient(trainer, monkeypatch):
-    """The gradient's mean over every draw of the first prompt's group."""
+    """The gradient's mean over every sample of the first prompt's group."""
     every = groups(trainer.model, trainer.prompts[0].prompt_ids, trainer.args.num_generations)
     return sum(p * step_gradient(trainer, monkeypatch, group) for group, p in every)

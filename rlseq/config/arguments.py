@@ -295,7 +295,7 @@ class RejectionArguments(Settings):
         "Take samples and their totals from these run directories or jsonl files.",
         conflicts=(
             Conflict(
-                "takes samples that exist, --rejection_samples draws new ones: give one of them",
+                "takes samples that exist, --rejection_samples generates new ones: give one of them",
                 lambda config: config.rejection_samples is not None,
             ),
             Conflict("names nothing; give run directories or jsonl files", lambda config: not config.from_rollouts),

@@ -103,7 +103,7 @@ def validate_objective(config: Any) -> None:
     updates = config.steps_per_generation * config.num_iterations
     if config.objective == "reference_exact" and config.gradient_accumulation_steps % updates:
         raise ConfigError(
-            "reference_exact weighs rollouts by the chance of a reference under the policy that drew them, and is "
+            "reference_exact weighs rollouts by the chance of a reference under the policy that sampled them, and is "
             f"exact only on policy: each batch of rollouts makes one update, not {updates} (steps_per_generation × "
             "num_iterations). Leave both at their defaults."
         )
@@ -192,7 +192,7 @@ def check_group_rewards(config: Any, suite: RewardSuite) -> None:
     local_rows = config.per_device_train_batch_size * config.steps_per_generation
     if local_rows % config.num_generations:
         raise ConfigError(
-            f"{', '.join(group_scope)} scores whole groups (scope: group), but a process draws {local_rows} "
+            f"{', '.join(group_scope)} scores whole groups (scope: group), but a process samples {local_rows} "
             f"completions, no multiple of num_generations ({config.num_generations}): groups would be split. Make "
             f"per_device_train_batch_size a multiple of {config.num_generations}."
         )
@@ -204,7 +204,7 @@ def check_group_rewards(config: Any, suite: RewardSuite) -> None:
         )
 
 
-# Of generation_kwargs: each draws from another distribution than the one whose log-probs are optimised.
+# Of generation_kwargs: each samples from another distribution than the one whose log-probs are optimised.
 WARPING = (
     *("temperature", "do_sample", "num_beams", "num_return_sequences", "penalty_alpha", "guidance_scale"),
     *("typical_p", "top_h", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size", "bad_words_ids", "bad_words"),
@@ -244,7 +244,7 @@ def validate_sampling(config: trl.GRPOConfig) -> None:
         )
     if more and not (config.sampled_by_trl or config.tools or config.environment):
         raise ConfigError(
-            f"generation_kwargs is {more}, which rlseq's sampler does not read. Leave it out, or let TRL draw "
+            f"generation_kwargs is {more}, which rlseq's sampler does not read. Leave it out, or let TRL sample "
             "(--rlseq_sampler false)."
         )
 

@@ -155,7 +155,7 @@ class DifficultyArguments(Settings):
         RewardArguments,
         "reward_funcs",
         help="Rewards that score the samples, named as for recipes/grpo.py.",
-        conflicts=Conflict("score samples, and --exact draws none: give one of them", lambda config: config.exact),
+        conflicts=Conflict("score samples, and --exact samples none: give one of them", lambda config: config.exact),
     )
     reward_weights: list[float] | None = as_declared(WeightedArguments, "reward_weights", needs=_REWARDS)
     max_error_rate: float = as_declared(

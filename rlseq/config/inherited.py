@@ -65,7 +65,7 @@ _OF_ALL: Needs = (
     (("eval_steps",), Need("eval_strategy steps", lambda c: _strategy(c) == "steps")),
     (("eval_delay",), Need("eval_strategy steps or epoch", lambda c: _strategy(c) != "no")),
 )
-_ROLLOUTS = "an objective that draws (expected_accuracy and max_rl do not)"
+_ROLLOUTS = "an objective that samples (expected_accuracy and max_rl do not)"
 OF_ROLLOUTS: Needs = (
     *_OF_ALL,
     (
@@ -204,8 +204,8 @@ CONFLICTS_OF_ROLLOUTS: Conflicts = (
     (
         ("ds3_gather_for_generation",),
         Conflict(
-            "false leaves the weights of ZeRO-3 sharded while rlseq's sampler draws: processes whose completions end "
-            "at different steps would wait for each other for ever. Leave it out, or draw by TRL (--rlseq_sampler "
+            "false leaves the weights of ZeRO-3 sharded while rlseq's sampler runs: processes whose completions end "
+            "at different steps would wait for each other for ever. Leave it out, or sample by TRL (--rlseq_sampler "
             "false).",
             lambda c: not c.sampled_by_trl,
         ),

@@ -246,7 +246,7 @@ def check_train_mode(model: nn.Module, disable_dropout: Callable[[nn.Module], No
     evaluated = _logprobs(model)
     trained = _logprobs(model.train())
     model.eval()
-    todo = "set the rate to 0 in config.json: something drops or draws in train mode that cannot be turned off"
+    todo = "set the rate to 0 in config.json: something in the model is random in train mode and cannot be turned off"
     return _difference("train mode", (trained - evaluated).abs().max().item(), todo)
 
 

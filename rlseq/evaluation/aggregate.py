@@ -11,7 +11,7 @@ import numpy as np
 
 from rlseq.engine.strategies import Greedy, parse_strategy
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
-from rlseq.evaluation.measure.references import agreement, drawn_and_exact
+from rlseq.evaluation.measure.references import agreement, sampled_and_exact
 from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.primary import Primary
@@ -86,8 +86,8 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
 
 def metrics_under(metrics: Mapping[str, Metric], strategy: str) -> dict[str, Metric]:
     """Those of the metrics that a strategy, named by its spec, has."""
-    draws = parse_strategy(strategy).is_stochastic
-    return {name: metric for name, metric in metrics.items() if draws or not metric.sampled}
+    is_stochastic = parse_strategy(strategy).is_stochastic
+    return {name: metric for name, metric in metrics.items() if is_stochastic or not metric.sampled}
 
 
 def matrix(rows: Sequence[RowStatistics], metric: Any) -> np.ndarray:
@@ -138,9 +138,9 @@ def model_results(
         if counts is not None:
             results[name]["greedy_and_teacher_forcing"] = counts
         for strategy, rows in statistics.strategies.items():
-            gap = drawn_and_exact(rows)
+            gap = sampled_and_exact(rows)
             if gap is not None:
-                results[name].setdefault("drawn_and_exact", {})[strategy] = gap
+                results[name].setdefault("sampled_and_exact", {})[strategy] = gap
     return results
 
 

@@ -56,7 +56,7 @@ class ValidationEvaluator:
         eval_suite: rewards that are only measured. One that is also optimised is measured once; another of the same
             name gets a number (`NAME-2`).
         max_new_tokens: completions are cut after this many tokens.
-        seed: of the sampling. The draws are fixed, so a row always meets the same noise.
+        seed: of the sampling. The rng streams are fixed, so a row always meets the same noise.
         samples_per_row: completions a row under `sample`.
         eval_batch_size: rows decoded together; changes memory and time only.
 

@@ -29,14 +29,14 @@ def method_results(
         for strategy, name, metric in measured(seeds[0], metrics):
             rows = [matrix(rows_under(seed, strategy), metric) for seed in seeds]
             tables[method, strategy, name] = (method, rows, metric.aggregate)
-    draws = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
+    resampled = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
     results: dict[str, Any] = {
         method: {"checkpoints": names, "seeds": len(names), "likelihood": {}, "strategies": {}}
         for method, names in repeated.items()
     }
-    for (method, strategy, name), drawn in draws.items():
+    for (method, strategy, name), mean in resampled.items():
         metric = LIKELIHOOD_METRICS[name] if strategy is None else metrics[name]
-        cell = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
+        cell = {"value": mean.value, "ci95": list(mean.ci95), "per_seed": list(mean.per_seed)}
         put(results[method], strategy, metric, cell, *(rows_under(found[seed], strategy) for seed in repeated[method]))
     return results
 
@@ -57,10 +57,10 @@ def method_comparisons(
                 rows = [matrix(rows_under(found[seed], strategy), metric) for seed in seeds]
                 tables[*place, side] = (method, rows, metric.aggregate)
             about[place] = claim_of(len(seeds_a), len(seeds_b))
-    draws = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
+    resampled = crossed_bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
     rows = []
     for place, claim in about.items():
-        side_a, side_b = draws[*place, "a"], draws[*place, "b"]
+        side_a, side_b = resampled[*place, "a"], resampled[*place, "b"]
         values = {"value_a": side_a.value, "value_b": side_b.value}
         rows.append(compared(a, *place, difference(side_a, side_b)) | values | claim)
     return rows

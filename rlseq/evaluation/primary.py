@@ -92,7 +92,7 @@ def check_primary(settings: ContrastSettings, measured: Sequence[str]) -> None:
             )
         if text is not None and primary.metric in CHANCE_METRICS and not parse_strategy(text).is_stochastic:
             raise ConfigError(
-                f"--{flag} asks for {primary.metric} under {text!r}, which draws from no distribution; name a strategy "
+                f"--{flag} asks for {primary.metric} under {text!r}, which does not sample; name a strategy "
                 f"that samples, or the metric {EXACT_MATCH.name}"
             )
 

@@ -18,7 +18,7 @@ class ContrastSettings:
 
     Attributes:
         strategies: decoding strategies as `rlseq.engine.strategies.parse_strategy` reads them.
-        samples_per_row: completions drawn a row under strategies that sample.
+        samples_per_row: completions per row under strategies that sample.
         max_new_tokens: completions are cut after this many tokens.
         seed: of the sampling and of the bootstrap.
         resamples: bootstrap resamples, and sign flips of the permutation test.
@@ -28,7 +28,7 @@ class ContrastSettings:
         primary_against: strategy of the first model that the primary comparison is made with, if another.
         studies: what else is measured, by the names of `rlseq.evaluation.studies.table.STUDIES`.
         study_rows: studies that decode or score again run on the first N rows; None: on all.
-        coverage_samples: completions a row that the study of coverage draws.
+        coverage_samples: completions per row in the study of coverage.
         temperatures: those of the study of sharpening.
         map_rows: the study map searches the first N rows; None: the first `study_rows`.
         map_max_nodes: prefixes that it expands per row at most.

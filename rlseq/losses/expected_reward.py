@@ -199,9 +199,9 @@ def reference_exact_weight(P: Tensor, num_rest: Tensor, num_samples: int) -> Ten
 
         w = (1 − P) / (n·(1 − P^G))        of each of the n ≥ 1 of G rollouts that are not rejected
 
-    n of G draws are left with probability 1 − P^G > 0 in all cases but one: all G are references, and give no
+    n of G samples are left with probability 1 − P^G > 0 in all cases but one: all G are references, and give no
     term. Dividing by 1 − P^G makes up for that case, so Σ w·f over the rollouts left is unbiased for
-    (1 − P)·E_{y ∉ B}[f] with G draws, however likely the references are. As P → 1 the weight goes to 1 / G.
+    (1 − P)·E_{y ∉ B}[f] with G samples, however likely the references are. As P → 1 the weight goes to 1 / G.
 
     Args:
         P: (rows,) chance of a reference under the policy sampled from.

@@ -89,7 +89,7 @@ def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, kind: Literal["k1"
         d = log π(y_t) − log ref(y_t)        k1 = d        k2 = ½·d²        k3 = exp(−d) − 1 + d
 
     As *values*, k1 and k3 are unbiased and k3 is never negative; k2 is biased with low variance. As
-    *losses* they differ, since the draw depends on π too and is not differentiated: the expected gradient
+    *losses* they differ, since the sampling depends on π too and is not differentiated: the expected gradient
     of k1 is zero (it regularises nothing: put k1 into the reward instead), that of k2 is the gradient of
     KL(π‖ref), that of k3 the gradient of KL(ref‖π), each of the next token with the prefixes held fixed.
 

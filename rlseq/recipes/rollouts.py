@@ -108,7 +108,7 @@ def prepare(
 
 
 def train(trainer: Trainer, directory: RunDirectory, evaluator: ValidationEvaluator | None) -> bool:
-    """Train to the end or a signal to stop, save the result, and draw the curves.
+    """Train to the end or a signal to stop, save the result, and plot the curves.
 
     Returns:
         True if training ran to its end.

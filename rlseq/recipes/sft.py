@@ -59,11 +59,11 @@ from rlseq.training.models import (
 from rlseq.training.rejection import (
     Record,
     best_completions,
-    draw_candidates,
     fitting_candidates,
     prompts_together,
     read_candidates,
     require_survivors,
+    sample_candidates,
 )
 from rlseq.training.run.best import choose_best_by
 from rlseq.training.run.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
@@ -105,7 +105,7 @@ def main() -> None:
     if not data.dataset_name:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if rejection.rejection_samples and new.new_model:
-        raise ConfigError("--rejection_samples draws from the model as it starts; name one by --model_name_or_path")
+        raise ConfigError("--rejection_samples samples from the model as it starts; name one by --model_name_or_path")
     if config.metric_for_best_model is not None:
         choose_best_by(config, MEASURED, "loss")
     if not new.new_model:
@@ -145,11 +145,11 @@ def main() -> None:
     held_out = prompts_of(data.eval_split, data.eval_rows)
     validation = references_of(held_out, data.eval_split)
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
-    drawn = rejection.max_new_tokens if rejection.rejection_samples else None
+    sample_tokens = rejection.max_new_tokens if rejection.rejection_samples else None
     if rejection.rejection_samples:  # else the examples are checked, which are there already
         check_prefill((prompt.prompt for prompt in prompts), "training")
     made = new_config(new.new_model, tokenizer) if new.new_model else None
-    check_fit(config, model_args, tokenizer, prompts, drawn=drawn, new=made)
+    check_fit(config, model_args, tokenizer, prompts, sample_tokens=sample_tokens, new=made)
     if rejection.from_rollouts:
         given = read_candidates(rejection.from_rollouts)
         candidates, left_out = fitting_candidates(given, data, tokenizer, config.chat_template_kwargs)
@@ -171,15 +171,15 @@ def main() -> None:
     trained = [c["prompt"] for c in candidates] if rejection.from_rollouts else [p.prompt for p in prompts]
     shared = describe_shared((p.prompt for p in held_out), data.eval_split, trained, "training")
     if run.dry_run:
-        drawn, cached = len(prompts) * (rejection.rejection_samples or 0), 0
-        if drawn:  # which samples are kept is not known: as many as may be, each as long as may be
+        samples, cached = len(prompts) * (rejection.rejection_samples or 0), 0
+        if samples:  # which samples are kept is not known: as many as may be, each as long as may be
             longest = max(len(p.prompt_ids) for p in prompts) + rejection.max_new_tokens
             lengths = [longest] * len(prompts) * min(rejection.rejection_keep, rejection.rejection_samples)
             own = -(-len(prompts) // PartialState().num_processes)
             cached = longest * rejection.rejection_samples * min(own, prompts_together(rejection.rejection_samples))
         with torch.device("meta"):
             model = build_model(new.new_model, tokenizer) if new.new_model else weightless_model(model_args)
-        sizes = {"rollouts": drawn, "cached_tokens": cached}
+        sizes = {"rollouts": samples, "cached_tokens": cached}
         say(describe_examples(config, run, model_args, model, lengths, shared=shared, **sizes))
         return
     rewards = {"reward": suite} if rejection.rejection_samples else {}
@@ -193,11 +193,11 @@ def main() -> None:
     set_seed(config.seed)
     model = build_model(new.new_model, tokenizer) if new.new_model else load_model(model_args)
     if rejection.rejection_samples:
-        drawn = directory.rollouts / "000000.jsonl"
-        if directory.resume_from and drawn.exists():
-            candidates = read_candidates([str(drawn)])  # by the weights the run started from
+        logged = directory.rollouts / "000000.jsonl"
+        if directory.resume_from and logged.exists():
+            candidates = read_candidates([str(logged)])  # by the weights the run started from
         else:
-            candidates = draw_candidates(
+            candidates = sample_candidates(
                 model.to(PartialState().device),
                 prompts,
                 suite,

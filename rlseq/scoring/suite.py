@@ -106,7 +106,7 @@ class RewardSuite:
         if not apart or not rollouts or "prompt" not in columns:
             return PendingScores(rollouts)
         rows = Rows(rollouts, columns)
-        if any(reward.executor.draws_here for reward in apart):
+        if any(reward.executor.uses_rng for reward in apart):
             self._held_states.enter_context(random_states_held())
         acts = {reward.name: partial(without_holding, partial(reward.outcomes, rows, context)) for reward in apart}
         return PendingScores(rollouts, {name: submit(act) for name, act in acts.items()})
@@ -142,11 +142,7 @@ class RewardSuite:
         futures = {} if pending is None else pending.outcomes
         with self._held_states:
             wait(
-                [
-                    futures[reward.name]
-                    for reward in self.rewards
-                    if reward.name in futures and reward.executor.draws_here
-                ]
+                [futures[reward.name] for reward in self.rewards if reward.name in futures and reward.executor.uses_rng]
             )
         outcomes: list[list[Outcome]] = []
         trouble: Exception | None = None

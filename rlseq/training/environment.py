@@ -87,7 +87,7 @@ def callable_methods(environment: Any) -> list[Callable]:
 
 
 def check_measured(config: Any, suite: RewardSuite, eval_suite: RewardSuite | None) -> None:
-    """Refuse to evaluate by the environment's own reward: evaluation draws without an environment.
+    """Refuse to evaluate by the environment's own reward: evaluation samples without an environment.
 
     Raises:
         ConfigError: it is to be measured, or nothing else is.
@@ -95,7 +95,7 @@ def check_measured(config: Any, suite: RewardSuite, eval_suite: RewardSuite | No
     asking = _asking(eval_suite if eval_suite is not None else suite)
     if config.environment is not None and asking:
         raise ConfigError(
-            f"evaluation draws without the environment, so {', '.join(asking)} would have nothing to say there: give "
+            f"evaluation samples without the environment, so {', '.join(asking)} would have nothing to say there: give "
             "--eval_reward_funcs what else is to be measured, or --evaluate false (and --eval_strategy no)."
         )
 
@@ -136,7 +136,7 @@ def environment_rewards(
 
 
 def check_group_prompts(rows: Sequence[int], prompts: Sequence[Any]) -> None:
-    """Refuse prompts that `reset` made unequal, where a generator draws a group from the prompt of its first rollout.
+    """Refuse prompts that `reset` made unequal, where a generator samples a group from the prompt of its first rollout.
 
     Args:
         rows: of each rollout, the index of its prompt.
@@ -149,8 +149,8 @@ def check_group_prompts(rows: Sequence[int], prompts: Sequence[Any]) -> None:
     for row, prompt in zip(rows, prompts, strict=True):
         if seen.setdefault(row, prompt) != prompt:
             raise ConfigError(
-                "environment: reset gave two rollouts of one prompt different texts, but a vLLM server draws all of a "
-                "prompt's samples from the first of them. Let the row decide the text, or give --vllm_mode colocate."
+                "environment: reset gave two rollouts of one prompt different texts, but a vLLM server samples "
+                "the whole group from the first of them. Let the row decide the text, or give --vllm_mode colocate."
             )
 
 
@@ -160,7 +160,7 @@ def _make(spec: str, factory: Callable[[], Any]) -> Any:
     except Exception as error:
         raise ConfigError(
             f"environment {spec!r} cannot be made: {type(error).__name__}: {error}. It is called without arguments, "
-            "once for each rollout that a process draws at a time."
+            "once for each rollout that a process samples at a time."
         ) from error
 
 

@@ -1,10 +1,9 @@
 """Rejection-sampling fine-tuning: the data of teacher forcing on a model's own samples that scored best.
 
 Also called best-of-n distillation, and expert iteration when repeated (Anthony et al. 2017; Touvron et al. 2023,
-section 3.2.3). Drawn afresh, the samples come from the start alone, once: what on-policy training gains over that is
-what sampling from the model as it changes is worth. (Those that a run has logged come from the model as it changed.)
-Samples are known here by their texts, as a run logs them, and are tokenised
-again for training.
+section 3.2.3). Completions that this recipe samples all come from the model at the start: what on-policy training gains
+over that is the worth of sampling from the model as it changes. (Those that a run has logged come from the model as it
+changed.) Samples are known here by their texts, as a run logs them, and are tokenised again for training.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from rlseq.training.run.rollout_log import calls_tools, rollout_records
 from rlseq.types import Prompt, columns_of
 
 Record = Mapping[str, Any]  # of a rollout, as a run's rollouts/*.jsonl has it
-CHUNK_ROWS = 1024  # completions drawn and scored together
+CHUNK_ROWS = 1024  # completions sampled and scored together
 
 
 def best_completions(records: Iterable[Record], *, keep: int = 1, min_total: float | None = None) -> list[Record]:
@@ -82,7 +81,7 @@ def require_survivors(kept: Sequence[Record], records: Sequence[Record], min_tot
         + (f", {max(whole):g} of those not cut" if whole else "")
         + (f"; --min_reward is {min_total:g}" if min_total is not None else "")
         + f"; {cut:,} were cut at the length limit, {len(records) - len(seen):,} have no total. Lower --min_reward, "
-        "let completions be longer (--max_new_tokens), or draw more of them."
+        "let completions be longer (--max_new_tokens), or generate more of them."
     )
 
 
@@ -129,18 +128,18 @@ def fitting_candidates(
         if other:
             raise DataError(
                 f"{other:,} of {len(candidates):,} logged prompts do not begin with --system_prompt, which is put "
-                "before the rows of --dataset_name alone; leave it out, or take rollouts that were drawn with it"
+                "before the rows of --dataset_name alone; leave it out, or take rollouts that were sampled with it"
             )
     options = {"chat_template_kwargs": template_options}
     return within_length(candidates, [tokenizer], "logged", **data.length_options(), prompt_options=options)
 
 
 def prompts_together(num_samples: int) -> int:
-    """Prompts whose samples a process draws and scores together."""
+    """Prompts whose completions a process samples and scores together."""
     return max(1, CHUNK_ROWS // num_samples)
 
 
-def draw_candidates(
+def sample_candidates(
     model: torch.nn.Module,
     prompts: Sequence[Prompt],
     suite: RewardSuite,
@@ -151,7 +150,7 @@ def draw_candidates(
     max_new_tokens: int,
     seed: int,
 ) -> list[Record]:
-    """Draw and score samples of each prompt, with a progress bar; every process draws a share and gets all of them.
+    """Sample and score completions of each prompt, with a progress bar; every process samples a share and gets all.
 
     Args:
         model: what is sampled from, on this process's device.
@@ -171,11 +170,15 @@ def draw_candidates(
     mine = list(range(state.process_index, len(prompts), state.num_processes))
     stops = stop_ids_of(model, tokenizer)
     size = prompts_together(num_samples)
-    drawn: list[tuple[int, Record]] = []  # (place of the prompt, record)
+    scored: list[tuple[int, Record]] = []  # (place of the prompt, record)
     with (
         raise_on_all_ranks(),
         tqdm(
-            total=len(mine) * num_samples, desc="drawing", unit="sample", disable=not state.is_main_process, leave=False
+            total=len(mine) * num_samples,
+            desc="sampling",
+            unit="sample",
+            disable=not state.is_main_process,
+            leave=False,
         ) as bar,
     ):
         for places in (mine[start : start + size] for start in range(0, len(mine), size)):
@@ -191,9 +194,9 @@ def draw_candidates(
                 tokenizer=tokenizer,
             )
             places_of = [place for place in places for _ in range(num_samples)]
-            drawn += zip(places_of, _scored(chunk, groups, suite), strict=True)
+            scored += zip(places_of, _scored(chunk, groups, suite), strict=True)
             bar.update(len(places_of))
-    return [record for _, record in sorted(gather_object(drawn), key=lambda pair: pair[0])]
+    return [record for _, record in sorted(gather_object(scored), key=lambda pair: pair[0])]
 
 
 def _scored(prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]], suite: RewardSuite) -> list[Record]:
@@ -207,4 +210,4 @@ def _key(record: Record) -> str:
     return str(key) if key is not None else json.dumps(record["prompt"], sort_keys=True, ensure_ascii=False)
 
 
-__all__ = ["best_completions", "draw_candidates", "prompts_together", "read_candidates", "require_survivors"]
+__all__ = ["best_completions", "prompts_together", "read_candidates", "require_survivors", "sample_candidates"]

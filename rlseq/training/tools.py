@@ -64,7 +64,7 @@ def check_schema(name: str, function: Callable, hint: str = "") -> None:
 
 
 def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse what cannot be trained with tools or an environment: TRL's own loop draws, from prompts that tell of them.
+    """Refuse what cannot be trained with tools or an environment, where TRL's own loop samples.
 
     Raises:
         ConfigError: says which setting, and what to do.
@@ -81,8 +81,8 @@ def check_tools(config: Any, prompts: Sequence[Prompt]) -> None:
     named = [name for name, is_set in wrong.items() if is_set]
     if named:
         raise ConfigError(
-            f"tools and an environment do not go with {', '.join(named)}, which draws or scores without them: leave it "
-            "out"
+            f"tools and an environment do not go with {', '.join(named)}, which samples or scores without them: leave "
+            "it out"
         )
     if any(isinstance(prompt.prompt, str) for prompt in prompts):
         raise ConfigError(

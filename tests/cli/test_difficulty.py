@@ -193,7 +193,7 @@ REWARDS = ("--reward_funcs", "exact_match")
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--exact", *REWARDS], "--reward_funcs score samples, and --exact draws none: give one of them"),
+        (["--exact", *REWARDS], "--reward_funcs score samples, and --exact samples none: give one of them"),
         (["--exact", "false"], "--exact false needs --reward_funcs (`rlseq reward list` shows the bundled ones)"),
         (["--samples_per_row", 3], "--samples_per_row is 3, which has no effect without --reward_funcs"),
         ([*REWARDS, "--mean_reward", "--pass_threshold", 0.5], "no effect without a pass rate"),

@@ -24,7 +24,7 @@ from rlseq.evaluation.run import contrast
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import load_rewards
-from rlseq.training.rejection import draw_candidates
+from rlseq.training.rejection import sample_candidates
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.trl import rollouts
 
@@ -120,7 +120,7 @@ def in_candidates_for_rejection(_folder):
         suite = load_rewards([shares_letters])
         _on_one_rank(suite, "_table", key_error)
         options = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 3, "seed": 0}
-        draw_candidates(tiny_model("llama"), prompts(), suite, tiny_tokenizer(), **options)
+        sample_candidates(tiny_model("llama"), prompts(), suite, tiny_tokenizer(), **options)
 
     return act
 

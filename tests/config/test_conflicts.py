@@ -115,7 +115,7 @@ def test_a_rollout_func_is_refused_beside_what_it_cannot_serve(settings, given, 
     Arguments(args, **given)
     with pytest.raises(ConfigError) as caught:
         Arguments(args, rollout_func=print, **given)
-    assert str(caught.value) == f"rollout_func draws in place of the trainer, which then cannot serve {what}"
+    assert str(caught.value) == f"rollout_func samples in place of the trainer, which then cannot serve {what}"
 
 
 def test_tools_are_given_once():

@@ -37,10 +37,10 @@ BAD_SETTINGS = {
     "an unknown metric": ({"primary": "wre:greedy"}, ConfigError, "'wre'.*Did you mean 'wer'?"),
     "an unknown strategy": ({"primary": "wer:gredy"}, ConfigError, "Did you mean 'greedy'?"),
     "a strategy not measured": ({"primary": "wer:beam:width=9"}, ConfigError, "'beam:width=9', which is not among"),
-    "a chance of what is not drawn": (
+    "a chance of what is not sampled": (
         {"primary": "expected_accuracy:greedy"},
         ConfigError,
-        "draws from no distribution; name a strategy that samples",
+        "which does not sample; name a strategy that samples",
     ),
     "a metric alone": ({"primary": "wer"}, ConfigError, "expected METRIC:STRATEGY"),
     "an unknown start": ({"primary": "wer:greedy", "primary_against": "bem"}, ConfigError, "Did you mean 'beam'?"),

@@ -68,8 +68,8 @@ REFUSED = {
     "references among no samples": ({"minimum_risk_references": True}, "no effect without objective minimum_risk"),
     "a prefix as long as the completion": ({"reference_prefix": 6}, r"expected 0 to .*\(5\)"),
     "a negative prefix": ({"reference_prefix": -1}, "reference_prefix is -1"),
-    "a prefix drawn by TRL": ({"reference_prefix": 1, "rlseq_sampler": False}, "rlseq's sampler"),
-    "greedy drawn by TRL": ({"advantage_baseline": "greedy", "rlseq_sampler": False}, "rlseq's sampler"),
+    "a prefix with TRL's sampler": ({"reference_prefix": 1, "rlseq_sampler": False}, "rlseq's sampler"),
+    "greedy with TRL's sampler": ({"advantage_baseline": "greedy", "rlseq_sampler": False}, "rlseq's sampler"),
     "weights of ZeRO-3 left sharded": ({"ds3_gather_for_generation": False}, "for ever.*--rlseq_sampler false"),
     "a baseline of separate rewards": (
         {"advantage_baseline": "batch", "multi_objective_aggregation": "normalize_then_sum"},
@@ -134,7 +134,7 @@ def test_an_exact_objective_needs_a_reference_that_can_be_sampled(tmp_path, sett
 
 
 def test_a_batch_of_more_prompts_than_there_are_is_refused(tmp_path):
-    # TRL draws whole batches alone, and would end at once without a step.
+    # TRL loads whole batches alone, and would end at once without a step.
     with pytest.raises(ConfigError, match=r"a batch is of 4 prompts .*there are 3"):
         family_trainer(tmp_path, rows=ROWS[:3])
 

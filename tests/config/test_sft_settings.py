@@ -36,7 +36,7 @@ def task(tmp_path_factory):
     return folder
 
 
-DRAW = ["--rejection_samples", 2, "--reward_funcs", "exact_match"]
+SAMPLE = ["--rejection_samples", 2, "--reward_funcs", "exact_match"]
 REFUSED = {
     "a patience without evaluations": (["--early_stopping_patience", 1], "eval_strategy is no and save_strategy steps"),
     "a patience whose best is not saved": (
@@ -53,7 +53,7 @@ REFUSED = {
         "8 training examples are fewer than a batch of 9",
     ),
     "samples that are longer than the model": (
-        ["--model_name_or_path", "{task}/gpt2", *DRAW, "--max_new_tokens", 61],
+        ["--model_name_or_path", "{task}/gpt2", *SAMPLE, "--max_new_tokens", 61],
         "lower max_new_tokens to 60",
     ),
 }
@@ -84,9 +84,7 @@ def test_a_new_model_that_cannot_be_is_refused(case, task, tmp_path, monkeypatch
     assert named in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-def test_a_reward_that_needs_references_is_tried_on_a_row_without_before_samples_are_drawn(
-    task, tmp_path, monkeypatch, capsys
-):
+def test_a_reward_that_needs_references_is_tried_on_a_row_without_before_sampling(task, tmp_path, monkeypatch, capsys):
     (tmp_path / "own.py").write_text("def own(completion, references):\n    return float(len(references[0]))\n")
     write_data(tmp_path / "data", [*ROWS, {"prompt": "a b = ", "references": []}])
     arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", "--dataset_name", tmp_path / "data"]
@@ -109,16 +107,16 @@ def test_what_would_train_nothing_is_refused_before_a_model_loads(case, dry, tas
     assert not (tmp_path / "run").exists()
 
 
-def test_samples_that_just_fit_are_drawn(task, tmp_path, monkeypatch):
-    arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", *DRAW]
+def test_samples_that_just_fit_are_taken(task, tmp_path, monkeypatch):
+    arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", *SAMPLE]
     arguments += ["--model_name_or_path", task / "gpt2", "--max_new_tokens", 60]
     run(monkeypatch, "sft", *arguments)
     assert len(lines(tmp_path / "run/rollouts/000000.jsonl")) == 16
 
 
-def test_a_dry_run_counts_the_cache_of_the_samples_that_are_drawn(task, tmp_path, monkeypatch, capsys):
+def test_a_dry_run_counts_the_cache_of_the_samples(task, tmp_path, monkeypatch, capsys):
     """8 prompts of at most 4 tokens, 2 samples of at most 12; keys and values of 2 layers, 1 head of 8: 32 numbers."""
-    arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", *DRAW, "--dry_run", "true"]
+    arguments = ["--config", task / "sft.yaml", "--output_dir", tmp_path / "run", *SAMPLE, "--dry_run", "true"]
     assert run(monkeypatch, "sft", *arguments, "--max_new_tokens", 12) == 0
     assert "256 tokens × 32 numbers × 4 bytes" in capsys.readouterr().out
     assert run(monkeypatch, "sft", *arguments[:4], "--dry_run", "true") == 0

@@ -64,7 +64,7 @@ def test_what_a_rollout_func_returns_beside_tokens_reaches_the_rewards(tmp_path)
     def told(completions, env_reward, **columns):
         return list(env_reward)
 
-    def draw(prompts, trainer):
+    def generate(prompts, trainer):
         n = len(prompts)
         ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
         completions = [[5 + i % 4, 6, 2] for i in range(n)]
@@ -75,7 +75,7 @@ def test_what_a_rollout_func_returns_beside_tokens_reaches_the_rewards(tmp_path)
             "env_reward": [float(i) for i in range(n)],
         }
 
-    more = {"rollout_func": draw, "rollouts_dir": tmp_path / "rollouts"}
+    more = {"rollout_func": generate, "rollouts_dir": tmp_path / "rollouts"}
     trainer = trainer_of(tmp_path, rewards=(told,), more=more, disable_tqdm=True)
     trainer.train()
     assert trainer.state.log_history[0]["reward"] == pytest.approx(sum(range(8)) / 8)

@@ -39,9 +39,9 @@ def task(tmp_path):
     settings = {"model_name_or_path": str(tmp_path / "model"), "max_steps": 1, "per_device_train_batch_size": 4}
     settings |= {"use_cpu": True, "num_cpu_threads": 1, "disable_tqdm": True, "output_dir": str(tmp_path / "run")}
     settings["dataset_name"] = str(tmp_path / "asked")
-    drawn = {"reward_funcs": ["exact_match"], "max_completion_length": 3, "num_generations": 2}
-    drawn |= {"strategies": ["greedy"], "studies": ["none"], "resamples": 10, "samples_per_row": 1}
-    for name, more in (("sft", {}), ("grpo", drawn), ("ppo", drawn)):
+    rollouts = {"reward_funcs": ["exact_match"], "max_completion_length": 3, "num_generations": 2}
+    rollouts |= {"strategies": ["greedy"], "studies": ["none"], "resamples": 10, "samples_per_row": 1}
+    for name, more in (("sft", {}), ("grpo", rollouts), ("ppo", rollouts)):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings | more))
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""bfloat16, of the weights or by autocast: what is drawn and trained is what float32 says, to bfloat16's precision."""
+"""bfloat16, of the weights or by autocast: samples and training are those of float32, to bfloat16's precision."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_settings_equal_to_the_defaults_are_not_in_the_signature():
     assert parse_strategy("best_of:by=logprob, n= 8,temperature=1").spec == "best_of:n=8"
 
 
-def test_candidates_are_drawn_from_the_distribution_of_sample_with_the_same_settings():
+def test_candidates_are_sampled_from_the_distribution_of_sample_with_the_same_settings():
     best_of = parse_strategy("best_of:n=3,temperature=0.7,top_k=5,top_p=0.9,min_p=0.05")
     assert best_of.sampler == Sample(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05)
     assert parse_strategy("mbr:n=3,utility=chrf").sampler == Sample()

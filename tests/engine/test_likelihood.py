@@ -152,7 +152,7 @@ def test_scores_under_a_strategy_are_those_of_its_distribution():
     found = score(model, [prompt], [completion], strategy=Sample(temperature=2.0, top_k=12))[0]
     assert found.tolist() == pytest.approx(expected, abs=1e-9)
     everything = score(model, [prompt] * VOCAB, [[token] for token in range(VOCAB)], strategy=Sample(top_k=1))
-    assert sorted(x.item() for x in everything)[-2:] == [-math.inf, 0.0]  # only one token can be drawn
+    assert sorted(x.item() for x in everything)[-2:] == [-math.inf, 0.0]  # only one token can be sampled
     with pytest.raises(ValueError, match="no distribution"):
         score(model, [prompt], [completion], strategy=Beam())
 

@@ -37,7 +37,7 @@ PROMPTS = [
 ]
 
 
-def draw(model, prompts=PROMPTS, *, strategy=Sample(), **changes):  # noqa: B008
+def sampled(model, prompts=PROMPTS, *, strategy=Sample(), **changes):  # noqa: B008
     settings = {"num_samples": 5, "max_new_tokens": 9, "seed": 3, "stop_ids": STOPS}
     if isinstance(strategy, Greedy):
         settings["num_samples"] = 1
@@ -66,7 +66,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.6, "top_k": 9}, {"top_p": 0.8}, {"min_p": 0.1}], ids=str)
 def test_tokens_and_log_probs_are_those_of_an_uncached_loop(family, settings):
     model = tiny_model(family)
-    for p, group in zip(PROMPTS, draw(model, strategy=Sample(**settings), num_samples=2), strict=True):
+    for p, group in zip(PROMPTS, sampled(model, strategy=Sample(**settings), num_samples=2), strict=True):
         for rollout in group:
             key = stream_keys(3, 0, [p.key], [rollout.sample])
             for t, (token, logprob) in enumerate(zip(rollout.completion_ids, rollout.logprobs, strict=True)):
@@ -79,39 +79,39 @@ def test_tokens_and_log_probs_are_those_of_an_uncached_loop(family, settings):
 @pytest.mark.parametrize("batch_rows", [1, 3, 17])
 def test_completions_do_not_depend_on_how_many_rows_are_decoded_together(family, batch_rows):
     model = tiny_model(family)
-    assert_same(draw(model, batch_rows=batch_rows), draw(model, batch_rows=1000))
+    assert_same(sampled(model, batch_rows=batch_rows), sampled(model, batch_rows=1000))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_do_not_depend_on_the_other_prompts_or_their_order(family):
     # Alone, a prompt is not padded: the order and company change its left padding and its shared prefill.
     model = tiny_model(family)
-    together = draw(model)
-    assert_same([draw(model, [p])[0] for p in PROMPTS], together)
-    assert_same(draw(model, PROMPTS[::-1]), together[::-1])
+    together = sampled(model)
+    assert_same([sampled(model, [p])[0] for p in PROMPTS], together)
+    assert_same(sampled(model, PROMPTS[::-1]), together[::-1])
 
 
 def test_completions_do_not_depend_on_which_samples_of_a_group_are_asked_for():
     model = tiny_model()
-    everything = draw(model)
+    everything = sampled(model)
     wanted = [[4, 0], [], [1, 2, 3], [0], [2], [3, 1]]
-    some = draw(model, samples=wanted)
+    some = sampled(model, samples=wanted)
     assert_same(some, [[group[s] for s in chosen] for group, chosen in zip(everything, wanted, strict=True)])
-    assert draw(model, samples=[[]] * len(PROMPTS)) == [[]] * len(PROMPTS)
+    assert sampled(model, samples=[[]] * len(PROMPTS)) == [[]] * len(PROMPTS)
 
 
 def test_a_group_spread_over_calls_is_the_group_of_one_call():
     model = tiny_model()
-    parts = [draw(model, samples=[[s]] * len(PROMPTS)) for s in range(5)]
-    assert_same([list(itertools.chain(*groups)) for groups in zip(*parts, strict=True)], draw(model))
+    parts = [sampled(model, samples=[[s]] * len(PROMPTS)) for s in range(5)]
+    assert_same([list(itertools.chain(*groups)) for groups in zip(*parts, strict=True)], sampled(model))
 
 
 @pytest.mark.parametrize("share", [0.0, 2.0], ids=["finished rows stay", "finished rows leave at once"])
 def test_when_finished_rows_leave_the_batch_changes_nothing(monkeypatch, share):
     model = tiny_model()
-    expected = draw(model)
+    expected = sampled(model)
     monkeypatch.setattr(sampling, "COMPACT_BELOW", share)
-    assert_same(draw(model), expected)
+    assert_same(sampled(model), expected)
 
 
 def test_samples_are_decoded_together_as_long_as_they_are_equal():
@@ -121,9 +121,9 @@ def test_samples_are_decoded_together_as_long_as_they_are_equal():
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    found = draw(model, num_samples=30)
+    found = sampled(model, num_samples=30)
     hook.remove()
-    assert_same([list(group) for group in zip(*(draw_one(model, s) for s in range(30)), strict=True)], found)
+    assert_same([list(group) for group in zip(*(sample_one(model, s) for s in range(30)), strict=True)], found)
     prompts = {prompt.prompt_ids for prompt in PROMPTS}
     for step, width in enumerate(widths):
         prefixes = {
@@ -136,45 +136,45 @@ def test_samples_are_decoded_together_as_long_as_they_are_equal():
     assert 3 * sum(widths[1:]) < sum(len(rollout.completion_ids) - 1 for group in found for rollout in group)
 
 
-def draw_one(model, s):
+def sample_one(model, s):
     """Sample s of every prompt, each decoded alone."""
-    return [draw(model, [prompt], samples=[[s]])[0][0] for prompt in PROMPTS]
+    return [sampled(model, [prompt], samples=[[s]])[0][0] for prompt in PROMPTS]
 
 
 def test_slots_hold_what_rows_follow():
-    # Against what it promises: each row's slot continues the slot the row was at, by the token the row drew.
+    # Against what it promises: each row's slot continues the slot the row was at, by the token it was given.
     generator = np.random.default_rng(0)
     for _ in range(300):
         num_slots = int(generator.integers(1, 9))
         slot = generator.integers(0, num_slots, size=generator.integers(1, 20))
-        drawn = generator.integers(0, 1 + generator.integers(4), size=len(slot))
-        sources, tokens, found = sampling._branch(slot, drawn, num_slots)
+        chosen = generator.integers(0, 1 + generator.integers(4), size=len(slot))
+        sources, tokens, found = sampling._branch(slot, chosen, num_slots)
         continued = np.arange(len(tokens)) if sources is None else sources
         assert len(continued) == len(tokens) and continued.max() < num_slots
-        assert continued[found].tolist() == slot.tolist() and tokens[found].tolist() == drawn.tolist()
-        pairs = set(zip(slot.tolist(), drawn.tolist(), strict=True))
+        assert continued[found].tolist() == slot.tolist() and tokens[found].tolist() == chosen.tolist()
+        pairs = set(zip(slot.tolist(), chosen.tolist(), strict=True))
         assert len(set(found.tolist())) == len(pairs)  # equal prefixes share, different ones do not
         assert len(tokens) <= max(num_slots, len(pairs))
         assert len(pairs) >= sampling.COMPACT_BELOW * len(tokens)
 
 
-def test_equal_prompts_share_a_prefill_and_draw_their_own_noise():
+def test_equal_prompts_share_a_prefill_and_have_their_own_noise():
     model = tiny_model()
     shapes = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     twins = [PROMPTS[2], PROMPTS[4]]
-    found = draw(model, twins)
+    found = sampled(model, twins)
     hook.remove()
     assert shapes[0] == (1, 4)  # one row for two prompts of five samples each
     assert shapes[1][1] == 1
     assert len(set(itertools.chain(*ids_of(found)))) > 5  # not the same five completions twice
-    assert_same(found, [draw(model, [twin])[0] for twin in twins])
+    assert_same(found, [sampled(model, [twin])[0] for twin in twins])
 
 
 def test_a_completion_ends_with_the_first_stop_id_met_or_at_the_limit():
-    rollouts = list(itertools.chain(*draw(tiny_model(), num_samples=40)))
+    rollouts = list(itertools.chain(*sampled(tiny_model(), num_samples=40)))
     ends = set()
     for rollout in rollouts:
         *before, last = rollout.completion_ids
@@ -190,7 +190,7 @@ def test_a_completion_ends_with_the_first_stop_id_met_or_at_the_limit():
 def test_more_room_only_prolongs_what_was_cut():
     model = tiny_model()
     for short, long in zip(
-        itertools.chain(*draw(model)), itertools.chain(*draw(model, max_new_tokens=14)), strict=True
+        itertools.chain(*sampled(model)), itertools.chain(*sampled(model, max_new_tokens=14)), strict=True
     ):
         assert long.completion_ids[: len(short.completion_ids)] == short.completion_ids
         if short.finish_reason == "stop":
@@ -200,7 +200,7 @@ def test_more_room_only_prolongs_what_was_cut():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_what_generate_gives_without_sampling(family):
     model = tiny_model(family)
-    for p, (rollout,) in zip(PROMPTS, draw(model, strategy=Greedy()), strict=True):
+    for p, (rollout,) in zip(PROMPTS, sampled(model, strategy=Greedy()), strict=True):
         output = model.generate(
             input_ids=torch.tensor([p.prompt_ids]),
             attention_mask=torch.ones(1, len(p.prompt_ids), dtype=torch.long),
@@ -218,7 +218,7 @@ def test_greedy_is_what_generate_gives_without_sampling(family):
 @pytest.mark.parametrize("settings", [{}, {"temperature": 2.0}, {"top_p": 0.7}], ids=str)
 def test_first_tokens_are_distributed_as_the_softmax_says(settings):
     model = tiny_model()
-    (group,) = draw(model, [PROMPTS[3]], strategy=Sample(**settings), num_samples=4000, max_new_tokens=1)
+    (group,) = sampled(model, [PROMPTS[3]], strategy=Sample(**settings), num_samples=4000, max_new_tokens=1)
     counts = np.bincount([rollout.completion_ids[0] for rollout in group], minlength=VOCAB)
     expected = 4000 * warped(uncached_logits(model, list(PROMPTS[3].prompt_ids)), **settings)
     assert counts[expected == 0].sum() == 0
@@ -236,8 +236,8 @@ def test_a_token_is_picked_by_an_exact_cdf():
     units = [[round(Fraction(p) * 2**52) for p in row] for row in logprobs.double().exp().tolist()]
     bounds = [sum(row[: int(n) + 1]) for row, n in zip(units, torch.randint(0, 50, (200,)), strict=True)]
     totals = [sum(row) for row in units]
-    drawn = zip(bounds, totals, uniform.tolist(), strict=True)
-    at = [b / t if i % 3 == 0 and 0 < b < t else u for i, (b, t, u) in enumerate(drawn)]
+    cases = zip(bounds, totals, uniform.tolist(), strict=True)
+    at = [b / t if i % 3 == 0 and 0 < b < t else u for i, (b, t, u) in enumerate(cases)]
     expected = []
     for row, total, u in zip(units, totals, at, strict=True):
         wanted, cumulative, index = min(int(u * total), total - 1), row[0], 0
@@ -291,28 +291,28 @@ def test_noise_along_each_coordinate_is_uniform_distinct_and_uncorrelated(axis):
     assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 4 / np.sqrt(N)  # four standard errors
 
 
-def test_another_seed_or_draw_gives_other_completions_and_the_same_gives_the_same():
+def test_another_seed_or_stream_gives_other_completions_and_the_same_gives_the_same():
     model = tiny_model()
-    first = ids_of(draw(model))
-    assert ids_of(draw(model)) == first
-    assert ids_of(draw(model, seed=4)) != first
-    assert ids_of(draw(model, stream=1)) != first
+    first = ids_of(sampled(model))
+    assert ids_of(sampled(model)) == first
+    assert ids_of(sampled(model, seed=4)) != first
+    assert ids_of(sampled(model, stream=1)) != first
 
 
 def test_the_global_random_state_is_neither_read_nor_moved():
     model = tiny_model()
     torch.manual_seed(0)
-    first = draw(model)
+    first = sampled(model)
     state = torch.get_rng_state()
     torch.manual_seed(1)
-    assert_same(draw(model), first)
+    assert_same(sampled(model), first)
     torch.manual_seed(0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_models_generation_config_changes_nothing():
     model = tiny_model()
-    expected, greedy = draw(model), draw(model, strategy=Greedy())
+    expected, greedy = sampled(model), sampled(model, strategy=Greedy())
     likeliest = max(range(VOCAB), key=lambda token: sum(token in ids for g in ids_of(expected) for ids in g))
     for name, value in {
         "min_new_tokens": 8,
@@ -327,20 +327,20 @@ def test_the_models_generation_config_changes_nothing():
         "use_cache": False,
     }.items():
         setattr(model.generation_config, name, value)
-    assert_same(draw(model), expected)
-    assert_same(draw(model, strategy=Greedy()), greedy)
+    assert_same(sampled(model), expected)
+    assert_same(sampled(model, strategy=Greedy()), greedy)
 
 
 def test_dropout_does_not_act_and_every_modules_mode_is_restored():
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    expected = draw(model)
+    expected = sampled(model)
     model.train()
     model.lm_head.eval()  # a frozen part of a model in training
     modes = [module.training for module in model.modules()]
-    assert_same(draw(model), expected)
+    assert_same(sampled(model), expected)
     assert [module.training for module in model.modules()] == modes
     with pytest.raises(ZeroDivisionError):
-        draw(model, progress=lambda rows: 1 / 0)
+        sampled(model, progress=lambda rows: 1 / 0)
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
 
@@ -348,10 +348,10 @@ def test_dropout_does_not_act_and_every_modules_mode_is_restored():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_checkpointing_changes_nothing(family):
     model = tiny_model(family)
-    expected = draw(model)
+    expected = sampled(model)
     model.gradient_checkpointing_enable()
     model.train()
-    assert_same(draw(model), expected)
+    assert_same(sampled(model), expected)
     assert model.is_gradient_checkpointing
 
 
@@ -361,7 +361,7 @@ def test_completions_are_decoded_with_and_without_special_tokens():
             return [" ".join(f"w{i}" for i in row if not (skip_special_tokens and i in STOPS)) for row in ids]
 
     chat = Prompt(key="chat", prompt=[{"role": "user", "content": "hi"}], prompt_ids=(4, 5))
-    for group in draw(tiny_model(), [PROMPTS[0], chat], tokenizer=Words()):
+    for group in sampled(tiny_model(), [PROMPTS[0], chat], tokenizer=Words()):
         for rollout in group:
             assert rollout.text_with_special_tokens == " ".join(f"w{i}" for i in rollout.completion_ids)
             assert rollout.text == " ".join(f"w{i}" for i in rollout.completion_ids if i not in STOPS)
@@ -371,7 +371,7 @@ def test_completions_are_decoded_with_and_without_special_tokens():
 
 def test_progress_counts_every_prompt_once():
     counts = []
-    draw(tiny_model(), batch_rows=11, progress=counts.append)
+    sampled(tiny_model(), batch_rows=11, progress=counts.append)
     assert counts == [2, 2, 2]  # five samples each: two prompts fit 11 rows
 
 
@@ -402,7 +402,7 @@ def test_stop_ids_are_the_tokenizers_first_then_those_the_checkpoint_declares():
 )
 def test_what_cannot_be_sampled_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        draw(tiny_model(), **changes)
+        sampled(tiny_model(), **changes)
 
 
 # prefixes
@@ -414,7 +414,7 @@ PREFIXES = [(5, 6), (), (17,), (8, 9, 10, 12), (5, 6), ()]
 @pytest.mark.parametrize("strategy", [Sample(temperature=0.7), Greedy()], ids=["sample", "greedy"])
 def test_forced_tokens_begin_the_completion_and_the_rest_follows_them(family, strategy):
     model = tiny_model(family)
-    for p, prefix, group in zip(PROMPTS, PREFIXES, draw(model, strategy=strategy, prefixes=PREFIXES), strict=True):
+    for p, prefix, group in zip(PROMPTS, PREFIXES, sampled(model, strategy=strategy, prefixes=PREFIXES), strict=True):
         k = len(prefix)
         for rollout in group:
             ids = rollout.completion_ids
@@ -434,8 +434,8 @@ def test_sampling_from_a_prefix_is_sampling_from_a_prompt_that_holds_it():
     model = tiny_model()
     longer = [prompt(p.key, *p.prompt_ids, *prefix) for p, prefix in zip(PROMPTS, PREFIXES, strict=True)]
     for found, expected, prefix in zip(
-        itertools.chain(*draw(model, prefixes=PREFIXES)),
-        itertools.chain(*draw(model, longer)),
+        itertools.chain(*sampled(model, prefixes=PREFIXES)),
+        itertools.chain(*sampled(model, longer)),
         itertools.chain(*([prefix] * 5 for prefix in PREFIXES)),
         strict=True,
     ):
@@ -446,11 +446,11 @@ def test_sampling_from_a_prefix_is_sampling_from_a_prompt_that_holds_it():
 
 def test_empty_prefixes_change_nothing():
     model = tiny_model()
-    assert draw(model, prefixes=[()] * len(PROMPTS)) == draw(model)
+    assert sampled(model, prefixes=[()] * len(PROMPTS)) == sampled(model)
 
 
 def test_a_stop_id_within_the_prefix_does_not_end_the_completion():
-    (group,) = draw(tiny_model(), PROMPTS[:1], prefixes=[(7, 3)], max_new_tokens=1, num_samples=20)
+    (group,) = sampled(tiny_model(), PROMPTS[:1], prefixes=[(7, 3)], max_new_tokens=1, num_samples=20)
     assert {len(rollout.completion_ids) for rollout in group} == {3}
     assert {rollout.finish_reason for rollout in group} >= {"length"}
     for rollout in group:
@@ -459,7 +459,7 @@ def test_a_stop_id_within_the_prefix_does_not_end_the_completion():
 
 def test_a_wrong_number_of_prefixes_is_refused():
     with pytest.raises(ConfigError, match=r"2 prefixes .* 6 prompts"):
-        draw(tiny_model(), prefixes=[(), (3,)])
+        sampled(tiny_model(), prefixes=[(), (3,)])
 
 
 def test_a_few_slots_at_a_time_pick_the_tokens_and_log_probs_of_all_at_once(monkeypatch):

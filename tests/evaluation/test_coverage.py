@@ -1,4 +1,4 @@
-"""Coverage, against every choice of k samples, every draw of a small distribution, and enumerated probabilities."""
+"""Coverage, against every choice of k samples, every outcome of a small distribution, and enumerated probabilities."""
 
 import dataclasses
 import itertools
@@ -137,19 +137,19 @@ def test_statistics_are_means_over_every_choice(samples):
 SPACE = {("x", True, 1.0): 0.5, ("y", False, -0.5): 0.3, ("z", False, None): 0.2}
 
 
-def draws(k):
-    """Every k independent draws, with their chance."""
-    for drawn in itertools.product(SPACE, repeat=k):
-        yield drawn, math.prod(SPACE[outcome] for outcome in drawn)
+def outcomes(k):
+    """Every k independent samples, with their chance."""
+    for sampled in itertools.product(SPACE, repeat=k):
+        yield sampled, math.prod(SPACE[outcome] for outcome in sampled)
 
 
 def test_estimates_are_unbiased_and_their_variance_is_known():
     n, p = 4, 0.5
-    every = [(statistics_of(drawn, p), chance) for drawn, chance in draws(n)]
+    every = [(statistics_of(sampled, p), chance) for sampled, chance in outcomes(n)]
     for k in (1, 2, 4):
-        for name in worth(next(iter(draws(1)))[0]):
+        for name in worth(next(iter(outcomes(1)))[0]):
             estimated = sum(chance * found[key_of(name, k)] for found, chance in every)
-            truth = sum(chance * worth(drawn)[name] for drawn, chance in draws(k))
+            truth = sum(chance * worth(sampled)[name] for sampled, chance in outcomes(k))
             assert estimated == pytest.approx(truth, abs=1e-12), (name, k)
         exact = 1 - (1 - p) ** k
         spread = sum(chance * (found[key_of("pass", k)] - exact) ** 2 for found, chance in every)
@@ -181,7 +181,7 @@ def measured(checkpoints, tmp_path_factory):
 
 
 def samples_of(path):
-    """Of each row the (text, right, value) of its samples, drawn without the study."""
+    """Of each row the (text, right, value) of its samples, sampled without the study."""
     tokenizer = word_tokenizer()
     model, prompts = AutoModelForCausalLM.from_pretrained(path), build_prompts(ROWS, tokenizer)
     settings = {"num_samples": N, "max_new_tokens": LONGEST, "strategy": Sample(), "seed": 5, "stream": 1001}
@@ -192,7 +192,7 @@ def samples_of(path):
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_curves_are_means_over_every_choice_of_the_samples_drawn(measured, checkpoints, name):
+def test_curves_are_means_over_every_choice_of_the_samples(measured, checkpoints, name):
     block = measured[0]["studies"]["coverage"]
     rows = list(samples_of(checkpoints[name]))
     assert any(right for _, group in rows for _, right, _ in group)
@@ -235,8 +235,8 @@ def test_the_exact_curve_is_that_of_enumerated_probabilities(measured, checkpoin
         assert cell["value"] == pytest.approx(np.mean([1 - (1 - p) ** int(k) for p in chances]), rel=1e-5)
     agreement = block["agreement"][name]
     for k in KS:
-        drawn, exact = (block["models"][name][c][str(k)]["value"] for c in ("pass_at_k", "exact_pass_at_k"))
-        assert agreement["differences"][str(k)]["difference"] == pytest.approx(drawn - exact)
+        sampled, exact = (block["models"][name][c][str(k)]["value"] for c in ("pass_at_k", "exact_pass_at_k"))
+        assert agreement["differences"][str(k)]["difference"] == pytest.approx(sampled - exact)
         variances = [  # by the definition of the estimator: c right ones of N, and choices of k without one
             sum(
                 comb(N, c) * p**c * (1 - p) ** (N - c) * (1 - comb(N - c, k) / comb(N, k) - 1 + (1 - p) ** k) ** 2
@@ -309,11 +309,11 @@ def test_the_report_shows_curves_differences_and_the_check(measured):
     value = results["studies"]["coverage"]["models"]["two"]["pass_at_k"]["8"]["value"]
     line = next(line for line in section.split("\n") if line.startswith("| two | at least one right |"))
     assert f"| {100 * value:.1f}% (" in line
-    assert "| two − one | at least one right, exact |" in section and "Drawn − exact" in section
+    assert "| two − one | at least one right, exact |" in section and "Sampled − exact" in section
     assert "Caveat: at least one right and best of k know the answer" in section
     figures = ("coverage-exact-match", "coverage-exact-match-difference", "coverage-letters-difference")
     assert all((out / "plots" / f"{name}.svg").is_file() for name in figures)
-    assert '<section id="coverage-drawn">' in page and "Exact match: difference to one" in page
+    assert '<section id="coverage-sampled">' in page and "Exact match: difference to one" in page
 
 
 def test_a_fault_of_sampling_is_told_from_chance():

@@ -71,7 +71,7 @@ def test_the_likeliest_ended_candidate_is_chosen_and_of_equal_ones_the_first():
     a, b, again = said("B", -3.0, number=1), said("C", -2.0, number=2), said("C", -2.0, number=3)
     assert likeliest([cut, a, b, again]) is b
     assert likeliest([cut, said("B", -0.5, ended=False)]) is cut
-    # rounding that favours a later draw of the same tokens does not change which draw is named
+    # rounding that favours a later sample of the same tokens does not change which sample is named
     assert likeliest([a, b, said("C", -1.9999, number=3)]) is b
 
 
@@ -86,8 +86,8 @@ def test_a_reward_chooses_the_candidate_it_values_most_and_none_it_abstains_on()
         assert [r.text for r in best_by_reward(groups, prompts, suite, "length")] == ["A B C D", "A B C", "A B C"]
 
 
-def test_expected_utility_is_over_the_other_samples_as_often_as_they_were_drawn():
-    # recall of y in the others, by hand; A B was drawn twice, and each of the two is a reference for the other.
+def test_expected_utility_is_over_the_other_samples_as_often_as_they_were_sampled():
+    # recall of y in the others, by hand; A B was sampled twice, and each of the two is a reference for the other.
     #   A B:     [u(A B) 1 + u(C D) 0 + u(A D C) 1/3] / 3          = 4/9
     #   C D:     [u(A B) 0 + u(A B) 0 + u(A D C) 2/3] / 3          = 2/9
     #   A D C:   [u(A B) 1/2 + u(A B) 1/2 + u(C D) 1] / 3          = 6/9
@@ -185,7 +185,7 @@ def run(setting, text, suite, **changes):
     return [rollout for (rollout,) in groups]
 
 
-def drawn(setting, n, **settings):
+def sampled(setting, n, **settings):
     model, tokenizer, prompts = setting
     common = {"num_samples": n, "max_new_tokens": 5, "seed": 0, "stream": 2, "stop_ids": [EOS], "tokenizer": tokenizer}
     return sample(model, prompts, strategy=Sample(**settings), **common)
@@ -203,7 +203,7 @@ def own_logprob(setting, prompt, ids):
 def test_best_of_n_is_the_candidate_the_model_itself_finds_likeliest(setting, temperature):
     with load_rewards([length]) as suite:
         found = run(setting, f"best_of:n=6,temperature={temperature}", suite)
-    for prompt, candidates, kept in zip(setting[2], drawn(setting, 6, temperature=temperature), found, strict=True):
+    for prompt, candidates, kept in zip(setting[2], sampled(setting, 6, temperature=temperature), found, strict=True):
         ended = [r for r in candidates if r.completion_ids[-1] == EOS] or candidates
         values = [own_logprob(setting, prompt, r.completion_ids) for r in ended]
         expected = ended[values.index(max(values))]
@@ -212,11 +212,11 @@ def test_best_of_n_is_the_candidate_the_model_itself_finds_likeliest(setting, te
         assert kept.strategy == BestOf(6, temperature=temperature).spec
 
 
-def test_candidates_are_those_that_sampling_draws_whatever_the_batch(setting):
+def test_candidates_are_those_that_sampling_gives_whatever_the_batch(setting):
     with load_rewards([length, recall]) as suite:
         for text in ("best_of:n=5,by=length,top_k=9", "mbr:n=5,utility=recall,top_k=9"):
             found = run(setting, text, suite)
-            for candidates, kept in zip(drawn(setting, 5, top_k=9), found, strict=True):
+            for candidates, kept in zip(sampled(setting, 5, top_k=9), found, strict=True):
                 assert kept.completion_ids == candidates[kept.sample].completion_ids
                 if "length" in text:
                     assert length(kept.text) == max(length(r.text) for r in candidates)
@@ -322,7 +322,7 @@ def test_arguments_from_a_rewards_spec_are_no_columns():
         assert oracles([BestOf(4, by="with_default")], suite, {"unit", "references"}) == {}
 
 
-def test_equal_expected_utilities_in_any_order_of_summation_keep_the_first_drawn():
+def test_equal_expected_utilities_in_any_order_of_summation_keep_the_first_sampled():
     def uneven(completion: str, references: list[str]) -> float:
         (reference,) = references
         return {"A B": 0.1, "A C": 0.2, "A D": 0.3, "B C": 0.3, "B D": 0.2, "C D": 0.1}.get(

@@ -101,7 +101,7 @@ def test_the_numbers_are_those_of_a_token_by_token_loop():
     assert found["greedy/truncated"] == mean(ids[-1] != EOS for ids in decoded)
 
 
-def test_what_is_sampled_is_what_the_seed_and_a_fixed_draw_say():
+def test_what_is_sampled_is_what_the_seed_and_a_fixed_stream_say():
     model, tokenizer = policy(), word_tokenizer()
     evaluator = make_evaluator()
     groups = sample(
@@ -115,13 +115,13 @@ def test_what_is_sampled_is_what_the_seed_and_a_fixed_draw_say():
         stop_ids=[EOS],
         tokenizer=tokenizer,
     )
-    drawn = [rollout for group in groups for rollout in group]
+    sampled = [rollout for group in groups for rollout in group]
     torch.manual_seed(0)
     first = evaluator(model)
     torch.manual_seed(1)
     assert evaluator(model) == first
-    assert first["sample/letters"] == first["sample/reward"] == mean(len(r.text.split()) for r in drawn)
-    assert first["sample/length"] == mean(len(r.completion_ids) for r in drawn)
+    assert first["sample/letters"] == first["sample/reward"] == mean(len(r.text.split()) for r in sampled)
+    assert first["sample/length"] == mean(len(r.completion_ids) for r in sampled)
     others = [make_evaluator(seed=seed)(model) for seed in (4, 5, 6)]
     assert any(other["sample/logprob"] != first["sample/logprob"] for other in others)
     assert all(other["greedy/logprob"] == first["greedy/logprob"] for other in others)

@@ -16,10 +16,10 @@ from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Beam, Greedy, Sample, parse_strategy
 from rlseq.evaluation.measure.references import (
     completion_statistics,
-    drawn_and_exact,
     force_references,
     generation_rows,
     likelihood_rows,
+    sampled_and_exact,
     solution_note,
 )
 from rlseq.evaluation.run import ContrastSettings, contrast
@@ -121,7 +121,7 @@ def test_some_warp_truncates_and_some_does_not():
     assert not any(found["sample"] + found["sample:temperature=0.5"])
 
 
-def test_a_contrast_has_the_exact_chance_of_each_strategy_beside_what_it_draws(tmp_path):
+def test_a_contrast_has_the_exact_chance_of_each_strategy_beside_what_it_samples(tmp_path):
     models = {name: tiny_model("llama", seed=seed, initializer_range=0.3) for seed, name in enumerate(("one", "two"))}
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
@@ -245,32 +245,32 @@ def test_likelihoods_of_solutions_are_said_to_be_of_their_style():
     assert solution_note([], 0, ["rouge"]) is None
 
 
-def drawn(hits, p):
+def counted(hits, p):
     """A row of four samples, of which `hits` are references, with an exact chance p."""
     return {COMPLETION("with_references"): 4.0, COMPLETION("exact_match"): hits, CHANCE("expected_accuracy"): p}
 
 
-def test_the_drawn_share_is_compared_with_the_exact_chance_by_the_error_of_sampling():
-    rows = [drawn(hits, p) for hits, p in ((3.0, 0.5), (0.0, 0.1))]
-    found = drawn_and_exact(
+def test_the_sampled_share_is_compared_with_the_exact_chance_by_the_error_of_sampling():
+    rows = [counted(hits, p) for hits, p in ((3.0, 0.5), (0.0, 0.1))]
+    found = sampled_and_exact(
         [*rows, {}, {CHANCE("expected_accuracy"): 0.5}]
-    )  # a row without references, and one not drawn
+    )  # a row without references, and one without samples
     # (3 − 2 + 0 − 0.4) / 8 and √(4 · 0.25 + 4 · 0.09) / 8
     assert found == {
         "difference": pytest.approx(0.075),
         "standard_error": pytest.approx(0.1457738),
         "agrees": True,
     }
-    never = [drawn(0.0, 0.0005)] * 200
-    assert drawn_and_exact(never)["agrees"]  # 0.4 hits are expected: that there was none tells nothing
-    faulty = [drawn(0.0, 0.05)] * 200
-    assert not drawn_and_exact(faulty)["agrees"]
-    assert drawn_and_exact([{}, {COMPLETION("with_references"): 4.0, COMPLETION("exact_match"): 1.0}]) is None
+    never = [counted(0.0, 0.0005)] * 200
+    assert sampled_and_exact(never)["agrees"]  # 0.4 hits are expected: that there was none tells nothing
+    faulty = [counted(0.0, 0.05)] * 200
+    assert not sampled_and_exact(faulty)["agrees"]
+    assert sampled_and_exact([{}, {COMPLETION("with_references"): 4.0, COMPLETION("exact_match"): 1.0}]) is None
 
 
-def test_the_error_of_the_drawn_share_is_what_simulation_has():
+def test_the_error_of_the_sampled_share_is_what_simulation_has():
     generator = np.random.default_rng(0)
     p = generator.uniform(0, 1, 30)
     simulated = generator.binomial(4, p, (20_000, 30))
-    rows = [drawn(0.0, chance) for chance in p]
-    assert drawn_and_exact(rows)["standard_error"] == pytest.approx((simulated.sum(1) / 120).std(), rel=0.03)
+    rows = [counted(0.0, chance) for chance in p]
+    assert sampled_and_exact(rows)["standard_error"] == pytest.approx((simulated.sum(1) / 120).std(), rel=0.03)

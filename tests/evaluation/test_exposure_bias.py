@@ -1,4 +1,4 @@
-"""Exposure bias: entropies and chances by plain forwards, counts by hand from what was drawn."""
+"""Exposure bias: entropies and chances by plain forwards, counts by hand from the samples."""
 
 import dataclasses
 import math
@@ -55,13 +55,13 @@ def next_logprobs(model, prompt_ids, completion):
 
 
 def measure(model, monkeypatch, rewards=(letters,), settings=SETTINGS):
-    """The statistics, every completion that was drawn, and by call of the rewards what these were given."""
-    drawn, scored = [], []
+    """The statistics, every sampled completion, and by call of the rewards what these were given."""
+    sampled, scored = [], []
     original = study.sample
 
     def recorded(*args, **options):
-        drawn.append(original(*args, **options))
-        return drawn[-1]
+        sampled.append(original(*args, **options))
+        return sampled[-1]
 
     monkeypatch.setattr(study, "sample", recorded)
     with load_rewards(list(rewards)) as suite:
@@ -82,7 +82,7 @@ def measure(model, monkeypatch, rewards=(letters,), settings=SETTINGS):
             baseline=lambda: model,
         )
         rows = ExposureBias().measure(context)
-    return rows, drawn, scored
+    return rows, sampled, scored
 
 
 @pytest.fixture(scope="module")

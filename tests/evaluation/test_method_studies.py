@@ -15,7 +15,7 @@ from tiny import tiny_model
 from rlseq.evaluation.run import contrast_and_report
 from rlseq.evaluation.statistics import Statistic, rows_from_json
 from rlseq.evaluation.stats.bootstrap import MeanOf
-from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, difference, pair_draws
+from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, difference, resample_pairs
 from rlseq.evaluation.studies.kl import KL
 from rlseq.evaluation.studies.ranking import Ranking
 from rlseq.evaluation.studies.sharpening import Sharpening
@@ -56,7 +56,7 @@ def test_ranking_of_a_method_is_the_mean_over_seeds_with_students_interval():
     assert "claim" not in single
 
 
-def test_differences_of_ranking_are_drawn_on_the_same_rows():
+def test_differences_of_ranking_are_resampled_on_the_same_rows():
     rng = np.random.default_rng(0)
     rewards = rng.normal(size=(12, 4))
     rows = [row for r in rewards for row in ranked(r)[:1]]
@@ -113,14 +113,14 @@ def test_the_gap_of_a_method_at_equal_entropy_is_the_mean_over_seeds_with_studen
     assert gap["residual"]["ci95"] == pytest.approx(of_method["residual"]["ci95"])
 
 
-def test_a_gap_that_is_a_difference_of_seeds_is_drawn_as_one():
+def test_a_gap_that_is_a_difference_of_seeds_is_resampled_as_one():
     rng = np.random.default_rng(3)
     a, b = ([np.full(5, value) for value in rng.normal(size=n)] for n in (3, 4))
-    draws = crossed_bootstrap_many({"a": ("a", a, MeanOf()), "b": ("b", b, MeanOf())}, seed=4, resamples=500)
+    both = crossed_bootstrap_many({"a": ("a", a, MeanOf()), "b": ("b", b, MeanOf())}, seed=4, resamples=500)
     by_pair = np.array([[[y[0] - x[0] for y in b] for x in a]] * 500)  # (N, S_a, S_b)
-    found = pair_draws("a", "b", by_pair, seed=4)
-    assert found == pytest.approx(draws["b"].draws - draws["a"].draws)
-    assert list(np.quantile(found, [0.025, 0.975])) == pytest.approx(list(difference(draws["a"], draws["b"]).ci95))
+    found = resample_pairs("a", "b", by_pair, seed=4)
+    assert found == pytest.approx(both["b"].resampled - both["a"].resampled)
+    assert list(np.quantile(found, [0.025, 0.975])) == pytest.approx(list(difference(both["a"], both["b"]).ci95))
 
 
 def test_curves_have_no_gap_to_themselves_in_any_resample():

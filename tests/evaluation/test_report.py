@@ -371,9 +371,7 @@ def test_tables_hold_every_value_with_its_interval(results, samples, tmp_path):
         assert shown in page.text
 
 
-def test_the_exact_chance_is_checked_against_the_samples_drawn_under_every_strategy_that_samples(
-    results, samples, tmp_path
-):
+def test_the_exact_chance_is_checked_against_the_samples_under_every_strategy_that_samples(results, samples, tmp_path):
     for model, p in (("base", 0.595), ("rl", 0.63)):
         results["models"][model]["strategies"]["sample:top_k=3"] = quality(0.40, 7) | chance(p)
     page, _, markdown = report(results, samples, tmp_path)
@@ -389,7 +387,7 @@ def test_the_exact_chance_is_checked_against_the_samples_drawn_under_every_strat
     # where the error of the sampling is known, it decides
     for model, agrees in (("base", True), ("rl", False)):
         gap = {"difference": 0.1, "standard_error": 0.05, "agrees": agrees}
-        results["models"][model]["drawn_and_exact"] = {"sample": gap}
+        results["models"][model]["sampled_and_exact"] = {"sample": gap}
     again = report(results, samples, tmp_path)[2]
     assert f"| sample | base | 50.0% (49.0 to 51.0) | 60.0% (59.0 to 61.0) | yes | {never}" in again
     assert f"| sample | rl | 64.0% (63.0 to 65.0) | 64.0% (63.0 to 65.0) | no | {never}" in again
@@ -477,22 +475,22 @@ def test_gains_and_losses_are_ranked_and_counted(samples):
 
 
 def test_rows_score_the_mean_over_their_samples_and_repeats_are_counted():
-    drawn = [
+    samples = [
         sample("base", "r", "K AE T", 1.0, number=0),
         sample("base", "r", "K", 0.0, number=1),
         sample("base", "r", "K AE T", 1.0, number=2),
         sample("rl", "r", "K AE T", None, number=0) | {"values": {"accuracy_x": None}},
         sample("rl", "r", "K AE T", 1.0, number=1),
     ]
-    row = pair_samples(drawn, "base", "rl", "greedy").better[0]
+    row = pair_samples(samples, "base", "rl", "greedy").better[0]
     assert row.a.score == pytest.approx(2 / 3) and row.b.score == 1.0  # what abstained is not a zero
     assert [count for count, _ in row.a.completions] == [2, 1]
 
 
 def test_rows_that_changed_at_an_equal_score_are_shown():
-    drawn = [sample("base", "r", "K", 0.0), sample("rl", "r", "K T", 0.0)]
-    drawn += [sample("base", "s", "AE", 1.0), sample("rl", "s", "AE", 1.0)]
-    side = pair_samples(drawn, "base", "rl", "greedy")
+    samples = [sample("base", "r", "K", 0.0), sample("rl", "r", "K T", 0.0)]
+    samples += [sample("base", "s", "AE", 1.0), sample("rl", "s", "AE", 1.0)]
+    side = pair_samples(samples, "base", "rl", "greedy")
     assert [row.key for row in side.changed] == ["r"]
     assert side.counts == {"better": 0, "same": 2, "worse": 0, "changed": 1}
 
@@ -508,14 +506,14 @@ def test_pieces_mark_what_differs_from_the_closest_reference():
 
 def test_monte_carlo_pass_at_k_follows_by_hand():
     # Two rows of two samples: one right of two, none right. pass@1 = (1/2 + 0) / 2, pass@2 = (1 + 0) / 2.
-    drawn = [
+    samples = [
         sample("m", "r1", "K AE T", 1, "sample", 0),
         sample("m", "r1", "K", 0, "sample", 1),
         sample("m", "r2", "D", 0, "sample", 0),
         sample("m", "r2", "K AE T", 0, "sample", 1) | {"finish_reason": "length"},  # cut: not the reference
     ]
-    assert monte_carlo_pass_at_k(drawn, "sample", 2) == {"m": {1: 0.25, 2: 0.5}}
-    assert monte_carlo_pass_at_k(drawn, "sample", 3) == {}  # a part of the rows estimates something else
+    assert monte_carlo_pass_at_k(samples, "sample", 2) == {"m": {1: 0.25, 2: 0.5}}
+    assert monte_carlo_pass_at_k(samples, "sample", 3) == {}  # a part of the rows estimates something else
 
 
 @pytest.mark.parametrize(

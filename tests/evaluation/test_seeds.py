@@ -48,10 +48,10 @@ def test_one_seed_is_the_ordinary_bootstrap_over_rows():
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 4])
-def test_where_seeds_alone_vary_the_draws_follow_the_law_of_every_draw_listed(seeds):
+def test_where_seeds_alone_vary_the_resamples_follow_the_law_of_every_resample_listed(seeds):
     values = np.array([0.1, 0.4, 0.9, 0.2])[:seeds]
     found = crossed([np.full(20, v) for v in values], MeanOf(), resamples=20_000)
-    means = [np.mean(drawn) - values.mean() for drawn in itertools.product(values, repeat=seeds)]
+    means = [np.mean(resample) - values.mean() for resample in itertools.product(values, repeat=seeds)]
 
     def cdf(x):  # P(√(S / c) d ≤ x), c ~ χ², over the S^S equally likely means d
         shares = []
@@ -65,15 +65,15 @@ def test_where_seeds_alone_vary_the_draws_follow_the_law_of_every_draw_listed(se
         return np.mean(shares, axis=0)
 
     points = np.linspace(-1, 2, 31) + 0.003
-    empirical = np.mean(found.draws[:, None] <= points, axis=0)
-    assert np.abs(empirical - cdf(points)).max() < 0.0115  # the Kolmogorov-Smirnov bound of 20,000 draws at 1%
+    empirical = np.mean(found.resampled[:, None] <= points, axis=0)
+    assert np.abs(empirical - cdf(points)).max() < 0.0115  # the Kolmogorov-Smirnov bound of 20,000 resamples at 1%
 
 
 def test_with_rows_alike_the_interval_is_students():
     values = np.random.default_rng(2).normal(size=10)
     found = crossed([np.full(30, v) for v in values], MeanOf(), resamples=40_000)
     low, high = scipy.stats.t.interval(0.95, 9, values.mean(), values.std(ddof=1) / np.sqrt(10))
-    assert found.ci95 == pytest.approx((low, high), abs=0.05 * (high - low))  # ten seeds draw no exact normal
+    assert found.ci95 == pytest.approx((low, high), abs=0.05 * (high - low))  # ten seeds give no exact normal
 
 
 def covered(simulate, seeds_a, seeds_b, *, times=300, rows=200, resamples=300):
@@ -82,8 +82,8 @@ def covered(simulate, seeds_a, seeds_b, *, times=300, rows=200, resamples=300):
     for i in range(times):
         rng = np.random.default_rng([7, i])
         a, b = simulate(rng, seeds_a, rows), simulate(rng, seeds_b, rows)
-        draws = crossed_bootstrap_many({"a": ("a", a, MeanOf()), "b": ("b", b, MeanOf())}, seed=i, resamples=resamples)
-        low, high = difference(draws["a"], draws["b"]).ci95
+        both = crossed_bootstrap_many({"a": ("a", a, MeanOf()), "b": ("b", b, MeanOf())}, seed=i, resamples=resamples)
+        low, high = difference(both["a"], both["b"]).ci95
         row_low, row_high = bootstrap(
             np.mean(b, axis=0) - np.mean(a, axis=0), np.mean, seed=i, resamples=resamples
         ).ci95
@@ -115,19 +115,19 @@ def test_with_equal_seeds_the_interval_is_hardly_wider_than_over_rows():
     assert hits >= row_hits >= 0.9
 
 
-def test_rows_are_paired_and_seeds_of_two_methods_are_drawn_apart():
+def test_rows_are_paired_and_seeds_of_two_methods_are_resampled_apart():
     rows = np.random.default_rng(0).normal(0, 100, size=80)
     a, b = ([rows + effect for effect in effects] for effects in ((0.0, 1.0, 2.0), (10.0, 11.0, 12.0)))
     tables = {"a": ("a", a, MeanOf()), "b": ("b", b, MeanOf()), "again": ("a", [x + 10 for x in a], MeanOf())}
-    draws = crossed_bootstrap_many(tables, seed=1, resamples=4000)
-    found = difference(draws["a"], draws["b"])
+    both = crossed_bootstrap_many(tables, seed=1, resamples=4000)
+    found = difference(both["a"], both["b"])
     assert found.difference == pytest.approx(10)
     # The rows' spread of 100 / √80 is gone from the difference, and that of the seeds is in it twice.
     alone = np.ptp(crossed([np.full(9, v) for v in (0.0, 1.0, 2.0)], MeanOf(), resamples=4000).ci95)
     assert 1.1 * alone < np.ptp(found.ci95) < 2.2 * alone
     # One method's metrics see the same seeds.
-    assert draws["again"].draws - draws["a"].draws == pytest.approx(10)
-    # And equal seeds of two methods do not meet: another name, other draws.
+    assert both["again"].resampled - both["a"].resampled == pytest.approx(10)
+    # And equal seeds of two methods do not meet: another name, other resamples.
     assert crossed(a, MeanOf(), method="a").ci95 != crossed(a, MeanOf(), method="b").ci95
 
 
@@ -136,21 +136,21 @@ def test_p_is_below_one_in_twenty_where_the_interval_excludes_zero():
     for i in range(60):
         rng = np.random.default_rng(i)
         a, b = (list(rng.normal(size=(4, 40)) + rng.normal(mean, 0.1, size=(4, 1))) for mean in (0, 0.6))
-        draws = crossed_bootstrap_many({"a": ("a", a, MeanOf()), "b": ("b", b, MeanOf())}, seed=i, resamples=999)
-        found = difference(draws["a"], draws["b"])
+        both = crossed_bootstrap_many({"a": ("a", a, MeanOf()), "b": ("b", b, MeanOf())}, seed=i, resamples=999)
+        found = difference(both["a"], both["b"])
         excludes = found.ci95[0] > 0 or found.ci95[1] < 0
-        assert excludes == (found.p_value <= 0.05) or 0.045 < found.p_value < 0.055  # a quantile lies between draws
+        assert excludes == (found.p_value <= 0.05) or 0.045 < found.p_value < 0.055  # a quantile lies between resamples
         small += excludes
     assert 5 < small < 55  # else the agreement would say little
 
 
 def test_p_is_two_sided_and_one_where_nothing_differs():
     same = [np.arange(5.0), np.arange(5.0)]
-    draws = crossed_bootstrap_many({"a": ("a", same, MeanOf()), "b": ("b", same, MeanOf())}, seed=0, resamples=200)
-    found = difference(draws["a"], draws["b"])
+    both = crossed_bootstrap_many({"a": ("a", same, MeanOf()), "b": ("b", same, MeanOf())}, seed=0, resamples=200)
+    found = difference(both["a"], both["b"])
     assert (found.difference, found.ci95, found.p_value) == (0, (0, 0), 1)
     far = crossed_bootstrap_many({"c": ("c", [x + 9 for x in same], MeanOf())}, seed=0, resamples=200)["c"]
-    for pair in ((draws["a"], far), (far, draws["a"])):
+    for pair in ((both["a"], far), (far, both["a"])):
         assert difference(*pair).p_value == pytest.approx(2 / 201)
 
 
@@ -165,13 +165,13 @@ def test_a_checkpoint_sampled_under_two_seeds_differs_by_chance_alone():
     model = tiny_model("llama", initializer_range=0.5, **fields)
     prompts = [Prompt(str(i), "", tuple(int(bit) for bit in f"{i + 2:b}"[1:]), {}) for i in range(62)]  # 0, 1, 00, ...
 
-    def drawn(seed):
+    def table(seed):
         options = {"num_samples": 2, "max_new_tokens": 2, "strategy": Sample(), "seed": seed, "stop_ids": {2}}
         groups = sample(model, prompts, **options)
         ones = [sum(r.completion_ids.count(1) for r in group) for group in groups]
         return np.array([[n, len(group)] for n, group in zip(ones, groups, strict=True)], dtype=float)
 
-    tables = [drawn(seed) for seed in range(400)]
+    tables = [table(seed) for seed in range(400)]
     found = [
         paired_bootstrap(a, b, ERROR_RATE, seed=i, resamples=400)
         for i, (a, b) in enumerate(zip(tables[::2], tables[1::2], strict=True))

@@ -57,7 +57,7 @@ def prompts_of(ids):
 
 @torch.no_grad()
 def exact(model, prompt_ids, temperature):
-    """By completion its log-prob when every token is drawn from softmax(logits / T)."""
+    """By completion its log-prob when every token is sampled from softmax(logits / T)."""
     found = {}
     for y in COMPLETIONS:
         ids = torch.tensor([[*prompt_ids, *y]])
@@ -75,17 +75,17 @@ def test_a_row_holds_the_sums_over_its_samples():
     for place, temperature in enumerate(SETTINGS.temperatures):
         groups = sample(model, prompts, strategy=Sample(temperature=temperature), stream=1100 + place, **options)
         for row, prompt, group, right in zip(rows, prompts, groups, references, strict=True):
-            drawn = [r.completion_ids for r in group]
+            sampled = [r.completion_ids for r in group]
             found = {(k.name, *k.params[1:]): v for k, v in row.items() if k.params[0] == str(temperature)}
             logprobs = exact(model, prompt.prompt_ids, temperature)
-            expected = {("samples",): 6, ("entropy",): -sum(logprobs[y] for y in drawn)}
-            expected |= {("truncated",): sum(y[-1] != STOP for y in drawn)}
-            expected |= {("unique",): len(set(drawn)), ("top",): Counter(drawn).most_common(1)[0][1]}
-            expected |= {("sum", "table"): sum(REWARDS[y] for y in drawn), ("count", "table"): 6}
-            long = [y for y in drawn if len(y) > 1]
+            expected = {("samples",): 6, ("entropy",): -sum(logprobs[y] for y in sampled)}
+            expected |= {("truncated",): sum(y[-1] != STOP for y in sampled)}
+            expected |= {("unique",): len(set(sampled)), ("top",): Counter(sampled).most_common(1)[0][1]}
+            expected |= {("sum", "table"): sum(REWARDS[y] for y in sampled), ("count", "table"): 6}
+            long = [y for y in sampled if len(y) > 1]
             expected |= {("sum", "shy"): sum(y[0] for y in long), ("count", "shy"): len(long)}
             if right:
-                hits = sum(y in right for y in drawn)
+                hits = sum(y in right for y in sampled)
                 expected |= {("sum", "exact_match"): hits, ("count", "exact_match"): 6}
             assert found == pytest.approx(expected, abs=1e-4)
 
@@ -203,8 +203,8 @@ def test_intervals_are_those_of_both_curves_recomputed_from_the_same_rows():
     (gap,) = results_of(*points, resamples=120)["gaps"]
     at_low, at_one, means, sharpening = [], [], [], []
     for counts in np.concatenate(list(resampled_counts(rows, seed=0, resamples=120))):
-        drawn = np.repeat(points, counts.astype(int), axis=1).mean(1)  # (2, 3, 2)
-        a, b = (curve[curve[:, 0].argsort()] for curve in drawn)
+        resampled = np.repeat(points, counts.astype(int), axis=1).mean(1)  # (2, 3, 2)
+        a, b = (curve[curve[:, 0].argsort()] for curve in resampled)
 
         def reached(x, a=a):
             return np.interp(x, *a.T, left=np.nan, right=np.nan)
@@ -212,19 +212,19 @@ def test_intervals_are_those_of_both_curves_recomputed_from_the_same_rows():
         def difference(x, a=a, b=b):
             return np.interp(x, *b.T) - np.interp(x, *a.T)
 
-        at_low.append(drawn[1, 0, 1] - reached(drawn[1, 0, 0]))
-        at_one.append(drawn[1, 1, 1] - reached(drawn[1, 1, 0]))
-        sharpening.append(reached(drawn[1, 1, 0]) - drawn[0, 1, 1])
+        at_low.append(resampled[1, 0, 1] - reached(resampled[1, 0, 0]))
+        at_one.append(resampled[1, 1, 1] - reached(resampled[1, 1, 0]))
+        sharpening.append(reached(resampled[1, 1, 0]) - resampled[0, 1, 1])
         low, high = max(a[0, 0], b[0, 0]), min(a[-1, 0], b[-1, 0])
         knots = [x for x in (*a[:, 0], *b[:, 0]) if low < x < high]
         means.append(quad(difference, low, high, points=knots)[0] / (high - low))
-    for cell, draws in (
+    for cell, values in (
         (gap["by_temperature"]["0.5"], at_low),
         (gap["by_temperature"]["1.0"], at_one),
         (gap["mean"], means),
         (gap["sharpening"], sharpening),
     ):
-        defined = np.array(draws)[np.isfinite(draws)]
+        defined = np.array(values)[np.isfinite(values)]
         assert cell["defined"] == len(defined) / 120
         if np.isfinite(cell["value"]):
             assert cell["ci95"] == pytest.approx(list(np.quantile(defined, [0.025, 0.975])), abs=1e-7)

@@ -147,7 +147,7 @@ def test_difference_is_b_minus_a():
     result = paired_bootstrap(a, b, np.mean, seed=0, resamples=500)
     assert result.difference == pytest.approx(1.0)
     assert 0 < result.ci95[0] < 1.0 < result.ci95[1]
-    assert result.p_value == pytest.approx(1 / 501)  # no swap of all 30 rows in 500 draws
+    assert result.p_value == pytest.approx(1 / 501)  # no swap of all 30 rows in 500 permutations
 
 
 def test_ninety_five_percent_intervals_cover_the_truth_about_that_often():
@@ -166,7 +166,7 @@ def test_ninety_five_percent_intervals_cover_the_truth_about_that_often():
     assert 0.02 <= small_p / 400 <= 0.085
 
 
-def test_seed_zero_and_seed_one_draw_different_rows_and_each_repeats():
+def test_seed_zero_and_seed_one_resample_different_rows_and_each_repeats():
     x = np.random.default_rng(0).random(40)
     first, again, other = (bootstrap(x, np.mean, seed=s, resamples=200).ci95 for s in (0, 0, 1))
     assert first == again != other

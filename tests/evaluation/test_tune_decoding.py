@@ -105,7 +105,7 @@ def test_each_model_gets_its_own_best_and_is_measured_as_if_that_were_written(mo
         strategies = plain["models"][name]["strategies"]
         assert entry["models"][name]["values"] == {s: strategies[s]["likes_a"]["value"] for s in (COLD, PLAIN, HOT)}
         which = next(key for key, path in models.items() if path == model)
-        for temperature, s in ((0.25, COLD), (1.0, PLAIN), (4.0, HOT)):  # 192 draws in [−1, 1]
+        for temperature, s in ((0.25, COLD), (1.0, PLAIN), (4.0, HOT)):  # 192 samples in [−1, 1]
             assert entry["models"][name]["values"][s] == pytest.approx(expected(LOGITS[which], temperature), abs=0.2)
     # What is evaluated is what the strategy alone gives, in its place of the list.
     for name, best in (("base", HOT), ("rl", COLD)):

@@ -86,12 +86,12 @@ def test_the_interval_of_a_correlation_is_that_of_prompts_resampled_one_at_a_tim
     prompts = np.repeat(np.arange(30), 4)
     a = rng.normal(size=120) + rng.normal(size=30)[prompts]
     b = a + rng.normal(size=120)
-    draws = []
+    resampled = []
     for _ in range(4000):
         rows = (4 * rng.integers(30, size=30)[:, None] + np.arange(4)).ravel()
-        draws.append(np.corrcoef(a[rows], b[rows])[0, 1])
+        resampled.append(np.corrcoef(a[rows], b[rows])[0, 1])
     ci95 = compared(a, b, prompts).statistics["correlation"].ci95
-    assert ci95 == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.01)  # 4,000 draws: ± 0.003
+    assert ci95 == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)  # 4,000 resamples: ± 0.003
 
 
 def test_a_single_prompt_has_no_interval():

@@ -178,7 +178,7 @@ def test_the_value_loss_by_hand():
 
 
 def enumerated(kind):
-    """Value and gradient of Σ_y π(y)·k(y), with the draw π(y) held fixed as sampling does."""
+    """Value and gradient of Σ_y π(y)·k(y), with the sampling π(y) held fixed as sampling does."""
     logits, ref = noise(5).requires_grad_(), torch.log_softmax(noise(5, seed=1), -1)
     logprobs = torch.log_softmax(logits, -1)
     expected = (logprobs.detach().exp() * kl_estimate(logprobs[None], ref[None], kind)[0]).sum()

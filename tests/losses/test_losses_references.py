@@ -78,10 +78,10 @@ def test_the_weights_make_the_rollouts_left_an_unbiased_estimate(G, P):
     # Completions: the reference with chance P, two others with 0.25 and 0.75 of the rest; f of them is 4 and −1.
     chances, f = [P, (1 - P) * 0.25, (1 - P) * 0.75], [None, 4.0, -1.0]
     mean = 0.0
-    for draw in itertools.product(range(3), repeat=G):
-        left = [f[i] for i in draw if i]
+    for samples in itertools.product(range(3), repeat=G):
+        left = [f[i] for i in samples if i]
         weight = reference_exact_weight(tensor([P]), torch.tensor([len(left)]), G).item()
-        mean += math.prod(chances[i] for i in draw) * weight * sum(left)
+        mean += math.prod(chances[i] for i in samples) * weight * sum(left)
     assert mean == pytest.approx(chances[1] * 4 - chances[2])  # (1 − P)·E[f | no reference]
 
 

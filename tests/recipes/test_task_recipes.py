@@ -65,7 +65,7 @@ def chatml_tokenizer(texts):
 
 
 def save_model(folder, family, texts, likely=()):
-    """A tiny random model and its tokenizer; tokens of the texts `likely` are drawn far more often than others."""
+    """A tiny random model and its tokenizer; tokens of the texts `likely` are sampled far more often than others."""
     tokenizer = chatml_tokenizer(texts)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     model = tiny_model(

@@ -268,7 +268,7 @@ def test_a_group_reward_gets_all_completions_of_a_prompt_at_once():
     assert seen == [(["a", "ccc"], [["x"], ["x"]]), (["bb", "d"], [["y"], ["y"]])]
 
 
-def test_a_prompt_drawn_twice_in_a_batch_makes_two_groups():
+def test_a_prompt_sampled_twice_in_a_batch_makes_two_groups():
     @reward(scope="group")
     def size(completions):
         return [float(len(completions))] * len(completions)

@@ -269,15 +269,15 @@ def test_an_adapter_on_the_output_layer_is_refused_for_rollouts_before_anything_
     check_fit(GRPOConfig(use_cpu=True), sft, tiny_tokenizer(), build_prompts(ROWS, tiny_tokenizer()))
 
 
-def test_an_adapter_draws_what_its_merged_model_draws(folders, tmp_path):
+def test_an_adapter_samples_what_its_merged_model_samples(folders, tmp_path):
     from rlseq.engine.strategies import Sample
 
     args = ModelArguments(model_name_or_path=str(folders / "sft"))
     prompts = build_prompts([{"prompt": "a b = "}, {"prompt": "c = "}], tiny_tokenizer())
     settings = {"num_samples": 4, "max_new_tokens": 6, "strategy": Sample(), "seed": 0, "stop_ids": [2]}
-    drawn = [sample(m, prompts, **settings) for m in (load_model(args), load_model(args).merge_and_unload())]
-    assert [[r.completion_ids for r in group] for group in drawn[0]] == [
-        [r.completion_ids for r in group] for group in drawn[1]
+    sampled = [sample(m, prompts, **settings) for m in (load_model(args), load_model(args).merge_and_unload())]
+    assert [[r.completion_ids for r in group] for group in sampled[0]] == [
+        [r.completion_ids for r in group] for group in sampled[1]
     ]
 
 

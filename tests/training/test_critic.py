@@ -26,7 +26,7 @@ INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "position_id
 
 
 def policy_with(kind, name_or_path=None, *, family="llama", head=0.5, **changes):
-    """A policy with TRL's fused head and a critic in it, whose value head is drawn."""
+    """A policy with TRL's fused head and a critic in it, whose value head is random."""
     policy = tiny_model(family, **changes)
     critic = build_critic(policy, kind, name_or_path)
     if head:
@@ -215,7 +215,7 @@ def test_a_new_critic_begins_at_the_mean_reward_and_a_trained_one_is_left_alone(
     assert mean != 0
     assert trainer.critic.value_head.bias.item() == pytest.approx(mean, abs=1e-6)
     assert not trainer.critic.is_new
-    drawn = tiny_ppo(tmp_path / "drawn", head=0.3, max_steps=1, learning_rate=0.0)
-    before = drawn.critic.value_head.bias.item()
-    drawn.train()
-    assert drawn.critic.value_head.bias.item() == before
+    trained = tiny_ppo(tmp_path / "trained", head=0.3, max_steps=1, learning_rate=0.0)
+    before = trained.critic.value_head.bias.item()
+    trained.train()
+    assert trained.critic.value_head.bias.item() == before

@@ -188,8 +188,8 @@ def test_a_vllm_server_is_refused_prompts_that_differ_within_a_group():
     ("name", "eval_rewards", "evaluates", "named"),
     [
         ("NoReset", None, False, "no method reset"),
-        ("OneMore", None, True, "evaluation draws without the environment"),
-        ("OneMore", ["environment_reward"], True, "evaluation draws without the environment"),
+        ("OneMore", None, True, "evaluation samples without the environment"),
+        ("OneMore", ["environment_reward"], True, "evaluation samples without the environment"),
         ("OneMore", None, False, None),
         ("OneMore", [f"{__file__}:says_done"], True, None),
     ],

@@ -131,15 +131,15 @@ def weights(checkpoint):
 
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo", "lora"])
-def test_a_sharded_run_draws_learns_and_saves_what_one_process_does(tmp_path, kind):
+def test_a_sharded_run_samples_learns_and_saves_what_one_process_does(tmp_path, kind):
     one, two = tmp_path / "one", tmp_path / "two"
     run(kind, one, tmp_path / "start", processes=1)
     run(kind, two, tmp_path / "start", processes=2)
-    drawn = {step: rollouts(one, step) for step in (1, 2)}
-    longest = [max(r["length"] for r in rows) for rows in (drawn[1][:4], drawn[1][4:])]
+    sampled = {step: rollouts(one, step) for step in (1, 2)}
+    longest = [max(r["length"] for r in rows) for rows in (sampled[1][:4], sampled[1][4:])]
     assert longest[0] != longest[1]  # the ranks decoded unequal numbers of steps
     for step in (1, 2):
-        assert [r["completion"] for r in rollouts(two, step)] == [r["completion"] for r in drawn[step]]
+        assert [r["completion"] for r in rollouts(two, step)] == [r["completion"] for r in sampled[step]]
     logs = [json.loads((out / "log.json").read_text()) for out in (one, two)]
     for mine, theirs in zip(*logs, strict=True):
         for name in {"loss", "grad_norm", "kl", "reward", "entropy", "eval_logprob", "critic/value_loss"} & mine.keys():
@@ -248,10 +248,10 @@ def check_sharded_policy():
     names, rows = [p.prompt_ids for p in prompts[: 1 + rank]], [(7, 9, EOS)] * (1 + rank)
 
     def uses(model):
-        drawn = sample(model, prompts[rank:], max_new_tokens=limit, strategy=Sample(), **options)
+        sampled = sample(model, prompts[rank:], max_new_tokens=limit, strategy=Sample(), **options)
         greedy = sample(model, prompts[rank:], max_new_tokens=limit, strategy=Greedy(), **options | {"num_samples": 1})
         scored = [score(model, names, rows) for _ in range(1 + rank)]  # an evaluation's, of this rank's share of rows
-        return drawn, greedy, torch.cat(scored[-1])
+        return sampled, greedy, torch.cat(scored[-1])
 
     # Before the first forward, as a run's first rollouts are, and after it.
     for _ in range(2):

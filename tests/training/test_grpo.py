@@ -291,11 +291,11 @@ def test_groups_are_shuffled_whole(tmp_path):
 
 
 def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
-    def minibatches(processes, draw):
+    def minibatches(processes, batch):
         found = [set(), set()]
         for process in range(processes):
             trainer = tiny_trainer(tmp_path, per_device_train_batch_size=32 // (2 * processes), steps_per_generation=2)
-            trainer._step = draw * 2
+            trainer._step = batch * 2
             trainer.accelerator.state._shared_state["process_index"] = process
             prompts = torch.arange(8).repeat_interleave(4).chunk(processes)[process].tolist()
             shuffled, half = [prompts[row] for row in trainer._shuffle_groups(prompts)], 16 // processes
@@ -305,8 +305,8 @@ def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
         trainer.accelerator.state._shared_state["process_index"] = 0
         return found
 
-    rounds = [minibatches(1, draw) for draw in range(20)]
-    assert rounds == [minibatches(2, draw) for draw in range(20)] == [minibatches(4, draw) for draw in range(20)]
+    rounds = [minibatches(1, batch) for batch in range(20)]
+    assert rounds == [minibatches(2, batch) for batch in range(20)] == [minibatches(4, batch) for batch in range(20)]
     for first, second in rounds:
         assert first | second == set(range(8))
         assert all(len(first & {block, block + 1}) == 1 for block in (0, 2, 4, 6))
@@ -336,7 +336,7 @@ def test_truncated_sampling_is_refused_in_training(tmp_path, setting):
         tiny_trainer(tmp_path, **setting)
 
 
-def test_settings_of_a_generator_that_does_not_draw_or_would_warp_are_refused(tmp_path):
+def test_settings_of_a_generator_that_does_not_sample_or_would_warp_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="rlseq's sampler does not read"):
         tiny_trainer(tmp_path, generation_kwargs={"num_beams": 1})
     for warp in ({"top_k": 1}, {"temperature": 0.2}):

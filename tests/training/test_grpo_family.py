@@ -1,4 +1,4 @@
-"""The objectives and baselines in training: what they draw, score, optimise and log, and what they refuse."""
+"""The objectives and baselines in training: what they sample, score, optimise and log, and what they refuse."""
 
 from __future__ import annotations
 
@@ -273,9 +273,9 @@ def test_expected_accuracy_is_that_of_the_references_that_can_be_sampled(tmp_pat
     assert trainer.state.log_history[0]["expected_accuracy"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
-def test_expected_accuracy_draws_nothing_and_a_micro_batch_may_lack_references(tmp_path):
+def test_expected_accuracy_samples_nothing_and_a_micro_batch_may_lack_references(tmp_path):
     def unwanted(completion):
-        raise AssertionError("nothing is drawn, so nothing is scored")
+        raise AssertionError("nothing is sampled, so nothing is scored")
 
     settings = {"rows": LONG, "rewards": [unwanted], "objective": "expected_accuracy", **WEIGHTS}
     whole = family_trainer(tmp_path / "a", per_device_train_batch_size=4, **settings)

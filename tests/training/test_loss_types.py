@@ -19,12 +19,12 @@ SEEDS = range(4)
 
 def random_batch(seed, *, tools=False, per_token=False):
     """A ragged micro-batch as TRL reads it, and the log-probs and entropies that a model gives it."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape):
-        return torch.randn(*shape, generator=draw)
+        return torch.randn(*shape, generator=generator)
 
-    lengths = torch.randint(1, LONGEST + 1, (ROWS,), generator=draw)
+    lengths = torch.randint(1, LONGEST + 1, (ROWS,), generator=generator)
     mask = (torch.arange(LONGEST) < lengths[:, None]).long()
     logprobs = -noise(ROWS, LONGEST).abs() * mask
     inputs = {
@@ -39,7 +39,7 @@ def random_batch(seed, *, tools=False, per_token=False):
         "num_items_in_batch": mask.sum() * 3.0,
     }
     if tools:
-        inputs["tool_mask"] = (torch.rand(ROWS, LONGEST, generator=draw) < 0.7).long()
+        inputs["tool_mask"] = (torch.rand(ROWS, LONGEST, generator=generator) < 0.7).long()
         inputs["tool_mask"][:, 0] = 1
     inputs["sampling_per_token_logps"] = (inputs["old_per_token_logps"] + 0.3 * noise(ROWS, LONGEST)) * mask
     return inputs, logprobs, noise(ROWS, LONGEST).abs() * mask

@@ -1,8 +1,8 @@
-"""Every objective's gradient against the exact gradient of what it states, by listing all that a toy policy may draw.
+"""Every objective's gradient against the exact gradient of what it states, by listing all that a toy policy may sample.
 
-The trainer draws what the test chose and does the rest itself: rewards, advantages, the packed forward, the loss.
+The trainer samples what the test chose and does the rest itself: rewards, advantages, the packed forward, the loss.
 The oracles are plain forwards, one completion at a time, and sums over all seven completions or all their groups.
-A mean over *all* draws, each with its probability, has no sampling noise: unbiased means equal.
+A mean over *all* samples, each with its probability, has no sampling noise: unbiased means equal.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def test_dapo_weighs_every_token_of_a_step_alike(tmp_path, monkeypatch):
     assert_equal(mean_gradient(trainer, monkeypatch), -expected)
 
 
-def test_the_mean_over_real_draws_is_the_exact_gradient_within_its_standard_error(tmp_path):
+def test_the_mean_over_real_samples_is_the_exact_gradient_within_its_standard_error(tmp_path):
     # The same with rlseq's sampler: 60 rounds of 64 groups of 2, along 20 random directions.
     trainer = toy_trainer(
         tmp_path, rows=[{**ROWS[0], "n": n} for n in range(64)], advantage_baseline="leave_one_out", max_steps=1
@@ -123,11 +123,11 @@ def test_the_mean_over_real_draws_is_the_exact_gradient_within_its_standard_erro
         batch = trainer.make_batch(rows).trained
         found.append(gradient(trainer.micro_batch_loss(trainer.model, batch), trainer.model))
     directions = torch.randn(len(exact), 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    draws = torch.stack(found) @ directions  # (60, 20)
-    error = draws.std(0) / math.sqrt(60)
-    z = (draws.mean(0) - exact @ directions) / error
+    samples = torch.stack(found) @ directions  # (60, 20)
+    error = samples.std(0) / math.sqrt(60)
+    z = (samples.mean(0) - exact @ directions) / error
     assert z.abs().max() < 4
-    assert ((exact @ directions).abs() / error).max() > 8, "so many draws tell the gradient from zero"
+    assert ((exact @ directions).abs() / error).max() > 8, "so many samples tell the gradient from zero"
 
 
 # reference-exact
@@ -186,7 +186,7 @@ def variance(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("chance", [0.3, 0.6, 0.9])
-def test_its_variance_is_below_that_of_other_unbiased_gradients_on_the_same_draws(tmp_path, monkeypatch, chance):
+def test_its_variance_is_below_that_of_other_unbiased_gradients_on_the_same_samples(tmp_path, monkeypatch, chance):
     model = toy_model_that_gives((B, STOP), chance)
     ours = variance(toy_trainer(tmp_path / "a", model=model, objective="reference_exact"), monkeypatch)
     for baseline in ("leave_one_out", "greedy"):

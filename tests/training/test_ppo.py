@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from tiny import EOS, tiny_model
-from tiny_ppo import double_sum_gae, draws, generated, load, plain_logprobs, saved_model, tiny_ppo, values_of
+from tiny_ppo import double_sum_gae, fake_sampler, generated, load, plain_logprobs, saved_model, tiny_ppo, values_of
 
 COMPLETIONS = [(14, EOS), (15, 16, 5, EOS), (17, 18, 19, 20, 21, 22), (EOS,)]  # the third is cut at the limit
 REWARDS = dict(zip(COMPLETIONS, (1.0, -0.5, 2.0, 0.25), strict=True))
@@ -28,9 +28,9 @@ def at_the_end(reward, length):
 
 
 def batch(tmp_path, monkeypatch, *, rewards=(table,), completions=COMPLETIONS, **settings):
-    """A trainer and the batch it generates when it draws `completions`."""
+    """A trainer and the batch it generates when it samples `completions`."""
     trainer = tiny_ppo(tmp_path, rewards=rewards, **{**RAW, **settings})
-    draws(monkeypatch, trainer, completions)
+    fake_sampler(monkeypatch, trainer, completions)
     return trainer, generated(trainer, ROWS)
 
 
@@ -82,7 +82,7 @@ def test_the_kl_penalty_is_the_log_ratio_of_each_token_to_the_start(tmp_path, mo
     trainer = tiny_ppo(tmp_path, rewards=(table,), model=saved_model(tmp_path / "model"), beta=beta, **RAW)
     start = load(tmp_path / "model")
     perturb(trainer)
-    draws(monkeypatch, trainer, COMPLETIONS)
+    fake_sampler(monkeypatch, trainer, COMPLETIONS)
     output = generated(trainer, ROWS)
     ratios = [log_ratio(trainer, start, row) for row in ROWS]
     assert max(abs(r) for row in ratios for r in row) > 0.1
@@ -110,7 +110,7 @@ def test_the_kl_that_is_logged_and_steered_by_is_of_all_completions_abstained_or
     trainer = tiny_ppo(tmp_path, rewards=(abstains_on_the_second,), model=saved_model(tmp_path / "model"), **settings)
     start = load(tmp_path / "model")
     perturb(trainer)
-    draws(monkeypatch, trainer, COMPLETIONS)
+    fake_sampler(monkeypatch, trainer, COMPLETIONS)
     output = generated(trainer, ROWS)
     total = sum(sum(log_ratio(trainer, start, row)) for row in ROWS)
     assert trainer._metrics["train"]["kl"] == [pytest.approx(total / 13, abs=1e-5)]
@@ -138,7 +138,7 @@ def test_the_kl_may_be_in_the_loss_instead(tmp_path, monkeypatch):
     trainer = tiny_ppo(tmp_path, rewards=(table,), model=model, beta=0.3, kl_in_reward=False, **RAW)
     start = load(tmp_path / "model")
     perturb(trainer)
-    draws(monkeypatch, trainer, COMPLETIONS)
+    fake_sampler(monkeypatch, trainer, COMPLETIONS)
     output = generated(trainer, ROWS)
     assert_targets(trainer, output, [at_the_end(REWARDS[y], len(y)) for y in COMPLETIONS])
     with_kl = trainer.micro_batch_loss(trainer.model, output).item()
@@ -281,7 +281,7 @@ def test_the_share_of_groups_without_spread_is_not_logged_since_samples_are_comp
     tmp_path, monkeypatch
 ):
     trainer = tiny_ppo(tmp_path, rewards=(table,), **{**RAW, "num_generations": 2})
-    draws(monkeypatch, trainer, COMPLETIONS)
+    fake_sampler(monkeypatch, trainer, COMPLETIONS)
     generated(trainer, [0, 0, 1, 1])
     assert "reward" in trainer._metrics["train"]
     assert "frac_reward_zero_std" not in trainer._metrics["train"]
@@ -333,7 +333,7 @@ def test_samples_that_share_their_prompt_in_a_packed_row_have_the_values_of_each
         assert packed.std() > 0.05
 
 
-def test_what_trl_s_own_generation_drew_is_judged_alike(tmp_path):
+def test_what_trl_s_own_generation_sampled_is_judged_alike(tmp_path):
     trainer = tiny_ppo(tmp_path, rlseq_sampler=False, **RAW)
     output = generated(trainer, ROWS)
     for row, one in enumerate(trainer.batch.scored):

@@ -264,7 +264,7 @@ def test_a_checkpoint_with_adapters_holds_them_and_the_critic_and_is_gone_on_fro
     assert torch.equal(logits(saved), logits(whole.model))
 
 
-def test_one_sample_a_prompt_is_drawn_by_default(tmp_path):
+def test_one_sample_a_prompt_is_sampled_by_default(tmp_path):
     assert ppo_settings(tmp_path).num_generations == 1
     tiny_ppo(tmp_path, max_steps=1).train()
     rows = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]

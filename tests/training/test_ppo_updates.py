@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny import EOS, tiny_model
 from tiny_ppo import (
-    draws,
     equal,
+    fake_sampler,
     generated,
     plain_logprobs,
     plain_values,
@@ -29,7 +29,7 @@ CRITICS = [("separate", False), ("shared", False), ("shared", True)]
 def batch(tmp_path, monkeypatch, **settings):
     """A trainer, and a batch whose old log-probs and values are moved off, so that both clips are at work."""
     trainer = tiny_ppo(tmp_path, per_device_train_batch_size=4, **settings)
-    draws(monkeypatch, trainer, COMPLETIONS)
+    fake_sampler(monkeypatch, trainer, COMPLETIONS)
     output = generated(trainer, range(4))
     noise = torch.Generator().manual_seed(2)
     shape = output.advantages.shape

@@ -250,14 +250,14 @@ def test_training_on_a_log_teaches_its_best_completions_and_validates_on_referen
     assert loss == pytest.approx(nats / tokens, rel=1e-4)
 
 
-DRAW = ["--rejection_samples", 6, "--max_new_tokens", 12]
+SAMPLE = ["--rejection_samples", 6, "--max_new_tokens", 12]
 
 
-def test_samples_drawn_afresh_are_logged_chosen_and_learnt(task, tmp_path, monkeypatch, capsys):
+def test_samples_of_the_recipe_are_logged_chosen_and_learnt(task, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    drawn = ["--rejection_samples", 32, "--max_new_tokens", 12, "--rejection_keep", 2]
-    drawn += ["--reward_funcs", f"{task}/rewards.py:share_of_a", "--min_reward", 0.1]
-    run_sft(monkeypatch, "--config", task / "sft.yaml", *drawn, "--output_dir", out, "--seed", 5, "--max_steps", 60)
+    sampling = ["--rejection_samples", 32, "--max_new_tokens", 12, "--rejection_keep", 2]
+    sampling += ["--reward_funcs", f"{task}/rewards.py:share_of_a", "--min_reward", 0.1]
+    run_sft(monkeypatch, "--config", task / "sft.yaml", *sampling, "--output_dir", out, "--seed", 5, "--max_steps", 60)
     tokenizer = tiny_tokenizer()
     start = AutoModelForCausalLM.from_pretrained(task / "model")
     prompts = build_prompts(ROWS, tokenizer)
@@ -310,9 +310,9 @@ def show_arguments(run_directory):
     return parser.parse_args([str(run_directory)])
 
 
-def test_config_yaml_repeats_the_samples_and_a_run_that_goes_on_trains_on_those_it_drew(task, tmp_path, monkeypatch):
+def test_config_yaml_repeats_the_samples_and_a_run_that_goes_on_trains_on_those_it_sampled(task, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    common = ["--config", task / "sft.yaml", *DRAW, "--reward_funcs", f"{task}/rewards.py:share_of_a"]
+    common = ["--config", task / "sft.yaml", *SAMPLE, "--reward_funcs", f"{task}/rewards.py:share_of_a"]
     common += ["--output_dir", out, "--save_strategy", "steps", "--save_steps", 1]
     run_sft(monkeypatch, *common)
     before = (out / "rollouts/000000.jsonl").read_text()
@@ -320,7 +320,7 @@ def test_config_yaml_repeats_the_samples_and_a_run_that_goes_on_trains_on_those_
     assert (tmp_path / "again/rollouts/000000.jsonl").read_text() == before
     import rlseq.training.rejection as module
 
-    monkeypatch.setattr(module, "sample", lambda *_, **__: pytest.fail("samples were drawn again"))
+    monkeypatch.setattr(module, "sample", lambda *_, **__: pytest.fail("completions were sampled again"))
     run_sft(monkeypatch, *common, "--max_steps", 2, "--resume_from_checkpoint", "latest")
     assert (out / "rollouts/000000.jsonl").read_text() == before
     assert [line["step"] for line in read_lines(out / "metrics.jsonl") if "loss" in line] == [1, 2]
@@ -340,7 +340,7 @@ def test_chat_prompts_work_from_both_sources(task, tmp_path, monkeypatch):
     (prompt, *_) = build_prompts(rows, tokenizer)
     assert tokenizer.decode(greedy(learnt, prompt.prompt_ids)[:3]) == "F E <eos>"
 
-    drawn = [
+    sampling = [
         "--rejection_samples",
         4,
         "--max_new_tokens",
@@ -348,8 +348,8 @@ def test_chat_prompts_work_from_both_sources(task, tmp_path, monkeypatch):
         "--reward_funcs",
         f"{task}/rewards.py:share_of_a",
     ]
-    run_sft(monkeypatch, *common, *drawn, "--output_dir", tmp_path / "drawn", "--max_steps", 1)
-    logged = read_lines(tmp_path / "drawn/rollouts/000000.jsonl")
+    run_sft(monkeypatch, *common, *sampling, "--output_dir", tmp_path / "sampled", "--max_steps", 1)
+    logged = read_lines(tmp_path / "sampled/rollouts/000000.jsonl")
     assert [r["prompt"] for r in logged] == [row["prompt"] for row in rows for _ in range(4)]
 
 
@@ -394,21 +394,21 @@ def test_a_reward_is_tried_on_the_row_that_lacks_what_it_asks_for(task, tmp_path
     (tmp_path / "data").mkdir()
     write_lines(tmp_path / "data" / "train.jsonl", [*ROWS, {**ROWS[0], "references": []}])
     write_lines(tmp_path / "data" / "validation.jsonl", ROWS)
-    given = [*DRAW, "--reward_funcs", "exact_match", "--dataset_name", tmp_path / "data"]
+    given = [*SAMPLE, "--reward_funcs", "exact_match", "--dataset_name", tmp_path / "data"]
     with pytest.raises(RewardError, match=f"^tried on row {len(ROWS) + 1} of .*nothing in 'references'"):
         run_sft(monkeypatch, "--config", task / "sft.yaml", *given, "--output_dir", tmp_path / "run")
 
 
-def test_drawing_needs_a_model_that_exists(task, tmp_path, monkeypatch):
+def test_sampling_needs_a_model_that_exists(task, tmp_path, monkeypatch):
     config = yaml.safe_load((task / "sft.yaml").read_text()) | {"new_model": {"model_type": "llama"}}
     config |= {"new_tokenizer": config.pop("model_name_or_path")}
     (tmp_path / "new.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match="--model_name_or_path"):
-        run_sft(monkeypatch, "--config", tmp_path / "new.yaml", *DRAW, "--reward_funcs", "exact_match")
+        run_sft(monkeypatch, "--config", tmp_path / "new.yaml", *SAMPLE, "--reward_funcs", "exact_match")
 
 
-def test_two_processes_draw_what_one_draws(task, tmp_path, monkeypatch):
-    common = ["--config", task / "sft.yaml", *DRAW, "--reward_funcs", f"{task}/rewards.py:share_of_a"]
+def test_two_processes_sample_what_one_samples(task, tmp_path, monkeypatch):
+    common = ["--config", task / "sft.yaml", *SAMPLE, "--reward_funcs", f"{task}/rewards.py:share_of_a"]
     run_sft(monkeypatch, *common, "--output_dir", tmp_path / "one")
     halved = ["--output_dir", tmp_path / "two", "--per_device_train_batch_size", 4]
     run_ranks(2, recipe("sft", [*common, *halved]), tmp_path / "log")

@@ -1,4 +1,4 @@
-"""What a run says of its learning rate when it resumes with another schedule, and what it refuses to draw by."""
+"""What a run says of its learning rate when it resumes with another schedule, and what it refuses to sample by."""
 
 import json
 from types import SimpleNamespace
@@ -78,6 +78,6 @@ def test_the_first_step_after_resuming_is_made_at_the_rate_of_the_new_schedule(t
     ],
 )
 @pytest.mark.parametrize("sampler", [True, False])
-def test_what_trl_cannot_draw_by_is_refused_without_the_advice_to_let_it(tmp_path, given, words, sampler):
+def test_what_trl_cannot_sample_by_is_refused_without_the_advice_to_let_it(tmp_path, given, words, sampler):
     with pytest.raises(ConfigError, match=words):
         GRPOConfig(output_dir=str(tmp_path), generation_kwargs=given, rlseq_sampler=sampler, **BATCH)

@@ -247,7 +247,7 @@ def test_a_resumed_run_goes_on_at_its_steps(tmp_path):
     assert [e.step for e in read.Scalars("contrast/rl/greedy/wer")] == [4]
 
 
-def test_a_run_resumed_within_a_round_logs_no_table_until_it_draws_again(tmp_path):
+def test_a_run_resumed_within_a_round_logs_no_table_until_it_samples_again(tmp_path):
     settings = {"eval_strategy": "no", "num_iterations": 2, "save_strategy": "steps", "save_steps": 1}
     trainer_for(tmp_path, "none", max_steps=1, **settings).train()
     trainer = trainer_for(tmp_path, "none", max_steps=3, **settings)

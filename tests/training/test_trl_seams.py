@@ -105,7 +105,7 @@ def test_environments_are_reset_by_row_and_looked_up_by_class():
     # What TRL's method sets for its loop of tool calls, make_batch sets.
     assert "self._batch_environments = [" in used
     assert "self._sync_tool_dicts.append(" in used and "self._async_tool_dicts.append(" in used
-    # A vLLM server draws a group from its first prompt.
+    # A vLLM server samples a group from its first prompt.
     assert "all_prompts[::num_generations]" in inspect.getsource(VLLMGeneration.generate)
 
 

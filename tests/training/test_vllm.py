@@ -64,9 +64,9 @@ def logprobs_of(model, prompt, completion):
     return each.gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def mismatch(model, drawn):
+def mismatch(model, generated):
     """The largest difference, over the tokens of a round, of vLLM's log-prob from the model's."""
-    prompts, completions, logprobs, _ = drawn
+    prompts, completions, logprobs, _ = generated
     return max(
         (logprobs_of(model, prompt, ids) - torch.tensor(each)[:, 0]).abs().max().item()
         for prompt, ids, each in zip(prompts, completions, logprobs, strict=True)
@@ -95,11 +95,11 @@ def test_each_round_is_sampled_from_the_weights_of_its_step(tmp_path, monkeypatc
     generate = engine.generate
 
     def keep(*args, **kwargs):
-        drawn = generate(*args, **kwargs)
-        off.append(mismatch(policy, drawn))
+        generated = generate(*args, **kwargs)
+        off.append(mismatch(policy, generated))
         stale.extend(mismatch(policy, before) for before in rounds[-1:])
-        rounds.append(drawn)
-        return drawn
+        rounds.append(generated)
+        return generated
 
     monkeypatch.setattr(engine, "generate", keep)
     trainer.train()
@@ -163,9 +163,9 @@ def test_a_server_samples_a_round_but_for_the_weights(tmp_path, monkeypatch, che
     generate = engine.generate
 
     def keep(*args, **kwargs):
-        drawn = generate(*args, **kwargs)
-        off.append(mismatch(trainer.model, drawn))
-        return drawn
+        generated = generate(*args, **kwargs)
+        off.append(mismatch(trainer.model, generated))
+        return generated
 
     monkeypatch.setattr(engine, "generate", keep)
     trainer.train()
@@ -227,11 +227,11 @@ def test_a_resumed_run_samples_what_it_would_have_sampled(tmp_path, checkpoint):
     whole = run_recipe(tmp_path, "whole", *settings, "--max_steps", 4)
     stopped = run_recipe(tmp_path, "stopped", *settings, "--max_steps", 2)
     run_recipe(tmp_path, "stopped", *settings, "--max_steps", 4, "--resume_from_checkpoint", "true")
-    drawn = [
+    generated = [
         [record["completion"] for file in sorted((run / "rollouts").glob("*.jsonl")) for record in read_lines(file)]
         for run in (whole, stopped)
     ]
-    assert len(drawn[0]) == 4 * 8 and drawn[0] == drawn[1]
+    assert len(generated[0]) == 4 * 8 and generated[0] == generated[1]
     ends = [load_file(run / "model.safetensors") for run in (whole, stopped)]
     assert all(torch.equal(ends[0][name], x) for name, x in ends[1].items())
 

@@ -2,7 +2,7 @@
 
 TRL's client and its requests are real, and so are rlseq's trainer, rewards and rollouts. Stood in for are:
 
-* vLLM itself: an HTTP server in a thread that draws from a tiny model, token by token, and scores as it draws;
+* vLLM itself: an HTTP server in a thread that samples from a tiny model, token by token, and scores as it samples;
 * NCCL: `init_communicator` joins nothing (the real one takes a CUDA device), and the tensors that TRL streams reach
   the server's model by a function call, once the request that announces them has;
 * the check that vLLM is installed.
@@ -46,14 +46,14 @@ class StandIn:
 
     Attributes:
         asked: (path, body) of each request.
-        drawn: the answers to /v1/completions.
+        answers: the answers to /v1/completions.
         sent: names that were streamed, an update each.
     """
 
     def __init__(self, model, off):
         self.model, self.off = model, off
         self.noise = torch.Generator().manual_seed(3)
-        self.asked, self.drawn, self.sent = [], [], []
+        self.asked, self.answers, self.sent = [], [], []
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -84,12 +84,12 @@ class StandIn:
         if path == "/server_info":
             return {"vllm_config": {"model_config": {"logprobs_mode": "processed_logprobs"}}}
         if path == "/v1/completions":
-            self.drawn.append([self.draw(ids, body) for ids in body["prompt"] for _ in range(body["n"])])
-            return {"choices": self.drawn[-1]}
+            self.answers.append([self.complete(ids, body) for ids in body["prompt"] for _ in range(body["n"])])
+            return {"choices": self.answers[-1]}
         return {"success": True}
 
     @torch.no_grad()
-    def draw(self, prompt, body):
+    def complete(self, prompt, body):
         """A completion by plain forwards, without cache, padding or rlseq."""
         ids, logprobs = [], []
         while len(ids) < body["max_tokens"] and EOS not in ids:
@@ -140,7 +140,7 @@ def ends_early(completion: str) -> float:
 
 
 def trained(tmp_path, server, **settings):
-    """The trainer after its steps, and the server's weights as each round was drawn."""
+    """The trainer after its steps, and the server's weights as each round was sampled."""
     trainer = tiny_trainer(
         tmp_path, rewards=[ends_early], **{**SETTINGS, "vllm_server_base_url": server.url, **settings}
     )
@@ -158,22 +158,22 @@ def trained(tmp_path, server, **settings):
     return trainer, seen, moved
 
 
-def test_a_step_trains_on_what_the_server_drew_from_the_weights_it_was_sent(tmp_path, serve):
+def test_a_step_trains_on_what_the_server_sampled_from_the_weights_it_was_sent(tmp_path, serve):
     server = serve(off=0.1)
     trainer, seen, _ = trained(tmp_path, server)
-    assert len(seen) == len(server.drawn) == len(server.sent) == 2  # each step sends its weights, then draws
+    assert len(seen) == len(server.answers) == len(server.sent) == 2  # each step sends its weights, then samples
     tokenizer = tiny_tokenizer()
-    for (rollouts, policy, served), drawn in zip(seen, server.drawn, strict=True):
+    for (rollouts, policy, served), answers in zip(seen, server.answers, strict=True):
         assert all(torch.equal(served[name], x) for name, x in policy.items())
-        assert [list(r.completion_ids) for r in rollouts] == [choice["token_ids"] for choice in drawn]
-        assert [r.sample for r in rollouts] == list(range(G)) * (len(drawn) // G)
+        assert [list(r.completion_ids) for r in rollouts] == [choice["token_ids"] for choice in answers]
+        assert [r.sample for r in rollouts] == list(range(G)) * (len(answers) // G)
         assert {r.finish_reason for r in rollouts} == {"stop", "length"}
         assert all((r.finish_reason == "stop") == (r.completion_ids[-1] == EOS) for r in rollouts)
         prompts = {p.key: list(p.prompt_ids) for p in trainer.prompts}
-        assert [prompts[r.prompt_key] for r in rollouts] == [choice["prompt_token_ids"] for choice in drawn]
+        assert [prompts[r.prompt_key] for r in rollouts] == [choice["prompt_token_ids"] for choice in answers]
     assert not torch.equal(seen[0][1]["lm_head.weight"], seen[1][1]["lm_head.weight"])
     logged = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
-    texts = [tokenizer.decode(c["token_ids"], skip_special_tokens=True) for c in server.drawn[0]]
+    texts = [tokenizer.decode(c["token_ids"], skip_special_tokens=True) for c in server.answers[0]]
     assert [record["completion"] for record in logged] == texts
     assert [record["total"] for record in logged] == [-float(len(text.split())) for text in texts]
     assert {record["logprob"] for record in logged} == {None}  # those of another engine are not the policy's

@@ -99,7 +99,7 @@ def choose(strategy: Rerank, groups: Groups, prompts: Sequence[Prompt], suite: R
 
 
 def likeliest(group: Sequence[Rollout]) -> Rollout:
-    """The candidate of highest log-prob among those that ended (of all, if none did); of equal ones the first drawn.
+    """The candidate of highest log-prob among those that ended (of all, if none did); of equal ones the first sampled.
 
     A completion that was cut is a prefix: its log-prob is of all that begins with it, and no match for a whole one's.
     """
@@ -122,7 +122,7 @@ def most_useful(groups: Groups, prompts: Sequence[Prompt], suite: RewardSuite, u
         U(y_i) = 1/(n−1) Σ_{j≠i} u(y_i, y_j)
 
     Each pseudo-reference is a list of one text in the place of `references`. Equal samples are scored once and count
-    as often as they were drawn; each is a reference for the others. Where u abstains, the mean is over the rest. A
+    as often as they were sampled; each is a reference for the others. Where u abstains, the mean is over the rest. A
     utility that reads no references is its own expectation.
     """
     alone = _alone(suite, utility)
@@ -222,7 +222,7 @@ def reads(reward: Any, available: Collection[str]) -> set[str]:
 
 
 def _as_candidates(model: torch.nn.Module, prompts: Sequence[Prompt], groups: Groups, strategy: Rerank) -> Groups:
-    """Samples under the strategy's name, with the log-probs of the model's own distribution where another was drawn
+    """Samples under the strategy's name, with the log-probs of the model's own distribution where another was sampled
     from."""
     groups = [[dataclasses.replace(r, strategy=strategy.spec) for r in group] for group in groups]
     if strategy.sampler == Sample():

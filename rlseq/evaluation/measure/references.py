@@ -125,8 +125,8 @@ def generation_rows(
     return statistics
 
 
-def drawn_and_exact(rows: Sequence[RowStatistics]) -> dict[str, Any] | None:
-    """How far the share of drawn samples that are references is from the exact chance of it.
+def sampled_and_exact(rows: Sequence[RowStatistics]) -> dict[str, Any] | None:
+    """How far the share of samples that are references is from the exact chance of it.
 
         d = Σ_i (hits_i − n_i p_i) / Σ_i n_i,   standard error √(Σ_i n_i p_i (1 − p_i)) / Σ_i n_i
 

@@ -1,7 +1,7 @@
 """The report's figures, as SVG that follows the page's colours, and a run's `curves.png`.
 
-A figure is drawn once in the literal colours below. Inside the page each colour becomes a CSS variable, so
-that the same drawing serves light and dark; on disk the literal colours stay.
+A figure is plotted once, in the literal colours below. Inside the page each colour becomes a CSS variable, so
+that the same figure serves light and dark; on disk the literal colours stay.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _STYLE = {
     "figure.constrained_layout.use": True,
 }
 
-# What a training run may log, in the order shown: title, and keys it may go by (the first present is drawn).
+# What a training run may log, in the order shown: title, and keys it may go by (the first present is plotted).
 TRAINING_SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward (mean over rollouts)", ("reward",)),
     ("Reward (standard deviation over rollouts)", ("reward_std",)),
@@ -70,7 +70,7 @@ _CURVES_PNG = ("Reward (mean", "NLL of", "Expected accuracy", "KL to", "Entropy"
 
 
 def styled(more: Mapping[str, Any] | None = None) -> Any:
-    """A context in which figures are drawn in the report's style."""
+    """A context in which figures are plotted in the report's style."""
     import matplotlib  # late: no run need wait for it to start
 
     return matplotlib.rc_context({**_STYLE, **(more or {})})
@@ -204,7 +204,7 @@ def pass_at_k_curves(
     monte_carlo: Mapping[str, Mapping[int, float]],
     models: Sequence[str],
 ) -> Figure:
-    """Exact pass@k a model with its 95% band, and the estimate from drawn samples as open circles."""
+    """Exact pass@k a model with its 95% band, and the estimate from samples as open circles."""
     with styled():
         figure = new_figure(5.6, 3.6)
         axes = figure.subplots()
@@ -214,17 +214,17 @@ def pass_at_k_curves(
             low, high = (np.array([curve[k]["ci95"][side] for k in ks]) * 100 for side in (0, 1))
             axes.fill_between(ks, low, high, color=color, alpha=0.16, lw=0)
             axes.plot(ks, [curve[k]["value"] * 100 for k in ks], color=color, lw=1.8, label=f"{model}, exact")
-            drawn = monte_carlo.get(model, {})
-            if drawn:
+            estimated = monte_carlo.get(model, {})
+            if estimated:
                 axes.plot(
-                    list(drawn),
-                    [100 * v for v in drawn.values()],
+                    list(estimated),
+                    [100 * v for v in estimated.values()],
                     "o",
                     mfc="none",
                     mec=color,
                     mew=1.3,
                     ms=7,
-                    label=f"{model}, drawn samples",
+                    label=f"{model}, samples",
                 )
         ks = sorted({k for curve in curves.values() for k in curve})
         samples_axis(axes, ks)
@@ -297,7 +297,7 @@ def training_curve(title: str, steps: Sequence[float], values: Sequence[float]) 
     """One logged quantity over optimiser steps: what was logged, and its running mean on top."""
     with styled():
         figure = new_figure(3.7, 2.35)
-        _draw_curve(figure.subplots(), title, steps, values)
+        _plot_curve(figure.subplots(), title, steps, values)
     return figure
 
 
@@ -305,7 +305,7 @@ def write_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path
     """Write curves.png: reward, likelihood, KL, entropy and length over steps, as far as logged.
 
     Returns:
-        The path, or None when nothing was logged that could be drawn.
+        The path, or None when nothing was logged that could be plotted.
     """
     series = {t: s for t, s in training_series(metrics).items() if t.startswith(("Reward ", *_CURVES_PNG))}
     series.pop("Reward (standard deviation over rollouts)", None)
@@ -317,14 +317,14 @@ def write_curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path
         figure = new_figure(3.7 * columns, 2.5 * rows)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, (title, (steps, values)) in zip(grid, series.items(), strict=False):
-            _draw_curve(axes, title, steps, values)
+            _plot_curve(axes, title, steps, values)
         for axes in grid[len(series) :]:
             axes.set_visible(False)
         figure.savefig(path, dpi=150)
     return Path(path)
 
 
-def _draw_curve(axes: Any, title: str, steps: Sequence[float], values: Sequence[float]) -> None:
+def _plot_curve(axes: Any, title: str, steps: Sequence[float], values: Sequence[float]) -> None:
     window = max(1, len(values) // 15)
     smooth = len(values) >= 30
     axes.plot(steps, values, color=SERIES[1], lw=0.8 if smooth else 1.6, alpha=0.35 if smooth else 1.0)

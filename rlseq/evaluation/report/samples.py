@@ -129,7 +129,7 @@ def pair_samples(
 def monte_carlo_pass_at_k(
     samples: Iterable[Mapping[str, Any]], strategy: str, rows: int
 ) -> dict[str, dict[int, float]]:
-    """Model -> k -> pass@k estimated from the drawn samples; right means equal to a reference's text.
+    """Model -> k -> pass@k estimated from the samples; right means equal to a reference's text.
 
     Only for models whose samples cover all `rows` with the same number of samples each.
     """

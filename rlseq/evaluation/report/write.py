@@ -179,13 +179,13 @@ def _side(
 
 
 def _accuracy_check(results: Results) -> list[dict[str, Any]]:
-    """The exact chance of a reference beside the share of drawn samples that were one: two roads to one number."""
+    """The exact chance of a reference beside the share of samples that were one: two estimates of one number."""
     rows = []
     for strategy in tables.strategies(results):
         for model in results["models"]:
             exact, *never = (tables.cell(results, model, strategy, name) for name in CHANCE_METRICS)
-            drawn = tables.cell(results, model, strategy, EXACT_MATCH.name)
-            if exact and drawn:
+            sampled = tables.cell(results, model, strategy, EXACT_MATCH.name)
+            if exact and sampled:
                 infos = [tables.metric(results, name) for name in CHANCE_METRICS]
                 rows.append(
                     {
@@ -193,9 +193,9 @@ def _accuracy_check(results: Results) -> list[dict[str, Any]]:
                         "strategy": strategy,
                         "exact": infos[0].value(exact["value"]),
                         "exact_interval": infos[0].interval(exact["ci95"]),
-                        "drawn": infos[0].value(drawn["value"]),
-                        "interval": infos[0].interval(drawn["ci95"]),
-                        "agrees": "yes" if _agree(results["models"][model], strategy, exact, drawn) else "no",
+                        "sampled": infos[0].value(sampled["value"]),
+                        "interval": infos[0].interval(sampled["ci95"]),
+                        "agrees": "yes" if _agree(results["models"][model], strategy, exact, sampled) else "no",
                         "never": [
                             (info.label, info.value(found["value"]), info.interval(found["ci95"]))
                             for info, found in zip(infos[1:], never, strict=True)
@@ -205,11 +205,11 @@ def _accuracy_check(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
-def _agree(entry: Mapping[str, Any], strategy: str, exact: Mapping[str, Any], drawn: Mapping[str, Any]) -> bool:
-    gap = entry.get("drawn_and_exact", {}).get(strategy)
+def _agree(entry: Mapping[str, Any], strategy: str, exact: Mapping[str, Any], sampled: Mapping[str, Any]) -> bool:
+    gap = entry.get("sampled_and_exact", {}).get(strategy)
     if gap is not None:
         return gap["agrees"]
-    low, high = drawn["ci95"]  # of results that say no more
+    low, high = sampled["ci95"]  # of results that say no more
     return low <= exact["value"] <= high
 
 
@@ -217,7 +217,7 @@ def write_plane(results: Results, path: str | Path) -> Path | None:
     """Write the figure of likelihood against quality as a PNG.
 
     Returns:
-        The path, or None where the results have nothing to draw.
+        The path, or None where the results have nothing to plot.
     """
     found = _plane(results) if results else None
     if found is None:
@@ -269,8 +269,8 @@ def _figures(
         figures["plane"] = (found[0], plots.to_svg(found[1]))
     curves = tables.pass_curves(results)
     if curves:
-        drawn = monte_carlo_pass_at_k(samples, "sample", results["rows"])
-        figure = plots.pass_at_k_curves(curves, drawn, models)
+        estimated = monte_carlo_pass_at_k(samples, "sample", results["rows"])
+        figure = plots.pass_at_k_curves(curves, estimated, models)
         figures["pass-at-k"] = ("Chance that k samples hold a right one", plots.to_svg(figure))
     for i, (title, (steps, values)) in enumerate(plots.training_series(metrics).items()):
         figures[f"training-{i}"] = (title, plots.to_svg(plots.training_curve(title, steps, values)))

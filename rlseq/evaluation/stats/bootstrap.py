@@ -98,9 +98,9 @@ def bootstrap_many(
     metrics: Mapping[Key, tuple[np.ndarray, Aggregate]], *, seed: int, resamples: int = 10_000
 ) -> dict[Key, Interval]:
     """`bootstrap` for many metrics of the same R rows in one pass: every metric sees the same resamples."""
-    draws = resampled_values(metrics, seed=seed, resamples=resamples)
+    resampled = resampled_values(metrics, seed=seed, resamples=resamples)
     return {
-        key: Interval(float(_fast(aggregate)(np.asarray(stats, dtype=float))), percentiles(draws[key]))
+        key: Interval(float(_fast(aggregate)(np.asarray(stats, dtype=float))), percentiles(resampled[key]))
         for key, (stats, aggregate) in metrics.items()
     }
 
@@ -115,14 +115,14 @@ def resampled_values(
     for key in metrics:
         _check_from_sums(aggregates[key], tables[key], key)
 
-    draws = {key: [] for key in metrics}
+    resampled = {key: [] for key in metrics}
     for index, sums in _resampled(tables, aggregates, rows, seed, resamples):
         for key, aggregate in aggregates.items():
             if key in sums:
-                draws[key].append(aggregate.from_sums(sums[key]))
+                resampled[key].append(aggregate.from_sums(sums[key]))
             else:
-                draws[key].append(np.array([_call(aggregate, metrics[key][0], i) for i in index]))
-    return {key: np.concatenate(found) for key, found in draws.items()}
+                resampled[key].append(np.array([_call(aggregate, metrics[key][0], i) for i in index]))
+    return {key: np.concatenate(found) for key, found in resampled.items()}
 
 
 def paired_bootstrap(
@@ -169,15 +169,15 @@ def paired_bootstrap_many(
     observed = {key: _difference(aggregates[key], *comparisons[key][:2]) for key in comparisons}
     sizes = {key: abs(float(aggregates[key](np.asarray(x[0], dtype=float)))) for key, x in comparisons.items()}
 
-    draws = {key: [] for key in comparisons}
+    resampled = {key: [] for key in comparisons}
     for index, sums in _resampled(tables, aggregates, rows, seed, resamples):
         for key, aggregate in aggregates.items():
             if key in sums:
                 sums_a, gap = np.split(sums[key], 2, axis=-1)
-                draws[key].append(aggregate.from_sums(sums_a + gap) - aggregate.from_sums(sums_a))
+                resampled[key].append(aggregate.from_sums(sums_a + gap) - aggregate.from_sums(sums_a))
             else:
                 stats_a, stats_b = (np.asarray(x, dtype=float) for x in comparisons[key][:2])
-                draws[key].append(np.array([_difference(aggregate, stats_a[i], stats_b[i]) for i in index]))
+                resampled[key].append(np.array([_difference(aggregate, stats_a[i], stats_b[i]) for i in index]))
 
     hits = dict.fromkeys(comparisons, 0)
     for flips, sums in _flipped(tables, aggregates, rows, seed, resamples):
@@ -193,7 +193,7 @@ def paired_bootstrap_many(
     return {
         key: PairedResult(
             observed[key],
-            percentiles(np.concatenate(draws[key])),
+            percentiles(np.concatenate(resampled[key])),
             (hits[key] + 1) / (resamples + 1),
             resamples,
             row_deviation(a[key], b[key], aggregates[key]),
@@ -204,7 +204,7 @@ def paired_bootstrap_many(
 
 
 def resampled_counts(rows: int, *, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each row is in each resample, (n, R) at a time: the rows that `bootstrap` of this seed draws."""
+    """How often each row is in each resample, (n, R) at a time: those of `bootstrap` with this seed."""
     return _weights(_counts, rows, seed, resamples)
 
 
@@ -288,7 +288,7 @@ def _resampled(
     seed: int,
     resamples: int,
 ) -> Iterator[tuple[np.ndarray, dict[Key, np.ndarray]]]:
-    """Rows drawn with replacement: by key, the (n, K) sums of the drawn rows, with (n, R) indices if one needs them."""
+    """Resamples of the rows: by key, the (n, K) sums of statistics, with (n, R) indices if an aggregate needs them."""
     if all(hasattr(aggregate, "from_sums") for aggregate in aggregates.values()):
         for counts in _weights(_counts, rows, seed, resamples):
             yield np.empty(0), _products(counts, tables, aggregates)
@@ -309,30 +309,31 @@ def _flipped(
         yield flips, _products(flips, tables, aggregates)
 
 
-_Draw = Callable[[int, int, int], Iterator[np.ndarray]]  # (rows, seed, resamples) -> arrays (n, R) of small integers
+# (rows, seed, resamples) -> arrays (n, R) of small integers
+_Resampler = Callable[[int, int, int], Iterator[np.ndarray]]
 
 
-def _weights(draw: _Draw, rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """What `draw` gives, as floats, a chunk at a time; drawn once for all calls with the same arguments."""
+def _weights(resampler: _Resampler, rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """What `resampler` gives, as floats, a chunk at a time; computed once for all calls with the same arguments."""
     small = rows * resamples <= _KEPT_ENTRIES
-    chunks = _kept(draw, rows, seed, resamples) if small else draw(rows, seed, resamples)
+    chunks = _kept(resampler, rows, seed, resamples) if small else resampler(rows, seed, resamples)
     return (chunk.astype(float) for chunk in chunks)
 
 
 @functools.lru_cache(maxsize=4)
-def _kept(draw: _Draw, rows: int, seed: int, resamples: int) -> list[np.ndarray]:
-    return [chunk.astype(np.min_scalar_type(chunk.max())) for chunk in draw(rows, seed, resamples)]
+def _kept(resampler: _Resampler, rows: int, seed: int, resamples: int) -> list[np.ndarray]:
+    return [chunk.astype(np.min_scalar_type(chunk.max())) for chunk in resampler(rows, seed, resamples)]
 
 
 def _indices(rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """Rows drawn with replacement, (n, R)."""
+    """Rows resampled with replacement, (n, R)."""
     rng = np.random.default_rng([seed, 0])
     for n in _chunks(rows, resamples):
         yield rng.integers(rows, size=(n, rows))
 
 
 def _counts(rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """How often each row is drawn, (n, R)."""
+    """How often each row is in a resample, (n, R)."""
     return map(_counted, _indices(rows, seed, resamples))
 
 
@@ -348,9 +349,9 @@ def _flips(rows: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
         yield rng.integers(2, size=(n, rows))
 
 
-def percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """The 2.5% and 97.5% quantiles of n draws; resamples where the metric is undefined (0 / 0) are left out."""
-    defined = draws[~np.isnan(draws)]
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """The 2.5% and 97.5% quantiles over n resamples; those where the metric is undefined (0 / 0) are left out."""
+    defined = values[~np.isnan(values)]
     if defined.size == 0:
         return math.nan, math.nan
     low, high = np.quantile(defined, [0.025, 0.975])

@@ -61,7 +61,7 @@ class Curve:
 
 
 def mean_gap(base: Curve, other: Curve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The mean over the entropies that both curves reach of (other − base), as lines drawn, and that range.
+    """The mean of (other − base), linear between points, over the entropies that both curves reach; and that range.
 
         1 / (high − low) ∫_low^high (other(h) − base(h)) dh
 

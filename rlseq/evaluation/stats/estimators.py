@@ -77,7 +77,7 @@ class SumOfRatios:
 
 
 def pass_at_k(n: Any, c: Any, k: Any) -> Any:
-    """Chance that k of n samples, drawn without replacement, hold a right one, when c of the n are right.
+    """Chance that k of n samples, chosen without replacement, hold a right one, when c of the n are right.
 
     1 − C(n−c, k) / C(n, k): the unbiased estimator of pass@k of Chen et al. 2021 (eq. 1). Scalars give a
     float, arrays broadcast.
@@ -90,7 +90,7 @@ def pass_at_k(n: Any, c: Any, k: Any) -> Any:
     if not whole or np.any((c_ < 0) | (c_ > n_) | (k_ < 1) | (k_ > n_)):
         raise RlseqError(
             f"pass_at_k got n={n}, c={c}, k={k}; it needs whole numbers with 0 <= c <= n and 1 <= k <= n. "
-            "Draw more samples a row for a larger k."
+            "Generate more samples per row for a larger k."
         )
     all_wrong = np.ones(n_.shape)  # C(n−c, k) / C(n, k) = Π_j (n−c−j) / (n−j), j = 0..k−1
     for j in range(int(k_.max(initial=0))):
@@ -101,14 +101,14 @@ def pass_at_k(n: Any, c: Any, k: Any) -> Any:
 
 
 def best_of_k(rewards_n: Any, k: int) -> Any:
-    """Expected best reward of k out of n samples drawn without replacement: unbiased for best-of-k.
+    """Expected best reward of k out of n samples chosen without replacement: unbiased for best-of-k.
 
     Σ_i C(i−1, k−1) / C(n, k) · r_(i) over the rewards in ascending order: r_(i) is the best of those subsets
     whose other k−1 lie among the i−1 below it.
 
     Args:
         rewards_n: (n,) or (..., n) rewards.
-        k: how many are drawn, 1 ≤ k ≤ n.
+        k: how many are chosen, 1 ≤ k ≤ n.
 
     Raises:
         RlseqError: when k is out of range or a reward is not finite.

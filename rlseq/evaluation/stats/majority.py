@@ -1,4 +1,4 @@
-"""Majority votes among some of the votes that were drawn: who wins, exactly."""
+"""Majority votes among some of the votes: who wins, exactly."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from rlseq.errors import RlseqError
 
 
 def win_chances(votes: Sequence[int], k: int) -> np.ndarray:
-    """The chance of each of m answers to be the most frequent among k of the n votes, drawn without replacement.
+    """The chance of each of m answers to be the most frequent among k of the n votes, chosen without replacement.
 
-    Of answers that tie, each wins with the same chance. No subsets are listed or drawn: with U uniform on (0, 1)
+    Of answers that tie, each wins with the same chance. No subsets are listed or sampled: with U uniform on (0, 1)
     deciding ties, answer j wins with x votes where every other has fewer, or has x and a smaller U, so that
 
         P(j wins) = Σ_x P(X_j = x) ∫₀¹ P(all other X_i < x, or X_i = x and U_i < u | X_j = x) du
 
-    Counts of a draw without replacement are independent binomials X_i ~ B(votes_i, k/n) given that they sum to k.
+    Counts of a sample without replacement are independent binomials X_i ~ B(votes_i, k/n) given that they sum to k.
     Given the sum, the product over answers is a coefficient of a product of polynomials, which is read off by a
     discrete Fourier transform; the integral is over a polynomial in u, for which Gauss-Legendre nodes are exact.
     Answers with as many votes have the same chance. All up to rounding, about 1e-13.
 
     Args:
         votes: how many of the n votes each answer has, from 1.
-        k: votes drawn, 1 ≤ k ≤ n.
+        k: votes chosen, 1 ≤ k ≤ n.
 
     Returns:
         (m,) chances, which sum to 1.

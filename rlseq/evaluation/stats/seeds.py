@@ -1,4 +1,4 @@
-"""Training seeds: checkpoints that are draws of one method, and intervals over seeds and rows at once.
+"""Training seeds: checkpoints that are samples of one method, and intervals over seeds and rows at once.
 
 An interval over rows says how a number of *these checkpoints* varies with the rows. What a *method* gives varies with
 the seed of its training too, and only several checkpoints show by how much. Seeds and rows are crossed (every
@@ -57,17 +57,17 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class MethodDraws:
+class MethodResamples:
     """A metric of a method: its mean over S seeds, that of each, and the means of N resamples of seeds and rows."""
 
     value: float
     per_seed: tuple[float, ...]
-    draws: np.ndarray  # (N,)
+    resampled: np.ndarray  # (N,)
 
     @property
     def ci95(self) -> tuple[float, float]:
         """The 95% percentile interval; NaN where nothing is defined."""
-        return percentiles(self.draws)
+        return percentiles(self.resampled)
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,20 @@ class MethodDifference:
 
 def crossed_bootstrap_many(
     metrics: Mapping[Key, tuple[str, Sequence[np.ndarray], Aggregate]], *, seed: int, resamples: int = 10_000
-) -> dict[Key, MethodDraws]:
+) -> dict[Key, MethodResamples]:
     """Means over seeds of metrics of the same R rows, and their values under resamples of seeds and of rows.
 
-    Resample n draws R rows and S seeds, both with replacement, independently. With m_s the metric of seed s on the rows
-    drawn and m̄ their mean, its value is
+    Resample n takes R rows and S seeds, both with replacement, independently. With m_s the metric of seed s on the rows
+    resampled and m̄ their mean, its value is
 
-        m̄ + √(S / c_n) · (mean of m_s over the seeds drawn − m̄),    c_n ~ χ² with S − 1 degrees of freedom.
+        m̄ + √(S / c_n) · (mean of m_s over the seeds resampled − m̄),    c_n ~ χ² with S − 1 degrees of freedom.
 
-    The plain bootstrap has √(S / c_n) = 1. Then the variance of S draws from S seeds is (S − 1)/S of what it should be,
-    and its tails are those of a normal where the spread is as good as unknown; the factor mends both: where seeds alone
-    vary, the interval is that of Student's t with S − 1 degrees of freedom. It vanishes as S grows. Of one seed nothing
-    is known beyond it: its rows alone are resampled.
+    The plain bootstrap has √(S / c_n) = 1. Then the variance of S seeds resampled from S is (S − 1)/S of what it should
+    be, and its tails are those of a normal where the spread is as good as unknown; the factor mends both: where seeds
+    alone vary, the interval is that of Student's t with S − 1 degrees of freedom. It vanishes as S grows. Of one seed
+    nothing is known beyond it: its rows alone are resampled.
 
-    Rows are the same for all metrics, and those that `rlseq.evaluation.stats.bootstrap.bootstrap` draws; seeds are the
+    Rows are the same for all metrics, and those of `rlseq.evaluation.stats.bootstrap.bootstrap`; seeds are the
     same for all metrics of a method, and independent between methods.
 
     Args:
@@ -114,52 +114,52 @@ def crossed_bootstrap_many(
     for key, (method, seeds, aggregate) in metrics.items():
         per_seed = tuple(float(aggregate(np.asarray(table, dtype=float))) for table in seeds)
         by_seed = np.stack([values[key, s] for s in range(len(seeds))], axis=1)  # (N, S)
-        found[key] = method_draws(method, per_seed, by_seed, seed=seed)
+        found[key] = resample_method(method, per_seed, by_seed, seed=seed)
     return found
 
 
-def method_draws(method: str, per_seed: Sequence[float], by_seed: np.ndarray, *, seed: int) -> MethodDraws:
+def resample_method(method: str, per_seed: Sequence[float], by_seed: np.ndarray, *, seed: int) -> MethodResamples:
     """A metric of a method from that of each of its S seeds: on all rows, and under N resamples of them, (N, S).
 
     What `crossed_bootstrap_many` does of metrics that it knows how to resample, for those that it does not.
     """
     values = tuple(map(float, per_seed))
-    draws = by_seed.mean(axis=1) + _drawn_seeds(by_seed, seed, method)
-    return MethodDraws(float(np.mean(values)), values, draws)
+    resampled = by_seed.mean(axis=1) + _resampled_seeds(by_seed, seed, method)
+    return MethodResamples(float(np.mean(values)), values, resampled)
 
 
-def pair_draws(a: str, b: str, by_pair: np.ndarray, *, seed: int) -> np.ndarray:
+def resample_pairs(a: str, b: str, by_pair: np.ndarray, *, seed: int) -> np.ndarray:
     """(N,) of what is measured between two methods, from its value for each pair of their seeds, (N, S_a, S_b).
 
-    The mean over pairs, with the seeds of either drawn as `crossed_bootstrap_many` draws them, each by itself: where
-    the value of a pair is b's less a's, this is `difference`. What single pairs have beyond that is not drawn.
+    The mean over pairs, with the seeds of either resampled as `crossed_bootstrap_many` does, each by itself: where
+    the value of a pair is b's less a's, this is `difference`. What single pairs have beyond that is not resampled.
     """
-    of_a, of_b = (_drawn_seeds(by_pair.mean(axis=axis), seed, method) for method, axis in ((a, 2), (b, 1)))
+    of_a, of_b = (_resampled_seeds(by_pair.mean(axis=axis), seed, method) for method, axis in ((a, 2), (b, 1)))
     return by_pair.mean(axis=(1, 2)) + of_a + of_b
 
 
-def _drawn_seeds(by_seed: np.ndarray, seed: int, method: str) -> np.ndarray:
-    """(N,) what drawing seeds adds to the mean over them, from the metric of each under N resamples of rows, (N, S)."""
+def _resampled_seeds(by_seed: np.ndarray, seed: int, method: str) -> np.ndarray:
+    """(N,) what resampling seeds adds to their mean, from each seed's metric under N resamples of rows, (N, S)."""
     resamples, seeds = by_seed.shape
     if seeds == 1:
         return np.zeros(resamples)
     rng = np.random.default_rng([seed, 2, zlib.crc32(method.encode())])
-    drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     factor = np.sqrt(seeds / rng.chisquare(seeds - 1, size=resamples))
-    return factor * (drawn * (by_seed - by_seed.mean(axis=1, keepdims=True))).sum(axis=1)
+    return factor * (weights * (by_seed - by_seed.mean(axis=1, keepdims=True))).sum(axis=1)
 
 
-def difference(a: MethodDraws, b: MethodDraws) -> MethodDifference:
+def difference(a: MethodResamples, b: MethodResamples) -> MethodDifference:
     """b − a, on the same resamples of rows.
 
     p is twice the smaller share of resamples on either side of 0, (hits + 1) / (N + 1): the interval at level p touches
     0. A sign-flip test over rows has no say here, as its null takes the seeds for given.
     """
-    draws = b.draws - a.draws
-    defined = draws[~np.isnan(draws)]
+    resampled = b.resampled - a.resampled
+    defined = resampled[~np.isnan(resampled)]
     tails = [(np.sum(side) + 1) / (defined.size + 1) for side in (defined <= 0, defined >= 0)]
     p_value = min(1.0, 2 * float(min(tails))) if defined.size else float("nan")
-    return MethodDifference(b.value - a.value, percentiles(draws), p_value)
+    return MethodDifference(b.value - a.value, percentiles(resampled), p_value)
 
 
 def seed_notes(names: Iterable[str]) -> list[str]:

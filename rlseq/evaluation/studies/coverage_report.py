@@ -49,18 +49,18 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         }
         lines = f"with 95% bands. Solid: {solid}; dashed: {dashed}"
         said = f"{info.label} over k samples, {lines}"
-        figures[name] = (said, plots.to_svg(_draw(curves, models, family, "value")))
+        figures[name] = (said, plots.to_svg(_plot(curves, models, family, "value")))
         compared = {(c["b"], c["curve"]): c for c in block["comparisons"] if c["curve"] in dict(family.curves)}
         if compared:
             shown.append(_differences(block, family, list(compared.values())))
             gaps = {place: c["differences"] for place, c in compared.items()}
             said = f"{info.label}: difference to {next(iter(compared.values()))['a']}, {lines}"
             said += "; dotted: exact, without sampling" if dotted else ""
-            figures[f"{name}-difference"] = (said, plots.to_svg(_draw(gaps, models, family, "difference")))
+            figures[f"{name}-difference"] = (said, plots.to_svg(_plot(gaps, models, family, "difference")))
     if block["agreement"]:
         shown.append(_agreement(block))
     return Section(
-        "coverage-drawn",
+        "coverage-sampled",
         "Coverage: what k samples hold",
         f"From n = {block['samples']} ancestral samples of each of {block['rows']:,} rows (temperature 1, no "
         "truncation), the expectation over all choices of k among them: that at least one equals a reference (pass@k, "
@@ -139,9 +139,9 @@ def _agreement(block: Mapping[str, Any]) -> Table:
         error = tables.number(100 * worst["standard_error"], 2)
         rows.append([model, k, f"{gap} pp", f"{error} pp", "yes" if found["agrees"] else "no"])
     return Table(
-        ["Model", "k", "Drawn − exact", "Standard error", "Agree"],
+        ["Model", "k", "Sampled − exact", "Standard error", "Agree"],
         rows,
-        "Check: at least one right, drawn against exact",
+        "Check: at least one right, sampled against exact",
         "The k where the two are furthest apart, in standard errors of the sampling, which follow from the exact "
         "chances. They agree if they are within three of these at every k; else sampling or scoring has a fault.",
     )
@@ -153,7 +153,7 @@ def _ks(block: Mapping[str, Any]) -> list[str]:
     return [k for k in found if int(k) <= block["samples"]]
 
 
-def _draw(
+def _plot(
     curves: Mapping[tuple[str, str], Mapping[str, Any]], models: Sequence[str], family: _Family, kind: str
 ) -> Figure:
     """A line a model and curve over k on a logarithmic axis, with its band; the exact curve has none."""
@@ -177,7 +177,7 @@ def _draw(
         colors = {model: plots.color_of(models, model) for model, _ in curves}
         handles = [axes.plot([], [], color=color, lw=3, label=model)[0] for model, color in colors.items()]
         for curve, label in family.curves:
-            if any(curve == drawn for _, drawn in curves):
+            if any(curve == estimate for _, estimate in curves):
                 handles += axes.plot([], [], lines[curve], color=plots.MUTED, lw=1.8, label=label)
         plots.legend_above(axes, handles)
     return figure

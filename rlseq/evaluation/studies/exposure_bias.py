@@ -216,7 +216,7 @@ def _content(ids: Sequence[int], context: Context) -> int:
 
 
 def _given(like: Sequence[Rollout], completions: Sequence[tuple[int, ...]], tokenizer: Any) -> list[Rollout]:
-    """Completions that nobody drew as rollouts of the same prompts and samples."""
+    """Completions that were not sampled, as rollouts of the same prompts and samples."""
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     raws = tokenizer.batch_decode(completions, skip_special_tokens=False)
     return [

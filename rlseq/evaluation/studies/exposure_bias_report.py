@@ -22,13 +22,13 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         return Section("exposure_bias", title, "Skipped: the data has no references, and so no reference prefixes.", "")
     without = block["rows_without_references"]
     shown = [_entropy_table(block), _pairs_table(block)]
-    drawn = {"exposure-bias-entropy": _entropy_figure(block, list(results["models"]))}
+    figures = {"exposure-bias-entropy": _entropy_figure(block, list(results["models"]))}
     metrics = dict.fromkeys(
         name for m in block["models"].values() for entry in m["continued"].values() for name in entry["metrics"]
     )
     for number, name in enumerate(metrics):
         shown.append(_quality_table(block, results, name))
-        drawn[f"exposure-bias-quality-{number}"] = _quality_figure(block, results, name)
+        figures[f"exposure-bias-quality-{number}"] = _quality_figure(block, results, name)
     if len(block["models"]) > 1:
         shown.append(_comparison_table(block, results))
     return Section(
@@ -46,7 +46,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         "tokens, and only as well as model and reference tokens align at k. Later positions and longer prefixes cover "
         "only rows that are long enough: other ones for each k, model and side.",
         shown,
-        drawn,
+        figures,
     )
 
 

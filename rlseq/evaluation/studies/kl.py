@@ -163,8 +163,8 @@ class KL(Study):
             "log-probability; the variance ratio is its variance between rows over that of the former. With 95% "
             "bootstrap intervals over rows (of a method, over its seeds and rows).",
             "samples are cut at the length limit, and what would follow is not counted: where many are cut the "
-            "divergence is a lower bound. What a model seldom draws and the other rules out weighs much and may be in "
-            "no sample: estimates are then too low, and intervals too narrow.",
+            "divergence is a lower bound. What a model seldom samples and the other rules out weighs much and may be "
+            "in no sample: estimates are then too low, and intervals too narrow.",
             [Table([*head, "Variance ratio", "Tokens"], rows, "", note)],
         )
 
@@ -182,10 +182,10 @@ def _of_methods(
         for place, m in METRICS.items()
     }
     cells: dict[str, dict[tuple[str, str], Any]] = {}
-    for (method, *place), drawn in crossed_bootstrap_many(
+    for (method, *place), resampled in crossed_bootstrap_many(
         tables_of, seed=settings.seed, resamples=settings.resamples
     ).items():
-        cell = {"value": drawn.value, "ci95": list(drawn.ci95), "per_seed": list(drawn.per_seed)}
+        cell = {"value": resampled.value, "ci95": list(resampled.ci95), "per_seed": list(resampled.per_seed)}
         cells.setdefault(method, {})[tuple(place)] = cell
     return {method: _by_direction(mine) for method, mine in cells.items()}
 
@@ -214,7 +214,7 @@ def _divergences(p: torch.nn.Module, b: torch.nn.Module, part: int, context: Con
         prompt, _ = flat[int(np.argwhere(~np.isfinite(sums))[0, 0])]
         raise ModelError(
             f"the study kl found an infinite KL: after the prompt {prompt.text!r} one of the model and the first "
-            "model gives probability 0 to a token that the other may draw. Leave kl out of --studies."
+            "model gives probability 0 to a token that the other may sample. Leave kl out of --studies."
         )
     return np.split(sums, len(groups)) if groups else []
 

@@ -136,7 +136,7 @@ class _Positions:
         self.pairs = [(row, ids) for row, found in enumerate(context.references) for ids in found]
         self.device = float64_device(next(context.model.parameters()).device)
         texts = [repr(prompt.prompt) for prompt in context.prompts]  # equal prompts fall on one side
-        self._draws = [hashlib.blake2b(text.encode(), digest_size=2).digest() for text in texts]
+        self._hashes = [hashlib.blake2b(text.encode(), digest_size=2).digest() for text in texts]
         tokens = sorted({token for _, ids in self.pairs for token in ids})
         self.classes = len(tokens)
         place = {token: i for i, token in enumerate(tokens)}
@@ -149,7 +149,7 @@ class _Positions:
         self.rows = rows  # (N,)
         self.targets = torch.tensor(ahead, device=self.device).reshape(len(rows), max(DISTANCES))  # −1: beyond the end
         self.fitted = self._tensor([self.fits(row) for row in rows])
-        self.judged = self._tensor([self.fits(row) and self._draws[row][1] % 4 == 0 for row in rows])
+        self.judged = self._tensor([self.fits(row) and self._hashes[row][1] % 4 == 0 for row in rows])
         known = {
             token: i for i, token in enumerate(sorted({current[i] for i, row in enumerate(rows) if self.fits(row)}))
         }
@@ -158,7 +158,7 @@ class _Positions:
 
     def fits(self, row: int) -> bool:
         """Whether heads are fitted on a row; the others are held out."""
-        return self._draws[row][0] % 2 == 0
+        return self._hashes[row][0] % 2 == 0
 
     def enough(self) -> bool:
         """Whether there are positions to fit on, to choose the penalty on, and to test on."""

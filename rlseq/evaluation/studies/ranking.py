@@ -13,7 +13,7 @@ from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import RowStatistics, Source
 from rlseq.evaluation.stats.association import auroc, spearman
 from rlseq.evaluation.stats.bootstrap import percentiles, resampled_counts
-from rlseq.evaluation.stats.seeds import MethodDraws, claim_of, difference, method_draws, methods
+from rlseq.evaluation.stats.seeds import MethodResamples, claim_of, difference, methods, resample_method
 from rlseq.evaluation.studies.study import Context, Section, Study, Table
 
 WITHIN, ACROSS, SUCCESS, SUCCESS_WITHIN = "spearman_within", "spearman_across", "auroc", "auroc_within"
@@ -35,12 +35,12 @@ class _Number:
     """A number of one model: on all rows, under N resamples of them, (N,), and over how many rows it is."""
 
     value: float
-    draws: np.ndarray
+    resampled: np.ndarray
     rows: int
 
     @property
     def cell(self) -> dict[str, Any]:
-        return {"value": self.value, "ci95": list(percentiles(self.draws)), "rows": self.rows}
+        return {"value": self.value, "ci95": list(percentiles(self.resampled)), "rows": self.rows}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Ranked:
 class Ranking(Study):
     """Spearman's correlation of a completion's log-prob with each reward, and AUROC of log-prob for success.
 
-    Under every strategy, of the log-probs on record (under the distribution drawn from; of searches, the model's own):
+    Under every strategy, of the log-probs on record (under the sampling distribution; of searches, the model's own):
 
     * within rows: the mean over rows of the correlation among a row's completions, where both vary
     * across rows: the correlation of row means
@@ -166,7 +166,7 @@ class Ranking(Study):
             "are on the same rows.",
             "across rows an easy prompt has both a likelier and a better completion, and a longer completion a lower "
             "log-probability, so that only what is within rows speaks of choosing among a row's completions. Under "
-            "truncating or sharpened sampling the log-probability is that of the distribution drawn from.",
+            "truncating or sharpened sampling the log-probability is that of the sampling distribution.",
             shown,
         )
 
@@ -190,13 +190,15 @@ def _numbers(rows: Sequence[RowStatistics], settings: Any) -> dict[Place, _Numbe
     return {place: number for place, number in found.items() if number is not None}
 
 
-def _method_numbers(method: str, seeds: Sequence[Mapping[Place, _Number]], settings: Any) -> dict[Place, MethodDraws]:
+def _method_numbers(
+    method: str, seeds: Sequence[Mapping[Place, _Number]], settings: Any
+) -> dict[Place, MethodResamples]:
     """The numbers of a method that every seed of it has; of one checkpoint its own."""
     return {
-        place: method_draws(
+        place: resample_method(
             method,
             [mine[place].value for mine in seeds],
-            np.stack([mine[place].draws for mine in seeds], axis=1),
+            np.stack([mine[place].resampled for mine in seeds], axis=1),
             seed=settings.seed,
         )
         for place in seeds[0]
@@ -228,11 +230,11 @@ def _mean_within(values: Sequence[float], settings: Any) -> _Number | None:
     defined = np.isfinite(values).astype(float)
     if not defined.any():
         return None
-    filled, draws = np.where(defined, values, 0.0), []
+    filled, resampled = np.where(defined, values, 0.0), []
     for counts in _counts(len(values), settings):  # (n, R); summed, not multiplied: equal models then differ by 0
         with np.errstate(divide="ignore", invalid="ignore"):
-            draws.append((counts * filled).sum(1) / (counts * defined).sum(1))
-    return _Number(float(filled.sum() / defined.sum()), np.concatenate(draws), int(defined.sum()))
+            resampled.append((counts * filled).sum(1) / (counts * defined).sum(1))
+    return _Number(float(filled.sum() / defined.sum()), np.concatenate(resampled), int(defined.sum()))
 
 
 def _across(pairs: Sequence[tuple[np.ndarray, np.ndarray]], settings: Any) -> _Number | None:
@@ -243,8 +245,8 @@ def _across(pairs: Sequence[tuple[np.ndarray, np.ndarray]], settings: Any) -> _N
     value = float(spearman(x[present], y[present])[0])
     if not np.isfinite(value):
         return None
-    draws = [spearman(x[present], y[present], counts[:, present]) for counts in _counts(len(pairs), settings)]
-    return _Number(value, np.concatenate(draws), int(present.sum()))
+    resampled = [spearman(x[present], y[present], counts[:, present]) for counts in _counts(len(pairs), settings)]
+    return _Number(value, np.concatenate(resampled), int(present.sum()))
 
 
 def _pooled_auroc(pairs: Sequence[tuple[np.ndarray, np.ndarray]], settings: Any) -> _Number | None:
@@ -253,11 +255,11 @@ def _pooled_auroc(pairs: Sequence[tuple[np.ndarray, np.ndarray]], settings: Any)
     value = float(auroc(scores, right)[0]) if len(scores) else np.nan
     if not np.isfinite(value):
         return None
-    draws = []
+    resampled = []
     for counts in _counts(len(pairs), settings):
         size = max(1, _MAX_ENTRIES // len(scores))
-        draws += [auroc(scores, right, part[:, row_of]) for part in np.array_split(counts, -(-len(counts) // size))]
-    return _Number(value, np.concatenate(draws), len(pairs))
+        resampled += [auroc(scores, right, part[:, row_of]) for part in np.array_split(counts, -(-len(counts) // size))]
+    return _Number(value, np.concatenate(resampled), len(pairs))
 
 
 def _counts(rows: int, settings: Any) -> Iterator[np.ndarray]:

@@ -18,7 +18,7 @@ from rlseq.evaluation.names import Names
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, rows_matrix
 from rlseq.evaluation.stats.bootstrap import RatioOfSums, percentiles, resampled_counts
 from rlseq.evaluation.stats.equal_entropy import Curve, mean_gap
-from rlseq.evaluation.stats.seeds import claim_of, methods, pair_draws
+from rlseq.evaluation.stats.seeds import claim_of, methods, resample_pairs
 from rlseq.evaluation.studies import sharpening_report
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
@@ -48,7 +48,7 @@ class Sharpening(Study):
 
         H(T) = −E_{y ~ q_T} log q_T(y | x)        Q(T) = E_{y ~ q_T} reward(y)
 
-    both estimated on the same samples. H is in nats a completion, and of what is drawn: completions cut at the length
+    both estimated on the same samples. H is in nats a completion, and of what is sampled: completions cut at the length
     limit count with the log-prob of the prefix.
 
     The first model's points (H, Q), joined by lines, are what its temperature alone can reach. The gap of another model
@@ -204,14 +204,14 @@ def _gaps(
         _values(found, counts, qualities, temperatures)
         for counts in resampled_counts(rows, seed=settings.seed, resamples=settings.resamples)
     ]
-    draws = {m: {name: np.concatenate([part[m][name] for part in parts]) for name in values[m]} for m in found}
+    resampled = {m: {name: np.concatenate([part[m][name] for part in parts]) for name in values[m]} for m in found}
     one = temperatures.index(ONE)
     gaps = []
     for a, seeds_a, b, seeds_b in sides:
         for quality in qualities:
-            point, drawn = (_pairs(v, seeds_a, seeds_b, quality, temperatures) for v in (values, draws))
+            point, resamples = (_pairs(v, seeds_a, seeds_b, quality, temperatures) for v in (values, resampled))
             cells = {
-                name: _cell(float(pairs.mean()), pair_draws(a, b, drawn[name], seed=settings.seed))
+                name: _cell(float(pairs.mean()), resample_pairs(a, b, resamples[name], seed=settings.seed))
                 for name, pairs in point.items()
             }
             gap = {
@@ -287,8 +287,8 @@ def _compare(
     return found
 
 
-def _cell(value: float, draws: np.ndarray) -> dict[str, Any]:
+def _cell(value: float, resampled: np.ndarray) -> dict[str, Any]:
     """A value and its interval over the resamples where it is defined, whose share is given."""
-    defined = float(np.isfinite(draws).mean())
-    ci95 = percentiles(draws) if np.isfinite(value) else (math.nan, math.nan)
+    defined = float(np.isfinite(resampled).mean())
+    ci95 = percentiles(resampled) if np.isfinite(value) else (math.nan, math.nan)
     return {"value": float(value), "ci95": list(ci95), "defined": defined}

@@ -128,11 +128,9 @@ def _curves(block: Mapping[str, Any], info: tables.Shown) -> Figure:
         axes = figure.subplots()
         for place, (model, points) in enumerate(block["models"].items()):
             color = plots.color_of(models, model)
-            drawn = sorted(_points(points, info.name))
-            axes.plot(
-                [p[0] for p in drawn], [p[1] * scale for p in drawn], "o-", color=color, lw=1.5, ms=4, label=model
-            )
-            for entropy, value, temperature in drawn:
+            line = sorted(_points(points, info.name))
+            axes.plot([p[0] for p in line], [p[1] * scale for p in line], "o-", color=color, lw=1.5, ms=4, label=model)
+            for entropy, value, temperature in line:
                 axes.annotate(
                     temperature,
                     (entropy, value * scale),

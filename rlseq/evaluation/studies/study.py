@@ -251,7 +251,7 @@ def _method_comparisons(
     compared = [(b, seeds_b) for b, seeds_b in others if max(len(seeds_a), len(seeds_b)) > 1]
     if not compared:
         return []
-    draws = crossed_bootstrap_many(
+    resampled = crossed_bootstrap_many(
         {
             (method, name): (method, [tables[seed, name][0] for seed in seeds], metric.aggregate)
             for method, seeds in [(a, seeds_a), *compared]
@@ -262,7 +262,7 @@ def _method_comparisons(
     found = []
     for b, seeds_b in compared:
         for name in metrics:
-            result = difference(draws[a, name], draws[b, name])
+            result = difference(resampled[a, name], resampled[b, name])
             claim = claim_of(len(seeds_a), len(seeds_b))
             values = {"difference": result.difference, "ci95": list(result.ci95)}
             found.append({"a": a, "b": b, "metric": name, **values, **claim})

@@ -112,7 +112,7 @@ class InProcess:
     """Calls a reward here, one call after another: the fast path."""
 
     in_background = False
-    draws_here = True
+    uses_rng = True
 
     def __init__(self, function: Callable):
         self.function = function
@@ -129,7 +129,7 @@ class Concurrent:
     """Calls an async reward on an event loop of its own thread, so that it works inside a running loop, too."""
 
     in_background = True
-    draws_here = True
+    uses_rng = True
 
     def __init__(self, function: Callable, retry: Retry):
         self.function = function

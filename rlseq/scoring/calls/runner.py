@@ -34,11 +34,11 @@ class Executor(Protocol):
 
     Attributes:
         in_background: whether the calls are made elsewhere than on the caller's thread, which only waits.
-        draws_here: whether the calls draw from the random states of this process.
+        uses_rng: whether the calls use the random states of this process.
     """
 
     in_background: bool
-    draws_here: bool
+    uses_rng: bool
 
     def run(self, calls: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[Any]: ...
 

@@ -62,7 +62,7 @@ class WorkerPool:
     """
 
     in_background = True
-    draws_here = False
+    uses_rng = False
 
     def __init__(
         self,

@@ -281,6 +281,6 @@ def spread(suite: RewardSuite, prompts: Sequence[Prompt], groups: Sequence[Seque
         "samples of a prompt differ in reward",
         share >= 0.1,
         f"{alive} of {len(groups)} groups ({share:.0%}); mean reward {average:.3g}",
-        "Groups of equal rewards have no advantage: train by SFT first, draw more samples, choose "
+        "Groups of equal rewards have no advantage: train by SFT first, generate more samples, choose "
         "prompts of middle difficulty, or grade more finely.",
     )

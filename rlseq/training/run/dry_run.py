@@ -52,7 +52,7 @@ class Plan:
         steps: of the optimizer, in all.
         steps_an_epoch: of the optimizer.
         epochs: passes over the data.
-        rollouts: drawn in all.
+        rollouts: sampled in all.
     """
 
     examples: int
@@ -78,7 +78,7 @@ def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int, tokeni
     A rollout batch has generation_batch_size completions, and gives every process num_iterations ×
     steps_per_generation micro-batches; an epoch has as many rounds as the prompts fill, the rest is left out.
     """
-    draws = config.objective not in EXACT_OBJECTIVES
+    is_stochastic = config.objective not in EXACT_OBJECTIVES
     samples, accumulation = config.num_generations, config.gradient_accumulation_steps
     micro_batches_a_round = config.num_iterations * config.steps_per_generation
     micro_batches = len(prompts) // (config.generation_batch_size // samples) * micro_batches_a_round
@@ -91,15 +91,15 @@ def plan_rollouts(config: Any, prompts: Sequence[Prompt], processes: int, tokeni
         examples=len(prompts),
         processes=processes,
         examples_a_step=rows / samples,
-        rollouts_a_step=rows if draws else 0,
-        generations_a_process=config.generation_batch_size // processes if draws else 0,
+        rollouts_a_step=rows if is_stochastic else 0,
+        generations_a_process=config.generation_batch_size // processes if is_stochastic else 0,
         longest=longest,
         usual=(sum(len(p.prompt_ids) for p in prompts) / len(prompts), *_usual_completion(config, prompts, tokenizer)),
         tokens_a_step=rows * longest,
         steps=steps,
         steps_an_epoch=an_epoch,
         epochs=steps / an_epoch,
-        rollouts=math.ceil(used / micro_batches_a_round) * config.generation_batch_size if draws else 0,
+        rollouts=math.ceil(used / micro_batches_a_round) * config.generation_batch_size if is_stochastic else 0,
     )
 
 
@@ -199,7 +199,7 @@ def describe_examples(
     Args:
         lengths, rollouts: as `plan_examples` takes them.
         shared: how many prompts are both evaluated and trained on, in words.
-        cached_tokens: of the samples that a process draws together, before training.
+        cached_tokens: of the samples that a process generates together, before training.
 
     Raises:
         RlseqError: the run could not start; it says why.
@@ -270,7 +270,7 @@ def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkp
     if plan.generations_a_process:
         lines += [
             ("rollouts a step", f"{plan.rollouts_a_step:,}", ""),
-            ("generations a process", f"{plan.generations_a_process:,}", "drawn together"),
+            ("generations a process", f"{plan.generations_a_process:,}", "sampled together"),
         ]
     lines += [
         ("tokens a step", f"{plan.tokens_a_step:,}", f"at most; the longest row has {plan.longest:,}"),

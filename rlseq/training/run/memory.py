@@ -201,7 +201,7 @@ def memory(
         quantized_bits: of the weights of linear layers, where they are quantised.
         compute_bytes: of a number in the forward: 2 under mixed or half precision, else 4.
         update_tokens: of a micro-batch, as it is laid out.
-        cached_tokens: rows drawn together times the longest row; 0 without rollouts.
+        cached_tokens: rows sampled together times the longest row; 0 without rollouts.
         checkpointing: whether activations are recomputed.
         logits: whether the loss holds those of all its tokens (rollouts' losses go through them in tiles).
         cpu: whether it trains on a CPU, where the process itself is counted, and the head holds more copies of a tile.

@@ -189,7 +189,7 @@ def check_fit(
     tokenizer: Any,
     prompts: Sequence[Prompt],
     *,
-    drawn: int | None = None,
+    sample_tokens: int | None = None,
     new: Any = None,
 ) -> None:
     """Make the doctor's checks that run no model; warnings are printed.
@@ -197,7 +197,7 @@ def check_fit(
     Args:
         config: of a run on rollouts, or of teacher forcing: its completions are the references, its dropout acts as
             the model declares it, and no generation configuration matters.
-        drawn: tokens of the longest sample that teacher forcing draws for itself.
+        sample_tokens: the most tokens of a completion that teacher forcing samples for itself.
         new: the configuration of a model that is built with random weights, instead of the one that model_args name.
 
     Raises:
@@ -219,8 +219,8 @@ def check_fit(
             "needs_references": config.uses_references,
         }
     results = static_checks(model_config, tokenizer, prompts, generation_config=generation_config, **options)
-    if drawn is not None:
-        results.append(check_context(model_config, prompts, drawn, setting="max_new_tokens"))
+    if sample_tokens is not None:
+        results.append(check_context(model_config, prompts, sample_tokens, setting="max_new_tokens"))
     lines = {status: [r.sentence for r in results if r.status == status] for status in (FAILED, WARNING)}
     if lines[FAILED]:
         raise ModelError("model and data do not fit (`rlseq doctor` looks further).\n  " + "\n  ".join(lines[FAILED]))

@@ -102,7 +102,7 @@ def calls_tools(messages: Sequence[Mapping[str, Any]] | None) -> bool:
 def trained_records(
     batch: MicroBatch, prompts: Sequence[Prompt], scored: Sequence[ScoredRollout], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """One record a row of a micro-batch of training: the prompt, and of a rollout what was drawn and what it earned.
+    """One record a row of a micro-batch of training: the prompt, and of a rollout the sample and its rewards.
 
     Args:
         batch: its B rows.

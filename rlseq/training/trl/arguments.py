@@ -43,8 +43,8 @@ def _argument(*conflicts: Conflict) -> Any:
     return setting(None, "", conflicts=conflicts)
 
 
-def _drawn_by_trainer(what: str, when: Callable[[Any], Any]) -> Conflict:
-    return Conflict(f"draws in place of the trainer, which then cannot serve {what}", when)
+def _sampled_by_trainer(what: str, when: Callable[[Any], Any]) -> Conflict:
+    return Conflict(f"samples in place of the trainer, which then cannot serve {what}", when)
 
 
 @dataclass
@@ -71,12 +71,12 @@ class Arguments:
         )
     )
     rollout_func: Any = _argument(
-        _drawn_by_trainer("an objective of its own", lambda g: g.args.objective != "policy_gradient"),
-        _drawn_by_trainer("advantage_baseline greedy", lambda g: g.args.advantage_baseline == "greedy"),
-        _drawn_by_trainer("reference_prefix", lambda g: g.args.reference_prefix > 0),
-        _drawn_by_trainer("tools", lambda g: g.tools or g.args.tools),
-        _drawn_by_trainer("environment", lambda g: g.args.environment is not None),
-        _drawn_by_trainer("generation_kwargs", lambda g: g.args.generation_kwargs),
+        _sampled_by_trainer("an objective of its own", lambda g: g.args.objective != "policy_gradient"),
+        _sampled_by_trainer("advantage_baseline greedy", lambda g: g.args.advantage_baseline == "greedy"),
+        _sampled_by_trainer("reference_prefix", lambda g: g.args.reference_prefix > 0),
+        _sampled_by_trainer("tools", lambda g: g.tools or g.args.tools),
+        _sampled_by_trainer("environment", lambda g: g.args.environment is not None),
+        _sampled_by_trainer("generation_kwargs", lambda g: g.args.generation_kwargs),
     )
 
     def __post_init__(self) -> None:
@@ -119,16 +119,16 @@ def _extended(args: trl.GRPOConfig) -> GRPOConfig:
 
 
 def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
-    """Make the data set that TRL's data loader draws from: the prompt and the index of the `Prompt` it stands for.
+    """Make the data set that TRL's data loader reads: the prompt and the index of the `Prompt` it stands for.
 
-    The prompts are put in as they are drawn: kept in Arrow, messages would have each other's keys, as None.
+    The prompts are put in as rows are read: kept in Arrow, messages would have each other's keys, as None.
     """
 
-    def drawn(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+    def rows_read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         return {"prompt": [copy.deepcopy(prompts[i].prompt) for i in batch["index"]], "index": batch["index"]}
 
     numbers = list(range(len(prompts)))
-    return datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers}).with_transform(drawn)
+    return datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers}).with_transform(rows_read)
 
 
 def model_of(model: Any, args: GRPOConfig) -> torch.nn.Module:

@@ -157,7 +157,7 @@ class ScoringMixin(trl.GRPOTrainer):
         ]
 
     def _as_rollout(self, prompt: Prompt, sample_index: int, ids: Ids, strategy: str) -> Rollout:
-        """Token ids that rlseq's sampler did not draw, as a rollout without log-probs."""
+        """Token ids that rlseq's sampler did not generate, as a rollout without log-probs."""
         text = self.processing_class.decode(ids, skip_special_tokens=True)
         return Rollout.from_ids(
             prompt.key,

@@ -128,7 +128,7 @@ def compare(model, prompts, found):
 
 
 @torch.no_grad()
-def drawn(model, strategy, **changes):
+def sampled(model, strategy, **changes):
     prompts = [Prompt(str(i), "", tuple(range(3, 4 + i)), {}) for i in range(4)]
     settings = {"num_samples": 5 if strategy.is_stochastic else 1, "max_new_tokens": 30, "seed": 0, "stop_ids": [2]}
     return prompts, sample(model, prompts, strategy=strategy, **settings | changes)
@@ -137,7 +137,7 @@ def drawn(model, strategy, **changes):
 @pytest.mark.parametrize("strategy", [Sample(), Greedy()])
 def test_completions_have_the_log_probs_of_plain_forwards(strategy, tapes, capsys):
     model = tiny_model("qwen2")
-    prompts, found = drawn(model, strategy)
+    prompts, found = sampled(model, strategy)
     assert backends.select_backend(model) == "cuda_graph" and capsys.readouterr().out == ""
     assert sum(tape.replays for tape in tapes) > 20
     compare(model, prompts, found)
@@ -165,7 +165,7 @@ def test_weights_that_change_between_steps_count(tapes):
 )
 def test_what_has_no_fixed_shape_is_decoded_as_before(name, way, why, tapes, capsys):
     model = tiny_model("mistral") if name == "mistral" else tiny_shape(name)
-    drawn(model, Sample(), max_new_tokens=6)
+    sampled(model, Sample(), max_new_tokens=6)
     said = capsys.readouterr().out
     assert backends.select_backend(model) == way or (way == "cuda_graph" and "cannot be captured" in said)
     assert why is None or ("is decoded without a CUDA graph: " in said and why in said)
@@ -192,7 +192,7 @@ def test_a_step_that_cannot_be_captured_runs_kernel_by_kernel(tapes, monkeypatch
 
     monkeypatch.setattr(cuda_graph, "capture", fails)
     model = tiny_model()
-    drawn(model, Sample())
+    sampled(model, Sample())
     assert backends.select_backend(model) == "padded"
     expected = "LlamaForCausalLM is decoded without a CUDA graph: its step cannot be captured (RuntimeError: operation "
     assert expected + "not permitted when stream is capturing)" in capsys.readouterr().out

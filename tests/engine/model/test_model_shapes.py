@@ -37,7 +37,7 @@ def marked(name, often):
     return name if name in often else pytest.param(name, marks=pytest.mark.soak)
 
 
-def draw(model, prompts=PROMPTS, strategy=None, num_samples=3):
+def sampled(model, prompts=PROMPTS, strategy=None, num_samples=3):
     settings = {"num_samples": num_samples, "max_new_tokens": 8, "seed": 0, "stop_ids": STOPS}
     return sample(model, prompts, strategy=strategy or Sample(), **settings)
 
@@ -63,17 +63,17 @@ def greedy_alone(model, ids):
 
 
 @pytest.mark.parametrize("name", [marked(name, OFTEN) for name in SHAPES])
-def test_what_is_drawn_and_scored_is_what_forwards_of_one_sequence_say(name, capsys):
+def test_what_is_sampled_and_scored_is_what_forwards_of_one_sequence_say(name, capsys):
     model = tiny_shape(name)
-    found = draw(model)
+    found = sampled(model)
     assert len({rollout.completion_ids for group in found for rollout in group}) > 6
     for prompt, group in zip(PROMPTS, found, strict=True):
         for rollout in group:
             expected = logprobs_alone(model, prompt.prompt_ids, rollout.completion_ids)
             assert torch.allclose(torch.tensor(rollout.logprobs), expected, atol=1e-4)
-    greedy = draw(model, strategy=Greedy(), num_samples=1)
+    greedy = sampled(model, strategy=Greedy(), num_samples=1)
     assert [one.completion_ids for (one,) in greedy] == [greedy_alone(model, p.prompt_ids) for p in PROMPTS]
-    draw(model)  # the note is printed once
+    sampled(model)  # the note is printed once
     said = capsys.readouterr().out.count("is decoded without a cache")
     assert said == (name in UNCACHED) and backends.select_backend(model) == ("uncached" if said else "padded")
     packs, _ = supports_packing(model, 20)
@@ -86,9 +86,9 @@ def test_what_is_drawn_and_scored_is_what_forwards_of_one_sequence_say(name, cap
 @pytest.mark.parametrize("name", [marked(name, ("qwen3_5",)) for name in ("qwen3_5", "mamba2", "recurrent_gemma")])
 def test_a_completion_does_not_depend_on_the_batch(name):
     model = tiny_shape(name)
-    together = draw(model)
+    together = sampled(model)
     assert [[r.completion_ids for r in group] for group in together] == [
-        [r.completion_ids for r in draw(model, [prompt])[0]] for prompt in PROMPTS
+        [r.completion_ids for r in sampled(model, [prompt])[0]] for prompt in PROMPTS
     ]
     strategy = {"max_new_tokens": 6, "strategy": Beam(width=3), "stop_ids": STOPS}
     both = beam(model, PROMPTS, **strategy)
@@ -110,7 +110,7 @@ def test_a_model_that_takes_padding_for_text_is_decoded_one_length_at_a_time(cap
     assert backends.is_plain(tiny_model()) and backends.is_plain(tiny_shape("mixtral"))
     model = TakesPaddingForText(tiny_model().config).eval()
     assert not backends.is_plain(model)  # it names no mask
-    found = draw(model, num_samples=6)
+    found = sampled(model, num_samples=6)
     assert backends.select_backend(model) == "by_length"
     assert "one prompt length at a time: logits from the cache differ" in capsys.readouterr().out
     for prompt, group in zip(PROMPTS, found, strict=True):
@@ -139,7 +139,7 @@ def test_beam_search_pads_and_caches_only_where_that_is_right(name):
 def test_a_compiled_model_is_decoded_as_what_was_compiled(capsys):
     model = tiny_model()
     compiled = torch.compile(model, backend="eager")
-    assert draw(compiled) == draw(model) and backends.select_backend(compiled) == "padded"
+    assert sampled(compiled) == sampled(model) and backends.select_backend(compiled) == "padded"
     assert capsys.readouterr().out == ""
 
 
@@ -162,7 +162,7 @@ def test_slots_may_go_on_from_another_length():
 def test_a_model_without_numbers_is_not_judged(capsys):
     model = tiny_shape("lfm2")
     model.lm_head.weight.data.fill_(torch.nan)
-    draw(model, PROMPTS[:1])
+    sampled(model, PROMPTS[:1])
     assert backends.select_backend(model) == "padded" and capsys.readouterr().out == ""
 
 

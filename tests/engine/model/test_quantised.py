@@ -1,4 +1,4 @@
-"""Adapters on rounded weights (QLoRA, LLM.int8): what is drawn, trained, saved and evaluated, on a CPU."""
+"""Adapters on rounded weights (QLoRA, LLM.int8): what is sampled, trained, saved and evaluated, on a CPU."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def test_four_bits_give_the_log_probs_of_the_weights_that_they_stand_for(base):
     for prompt, group in zip(prompts, sample(model, prompts, **settings), strict=True):
         for rollout in group:
             ids = torch.tensor([[*prompt.prompt_ids, *rollout.completion_ids]])
-            drawn = torch.tensor([rollout.completion_ids]).T
+            tokens = torch.tensor([rollout.completion_ids]).T
             with torch.no_grad():
                 ours, theirs = (
-                    m(input_ids=ids).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1).gather(-1, drawn)[:, 0]
+                    m(input_ids=ids).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1).gather(-1, tokens)[:, 0]
                     for m in (plain, exact)
                 )
             torch.testing.assert_close(torch.tensor(rollout.logprobs), ours, atol=1e-4, rtol=1e-4)

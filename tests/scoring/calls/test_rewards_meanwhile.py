@@ -49,12 +49,12 @@ def called(path, lines, seconds=60):
 
 def test_a_submitted_reward_is_waited_for_and_not_called_again(length):
     address, calls = length
-    drawn, columns = rollouts("a", "bcd", "ef"), {"prompt": ["q"] * 3, "references": [["a"]] * 3}
+    sampled, columns = rollouts("a", "bcd", "ef"), {"prompt": ["q"] * 3, "references": [["a"]] * 3}
     with load_rewards([{"func": address, "workers": 1}, shares_letters]) as suite:
-        pending = suite.submit(drawn, columns)
+        pending = suite.submit(sampled, columns)
         assert list(pending.outcomes) == ["length"]  # what runs in this process does not run twice at a time
         assert called(calls, 3)
-        table = suite.score(drawn, columns, pending=pending)
+        table = suite.score(sampled, columns, pending=pending)
         assert len(calls.read_text().splitlines()) == 3
         assert table.values["length"] == [1.0, 3.0, 2.0]
         assert table.values["shares_letters"] == pytest.approx([0.9, -0.1, -0.1])
@@ -80,21 +80,21 @@ def process(completion):
 @pytest.mark.parametrize("options", [{"workers": 2}, {"timeout": 30}])
 def test_workers_that_scored_a_step_in_the_background_serve_the_next(tmp_path, options):
     (tmp_path / "slow.py").write_text(SLOW_TO_LOAD)
-    drawn, columns, ids = rollouts("a", "b", "c"), {"prompt": ["q"] * 3}, set()
+    sampled, columns, ids = rollouts("a", "b", "c"), {"prompt": ["q"] * 3}, set()
     with load_rewards([{"func": f"{tmp_path / 'slow.py'}:process", **options}]) as suite:
         for _ in range(3):
-            ids.update(suite.score(drawn, columns, pending=suite.submit(drawn, columns)).totals)
+            ids.update(suite.score(sampled, columns, pending=suite.submit(sampled, columns)).totals)
             time.sleep(0.1)  # a worker that was to be killed is
     assert len(ids) <= 2
 
 
 def test_an_error_in_the_background_is_raised_where_the_scores_are_asked_for(length):
     address, _ = length
-    drawn, columns = rollouts("a", "raise"), {"prompt": ["q"] * 2}
+    sampled, columns = rollouts("a", "raise"), {"prompt": ["q"] * 2}
     with load_rewards([{"func": address, "workers": 1, "on_error": "raise"}]) as suite:
-        pending = suite.submit(drawn, columns)
+        pending = suite.submit(sampled, columns)
         with pytest.raises(RewardError, match="cannot read this"):
-            suite.score(drawn, columns, pending=pending)
+            suite.score(sampled, columns, pending=pending)
 
 
 @pytest.mark.parametrize("rlseq_sampler", [True, False])

@@ -72,7 +72,7 @@ def state():
     )
 
 
-def draws():
+def random_numbers():
     return random.random(), np.random.rand(), torch.rand(()).item()
 
 
@@ -117,7 +117,7 @@ def test_the_gpu_that_a_reward_sets_stays_the_one_of_training(monkeypatch):
     assert at == [1]
 
 
-def test_a_reward_that_seeds_or_draws_does_not_change_what_training_draws():
+def test_a_reward_that_seeds_or_uses_random_numbers_does_not_change_those_of_training():
     def seeds(completion):
         random.seed(1)
         np.random.seed(1)
@@ -133,11 +133,11 @@ def test_a_reward_that_seeds_or_draws_does_not_change_what_training_draws():
         np.random.seed(5)
         torch.manual_seed(5)
         load_rewards([reward]).score([ONE], {"prompt": ["?"]})
-        found.append(draws())
+        found.append(random_numbers())
     assert found[0] == found[1]
 
 
-def test_a_noisy_reward_draws_other_noise_at_each_call_and_the_same_from_one_seed():
+def test_a_noisy_reward_gets_other_noise_at_each_call_and_the_same_from_one_seed():
     def noisy(completion):
         return random.random() + np.random.rand() + torch.rand(()).item()
 
@@ -153,7 +153,7 @@ async def noise():
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_an_async_reward_that_seeds_or_draws_does_not_change_what_training_draws(in_background):
+def test_an_async_reward_that_seeds_or_uses_random_numbers_does_not_change_those_of_training(in_background):
     async def seeds(completion):
         random.seed(1)
         await asyncio.sleep(0.01)
@@ -175,14 +175,14 @@ def test_an_async_reward_that_seeds_or_draws_does_not_change_what_training_draws
         suite = load_rewards([{"func": reward, "retries": 1, "on_error": "abstain"}], max_error_rate=1.0)
         rollouts, columns = [ONE] * 4, {"prompt": ["?"] * 4}
         submitted = suite.submit(rollouts, columns) if in_background else None
-        drawn = [draws() for _ in range(3)] if in_background else []  # training continues meanwhile
+        meanwhile = [random_numbers() for _ in range(3)] if in_background else []  # training continues meanwhile
         table = suite.score(rollouts, columns, pending=submitted)
         assert (table.totals[0] is None) == (reward is ends)
-        found.append((drawn, draws()))
+        found.append((meanwhile, random_numbers()))
     assert found[0][1] == found[1][1] == found[2][1] and found[2] == found[3]
 
 
-def test_a_noisy_async_reward_draws_other_noise_for_each_call_and_the_same_from_one_seed():
+def test_a_noisy_async_reward_gets_other_noise_for_each_call_and_the_same_from_one_seed():
     async def noisy(completion):
         first = await noise()
         await asyncio.sleep(0)

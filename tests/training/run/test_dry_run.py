@@ -48,10 +48,10 @@ def task(tmp_path_factory):
         "num_cpu_threads": 1,
         "disable_tqdm": True,
     }
-    drawn = {"reward_funcs": ["exact_match"], "max_completion_length": 6, "evaluate": False}
+    rollouts = {"reward_funcs": ["exact_match"], "max_completion_length": 6, "evaluate": False}
     (folder / "sft.yaml").write_text(yaml.safe_dump(config))
-    (folder / "ppo.yaml").write_text(yaml.safe_dump({**config, **drawn}))
-    (folder / "grpo.yaml").write_text(yaml.safe_dump({**config, **drawn, "num_generations": 2}))
+    (folder / "ppo.yaml").write_text(yaml.safe_dump({**config, **rollouts}))
+    (folder / "grpo.yaml").write_text(yaml.safe_dump({**config, **rollouts, "num_generations": 2}))
     return folder
 
 

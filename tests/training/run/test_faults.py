@@ -144,8 +144,8 @@ def test_the_batch_of_a_skipped_step_is_kept_with_what_it_earned(tmp_path):
     break_at(trainer, embedding(trainer), {3}, lambda x: x * math.nan)
     trainer.train()
     folder = tmp_path / "skipped" / "step-000003"
-    kept, drawn = lines(folder / "rank-0.jsonl"), lines(tmp_path / "rollouts" / "000003.jsonl")
-    assert len(kept) == len(drawn) == 16 and {row["step"] for row in kept} == {3}
+    kept, sampled = lines(folder / "rank-0.jsonl"), lines(tmp_path / "rollouts" / "000003.jsonl")
+    assert len(kept) == len(sampled) == 16 and {row["step"] for row in kept} == {3}
     names = ("prompt_key", "prompt", "completion", "values", "total")
 
     def readable(rows):
@@ -153,7 +153,7 @@ def test_the_batch_of_a_skipped_step_is_kept_with_what_it_earned(tmp_path):
             json.dumps([[row[name] for name in names], round(row["advantage"], 5)], sort_keys=True) for row in rows
         )
 
-    assert readable(kept) == readable(drawn)
+    assert readable(kept) == readable(sampled)
     assert [row["micro_batch"] for row in kept] == [0] * 8 + [1] * 8 and kept[0]["loss"] is None
     tensors = load_file(folder / "rank-0.safetensors")
     assert tensors["1.mask"].sum(1).tolist() == [len(row["completion_ids"]) for row in kept[8:]]

@@ -172,7 +172,7 @@ class Killed:
     """
 
     def __init__(self, name, config, run, launcher, seed):
-        self.run, self.launcher, self.draw = run, launcher, random.Random(seed)
+        self.run, self.launcher, self.rng = run, launcher, random.Random(seed)
         self.command = [f"recipes/{name}.py", "--config", str(config), "--output_dir", str(run)]
         self.log = run.with_name(f"{run.name}.log")
         self.kills = self.in_training = self.truncated = 0
@@ -207,10 +207,10 @@ class Killed:
         Args:
             moment: "start"; "step" or "save": the checkpoint of a step or two later is whole, or its folder there;
                 "end": the last checkpoint is whole.
-            seconds: the most that is waited then; how long is drawn.
+            seconds: the most that is waited then; how long is random.
         """
         before = self.reached()
-        target = min(before + self.draw.randint(1, 2), STEPS) if moment in ("step", "save") else STEPS
+        target = min(before + self.rng.randint(1, 2), STEPS) if moment in ("step", "save") else STEPS
         folder = self.run / f"checkpoint-{target}"
         sought = {"start": self.run.parent, "save": folder}.get(moment, folder / "trainer_state.json")
         # What an earlier kill left of this checkpoint is set aside first.
@@ -218,7 +218,7 @@ class Killed:
         files = {inode(path) for path in self.run.glob("checkpoint-*")}
         process = self.start()
         self.wait_for(process, sought, left if before < STEPS else None)
-        time.sleep(waited := self.draw.uniform(0, seconds))
+        time.sleep(waited := self.rng.uniform(0, seconds))
         where = "after its end" if process.poll() is not None else None
         kill_with_children(process)
         new = [path for path in self.run.glob("checkpoint-*") if inode(path) not in files]
@@ -277,7 +277,7 @@ def test_a_run_killed_ten_times_ends_as_the_undisturbed_one(task, tmp_path, name
 
     run = Killed(name, task / f"{name}.yaml", tmp_path / "killed", launcher, seed=processes)
     moments = ["start"] * 2 + ["step"] * 4 + ["save"] * 3
-    run.draw.shuffle(moments)
+    run.rng.shuffle(moments)
     for moment in moments:
         run.kill(moment, {"start": start_up, "step": 1.5 * a_step, "save": a_step}[moment])
     if processes == 1:

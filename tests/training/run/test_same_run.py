@@ -28,8 +28,8 @@ def task(tmp_path_factory):
     return folder
 
 
-def drawn(run):
-    """What was drawn: (file, prompt, sample) -> completion, tokens, how it ended, what it earned."""
+def sampled(run):
+    """What was sampled: (file, prompt, sample) -> completion, tokens, how it ended, what it earned."""
     return {
         (file.name, row["prompt_key"], row["sample"]): tuple(
             row[name] for name in ("completion", "length", "finish_reason", "total")
@@ -66,7 +66,7 @@ NOT_OF_THE_BATCH = ("step_time", "clip_ratio/low_min", "clip_ratio/high_max", "t
 
 def check_close(run, one):
     """The run on one process, to 1e-5 of each number's size; completions are equal."""
-    assert flips(drawn(run), drawn(one)) == 0
+    assert flips(sampled(run), sampled(one)) == 0
     for file in sorted((one / "rollouts").iterdir()):
         rows = [
             {(r["prompt_key"], r["sample"]): r for r in read_lines(path / "rollouts" / file.name)}
@@ -111,8 +111,8 @@ def test_one_two_and_four_processes_train_as_one_with_the_same_global_batch(task
     size = ["--per_device_train_batch_size", 16 // minibatches]
     assert end_of(fork(recipe(name, [*common, *size, "--output_dir", one]), log)) == 0
     assert (
-        len(drawn(one)) == (3 if minibatches == 1 else 2) * 16
-        and len({length for _, length, _, _ in drawn(one).values()}) > 2
+        len(sampled(one)) == (3 if minibatches == 1 else 2) * 16
+        and len({length for _, length, _, _ in sampled(one).values()}) > 2
     )
     start = load_file(task / "model/model.safetensors")
     moved = load_file(one / "checkpoint-6/model.safetensors")
@@ -122,10 +122,10 @@ def test_one_two_and_four_processes_train_as_one_with_the_same_global_batch(task
         assert f"{processes} processes on cpu" in log.read_text()
         check_close(tmp_path / str(processes), one)
 
-    # At the end of a round another number of processes can resume: what it draws is what the one process drew.
+    # At the end of a round another number of processes can resume: what it samples is what the one process sampled.
     shutil.copytree(one, tmp_path / "resumed")
     run(2, tmp_path / "resumed", "--resume_from_checkpoint", "checkpoint-4")
-    assert flips(drawn(tmp_path / "resumed"), drawn(one)) == 0
+    assert flips(sampled(tmp_path / "resumed"), sampled(one)) == 0
 
 
 # -- batches and order
@@ -150,16 +150,16 @@ HOW = {
 }
 
 
-def test_training_draws_the_same_completions_whatever_the_batch_size_and_the_order(tmp_path, monkeypatch):
+def test_training_samples_the_same_completions_whatever_the_batch_size_and_the_order(tmp_path, monkeypatch):
     sample = rollouts.sample
     common = {"max_steps": 6, "report_to": "none"}
     tiny_trainer(tmp_path / "plain", **common).train()
-    expected = drawn(tmp_path / "plain")
+    expected = sampled(tmp_path / "plain")
     assert len(expected) == 6 * 16 and len({completion for completion, *_ in expected.values()}) > 60
     for name, (how, settings) in HOW.items():
         monkeypatch.setattr(rollouts, "sample", lambda *a, how=how, **options: how(sample, *a, **options))
         tiny_trainer(tmp_path / name, **common, **settings).train()
-        assert flips(drawn(tmp_path / name), expected) == 0, name
+        assert flips(sampled(tmp_path / name), expected) == 0, name
 
 
 @pytest.fixture
