@@ -8,11 +8,11 @@ model, DDP sees one call a micro-batch, FSDP2 and DeepSpeed take no second one. 
 from __future__ import annotations
 
 import copy
-import functools
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from rlseq.engine.model.info import attention_of
+from rlseq.engine.model.info import attention_of, base_of
 from rlseq.engine.model.load import load_model
 from rlseq.engine.self_tests import supports_packing
 from rlseq.errors import ModelError
@@ -34,11 +34,14 @@ HEAD_FILE = "value_head.safetensors"
 
 @dataclass
 class PolicyOutput(ModelOutput):
-    """What the policy's forward returns with `return_values`: (R, S-1), (R, S-1) and (R, S).
+    """What the policy returns with `return_values`: log-probs and entropies, (R, S-1), and values, (R, S).
+
+    On a CPU the first two are `logits`, (R, S-1, 2), as `scored_head` makes them.
 
     It is a dict too, whose method `values` DDP calls: no field may have that name.
     """
 
+    logits: Tensor | None = None
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
     state_values: Tensor | None = None
@@ -218,35 +221,47 @@ def critic_folder(name_or_path: str | None) -> Path | None:
     return next((folder for folder in (path, path / FOLDER) if (folder / HEAD_FILE).is_file()), None)
 
 
-def attach(policy: PreTrainedModel, critic: Critic) -> None:
-    """Make a critic a submodule of the policy and let its forward return values too, where `return_values` asks.
+class _Values:
+    """The hooks of a policy by which a call with `return_values=True` returns its critic's values too.
 
-    The policy has TRL's fused head already. The forward is looked into, not replaced: a shared critic reads the
-    hidden states that pass through the policy's decoder.
+    A shared critic reads the hidden states that pass through the policy's decoder.
     """
-    policy.add_module(NAME, critic)
-    inner_forward = policy.forward
 
-    @functools.wraps(type(policy).forward)
-    def forward(self, *args, return_values: bool = False, **kwargs):
-        if not return_values:
-            return inner_forward(*args, **kwargs)
-        critic = getattr(self, NAME)
-        if critic.backbone is None:
-            passing: list[Tensor] = []
-            hook = self.get_decoder().register_forward_hook(lambda _, __, out: passing.append(out.last_hidden_state))
-            try:
-                outputs = inner_forward(*args, **kwargs)
-            finally:
-                hook.remove()
-            states = passing[-1] if critic.trunk_gradient else passing[-1].detach()
-        else:
-            outputs = inner_forward(*args, **kwargs)
-            inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    def __init__(self) -> None:
+        self.inputs: dict[str, Any] | None = None  # of the call under way, where it asks for values
+        self.states: Tensor | None = None  # what passed through the decoder in it
+
+    def begin(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kwargs = dict(kwargs)
+        asked = kwargs.pop("return_values", False)
+        self.inputs, self.states = (kwargs if asked else None), None
+        return args, kwargs
+
+    def see(self, _: nn.Module, __: tuple, outputs: Any) -> None:
+        if self.inputs is not None:
+            self.states = outputs.last_hidden_state
+
+    def end(self, policy: nn.Module, _: tuple, outputs: Any) -> Any:
+        if self.inputs is None:
+            return outputs
+        critic, inputs, states = getattr(base_of(policy), NAME), self.inputs, self.states
+        self.inputs = self.states = None
+        if critic.backbone is not None:
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
             states = critic.backbone(**inputs, use_cache=False).last_hidden_state
-        return PolicyOutput(log_probs=outputs.log_probs, entropy=outputs.entropy, state_values=critic(states))
+        elif not critic.trunk_gradient:
+            states = states.detach()
+        found = {name: getattr(outputs, name, None) for name in ("logits", "log_probs", "entropy")}
+        return PolicyOutput(**found, state_values=critic(states))
 
-    policy.forward = types.MethodType(forward, policy)
+
+def attach(policy: PreTrainedModel | PeftModel, critic: Critic) -> None:
+    """Make a critic a submodule of the policy and let a call return values too, where `return_values` asks."""
+    base_of(policy).add_module(NAME, critic)
+    values = _Values()
+    policy.register_forward_pre_hook(values.begin, with_kwargs=True)
+    base_of(policy).get_decoder().register_forward_hook(values.see)
+    policy.register_forward_hook(values.end)
 
 
 def is_critic(parameter_name: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlseq.engine.packing import PackedBatch, pack, pad, unpack, unpack_padded
+from rlseq.training.head import cpu_head, scored_head
 
 Ids = tuple[int, ...]
 
@@ -78,19 +79,21 @@ def forward(
     dtype: torch.dtype,
     device: torch.device,
     attention: str | None = None,
+    temperature: float | None = 1.0,
     values: bool = False,
     router_loss: bool = False,
 ) -> Scores:
     """Score a micro-batch: B rows, and the references of their prompts, by one call of `model`.
 
     Args:
-        model: takes `labels` and `fused_lm_head` as TRL's fused head does; with `values`, also `return_values`.
+        model: with TRL's fused head, for what `cpu_head` leaves to it; with `values`, also with a critic (`attach`).
         prompts: B prompts' ids; equal ones are computed once where `packs`.
         completions: B completions' ids; None: only the references are scored.
         width: T of the result; no completion is longer.
         references: of each row; None: none.
         packs: whether the model can be given packed rows (`rlseq.engine.self_tests.supports_packing`).
         pad_id, dtype, device, attention: of the batch; the model's own.
+        temperature: that completions were sampled at, as TRL's fused head was told; None: that head is asked always.
         values: whether the critic is asked too.
         router_loss: whether a mixture of experts is asked for its load-balancing loss too, which counts each row's
             tokens: nothing is packed.
@@ -120,13 +123,20 @@ def forward(
     more = {"return_values": True} if values else {}
     if router_loss:
         more["output_router_logits"] = True
+    head = None if router_loss or temperature is None else cpu_head(model)
     with without_holes(model) if device.type == "cpu" else contextlib.nullcontext():
-        outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True, **more)
+        if head is None:
+            outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True, **more)
+            of_tokens, entropies = outputs.log_probs, outputs.entropy
+        else:
+            with scored_head(head, batch.labels, temperature):
+                outputs = model(**batch.model_inputs, use_cache=False, **more)
+            of_tokens, entropies = outputs.logits.unbind(-1)
     if places:
-        sequences = unpack(outputs.log_probs, batch)
+        sequences = unpack(of_tokens, batch)
         found.logprobs = [sequences[i] for i in places]
     if completions is None:
-        empty = outputs.log_probs.flatten()[:0].view(len(prompts), 0)  # of no entries, and yet of the model's graph
+        empty = of_tokens.flatten()[:0].view(len(prompts), 0)  # of no entries, and yet of the model's graph
         return Scores(empty, empty, references=found)
     select = torch.tensor(place_of, device=device)
     longest = max(width, *batch.lengths) if batch.lengths else width
@@ -134,9 +144,9 @@ def forward(
     def rows_by_tokens(per_token: Tensor) -> Tensor:
         return unpack_padded(per_token, batch, longest)[select, :width]  # (B, T)
 
-    logprobs = rows_by_tokens(outputs.log_probs)
-    # The reference model's head computes no entropies.
-    entropies = logprobs.new_zeros(logprobs.shape) if outputs.entropy is None else rows_by_tokens(outputs.entropy)
+    logprobs = rows_by_tokens(of_tokens)
+    # TRL's head of a reference model computes no entropies.
+    entropies = logprobs.new_zeros(logprobs.shape) if entropies is None else rows_by_tokens(entropies)
     scores = Scores(logprobs, entropies, references=found, router_loss=outputs.aux_loss if router_loss else None)
     if values:
         scores.values = rows_by_tokens(outputs.state_values[:, :-1])  # column t-1: the state before token t

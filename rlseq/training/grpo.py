@@ -20,7 +20,7 @@ from typing import Any
 import datasets
 import torch
 from accelerate.utils import gather_object
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -50,7 +50,6 @@ from rlseq.training.trl.arguments import (
     tokenizer_of,
     training_rows,
 )
-from rlseq.training.trl.head import add_cpu_head
 from rlseq.training.trl.loss import LossMixin
 from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
 from rlseq.training.trl.resume_state import ResumeState
@@ -164,10 +163,6 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.add_callback(self.tracking)
         add_reference(self, reference)
         fuse_lora(self.model)
-        if not args.cast_lm_head_to_fp32:
-            for one in (self.model, self.ref_model):
-                if one is not None:
-                    add_cpu_head(one.get_base_model() if isinstance(one, PeftModel) else one, self.temperature)
         self.reward_weights = torch.tensor(suite.weights)
         self._leave_rewards_to_suite()
         self._check_rendering()

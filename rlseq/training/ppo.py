@@ -131,7 +131,7 @@ class PPOTrainer(GRPOTrainer):
         self.target_kl = TargetKL(args.target_kl)
         self.resume_state.shared.append(self.kl_coefficient)
         self.resume_state.parts.append(self.target_kl)
-        attach(self._causal_model(), critic)
+        attach(self.accelerator.unwrap_model(self.model), critic)
         if self.packs:
             self.packs, reason = critic.supports_packing(self._longest())
             if not self.packs and self.accelerator.is_main_process:

@@ -203,7 +203,7 @@ def policy_with_critic():
     model = tiny_model(initializer_range=0.1)
     critic = build_critic(model, "separate")
     torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(1))
-    add_fused_lm_head(model)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     attach(model, critic)
     return model
 

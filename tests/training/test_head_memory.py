@@ -7,18 +7,23 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_packing import alone, gradients, shifted_logprobs
-from tiny import PAD, tiny_model
+from tiny import PAD, VOCAB, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from rlseq.engine.packing import pack, unpack
 from rlseq.training import forward as module
+from rlseq.training import head
 from rlseq.training.forward import forward
-from rlseq.training.trl import head
 
 PROMPTS = [(3, 4, 5), (3, 4, 5), (6, 7)]
 COMPLETIONS = [(8, 9, 10, 11, 5), (4, 5, 6), (7, 8, 9, 10)]
+LAYOUT = {"packs": True, "pad_id": PAD, "dtype": torch.float32, "device": torch.device("cpu"), "attention": "sdpa"}
+SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZE |= {"num_key_value_heads": 1, "vocab_size": VOCAB, "pad_token_id": PAD, "initializer_range": 0.4}
 
 
 class Largest(TorchDispatchMode):
@@ -46,12 +51,9 @@ def test_log_probs_and_gradients_are_those_of_the_whole_logits_and_only_a_tile_l
     batch = pack(groups, pad_id=PAD, row_tokens=module.MIN_ROW_TOKENS, whole_groups=True, attention="sdpa")
     wanted = gradients(model, sum(x.sum() for x in unpack(shifted_logprobs(model, batch), batch)))
     model.zero_grad()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    head.add_cpu_head(model, 1.0)
-    common = {"packs": True, "pad_id": PAD, "dtype": torch.float32, "device": torch.device("cpu"), "attention": "sdpa"}
-    weight = model.get_output_embeddings().weight
+    weight = head.cpu_head(model).weight  # which tries the model on a few tokens, once
     with Largest(*weight.shape) as largest:
-        scores = forward(model, PROMPTS, COMPLETIONS, 5, **common)
+        scores = forward(model, PROMPTS, COMPLETIONS, 5, **LAYOUT)
         scores.logprobs.sum().backward()
     assert largest.tokens == 3
     for row, one in zip(scores.logprobs, expected, strict=True):
@@ -89,23 +91,48 @@ def test_a_tiled_head_has_the_scores_and_gradients_of_the_whole_logits(temperatu
 
 def test_a_batch_without_a_completion_has_a_backward_and_changes_nothing():
     model = tiny_model("llama")
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    head.add_cpu_head(model, 1.0)
-    out = model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.full((1, 3), -100), fused_lm_head=True)
-    assert out.log_probs.tolist() == [[0.0, 0.0]]
-    out.log_probs.sum().backward()
+    scores = forward(model, [(3, 4, 5)], [()], 2, **LAYOUT)
+    assert scores.logprobs.tolist() == [[0.0, 0.0]]
+    scores.logprobs.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("scale", [{"final_logit_softcapping": 2.0}, {"logits_scaling": 4.0}])
-def test_logits_that_are_more_than_the_heads_product_are_left_to_trls_head(scale):
+def test_a_model_answers_as_before_where_it_is_not_scored():
+    model, ids = tiny_model("llama"), torch.tensor([[3, 4, 5]])
+    expected = model(input_ids=ids).logits
+    forward(model, PROMPTS, COMPLETIONS, 5, **LAYOUT)
+    assert "forward" not in vars(model) and torch.equal(model(input_ids=ids).logits, expected)
+    with pytest.raises(ValueError):
+        forward(model, [()], [()], 2, **LAYOUT)  # no token: fails on the way
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+SCALED = {
+    "capped": Gemma2Config(final_logit_softcapping=2.0, head_dim=8, **SIZE),
+    "divided": GraniteConfig(logits_scaling=4.0, **SIZE),
+    "multiplied": CohereConfig(logit_scale=0.5, **SIZE),
+}
+
+
+@pytest.mark.parametrize("scale", SCALED)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_that_are_more_than_the_heads_product_are_left_to_trls_head(scale, temperature):
+    model = AutoModelForCausalLM.from_config(SCALED[scale], attn_implementation="eager").eval()
+    assert head.cpu_head(model) is None
+    add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+    scores = forward(model, PROMPTS, COMPLETIONS, 5, temperature=temperature, **LAYOUT)
+    for row, prompt, completion in zip(scores.logprobs, PROMPTS, COMPLETIONS, strict=True):
+        logits = model(input_ids=torch.tensor([[*prompt, *completion]])).logits[0] / temperature
+        expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(completion)[:, None])
+        torch.testing.assert_close(row[: len(completion)], expected.squeeze(1), atol=1e-4, rtol=0)
+
+
+def test_where_hooks_would_not_reach_the_logits_trls_head_is_asked():
     model = tiny_model("llama")
-    for name, value in scale.items():
-        setattr(model.config, name, value)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    of_trl = model.forward
-    head.add_cpu_head(model, 1.0)
-    assert model.forward is of_trl or model.forward == of_trl
+    assert head.cpu_head(model) is model.get_output_embeddings()
+    assert head.cpu_head(torch.compile(model, backend="eager")) is None  # traces the hooks of its first call
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    assert head.cpu_head(adapted) is None
 
 
 HELD = """

@@ -1,12 +1,16 @@
 """What rlseq relies on inside of TRL and transformers: an upgrade that moves it fails here, by name."""
 
+import ast
 import dataclasses
 import importlib.metadata
 import inspect
+from pathlib import Path
 
 import pytest
 import trl
-from transformers import Trainer
+from peft import PeftModel
+from peft.tuners.lora import Linear
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import utils
@@ -40,6 +44,62 @@ def overridden(trainer):
 def test_few_names_of_trl_are_overridden():
     assert len(overridden(rlseq.GRPOTrainer)) <= LIMIT
     assert len(overridden(rlseq.PPOTrainer) - overridden(rlseq.GRPOTrainer)) <= 4
+
+
+FOREIGN = ("torch", "transformers", "trl", "peft", "accelerate")
+METHODS = {
+    name
+    for cls in (trl.GRPOTrainer, trl.SFTTrainer, PreTrainedModel, PeftModel, Linear)
+    for name in dir(cls)
+    if callable(getattr(cls, name, None))
+}
+
+
+def replaced(source):
+    """The methods and classes of other packages' objects that a source replaces, as it writes them."""
+    tree = ast.parse(source)
+    bound = set()  # names of other packages' modules and classes
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                if (getattr(node, "module", None) or alias.name).split(".")[0] in FOREIGN:
+                    bound.add(alias.asname or alias.name.split(".")[0])
+    found = []
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        attributes = [(one.value, one.attr) for one in targets if isinstance(one, ast.Attribute)]
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            attributes.append((node.args[0], getattr(node.args[1], "value", None)))
+        for base, name in attributes:
+            root = base
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            foreign = isinstance(root, ast.Name) and root.id in bound
+            if foreign or (name in METHODS and ast.unparse(base) != "self"):
+                found.append(f"{ast.unparse(base)}.{name}")
+    return found
+
+
+def test_nothing_of_another_package_is_replaced():
+    root = Path(rlseq.__file__).parent
+    found = {str(path.relative_to(root)): replaced(path.read_text()) for path in root.rglob("*.py")}
+    found = {path: names for path, names in found.items() if names}
+    assert found == {"engine/model/lora.py": ["module.__class__"]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model.forward = forward",
+        "setattr(self.model, 'forward', forward)",
+        "layer.__class__ = Mine",
+        "from trl import GRPOTrainer\nGRPOTrainer.limit = 3",
+        "import trl.trainer.utils\ntrl.trainer.utils.x: int = 3",
+    ],
+)
+def test_what_is_replaced_is_found(line):
+    assert len(replaced(line)) == 1
+    assert replaced("self.forward = 1\nlayer.groups = 2\nforward = 3") == []
 
 
 def parameters(function):

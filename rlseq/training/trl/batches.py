@@ -293,6 +293,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
                 dtype=self.model.dtype,
                 device=self.accelerator.device,
                 attention=attention_of(self.model),
+                temperature=None if self.args.cast_lm_head_to_fp32 else self.temperature,
                 **more,
             )
 

@@ -8,19 +8,21 @@ and products are in the precision that the model computes in, with one rounding 
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import extract_model_from_parallel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import FusedCausalLMOutput
+
+from rlseq.engine.logits import head_is_separate
+from rlseq.engine.model.info import base_of, uncompiled
 
 TILE_TOKENS = 128  # tokens whose logits are computed together
-
-# What a configuration says of logits that are not the head's product alone; TRL's head knows what each means.
-SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
 class _TokenScores(torch.autograd.Function):
@@ -45,6 +47,7 @@ class _TokenScores(torch.autograd.Function):
         hidden, weight, bias, targets, entropies = ctx.saved_tensors
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         exact = entropies.dtype
+        asks_entropies = of_entropies is not None and bool(of_entropies.any())  # of a loss without them it is 0
         hidden_gradient = torch.zeros_like(hidden) if to_hidden else None
         weight_gradient = torch.zeros_like(weight, dtype=exact) if to_weight else None
         bias_gradient = torch.zeros_like(bias, dtype=exact) if to_bias else None
@@ -52,7 +55,7 @@ class _TokenScores(torch.autograd.Function):
             probs = logp.exp()
             # ∂ log p(target) / ∂z = onehot − p and ∂H / ∂z = −p · (log p + H)
             factor = torch.zeros_like(probs[:, :1])
-            if of_entropies is not None:
+            if asks_entropies:
                 factor = (logp + entropies[rows, None]).mul_(of_entropies[rows, None])
             if of_logprobs is not None:
                 factor = factor + of_logprobs[rows, None]
@@ -107,30 +110,55 @@ def token_scores(
     return _TokenScores.apply(hidden, weight, bias, targets, temperature)
 
 
-def add_cpu_head(model: PreTrainedModel, temperature: float) -> None:
-    """Let a model that TRL gave a fused head answer `fused_lm_head=True` by `token_scores`, where it is on a CPU.
+def cpu_head(model: nn.Module) -> nn.Module | None:
+    """The head of a model that `scored_head` serves, wrapped for training or not; None: it is left to TRL's fused head.
 
-    TRL's own head stays where logits are more than the head's product (`SCALES`), where a router's loss is asked for,
-    and where FSDP has sharded the head.
+    That is where it is not on a CPU, sharded or quantised, or the model is compiled, which would trace the hooks of one
+    call into the next, and where logits are more than the head's product (scaled, capped).
     """
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) is not None for name in SCALES):
-        return
-    of_trl = model.forward
+    inner = extract_model_from_parallel(model)
+    base = base_of(inner)
+    if uncompiled(inner) is not inner or not isinstance(base, PreTrainedModel):
+        return None
+    head = base.get_output_embeddings()
+    if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
+        return None
+    weight = head.weight
+    plain = weight.device.type == "cpu" and weight.is_floating_point() and not isinstance(weight, DTensor)
+    return head if plain and head_is_separate(base) else None
 
-    @functools.wraps(of_trl)
-    def forward(*args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any):
-        head = model.get_output_embeddings()
-        plain = head.weight.device.type == "cpu" and not isinstance(head.weight, DTensor)
-        routed = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
-        if not fused_lm_head or labels is None or not plain or routed:
-            return of_trl(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        states = model.base_model(*args, use_cache=False, **kwargs).last_hidden_state[:, :-1]  # (R, S-1, H)
-        targets = labels[:, 1:]
+
+@contextlib.contextmanager
+def scored_head(head: nn.Module, labels: Tensor, temperature: float) -> Iterator[None]:
+    """While it lasts, a model's `logits` are log-probs and entropies of its labels, by `token_scores`.
+
+    Hooks of the head do it: before, the states are narrowed to none, so that its own product costs nothing; after, what
+    is returned takes the product's place. So the numbers pass through whatever the model is wrapped in.
+
+    Args:
+        head: of the model, as `cpu_head` gives it.
+        labels: (R, S) of what the model is called with; -100 where nothing is scored.
+        temperature: that tokens were sampled at.
+
+    The logits of the call are (R, S-1, 2): log-prob and entropy of each label but the first, 0 where nothing is scored.
+    """
+    passing: list[Tensor] = []
+
+    def keep_states(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        states, *more = inputs
+        passing.append(states)
+        return (states[:, :0], *more)
+
+    def score(head: nn.Module, _: Any, __: Any) -> Tensor:
+        states, targets = passing.pop()[:, :-1], labels[:, 1:]  # (R, S-1, H), (R, S-1)
         mask = targets != -100
         found = token_scores(states[mask], head.weight, head.bias, targets[mask], temperature=temperature)
         # masked_scatter keeps the result on the model's graph where no label counts
-        logprobs, entropy = (x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found)
-        return FusedCausalLMOutput(loss=None, log_probs=logprobs, entropy=entropy)
+        return torch.stack([x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found], dim=-1)
 
-    model.forward = forward
+    hooks = [head.register_forward_pre_hook(keep_states), head.register_forward_hook(score)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
