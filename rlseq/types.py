@@ -89,10 +89,10 @@ class Rollout:
         logprobs: T log-probs (nats) of the tokens under the distribution they were sampled from: temperature and
             truncation applied. For strategies that search rather than sample (greedy, beam), under the model's
             unwarped distribution. Empty where they are unknown.
-        text: the completion decoded without special tokens.
+        text: the completion decoded without special tokens, up to the stop string if one ended it.
         text_with_special_tokens: the completion decoded with them.
         messages: for chat data, the messages the completion adds; None for text.
-        finish_reason: "stop" (ended by a stop token) or "length" (cut at the limit).
+        finish_reason: "stop" (ended by a stop token or a stop string) or "length" (cut at the limit).
         strategy: the spec of the decoding strategy that produced it.
     """
 

@@ -177,6 +177,7 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
         strategy=rlseq.engine.strategies.Sample(),
         seed=0,
         stop_ids=sorted(stops),
+        stop_strings=args.stop_strings or (),
         tokenizer=tokenizer,
     )
     with load_rewards([{**spec, "on_error": "abstain"}], max_error_rate=1.0) as suite:

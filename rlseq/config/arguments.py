@@ -53,6 +53,12 @@ class EvaluateArguments(Settings):
     )
     output_dir: str = setting("runs/contrast", "Folder for results.json and report.html.")
     max_new_tokens: int = setting(256, "Longest completion, in tokens.", range=at_least(1))
+    stop_strings: list[str] | None = setting(
+        None,
+        "Texts that end a completion, beside the model's end tokens; its text ends before the one met (in bash a new "
+        "line is $'\\n').",
+        metavar="TEXT",
+    )
     seed: int = setting(0, "Seed of the evaluation's sampling and of its bootstrap.")
     dtype: str = setting(
         "float32",
@@ -327,6 +333,12 @@ class RejectionArguments(Settings):
         EvaluateArguments,
         "max_new_tokens",
         help="Longest sample, in tokens; a sample that is cut at this length is not kept.",
+        needs=_SAMPLES,
+    )
+    stop_strings: list[str] | None = as_declared(
+        EvaluateArguments,
+        "stop_strings",
+        help="Texts that end a sample; its text ends before the one met, and is trained with the end token behind it.",
         needs=_SAMPLES,
     )
     rejection_keep: int = setting(

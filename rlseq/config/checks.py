@@ -221,11 +221,8 @@ def validate_sampling(config: trl.GRPOConfig) -> None:
         ConfigError: top_k, top_p, min_p or repetition_penalty is set, or generation_kwargs does so or is not read.
     """
     more = config.generation_kwargs or {}
-    if "stop_strings" in more or ("stop" in more and not config.use_vllm):
-        raise ConfigError(
-            "stop strings (generation_kwargs) are not served in training: a completion ends at the model's end tokens. "
-            "Leave them out, and let the model learn its end token: references and the SFT before end with it."
-        )
+    if named := [name for name in ("stop_strings", "stop") if name in more]:
+        raise ConfigError(f"generation_kwargs sets {named[0]}, which evaluation would not know: give --stop_strings")
     set_to = {
         "top_k": config.top_k not in (None, 0, -1),
         "top_p": config.top_p not in (None, 1.0),

@@ -73,6 +73,7 @@ class CheckArguments(Settings):
         EvaluationArguments, "samples_per_row", default=8, help="Completions sampled per row from that model."
     )
     max_new_tokens: int = as_declared(EvaluateArguments, "max_new_tokens")
+    stop_strings: list[str] | None = as_declared(EvaluateArguments, "stop_strings")
 
 
 def _as_the_run(name: str) -> Any:
@@ -181,6 +182,7 @@ class DifficultyArguments(Settings):
         "max_new_tokens",
         help="Longest completion, in tokens: max_completion_length of the training.",
     )
+    stop_strings: list[str] | None = as_declared(EvaluateArguments, "stop_strings")
     seed: int = as_declared(EvaluateArguments, "seed", help="Seed of the sampling.", needs=_REWARDS)
     dtype: str = as_declared(EvaluateArguments, "dtype", help="Precision of the weights; auto: the checkpoint's own.")
     allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")

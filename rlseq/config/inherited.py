@@ -191,6 +191,20 @@ CONFLICTS_OF_SFT: Conflicts = (
 CONFLICTS_OF_ROLLOUTS: Conflicts = (
     *CONFLICTS_OF_ALL,
     (
+        ("stop_strings",),
+        Conflict(
+            "are looked for by rlseq's sampler and by vLLM: leave rlseq_sampler on, or give --use_vllm true.",
+            lambda c: c.sampled_by_trl and not c.use_vllm,
+        ),
+    ),
+    (
+        ("stop_strings",),
+        Conflict(
+            "end a completion, which has turns with tools or an environment. Leave them out.",
+            lambda c: c.tools or c.environment,
+        ),
+    ),
+    (
         ("scale_rewards",),
         Conflict(
             "mean divides the difference from the group's mean summed reward; leave out advantage_baseline and "

@@ -257,6 +257,12 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         "In the update, compute a prompt once for all its completions; exact. It is off for models that do not "
         "allow it.",
     )
+    stop_strings: list[str] | None = as_declared(
+        EvaluateArguments,
+        "stop_strings",
+        help="Texts that end a completion, beside the model's end tokens, in training and evaluation; its text ends "
+        "before the one met, and the tokens up to it are trained (in bash a new line is $'\\n').",
+    )
     tools: list[str] | None = setting(
         None,
         "Functions that the model may call while it answers: package.module:function or path/to/file.py:function; its "

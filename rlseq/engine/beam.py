@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from rlseq.engine.decoding.backends import select_backend
 from rlseq.engine.likelihood import score
 from rlseq.engine.model.info import base_of, eval_mode
+from rlseq.engine.stop_strings import StopStrings, StopStringsCriteria
 from rlseq.engine.strategies import Beam
 from rlseq.errors import ConfigError
 from rlseq.types import Prompt, Rollout
@@ -36,6 +37,7 @@ def beam(
     max_new_tokens: int,
     strategy: Beam,
     stop_ids: Collection[int],
+    stop_strings: Sequence[str] = (),
     tokenizer: Any | None = None,
     batch_rows: int = 256,
     progress: Callable[[int], Any] | None = None,
@@ -45,11 +47,11 @@ def beam(
     Log-probs are the model's own, by teacher forcing of the hypothesis. Arguments as `rlseq.engine.sampling.sample`.
 
     Raises:
-        ConfigError: no stop ids, or a prompt has no tokens.
+        ConfigError: no stop ids, a prompt has no tokens, or a stop string cannot be met.
     """
     if not stop_ids or any(len(prompt.prompt_ids) == 0 for prompt in prompts):
         raise ConfigError(f"beam: {'a prompt' if stop_ids else 'stop_ids'} is empty; expected at least one id")
-    stops = sorted(stop_ids)
+    stops, strings = sorted(stop_ids), StopStrings(stop_strings, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=strategy.width,
@@ -75,16 +77,19 @@ def beam(
                 input_ids[row, width - len(ids) :] = torch.tensor(ids)
                 attention_mask[row, width - len(ids) :] = 1
             output = model.generate(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([StopStringsCriteria(strings, width)] if strings else []),
             )
             for row, i in enumerate(batch):
                 completion = output[row, width:].tolist()
                 end = next((t + 1 for t, token in enumerate(completion) if token in stop_ids), len(completion))
-                found[i] = completion[:end]
+                found[i] = completion[: strings.end(completion[:end]) or end] if strings else completion[:end]
             if progress is not None:
                 progress(len(batch))
     logprobs = score(model, [p.prompt_ids for p in prompts], found)
-    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy.spec)
+    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy.spec, strings)
 
 
 def _batches(lengths: Sequence[int], batch_rows: int, *, padded: bool) -> Iterator[list[int]]:
@@ -106,21 +111,23 @@ def _rollouts(
     stop_ids: Collection[int],
     tokenizer: Any | None,
     strategy: str,
+    strings: StopStrings,
 ) -> list[list[Rollout]]:
     """The one completion found for each prompt, as a list of one."""
     rollouts = []
     for prompt, ids, row_logprobs in zip(prompts, found, logprobs, strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True) if tokenizer is not None else ""
+        ended = (ids and ids[-1] in stop_ids) or (strings and strings.end(ids) is not None)
         rollouts.append(
             [
                 Rollout.from_ids(
                     prompt.key,
                     ids,
-                    text,
+                    strings.text(ids, text),
                     logprobs=row_logprobs.tolist(),
                     text_with_special_tokens=tokenizer.decode(ids) if tokenizer is not None else "",
                     chat=not isinstance(prompt.prompt, str),
-                    finish_reason="stop" if ids and ids[-1] in stop_ids else "length",
+                    finish_reason="stop" if ended else "length",
                     strategy=strategy,
                 )
             ]

@@ -17,6 +17,7 @@ from rlseq.engine.decoding.kv_budget import rows_within
 from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.likelihood import score
 from rlseq.engine.model.info import eval_mode, forward_parameters
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Beam
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
@@ -176,7 +177,7 @@ def exact_map_prompts(
         if progress is not None:
             progress(1)
     logprobs = score(model, [prompt.prompt_ids for prompt in prompts], found)
-    rollouts = _rollouts(prompts, found, logprobs, stop_ids, tokenizer, "exact_map")
+    rollouts = _rollouts(prompts, found, logprobs, stop_ids, tokenizer, "exact_map", StopStrings((), tokenizer))
     return [rollout for (rollout,) in rollouts], proofs
 
 

@@ -22,6 +22,7 @@ from rlseq.engine.decoding.backends import make_decoder
 from rlseq.engine.decoding.kv_budget import rows_within
 from rlseq.engine.model.info import eval_mode
 from rlseq.engine.noise import pick, stream_keys, uniforms
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Greedy, Sample, Strategy
 from rlseq.errors import ConfigError, ModelError
 from rlseq.types import Prompt, Rollout
@@ -54,6 +55,7 @@ def sample(
     seed: int,
     stream: int = 0,
     stop_ids: Collection[int],
+    stop_strings: Sequence[str] = (),
     tokenizer: Any | None = None,
     samples: Sequence[Sequence[int]] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
@@ -71,6 +73,8 @@ def sample(
         strategy: `Greedy` or `Sample` (for beam search use `rlseq.engine.beam.beam`).
         seed, stream: name the noise. `stream` is the rollout batch in training, the strategy's index in evaluation.
         stop_ids: ids that end a completion; the one met is part of it.
+        stop_strings: texts that end a completion (`rlseq.engine.stop_strings`). The tokens up to the one that completes
+            a string are the completion; the string is not part of `text`.
         tokenizer: decodes `text` and `text_with_special_tokens`; without one they are empty.
         samples: the sample indices of each prompt instead of 0..G-1, for groups that are spread over processes.
         prefixes: token ids that each completion of a prompt begins with, one list per prompt. They are part of the
@@ -84,7 +88,8 @@ def sample(
 
     Raises:
         ConfigError: the strategy cannot be sampled, or asks for several equal completions; the numbers of prefixes
-            and prompts differ; a prompt has no tokens; or the budget does not hold one row.
+            and prompts differ; a prompt has no tokens; a stop string cannot be met; or the budget does not hold one
+            row.
     """
     if not isinstance(strategy, (Greedy, Sample)):
         raise ConfigError(f"{strategy.spec!r} is a search, not a sampler; use rlseq.engine.beam.beam")
@@ -103,34 +108,37 @@ def sample(
         longest = max(len(p.prompt_ids) + len(f) for p, f in zip(prompts, forced, strict=True)) + max_new_tokens
         batch_rows = min(batch_rows, rows_within(model, max_kv_gb, longest))
     rollouts: list[list[Rollout]] = [[] for _ in prompts]
-    spec = strategy.spec
+    strings, spec = StopStrings(stop_strings, tokenizer), strategy.spec
     with torch.no_grad(), eval_mode(model):
         for batch in _batches(prompts, wanted, batch_rows):
             rows = [(index, s) for index, some in batch for s in some]
-            ids, logprobs = _decode(
+            begun = [forced[index] for index, _ in rows]
+            ids, logprobs, ended = _decode(
                 model,
                 [(*prompts[index].prompt_ids, *forced[index]) for index, _ in rows],
                 stream_keys(seed, stream, [prompts[index].key for index, _ in rows], [s for _, s in rows]),
                 max_new_tokens,
                 strategy,
                 frozenset(stop_ids),
+                strings,
+                begun,
             )
-            ids = [[*forced[index], *sampled] for (index, _), sampled in zip(rows, ids, strict=True)]
-            logprobs = [[0.0] * len(forced[index]) + of_row for (index, _), of_row in zip(rows, logprobs, strict=True)]
-            texts = _texts(tokenizer, ids)
-            for (index, s), row_ids, row_logprobs, (text, raw) in zip(rows, ids, logprobs, texts, strict=True):
+            ids = [[*prefix, *sampled] for prefix, sampled in zip(begun, ids, strict=True)]
+            logprobs = [[0.0] * len(prefix) + of_row for prefix, of_row in zip(begun, logprobs, strict=True)]
+            found = zip(rows, ids, logprobs, _texts(tokenizer, ids), ended, strict=True)
+            for (index, s), row_ids, row_logprobs, (text, raw), whole in found:
                 prompt = prompts[index]
                 rollouts[index].append(
                     Rollout.from_ids(
                         prompt.key,
                         row_ids,
-                        text,
+                        strings.text(row_ids, text, forced[index]),
                         sample=s,
                         loss_mask=(t >= len(forced[index]) for t in range(len(row_ids))),
                         logprobs=row_logprobs,
                         text_with_special_tokens=raw,
                         chat=not isinstance(prompt.prompt, str),
-                        finish_reason="stop" if row_ids and row_ids[-1] in stop_ids else "length",
+                        finish_reason="stop" if whole else "length",
                         strategy=spec,
                     )
                 )
@@ -178,10 +186,15 @@ def _decode(
     max_new_tokens: int,
     strategy: Greedy | Sample,
     stop_ids: frozenset[int],
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Decode B rows together; return their token ids and log-probs, ragged.
+    strings: StopStrings,
+    prefixes: Sequence[Sequence[int]],
+) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+    """Decode B rows together; return their token ids and log-probs, ragged, and whether each ended by itself.
 
     The decoder has a slot for each distinct prefix; `slot` says which one a row is at.
+
+    Args:
+        prefixes: of each row the last tokens of its prompt, where the completion is to begin with them.
     """
     device = next(model.parameters()).device
     stops = np.array(sorted(stop_ids))
@@ -196,6 +209,7 @@ def _decode(
     all_ids = np.zeros((num_rows, max_new_tokens), np.int64)
     all_logprobs = torch.zeros(num_rows, max_new_tokens, dtype=torch.float32, device=device)
     lengths = np.zeros(num_rows, np.int64)
+    ended = np.zeros(num_rows, bool)
     rows = np.arange(num_rows)  # those that are not finished
     for step in range(max_new_tokens):
         token, logprobs = _next_tokens(decoder.logits, slot, strategy, uniforms(keys[rows], step))
@@ -204,6 +218,11 @@ def _decode(
         all_ids[rows, step] = sampled
         lengths[rows] = step + 1
         runs = ~np.isin(sampled, stops)
+        if strings and runs.any():
+            unfinished = rows[runs]
+            sampled_so_far = all_ids[unfinished, : step + 1].tolist()
+            runs[runs] = ~np.array(strings.reached(sampled_so_far, [prefixes[row] for row in unfinished]))
+        ended[rows[~runs]] = True
         rows, slot, sampled = rows[runs], slot[runs], sampled[runs]
         if not len(rows) or step + 1 == max_new_tokens:
             break
@@ -212,7 +231,7 @@ def _decode(
 
     found = zip(all_ids.tolist(), all_logprobs.tolist(), lengths.tolist(), strict=True)
     ids, their_logprobs = zip(*((row[:n], row_logprobs[:n]) for row, row_logprobs, n in found), strict=True)
-    return list(ids), list(their_logprobs)
+    return list(ids), list(their_logprobs), ended.tolist()
 
 
 def _next_tokens(

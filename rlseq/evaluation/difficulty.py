@@ -26,6 +26,7 @@ from rlseq.data.chat import reference_texts
 from rlseq.data.files import place_of
 from rlseq.data.prompts import build_prompts, digest, made_prompts
 from rlseq.engine.sampling import stop_ids_of
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Sample
 from rlseq.errors import DataError
 from rlseq.evaluation.measure.checks import check_models
@@ -147,7 +148,9 @@ def exact_chances(
     stops = stop_ids_of(model, tokenizer)
     references = [list(reference_texts(prompt, tokenizer, stops)) for prompt in prompts]
     forced = force_references(model, prompts, references, [strategy])
-    rows = generation_rows(strategy, forced, [strategy], settings.max_new_tokens)
+    strings = StopStrings(settings.stop_strings or (), tokenizer)
+    cut = [[strings.cuts(ids) for ids in found] for found in references]
+    rows = generation_rows(strategy, forced, [strategy], settings.max_new_tokens, cut)
     chance = CHANCE("expected_accuracy")
     return [[min(row[chance], 1.0) if chance in row else None] for row in rows]  # a sum of exp rounds above 1
 
@@ -172,6 +175,7 @@ def sampled_rewards(
         seed=settings.seed,
         stream=0,
         stop_ids=stop_ids_of(model, tokenizer),
+        stop_strings=settings.stop_strings,
         tokenizer=tokenizer,
         batch_rows=settings.eval_batch_size,
         max_kv_gb=settings.max_kv_gb,

@@ -56,6 +56,7 @@ class ValidationEvaluator:
         eval_suite: rewards that are only measured. One that is also optimised is measured once; another of the same
             name gets a number (`NAME-2`).
         max_new_tokens: completions are cut after this many tokens.
+        stop_strings: texts that end a completion; None: none.
         seed: of the sampling. The rng streams are fixed, so a row always meets the same noise.
         samples_per_row: completions a row under `sample`.
         eval_batch_size: rows decoded together; changes memory and time only.
@@ -78,6 +79,7 @@ class ValidationEvaluator:
         eval_suite: RewardSuite | None = None,
         *,
         max_new_tokens: int,
+        stop_strings: Sequence[str] | None = None,
         seed: int = 0,
         samples_per_row: int = 1,
         eval_batch_size: int = 256,
@@ -90,6 +92,7 @@ class ValidationEvaluator:
             strategies=STRATEGIES,
             samples_per_row=samples_per_row,
             max_new_tokens=max_new_tokens,
+            stop_strings=tuple(stop_strings or ()),
             seed=seed,
             eval_batch_size=eval_batch_size,
         )

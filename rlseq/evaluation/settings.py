@@ -20,6 +20,7 @@ class ContrastSettings:
         strategies: decoding strategies as `rlseq.engine.strategies.parse_strategy` reads them.
         samples_per_row: completions per row under strategies that sample.
         max_new_tokens: completions are cut after this many tokens.
+        stop_strings: texts that end a completion, as of `rlseq.engine.sampling.sample`; None: none.
         seed: of the sampling and of the bootstrap.
         resamples: bootstrap resamples, and sign flips of the permutation test.
         eval_batch_size: rows decoded together; changes memory and time only.
@@ -49,6 +50,7 @@ class ContrastSettings:
     strategies: tuple[str, ...] = as_declared(EvaluationArguments, "strategies")
     samples_per_row: int = as_declared(EvaluationArguments, "samples_per_row")
     max_new_tokens: int = as_declared(EvaluateArguments, "max_new_tokens")
+    stop_strings: tuple[str, ...] | None = as_declared(EvaluateArguments, "stop_strings")
     seed: int = as_declared(EvaluateArguments, "seed")
     resamples: int = as_declared(EvaluationArguments, "resamples")
     eval_batch_size: int = as_declared(EvaluationArguments, "eval_batch_size")
@@ -101,5 +103,7 @@ class ContrastSettings:
         without = ["eval_batch_size", "max_kv_gb"]
         if not any(isinstance(strategy, Sweep) for strategy in self.parsed()):
             without += ["tune_split", "tune_rows"]
-        without += [name for name in ("allow_missing_weights", "quantization") if not getattr(self, name)]
+        without += [
+            name for name in ("stop_strings", "allow_missing_weights", "quantization") if not getattr(self, name)
+        ]
         return {name: value for name, value in shown.items() if name not in without}

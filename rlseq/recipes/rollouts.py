@@ -79,6 +79,7 @@ def prepare(
     settings = ContrastSettings.of(
         evaluation,
         max_new_tokens=config.max_completion_length,
+        stop_strings=config.stop_strings,
         seed=evaluation.eval_seed,
         allow_missing_weights=model_args.allow_missing_weights,
         quantization=quantization_of(model_args),
@@ -101,6 +102,7 @@ def prepare(
             task.suite,
             task.eval_suite,
             max_new_tokens=config.max_completion_length,
+            stop_strings=config.stop_strings,
             seed=evaluation.eval_seed,
         )
         choose_best_by(config, evaluator.metrics, evaluator.best)

@@ -41,6 +41,7 @@ from rlseq.config.training import (
 )
 from rlseq.data.prompts import build_prompts, describe_shared
 from rlseq.data.rows import load_rows
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.errors import ConfigError
 from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.run import read_jsonl
@@ -147,6 +148,7 @@ def main() -> None:
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
     sample_tokens = rejection.max_new_tokens if rejection.rejection_samples else None
     if rejection.rejection_samples:  # else the examples are checked, which are there already
+        StopStrings(rejection.stop_strings or (), tokenizer)  # refuses some
         check_prefill((prompt.prompt for prompt in prompts), "training")
     made = new_config(new.new_model, tokenizer) if new.new_model else None
     check_fit(config, model_args, tokenizer, prompts, sample_tokens=sample_tokens, new=made)
@@ -206,6 +208,7 @@ def main() -> None:
                 temperature=rejection.temperature,
                 max_new_tokens=rejection.max_new_tokens,
                 seed=config.seed,
+                stop_strings=rejection.stop_strings,
             )
             if PartialState().is_main_process:
                 RolloutLog(directory.rollouts).write(0, candidates)

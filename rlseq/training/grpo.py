@@ -32,6 +32,7 @@ from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
 from rlseq.engine.model.lora import fuse_lora
 from rlseq.engine.self_tests import supports_packing
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.errors import ConfigError, TrainingError
 from rlseq.losses import group_advantages, leave_one_prompt_out_baseline, normalize_then_sum
 from rlseq.training.environment import load_environment
@@ -124,6 +125,7 @@ class GRPOTrainer(RunMixin, LossMixin):
         check_group_rewards(args, suite)
         model = model_of(model, args)
         tokenizer = tokenizer_of(processing_class, model, args)
+        self.stop_strings = StopStrings(args.stop_strings or (), tokenizer)
         prompts = prompts_of(train_dataset, tokenizer, args)
         check_prompts(args, prompts)
         check_router(args, model.config)
@@ -157,6 +159,9 @@ class GRPOTrainer(RunMixin, LossMixin):
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
             )
+        if args.use_vllm and self.stop_strings:
+            given = self.vllm_generation.generation_kwargs
+            self.vllm_generation.generation_kwargs = {**given, "stop": list(self.stop_strings.strings)}
         self.resume_state = ResumeState(self, [self.guard])
         self.log_completions = False  # by TRL, whose table would come again with the closing summary
         self.tracking = Tracking(self.callback_handler)

@@ -149,6 +149,7 @@ def sample_candidates(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    stop_strings: Sequence[str] | None = None,
 ) -> list[Record]:
     """Sample and score completions of each prompt, with a progress bar; every process samples a share and gets all.
 
@@ -158,7 +159,7 @@ def sample_candidates(
         suite: the rewards; what they are worth together is the total that selects.
         tokenizer: the model's.
         num_samples: samples a prompt.
-        temperature, max_new_tokens, seed: of the sampling.
+        temperature, max_new_tokens, seed, stop_strings: of the sampling.
 
     Returns:
         P · num_samples records in the order of the prompts, as GRPO logs them, of step 0 and without advantages.
@@ -191,6 +192,7 @@ def sample_candidates(
                 strategy=Sample(temperature=temperature),
                 seed=seed,
                 stop_ids=stops,
+                stop_strings=stop_strings or (),
                 tokenizer=tokenizer,
             )
             places_of = [place for place in places for _ in range(num_samples)]

@@ -165,6 +165,13 @@ def test_partings_are_judged_by_the_margin_where_they_begin(greedy, reason, righ
     assert agreement(rows[1:]) is None
 
 
+def test_a_completion_that_a_stop_string_ended_has_followed_its_reference():
+    forced = TeacherForced(torch.zeros(3), torch.ones(3) > 0, torch.ones(3, dtype=torch.float64))
+    for ids, verdict in ((5, 6), "agree"), ((5, 7), "disagree"):
+        rows = agreement_rows([[rollout_of(ids)]], [[(5, 6, 2)]], [[forced]], cut=[[True]])
+        assert agreement(rows)[verdict] == 1
+
+
 @pytest.mark.parametrize(("disagree", "of", "fails"), [(1, 5, False), (2, 5, True), (2, 2000, False), (3, 2000, True)])
 def test_one_row_or_one_in_a_thousand_is_tolerated(disagree, of, fails):
     verdicts = ["disagree"] * disagree + ["agree"] * (of - disagree)

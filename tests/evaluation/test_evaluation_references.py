@@ -87,14 +87,21 @@ def test_the_chance_of_the_references_is_that_of_every_sequence_enumerated(text,
     prompts = [Prompt(str(i), "a", PROMPT, {"references": ["x"]}) for i in range(len(rows))]
     every = [Greedy(), *map(parse_strategy, STRATEGIES), Beam()]
     forced = force_references(model, prompts, rows, every)
-    found = generation_rows(strategy, forced, every, 2)
+    none_cut = [[False] * len(references) for references in rows]
+    found = generation_rows(strategy, forced, every, 2, none_cut)
     for references, row in zip(rows[:-1], found, strict=False):
         assert row[CHANCE("expected_accuracy")] == pytest.approx(sum(chances[y] for y in references), rel=1e-9)
         never = [chances[y] == 0 for y in references]
         assert (row[CHANCE("unreachable")], row[CHANCE("unreachable_references")]) == (all(never), sum(never))
         assert (row[CHANCE("reference_rows")], row[CHANCE("references")]) == (1, len(references))
     assert found[-1] == {}
-    short = generation_rows(strategy, forced, every, 1)  # two tokens are cut: only the stop alone can be generated
+    all_cut = [[True] * len(references) for references in rows]  # a stop string ends each before it is whole
+    assert {row.get(CHANCE("expected_accuracy")) for row in generation_rows(strategy, forced, every, 2, all_cut)} == {
+        0.0,
+        None,
+    }
+    # two tokens are cut: only the stop alone can be generated
+    short = generation_rows(strategy, forced, every, 1, none_cut)
     assert short[len(ended)][CHANCE("expected_accuracy")] == pytest.approx(chances[STOP,], rel=1e-9)
     assert short[len(ended)][CHANCE("unreachable_references")] == len(ended) - (chances[STOP,] > 0)
     assert short[len(ended) + 1][CHANCE("unreachable")] == 1

@@ -72,7 +72,7 @@ def test_the_first_step_after_resuming_is_made_at_the_rate_of_the_new_schedule(t
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"stop_strings": ["\n"]}, "stop strings .* are not served in training"),
+        ({"stop_strings": ["\n"]}, "generation_kwargs sets stop_strings, .*: give --stop_strings"),
         ({"num_beams": 2}, r"num_beams \(generation_kwargs\) cannot be used in training"),
         ({"no_repeat_ngram_size": 2}, r"no_repeat_ngram_size \(generation_kwargs\)"),
     ],

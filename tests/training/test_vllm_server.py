@@ -91,8 +91,12 @@ class StandIn:
     @torch.no_grad()
     def complete(self, prompt, body):
         """A completion by plain forwards, without cache, padding or rlseq."""
-        ids, logprobs = [], []
-        while len(ids) < body["max_tokens"] and EOS not in ids:
+        ids, logprobs, tokenizer = [], [], tiny_tokenizer()
+
+        def ended():
+            return EOS in ids or any(stop in tokenizer.decode(ids) for stop in body.get("stop") or [])
+
+        while len(ids) < body["max_tokens"] and not ended():
             logits = self.model(input_ids=torch.tensor([prompt + ids])).logits[0, -1]
             each = (logits / body["temperature"]).log_softmax(-1)
             ids.append(torch.multinomial(each.exp(), 1, generator=self.noise).item())
@@ -190,6 +194,18 @@ def test_a_step_trains_on_what_the_server_sampled_from_the_weights_it_was_sent(t
             assert line[f"sampling/sampling_logp_difference/{name}"] == pytest.approx(0.1, abs=1e-5)
         for name in ("min", "mean", "max"):
             assert line[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(math.exp(-0.1), abs=1e-5)
+
+
+def test_stop_strings_are_looked_for_by_the_server(tmp_path, serve):
+    server, capitals = serve(), list("ABCDEFGHI")
+    _, ((rollouts, *_), *_), _ = trained(tmp_path, server, stop_strings=capitals, max_steps=1)
+    asked = next(body for path, body in server.asked if path == "/v1/completions")
+    assert asked["stop"] == capitals
+    by_string = [r for r in rollouts if tiny_tokenizer().decode(r.completion_ids[-1]) in capitals]
+    assert by_string
+    assert all(r.finish_reason == "stop" and not set(r.text) & set(capitals) for r in by_string)
+    logged = [json.loads(line) for line in (tmp_path / "rollouts/000001.jsonl").read_text().splitlines()]
+    assert not any(set(record["completion"]) & set(capitals) for record in logged)
 
 
 def test_the_mismatch_is_corrected_by_its_importance_ratio(tmp_path, serve):

@@ -23,6 +23,7 @@ from rlseq.data.chat import reference_ids, reference_texts
 from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import TeacherForced
 from rlseq.engine.sampling import stop_ids_of
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Greedy, Sample, Strategy
 from rlseq.evaluation.measure.checks import check_answers
 from rlseq.evaluation.measure.decode import decode
@@ -251,6 +252,8 @@ def _measure_rows(
     stops = stop_ids_of(model, tokenizer)
     texts = [reference_texts(prompt, tokenizer, stops) for prompt in prompts]
     references = [list(found) for found in texts]
+    strings = StopStrings(settings.stop_strings or (), tokenizer)
+    cut = [[strings.cuts(ids) for ids in found] for found in references]
     strategies = {strategy.spec: tuned.get(strategy.spec, strategy) for strategy in settings.parsed()}
 
     @functools.cache  # a part that was found asks for none
@@ -268,6 +271,7 @@ def _measure_rows(
             seed=settings.seed,
             stream=index,
             stop_ids=stops,
+            stop_strings=settings.stop_strings,
             tokenizer=tokenizer,
             batch_rows=settings.eval_batch_size,
             max_kv_gb=settings.max_kv_gb,
@@ -276,9 +280,9 @@ def _measure_rows(
         statistics, table = quality_rows(prompts, groups, references, suite)
         more: Sequence[RowStatistics] = []
         if isinstance(strategy, Sample):
-            more = generation_rows(strategy, forced(), strategies.values(), settings.max_new_tokens)
+            more = generation_rows(strategy, forced(), strategies.values(), settings.max_new_tokens, cut)
         elif isinstance(strategy, Greedy):
-            more = agreement_rows(groups, references, forced(), near_tie_of(model))
+            more = agreement_rows(groups, references, forced(), near_tie_of(model), cut)
         for mine, found in zip(statistics, more, strict=False):
             mine |= found
         completions = rollouts_as_json(groups)

@@ -10,6 +10,7 @@ from rlseq.data.prompts import build_prompts
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.model.auto_class import causal_class
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.metrics import BUILT_IN
@@ -48,6 +49,7 @@ def check_models(
         tokenizer = load_tokenizer(name, str(path))
         prompts = build_prompts(rows, tokenizer, **prompt_options)
         check_answers(settings, prompts)
+        StopStrings(settings.stop_strings or (), tokenizer)  # refuses some
         if number == 0:  # of another checkpoint the prompts differ in their ids alone
             smoke_test_rewards(suite, prompts)
             if tuning_rows:

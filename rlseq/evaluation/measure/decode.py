@@ -39,6 +39,7 @@ def decode(
     seed: int,
     stream: int,
     stop_ids: Collection[int],
+    stop_strings: Sequence[str] | None = None,
     tokenizer: Any,
     batch_rows: int = 256,
     max_kv_gb: float | None = None,
@@ -50,6 +51,7 @@ def decode(
         suite: the rewards that a strategy may choose by.
         num_samples: completions a prompt under strategies that sample; the others give one.
         seed, stream: name the noise of sampling, as in `rlseq.engine.sampling.sample`.
+        stop_ids, stop_strings: what ends a completion, as there.
         batch_rows: prompts decoded together.
         max_kv_gb: a budget for the KV cache (`rlseq.engine.decoding.kv_budget.rows_within`); fewer are decoded together
             where it says so.
@@ -63,6 +65,7 @@ def decode(
         ConfigError: the budget does not hold what must be decoded together.
     """
     common = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids, "tokenizer": tokenizer, "progress": progress}
+    common["stop_strings"] = stop_strings or ()
     if isinstance(strategy, Beam):
         if max_kv_gb is not None and prompts:
             tokens = max(len(prompt.prompt_ids) for prompt in prompts) + max_new_tokens

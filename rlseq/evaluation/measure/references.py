@@ -94,26 +94,33 @@ def likelihood_rows(texts: Sequence[Sequence[str]], forced: Sequence[Sequence[Te
 
 
 def generation_rows(
-    strategy: Sample, forced: Sequence[Sequence[TeacherForced]], strategies: Iterable[Strategy], max_new_tokens: int
+    strategy: Sample,
+    forced: Sequence[Sequence[TeacherForced]],
+    strategies: Iterable[Strategy],
+    max_new_tokens: int,
+    cut: Sequence[Sequence[bool]],
 ) -> list[RowStatistics]:
     """Statistics of each row's exact chance that a strategy generates one of its references.
 
         p_i = Σ_r q(r | x_i)   over the distinct references r
 
     q is the distribution that the strategy samples from: temperature and truncation, each renormalised, along r. A
-    reference that q gives no mass, or that is longer than `max_new_tokens`, is never generated and adds 0.
+    reference that q gives no mass, that is longer than `max_new_tokens` or that a stop string cuts is never generated
+    and adds 0.
 
     Args:
         strategy: one of `strategies`, those that `force_references` was given.
+        cut: of each row's references, which a stop string cuts.
     """
     warped = warped_by(strategies)
     place = warped.index(strategy) if strategy in warped else None
     statistics: list[RowStatistics] = [{} for _ in forced]
-    for found, mine in zip(forced, statistics, strict=True):
+    for found, unfit, mine in zip(forced, cut, statistics, strict=True):
         if not found:
             continue
         tokens = [reference.logprobs if place is None else reference.warped[place] for reference in found]
-        logprobs = [to_float64(t).sum().item() if len(t) <= max_new_tokens else -math.inf for t in tokens]
+        fits = [len(t) <= max_new_tokens and not is_cut for t, is_cut in zip(tokens, unfit, strict=True)]
+        logprobs = [to_float64(t).sum().item() if fit else -math.inf for t, fit in zip(tokens, fits, strict=True)]
         never = sum(logprob == -math.inf for logprob in logprobs)
         mine |= {
             CHANCE("expected_accuracy"): sum(math.exp(logprob) for logprob in logprobs),
@@ -169,20 +176,23 @@ def agreement_rows(
     references: Sequence[Sequence[tuple[int, ...]]],
     forced: Sequence[Sequence[TeacherForced]],
     near_tie: float = NEAR_TIE,
+    cut: Sequence[Sequence[bool]] | None = None,
 ) -> list[RowStatistics]:
     """Whether each row's greedy completion follows its references exactly as far as teacher-forced argmaxes are right.
 
     Where they part over a margin of at most `near_tie`, rounding may be the reason, and the row is counted apart. A
-    completion that was cut has followed a reference as far as it goes.
+    completion that was cut has followed a reference as far as it goes, as has one whose reference a stop string cuts
+    (`cut`, by row).
     """
     statistics: list[RowStatistics] = [{} for _ in groups]
-    for (greedy,), ids, found, mine in zip(groups, references, forced, statistics, strict=True):
+    cut = [[False] * len(ids) for ids in references] if cut is None else cut
+    for (greedy,), ids, found, ends, mine in zip(groups, references, forced, cut, statistics, strict=True):
         if not ids:
             continue
-        cut = len(greedy.completion_ids) if greedy.finish_reason == "length" else None
+        limits = [len(greedy.completion_ids) if greedy.finish_reason == "length" or end else None for end in ends]
         margins = [
-            _parting_margin(_common(greedy.completion_ids, reference), one, cut)
-            for reference, one in zip(ids, found, strict=True)
+            _parting_margin(_common(greedy.completion_ids, reference), one, limit)
+            for reference, one, limit in zip(ids, found, limits, strict=True)
         ]
         worst = max(margins)
         mine |= {

@@ -17,6 +17,7 @@ from rlseq.config.arguments import COVERAGE
 from rlseq.engine.float64 import to_float64
 from rlseq.engine.likelihood import score
 from rlseq.engine.measures import exact_pass_at_k, reference_probability
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.measure.references import SAMPLING_ROUNDING
 from rlseq.evaluation.metrics import Metric
@@ -198,12 +199,13 @@ def sign_changes(differences: Mapping[str, Mapping[str, Any]]) -> list[list[int]
 
 
 def _chances(context: Context) -> list[float]:
-    """By row the chance that one sample is a reference: the summed probability of those that fit the length limit."""
+    """By row the chance that one sample is a reference: the summed probability of those that can be sampled whole."""
+    strings = StopStrings(context.settings.stop_strings or (), context.tokenizer)
     fitting = [
         (row, ids)
         for row, found in enumerate(context.references)
         for ids in found
-        if len(ids) <= context.settings.max_new_tokens
+        if len(ids) <= context.settings.max_new_tokens and not strings.cuts(ids)
     ]
     prompts = [context.prompts[row].prompt_ids for row, _ in fitting]
     logprobs = [to_float64(tokens).sum() for tokens in score(context.model, prompts, [ids for _, ids in fitting])]

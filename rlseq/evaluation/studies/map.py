@@ -10,6 +10,7 @@ import numpy as np
 
 from rlseq.engine.exact_map import exact_map_prompts, validate_cache
 from rlseq.engine.strategies import LOGPROB, Beam, BestOf, Greedy, Strategy, parse_strategy
+from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.quality import quality_rows
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import tables
@@ -17,6 +18,7 @@ from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic, 
 from rlseq.evaluation.stats.bootstrap import RatioOfSums, bootstrap_many
 from rlseq.evaluation.stats.seeds import methods
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, Table, summarise
+from rlseq.scoring import RewardSuite
 from rlseq.types import Rollout
 
 LIKELIER = 1e-4  # nats by which a completion is likelier than another beyond rounding
@@ -67,6 +69,14 @@ class MAP(Study):
     def rows(self, settings: Any) -> int | None:
         """The first `map_rows`, if given."""
         return settings.study_rows if settings.map_rows is None else settings.map_rows
+
+    def check(self, settings: Any, suite: RewardSuite) -> None:
+        """Raise ConfigError for completions that a text may end, which exact search does not look for."""
+        if settings.stop_strings:
+            raise ConfigError(
+                "the study map searches completions that end with an end token, and --stop_strings end them by their "
+                "text: leave out one of them"
+            )
 
     def check_model(self, config: Any) -> None:
         """Raise ModelError for a model whose cache cannot go back to a prefix."""

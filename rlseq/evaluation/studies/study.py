@@ -86,6 +86,7 @@ class Context:
             seed=settings.seed,
             stream=rng_stream(study, part),
             stop_ids=self.stop_ids,
+            stop_strings=settings.stop_strings or (),
             tokenizer=self.tokenizer,
             batch_rows=settings.eval_batch_size * settings.samples_per_row,
             max_kv_gb=settings.max_kv_gb,

@@ -38,6 +38,7 @@ from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.prompts import check_context
 from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.model.load import is_adapter
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.errors import ConfigError, ModelError
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.check.smoke_test import smoke_test_rewards
@@ -119,6 +120,7 @@ def load_task(
     suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
     eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
+    StopStrings(config.stop_strings or (), tokenizer)  # refuses some
     rows = load_rows(data.dataset_name, data.train_split, **data.row_options())[: data.train_rows]
     if (chosen := data.curriculum_range()) is not None:
         rows, dropped = rows_in_range(rows, data.curriculum_column, *chosen)

@@ -76,6 +76,7 @@ class Arguments:
         _sampled_by_trainer("reference_prefix", lambda g: g.args.reference_prefix > 0),
         _sampled_by_trainer("tools", lambda g: g.tools or g.args.tools),
         _sampled_by_trainer("environment", lambda g: g.args.environment is not None),
+        _sampled_by_trainer("stop_strings", lambda g: g.args.stop_strings),
         _sampled_by_trainer("generation_kwargs", lambda g: g.args.generation_kwargs),
     )
 
@@ -288,6 +289,7 @@ def evaluator_of(
         tokenizer,
         suite,
         max_new_tokens=args.max_completion_length,
+        stop_strings=args.stop_strings,
         seed=args.seed,
         samples_per_row=args.num_generations_eval or 1,
     )

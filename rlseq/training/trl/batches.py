@@ -137,8 +137,7 @@ class BatchMixin(SamplingMixin, ScoringMixin):
             chosen = [[True] * len(ids) for ids in completion_ids]
         mask = by_token(chosen, torch.bool)
         if self.mask_truncated_completions:
-            ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
-            mask &= torch.tensor([ids[-1] in ends for ids in completion_ids], device=device)[:, None]
+            mask &= torch.tensor(self._ended(batch, completion_ids), device=device)[:, None]
         if logprobs is not None:  # vLLM gives None for a NaN
             logprobs = by_token([[NAN if x is None else x for x in of] for of in logprobs], torch.float32)
         return MicroBatch(

@@ -15,6 +15,7 @@ from trl.models.utils import unwrap_model_for_generation
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.data.chat import reference_ids
 from rlseq.engine.sampling import sample
+from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Greedy, Sample
 from rlseq.errors import ConfigError
 from rlseq.training.environment import callable_methods, check_group_prompts
@@ -30,9 +31,11 @@ class SamplingMixin(trl.GRPOTrainer):
 
     Attributes:
         prompts: what is continued; rows of the data set have their indices.
+        stop_strings: texts that end a completion.
     """
 
     prompts: list[Prompt]
+    stop_strings: StopStrings
 
     @property
     def stream(self) -> int:
@@ -66,7 +69,7 @@ class SamplingMixin(trl.GRPOTrainer):
             completion_ids = [list(rollout.completion_ids) for rollout in batch.rollouts]
             logprobs = [list(rollout.logprobs) for rollout in batch.rollouts]
         completions = self._as_completions(batch.asked, prompt_ids, completion_ids)
-        self._log_lengths(prompt_ids, completion_ids)
+        self._log_lengths(prompt_ids, completion_ids, self._ended(batch, completion_ids))
         return prompt_ids, completion_ids, None, completions, logprobs, {}, None, []
 
     @property
@@ -104,28 +107,37 @@ class SamplingMixin(trl.GRPOTrainer):
     def _as_completions(self, prompts: list[Any], prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Any:
         """Completions as TRL hands them over: text, or the assistant's message, parsed where the tokenizer says how."""
         tokenizer = self.processing_class
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        texts = [self.stop_strings.text(ids, text) for ids, text in zip(completion_ids, texts, strict=True)]
         if isinstance(prompts[0], str):
-            return tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+            return texts
+        if not self.stop_strings and any(
+            getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")
+        ):
             pairs = zip(prompt_ids, completion_ids, strict=True)
             return [[parse_response(tokenizer, ids, prefix=prompt, tools=[])] for prompt, ids in pairs]
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return [[{"role": "assistant", "content": text}] for text in texts]
 
-    def _log_lengths(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
+    def _ended(self, batch: RolloutBatch, completion_ids: list[list[int]]) -> list[bool]:
+        """Which completions ended by themselves; the others were cut at the limit."""
+        if batch.rollouts is not None:
+            return [rollout.finish_reason == "stop" for rollout in batch.rollouts]
+        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
+        return [ids[-1] in ends or self.stop_strings.cuts(ids) for ids in completion_ids]
+
+    def _log_lengths(self, prompt_ids: list[list[int]], completion_ids: list[list[int]], ended: list[bool]) -> None:
         """Log the lengths of the round's completions, over all processes, by TRL's names."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        ends = {*self.eos_token_ids, self.processing_class.pad_token_id}
         sizes = torch.tensor(
-            [(len(p), len(c), c[-1] in ends) for p, c in zip(prompt_ids, completion_ids, strict=True)],
+            [(len(p), len(c), whole) for p, c, whole in zip(prompt_ids, completion_ids, ended, strict=True)],
             device=self.accelerator.device,
         )
-        asked, lengths, ended = self.accelerator.gather(sizes).unbind(1)  # (B,) each
+        asked, lengths, whole = self.accelerator.gather(sizes).unbind(1)  # (B,) each
         if self.model.training:
             self.state.num_input_tokens_seen += (asked.sum() + lengths.sum()).item()
         metrics["num_tokens"] = [self.state.num_input_tokens_seen]
-        metrics["completions/clipped_ratio"].append((ended == 0).float().mean().item())
-        finished = lengths[ended.bool()] if ended.any() else torch.zeros_like(lengths[:1])
+        metrics["completions/clipped_ratio"].append((whole == 0).float().mean().item())
+        finished = lengths[whole.bool()] if whole.any() else torch.zeros_like(lengths[:1])
         for name, of in {"": lengths, "terminated_": finished}.items():
             metrics[f"completions/mean_{name}length"].append(of.float().mean().item())
             metrics[f"completions/min_{name}length"].append(of.float().min().item())
@@ -141,6 +153,7 @@ class SamplingMixin(trl.GRPOTrainer):
         for i, row in enumerate(batch.rows):
             places.setdefault((row["index"], starts[i]), []).append(i)
         common = {"stop_ids": self.eos_token_ids, "tokenizer": self.processing_class, "seed": self.args.seed}
+        common["stop_strings"] = self.args.stop_strings or ()
         with self._model_to_generate() as model, raise_on_all_ranks():
             groups = sample(
                 model,

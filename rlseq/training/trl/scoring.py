@@ -105,11 +105,11 @@ class ScoringMixin(trl.GRPOTrainer):
 
     def _references_of(self, prompt: Prompt) -> list[Ids]:
         found = reference_ids(prompt, self.processing_class, self.eos_token_ids)
-        # One longer than a completion may be has no chance to be sampled: an exact objective leaves it out, and so does
-        # the reference loss beside one.
+        # One longer than a completion may be, or with a stop string, has no chance to be sampled: an exact objective
+        # leaves it out, and so does the reference loss beside one.
         if self.args.objective == "policy_gradient":
             return found
-        return [ids for ids in found if len(ids) <= self.max_completion_length]
+        return [ids for ids in found if len(ids) <= self.max_completion_length and not self.stop_strings.cuts(ids)]
 
     def _rewards_of_references(self, index: int) -> list[float]:
         """What a prompt's references would earn as completions, in the order of `_references_of`."""
@@ -159,14 +159,15 @@ class ScoringMixin(trl.GRPOTrainer):
     def _as_rollout(self, prompt: Prompt, sample_index: int, ids: Ids, strategy: str) -> Rollout:
         """Token ids that rlseq's sampler did not generate, as a rollout without log-probs."""
         text = self.processing_class.decode(ids, skip_special_tokens=True)
+        ended = (ids and ids[-1] in self.eos_token_ids) or self.stop_strings.cuts(ids)
         return Rollout.from_ids(
             prompt.key,
             ids,
-            text,
+            self.stop_strings.text(ids, text),
             sample=sample_index,
             text_with_special_tokens=self.processing_class.decode(ids, skip_special_tokens=False),
             chat=not isinstance(prompt.prompt, str),
-            finish_reason="stop" if ids and ids[-1] in self.eos_token_ids else "length",
+            finish_reason="stop" if ended else "length",
             strategy=strategy,
         )
 
