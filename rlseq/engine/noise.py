@@ -17,7 +17,7 @@ from rlseq.engine.layout import ranks
 from rlseq.engine.strategies import to_units
 
 
-def stream_keys(seed: int, stream: int, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
+def stream_keys(seed: int, stream: int | str, prompt_keys: Sequence[str], samples: Sequence[int]) -> np.ndarray:
     """Return one 64-bit key per row, (B,): the hash of (seed, stream, prompt key, sample)."""
     digests = (
         hashlib.blake2b(repr((seed, stream, key, sample)).encode(), digest_size=8).digest()

@@ -53,7 +53,7 @@ def sample(
     max_new_tokens: int,
     strategy: Strategy,
     seed: int,
-    stream: int = 0,
+    stream: int | str = 0,
     stop_ids: Collection[int],
     stop_strings: Sequence[str] = (),
     tokenizer: Any | None = None,
@@ -71,7 +71,8 @@ def sample(
         num_samples: G; must be 1 for a strategy that is not stochastic.
         max_new_tokens: completions are cut after this many sampled tokens (finish_reason "length").
         strategy: `Greedy` or `Sample` (for beam search use `rlseq.engine.beam.beam`).
-        seed, stream: name the noise. `stream` is the rollout batch in training, the strategy's index in evaluation.
+        seed, stream: name the noise. `stream` is the rollout batch in training; in evaluation the strategy's index, or
+            the name of a study.
         stop_ids: ids that end a completion; the one met is part of it.
         stop_strings: texts that end a completion (`rlseq.engine.stop_strings`). The tokens up to the one that completes
             a string are the completion; the string is not part of `text`.

@@ -260,10 +260,13 @@ def test_uniforms_are_splitmix64():
     assert found == [(z >> 11) / 2**53 for z in outputs]
 
 
-def test_a_stream_is_keyed_by_the_hash_of_its_coordinates():
-    written = b'(3, 1, "it\'s", 2)'
+@pytest.mark.parametrize(
+    ("stream", "written"),
+    [(1, b'(3, 1, "it\'s", 2)'), ("kl/forward", b"(3, 'kl/forward', \"it's\", 2)")],
+)
+def test_a_stream_is_keyed_by_the_hash_of_its_coordinates(stream, written):
     expected = int.from_bytes(hashlib.blake2b(written, digest_size=8).digest(), "little")
-    assert stream_keys(3, 1, ["it's"], [2]).tolist() == [expected]
+    assert stream_keys(3, stream, ["it's"], [2]).tolist() == [expected]
 
 
 def noise(seed=0, stream=0, prompts=1, samples=1, positions=1, key="row {}"):

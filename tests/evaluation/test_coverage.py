@@ -184,7 +184,7 @@ def samples_of(path):
     """Of each row the (text, right, value) of its samples, sampled without the study."""
     tokenizer = word_tokenizer()
     model, prompts = AutoModelForCausalLM.from_pretrained(path), build_prompts(ROWS, tokenizer)
-    settings = {"num_samples": N, "max_new_tokens": LONGEST, "strategy": Sample(), "seed": 5, "stream": 1001}
+    settings = {"num_samples": N, "max_new_tokens": LONGEST, "strategy": Sample(), "seed": 5, "stream": "coverage"}
     groups = sample(model, prompts, stop_ids=[EOS], tokenizer=tokenizer, **settings)
     for row, group in zip(ROWS, groups, strict=True):
         right = [(*ids_of(reference), EOS) for reference in row["references"]]

@@ -107,14 +107,14 @@ def test_small_chunks_of_logits_change_nothing(monkeypatch, family, chunk):
     assert [len(x) for x in split] == [5, 0, 1, 7]
 
 
-@pytest.mark.parametrize(("direction", "stream"), [("forward", 1200), ("reverse", 1201)])
-def test_a_row_holds_the_sums_over_its_samples(direction, stream):
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_row_holds_the_sums_over_its_samples(direction):
     model, base = toys()
     p, b = (model, base) if direction == "forward" else (base, model)
     prompts, done = prompts_of(PROMPTS), []
     found = KL().measure(context_of(model, base, prompts, progress=done.append))
     options = {"num_samples": 8, "max_new_tokens": LONGEST, "strategy": Sample(), "seed": 0, "stop_ids": [STOP]}
-    groups = sample(p, prompts, stream=stream, **options)
+    groups = sample(p, prompts, stream=f"kl/{direction}", **options)
     for row, prompt, group in zip(found, prompts, groups, strict=True):
         sums = sum(by_token(p, b, prompt.prompt_ids, r.completion_ids).sum(0) for r in group)
         kl, plain, tokens, samples = (row[DISTANCE(name, direction)] for name in ("kl", "plain", "tokens", "samples"))

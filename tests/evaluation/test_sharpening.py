@@ -72,8 +72,9 @@ def test_a_row_holds_the_sums_over_its_samples():
     rows = measured(model, prompts, SETTINGS, references=references, done=done)
     assert sum(done) == len(prompts)
     options = {"num_samples": 6, "max_new_tokens": LONGEST, "seed": 0, "stop_ids": [STOP]}
-    for place, temperature in enumerate(SETTINGS.temperatures):
-        groups = sample(model, prompts, strategy=Sample(temperature=temperature), stream=1100 + place, **options)
+    for temperature in SETTINGS.temperatures:
+        name = f"sharpening/{temperature}"
+        groups = sample(model, prompts, strategy=Sample(temperature=temperature), stream=name, **options)
         for row, prompt, group, right in zip(rows, prompts, groups, references, strict=True):
             sampled = [r.completion_ids for r in group]
             found = {(k.name, *k.params[1:]): v for k, v in row.items() if k.params[0] == str(temperature)}
@@ -88,6 +89,14 @@ def test_a_row_holds_the_sums_over_its_samples():
                 hits = sum(y in right for y in sampled)
                 expected |= {("sum", "exact_match"): hits, ("count", "exact_match"): 6}
             assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_samples_at_a_temperature_do_not_depend_on_which_others_are_measured():
+    model, prompts = toy_model(1), prompts_of(PROMPTS)
+    three = measured(model, prompts, SETTINGS)
+    two = measured(model, prompts, dataclasses.replace(SETTINGS, temperatures=(2.0, 1.0)))
+    for row, fewer in zip(three, two, strict=True):
+        assert fewer == {key: value for key, value in row.items() if key.params[0] != "0.5"}
 
 
 def test_one_sample_says_nothing_of_diversity():
@@ -127,6 +136,20 @@ def test_entropy_and_quality_are_those_of_the_enumeration(sharpened):
                 assert high - low == pytest.approx(2 * 1.96 * error, rel=0.25)
 
 
+def exact_curve(model, temperatures):
+    """Entropies and qualities at these temperatures, by enumeration, (2, K)."""
+    found = [exact(model, PROMPT, temperature) for temperature in temperatures]
+    entropies = [-sum(math.exp(v) * v for v in logprobs.values()) for logprobs in found]
+    return np.array([entropies, [sum(math.exp(v) * REWARDS[y] for y, v in logprobs.items()) for logprobs in found]])
+
+
+def mean_difference(base, other):
+    """The mean of other less base over the entropies of both, with straight lines between points."""
+    h = np.sort(np.concatenate([base[0], other[0]]))
+    h = h[(h >= max(base[0][0], other[0][0])) & (h <= min(base[0][-1], other[0][-1]))]
+    return np.trapezoid(np.interp(h, *other) - np.interp(h, *base), h) / (h[-1] - h[0])
+
+
 def test_a_model_that_was_sharpened_alone_has_all_its_gain_from_sharpening(sharpened):
     models, block = sharpened
     sharp, other = block["gaps"]
@@ -138,9 +161,13 @@ def test_a_model_that_was_sharpened_alone_has_all_its_gain_from_sharpening(sharp
         low, high = sharp[name]["ci95"]
         assert low < gain < high
         assert abs(gain) > high - low  # else agreement would say nothing
-    for cell in (sharp["residual"], sharp["mean"]):
-        low, high = cell["ci95"]
-        assert low < 0 < high
+    low, high = sharp["residual"]["ci95"]
+    assert low < 0 < high
+    # Over all entropies it is not 0 but above: straight lines lie below a curve that bends downwards, and these two have
+    # their points at different entropies.
+    curves = [exact_curve(models[name], map(float, block["temperatures"])) for name in ("base", "sharp")]
+    low, high = sharp["mean"]["ci95"]
+    assert low < mean_difference(*curves) < high
     assert sharp["total"]["value"] == pytest.approx(sharp["sharpening"]["value"] + sharp["residual"]["value"])
     assert sharp["residual"] == sharp["by_temperature"]["1.0"]
     low, high = other["mean"]["ci95"]

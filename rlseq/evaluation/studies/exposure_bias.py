@@ -162,7 +162,7 @@ def _continuations(
         groups = context.sample(
             ExposureBias.name,
             prompts,
-            part=1,  # not the stream of the sampled prefix: the rest would depend on it twice
+            part="continuations",  # not the stream of the sampled prefix: the rest would depend on it twice
             num_samples=1,
             samples=[[i] for _, i, *_ in pairs],
             prefixes=[pair[which][:length] for pair in pairs],

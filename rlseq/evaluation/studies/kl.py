@@ -92,9 +92,9 @@ class KL(Study):
         if base is model or sizes[0] != sizes[1]:
             context.progress(rows)
             return [Compared(None if base is model else sizes) for _ in range(rows)]
-        forward = _divergences(model, base, 0, context)
+        forward = _divergences(model, base, FORWARD, context)
         context.progress(rows // 2)
-        reverse = _divergences(base, model, 1, context)
+        reverse = _divergences(base, model, REVERSE, context)
         context.progress(rows - rows // 2)
         return [Compared(None, {FORWARD: a, REVERSE: b}) for a, b in zip(forward, reverse, strict=True)]
 
@@ -200,7 +200,7 @@ def _by_direction(cells: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[st
 _SHOWN = (("kl", 3), ("kl_per_token", 4), ("plain", 3), ("variance_ratio", 2), ("length", 1))
 
 
-def _divergences(p: torch.nn.Module, b: torch.nn.Module, part: int, context: Context) -> list[np.ndarray]:
+def _divergences(p: torch.nn.Module, b: torch.nn.Module, part: str, context: Context) -> list[np.ndarray]:
     """By row (G, 3) of its samples from p: the divergence of b from p, the log-ratio, and the number of tokens."""
     groups = context.sample(KL.name, part=part, model=p)
     flat = [

@@ -73,7 +73,7 @@ class Sharpening(Study):
         settings, rows, names = context.settings, len(context.prompts), Names.of(context.suite).rewards
         records: list[dict[str, Sampled]] = [{} for _ in context.prompts]
         for place, temperature in enumerate(settings.temperatures):
-            groups = context.sample(self.name, part=place, strategy=Sample(temperature=temperature))
+            groups = context.sample(self.name, part=key_of(temperature), strategy=Sample(temperature=temperature))
             flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
             columns = columns_of(context.prompts, [row for row, _ in flat])
             values = context.suite.score([rollout for _, rollout in flat], columns).values

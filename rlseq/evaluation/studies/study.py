@@ -22,14 +22,6 @@ from rlseq.evaluation.stats.seeds import claim_of, crossed_bootstrap_many, diffe
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt, Rollout
 
-# The first rng stream of each study that samples. Strategies have the streams from 0.
-_STREAMS = {"coverage": 1001, "sharpening": 1100, "kl": 1200, "exposure_bias": 1300}
-
-
-def rng_stream(study: str, part: int = 0) -> int:
-    """The rng stream of one part of a study: every part has its own, which is the same for every model."""
-    return _STREAMS[study] + part
-
 
 @dataclass(frozen=True)
 class Context:
@@ -64,7 +56,7 @@ class Context:
         study: str,
         prompts: Sequence[Prompt] | None = None,
         *,
-        part: int = 0,
+        part: str = "",
         strategy: Sample | None = None,
         model: torch.nn.Module | None = None,
         **options: Any,
@@ -72,7 +64,7 @@ class Context:
         """Sample for a study as the settings say: `samples_per_row` completions of each prompt, ancestral.
 
         Args:
-            study, part: name the rng stream (`rng_stream`).
+            study, part: name the rng stream. It is the same for every model.
             prompts: what to continue; None: all rows.
             strategy: None: ancestral sampling.
             model: what samples; None: the model that is measured.
@@ -84,7 +76,7 @@ class Context:
             self.prompts if prompts is None else prompts,
             strategy=strategy or Sample(),
             seed=settings.seed,
-            stream=rng_stream(study, part),
+            stream=f"{study}/{part}" if part else study,
             stop_ids=self.stop_ids,
             stop_strings=settings.stop_strings or (),
             tokenizer=self.tokenizer,
