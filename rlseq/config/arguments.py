@@ -216,6 +216,11 @@ class EvaluationArguments(Settings):
         range=at_least(2),
         needs=_DOCUMENTS,
     )
+    right_answers: Literal["auto", "listed", "open"] = setting(
+        "auto",
+        "Whether each row's references are all its right answers (listed) or others are right too (open): the report "
+        "then leaves out the chance that a sample is a reference. auto: measured by the rewards.",
+    )
     primary: str | None = setting(
         None,
         "The comparison that the evaluation is for, as metric:strategy, e.g. wer:greedy; all others are exploratory.",

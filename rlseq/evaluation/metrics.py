@@ -32,6 +32,7 @@ class Metric:
         counted: completions that have a value, and all.
         sampled: whether it is of a distribution that is sampled from; strategies that search or choose have none.
         needs_references: whether only rows with references have it.
+        needs_all_answers: whether it means what its label says only where a row's references are all its right answers.
         fault: whether it is a share of what goes wrong: the terminal leaves it out where that is 0 everywhere.
         place: keys in a block of results.json.
     """
@@ -48,6 +49,7 @@ class Metric:
     counted: Pair | None = None
     sampled: bool = False
     needs_references: bool = False
+    needs_all_answers: bool = False
     fault: bool = False
     place: tuple[str, ...] = ()
 
@@ -94,6 +96,7 @@ EXPECTED_ACCURACY = Metric(
     True,
     percent=True,
     table="likelihood",
+    needs_all_answers=True,
 )
 PASS_AT_K = "exact_pass_at_k"  # of which there is a metric for each k
 PASS_METRICS = {
@@ -105,6 +108,7 @@ PASS_METRICS = {
         True,
         percent=True,
         table="curve",
+        needs_all_answers=True,
         place=(PASS_AT_K, str(k)),
     )
     for k in PASS_AT
@@ -155,6 +159,7 @@ LIKELIHOOD_METRICS = _by_name(
         True,
         percent=True,
         table="likelihood",
+        needs_all_answers=True,
     ),
     *PASS_METRICS.values(),
 )
@@ -168,12 +173,21 @@ EXACT_MATCH = Metric(
     percent=True,
     kind="accuracy",
     needs_references=True,
+    needs_all_answers=True,
 )
 LOGPROB = Metric(
     "logprob",
     "Sequence log-prob",
     Pair(COMPLETION("logprob"), COMPLETION("samples")),
     "mean log-prob of the whole completion under its strategy (nats)",
+    None,
+    table="shape",
+)
+TOKEN_LOGPROB = Metric(
+    "logprob_per_token",
+    "Log-prob per token",
+    Pair(COMPLETION("logprob"), COMPLETION("length")),
+    "log-prob of all completions under their strategy over their tokens, stops included (nats)",
     None,
     table="shape",
 )
@@ -199,6 +213,7 @@ COMPLETION_METRICS = _by_name(
         fault=True,
     ),
     LOGPROB,
+    TOKEN_LOGPROB,
     Metric(
         "length_ratio",
         "Length ratio",
@@ -238,6 +253,7 @@ UNREACHABLE = (
         table="chance",
         sampled=True,
         needs_references=True,
+        needs_all_answers=True,
     ),
     Metric(
         "unreachable_references",
@@ -249,6 +265,7 @@ UNREACHABLE = (
         table="chance",
         sampled=True,
         needs_references=True,
+        needs_all_answers=True,
     ),
 )
 CHANCE_METRICS = _by_name(SAMPLED_ACCURACY, *UNREACHABLE)

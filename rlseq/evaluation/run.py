@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ from rlseq.evaluation.primary import (
 )
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.results import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.right_answers import answers_note, right_answers
 from rlseq.evaluation.settings import ContrastSettings
-from rlseq.evaluation.statistics import LIKELIHOOD
+from rlseq.evaluation.statistics import LIKELIHOOD, RowStatistics
 from rlseq.evaluation.stats.seeds import methods, seed_notes
 from rlseq.evaluation.studies.compression import document_results, lossy_notes
 from rlseq.evaluation.studies.table import check_studies, study_results
@@ -217,6 +218,7 @@ def assemble(
         "studies": study_results({n: s.studies for n, s in found.items()}, settings, metrics),
         "primary": primary,
         "oracles": chosen_by,
+        "right_answers": right_answers(_generated_rows(found), settings.right_answers),
         "notes": seed_notes(found),
     }
     if not with_references:
@@ -227,6 +229,7 @@ def assemble(
         tokens, references = (sum(row.get(count, 0.0) for row in scored) for count in counts)
         texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
+    results["notes"] += filter(None, [answers_note(results["right_answers"])])
     results["notes"] += _partial_notes(results)
     if tuned:
         results["tuned"] = tuned
@@ -243,6 +246,12 @@ def assemble(
         results["documents"] = document_results(coded, documents, settings)
         results["notes"] += lossy_notes(results["documents"])
     return finite_or_null(results)  # a metric that nothing was measured of is null, in memory as on file
+
+
+def _generated_rows(found: Mapping[str, ModelStatistics]) -> Iterator[RowStatistics]:
+    for statistics in found.values():
+        for rows in statistics.strategies.values():
+            yield from rows
 
 
 def _partial_notes(results: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,8 @@ class ContrastSettings:
         resamples: bootstrap resamples, and sign flips of the permutation test.
         eval_batch_size: rows decoded together; changes memory and time only.
         max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
+        right_answers: whether a row's references are all its right answers (`listed`), or not (`open`); `auto`: as
+            `rlseq.evaluation.right_answers` measures it.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
         primary_against: strategy of the first model that the primary comparison is made with, if another.
         studies: what else is measured, by the names of `rlseq.evaluation.studies.table.STUDIES`.
@@ -55,6 +57,7 @@ class ContrastSettings:
     resamples: int = as_declared(EvaluationArguments, "resamples")
     eval_batch_size: int = as_declared(EvaluationArguments, "eval_batch_size")
     max_kv_gb: float | None = as_declared(EvaluationArguments, "max_kv_gb")
+    right_answers: str = as_declared(EvaluationArguments, "right_answers")
     primary: str | None = as_declared(EvaluationArguments, "primary")
     primary_against: str | None = as_declared(EvaluationArguments, "primary_against")
     studies: tuple[str, ...] = as_declared(EvaluationArguments, "studies", default=())
@@ -106,4 +109,5 @@ class ContrastSettings:
         without += [
             name for name in ("stop_strings", "allow_missing_weights", "quantization") if not getattr(self, name)
         ]
+        without += ["right_answers"] if self.right_answers == "auto" else []
         return {name: value for name, value in shown.items() if name not in without}

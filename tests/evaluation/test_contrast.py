@@ -201,6 +201,7 @@ def test_qualities_are_counted_from_the_completions(measured, checkpoints, name,
         "length": length / n,
         "truncated": cut / n,
         "logprob": np.mean(own),
+        "logprob_per_token": np.sum(own) / length,
         "length_ratio": length / closest,
         "repetition": repeated / ngrams,
     }
@@ -333,7 +334,7 @@ def test_two_rewards_of_one_name_stay_two_series(checkpoints):
     specs = [{"func": letters, "name": "first"}, {"func": says_a, "name": "second"}]
     both = quick({"one": checkpoints["one"]}, specs)["models"]["one"]["strategies"]["greedy"]
     twice = quick({"one": checkpoints["one"]}, [letters, letters])["models"]["one"]["strategies"]["greedy"]
-    own = {"exact_match", "length", "truncated", "logprob", "length_ratio", "repetition"}
+    own = {"exact_match", "length", "truncated", "logprob", "logprob_per_token", "length_ratio", "repetition"}
     assert set(both) - own == {"first", "second"} and both["first"]["value"] != both["second"]["value"]
     assert len(set(twice) - own) == 2 and {twice[name]["value"] for name in set(twice) - own} == {
         both["first"]["value"]

@@ -242,13 +242,16 @@ def test_headline_says_what_it_cost_in_coverage_and_diversity(results, samples, 
         compared("exact_pass_at_k.1", None, 0.14, [0.1, 0.18]),
         compared("exact_pass_at_k.4", None, 0.01, [-0.01, 0.03]),
         compared("logprob", "sample", 0.3, [0.2, 0.4]),
+        compared("logprob_per_token", "sample", 0.06, [0.05, 0.07]),
     ]
     for model, entropy in (("base", 0.9), ("rl", 0.6)):
-        results["models"][model]["strategies"]["sample"]["logprob"] = value(-entropy)
+        block = results["models"][model]["strategies"]["sample"]
+        block |= {"logprob": value(-entropy), "logprob_per_token": value(-entropy / 5)}
     cost = make_headline(results).cost
     assert "Coverage did not clearly change: 4 samples hold a reference in 80.0% → 81.0% of rows" in cost
-    assert "Samples are less varied: the entropy of a completion is 0.900 → 0.600 nats." in cost
-    results["comparisons"][-2]["ci95"] = [0.005, 0.03]
+    said = "the entropy of a token is 0.180 → 0.120 nats, that of a completion 0.900 → 0.600 nats."
+    assert f"Samples are less varied: {said}" in cost
+    results["comparisons"][-3]["ci95"] = [0.005, 0.03]
     results["comparisons"][-1] |= {"difference": -0.3, "ci95": [-0.4, -0.2]}
     cost = make_headline(results).cost
     assert "Coverage rose" in cost and "more varied" in cost

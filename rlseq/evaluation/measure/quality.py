@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.measure.references import completion_statistics
+from rlseq.evaluation.right_answers import JUDGED, judges_of
 from rlseq.evaluation.statistics import COMPLETION, CORPUS, REWARD, RowStatistics, Statistic
 from rlseq.scoring import RewardSuite, ScoreTable
 from rlseq.scoring.corpus import statistics_of
-from rlseq.types import Prompt, Rollout
+from rlseq.types import Prompt, Rollout, column_names
 
 
 def quality_rows(
@@ -31,6 +33,9 @@ def quality_rows(
     table = suite.score([rollout for _, rollout in flat], columns_of(prompts, [row for row, _ in flat]))
     statistics: list[RowStatistics] = [{} for _ in prompts]
 
+    judges = judges_of(suite, column_names(prompts))
+    right: dict[tuple[int, str], list[bool]] = defaultdict(list)  # of completions with a full reward: is it a reference
+
     def add(row: int, key: Statistic, value: float) -> None:
         statistics[row][key] = statistics[row].get(key, 0.0) + value
 
@@ -42,6 +47,9 @@ def quality_rows(
         if references[row]:
             add(row, COMPLETION("exact_match"), float(rollout.completion_ids in references[row]))
             add(row, COMPLETION("with_references"), 1)
+            for reward in judges:
+                if scored.values[reward] == judges[reward]:
+                    right[row, reward].append(rollout.completion_ids in references[row])
         for key, value in completion_statistics(rollout.completion_ids, references[row]).items():
             add(row, key, value)
         for reward in suite.names:
@@ -54,4 +62,7 @@ def quality_rows(
             add(row, CORPUS("count", given), float(found is not None))
             for key, value in zip(metric.statistics, found or (), strict=found is not None):
                 add(row, CORPUS("sum", given, key), value)
+    for (row, reward), listed in right.items():
+        add(row, JUDGED("right", reward), 1.0)
+        add(row, JUDGED("unlisted", reward), float(not all(listed)))
     return statistics, table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rlseq.evaluation.metrics import EXPECTED_ACCURACY, LOGPROB, NLL, PASS_METRICS
+from rlseq.evaluation.metrics import EXPECTED_ACCURACY, LOGPROB, NLL, PASS_METRICS, TOKEN_LOGPROB
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.report.tables import Comparison, Results
 from rlseq.evaluation.studies.table import headlines
@@ -133,17 +133,19 @@ def _coverage_cost(by_name: Mapping[str, Comparison]) -> list[str]:
 
 
 def _diversity_cost(compared: Sequence[Comparison]) -> list[str]:
-    """Whether plain samples vary less: minus the mean log-prob of a sample estimates the entropy of a completion."""
-    found = next(
-        (c for c in compared if c.metric.name == LOGPROB.name and c.strategy == c.strategy_a == "sample"), None
-    )
-    if found is None or found.raw["difference"] is None:
+    """Whether plain samples vary less: minus the log-prob of samples estimates the entropy, of tokens and of them."""
+    plain = {c.metric.name: c for c in compared if c.strategy == c.strategy_a == "sample"}
+    found, whole = plain.get(TOKEN_LOGPROB.name), plain.get(LOGPROB.name)
+    if found is None or whole is None or found.raw["difference"] is None:
         return []
     words = {"higher": "Samples are less varied", "lower": "Samples are more varied", "equal": "Samples vary as before"}
-    a, b = (value.removeprefix("−") for value in (found.value_a, found.value_b))  # a log-prob is below 0
+    token, completion = (
+        " → ".join(value.removeprefix("−") for value in (c.value_a, c.value_b))  # a log-prob is below 0
+        for c in (found, whole)
+    )
     return [
-        f"{words.get(found.verdict, 'Samples vary about as before')}{found.unseen}: the entropy of a completion is "
-        f"{a} → {b} nats."
+        f"{words.get(found.verdict, 'Samples vary about as before')}{found.unseen}: the entropy of a token is "
+        f"{token} nats, that of a completion {completion} nats."
     ]
 
 

@@ -160,6 +160,17 @@ def labelled(results: Results, strategy: str) -> str:
     return f"{strategy} ({', '.join(labels)})" if labels else strategy
 
 
+def answers_listed(results: Results) -> bool:
+    """Whether the references list the right answers, as far as is known."""
+    return results.get("right_answers", {}).get("listed", True)
+
+
+def is_shown(results: Results, name: str) -> bool:
+    """Whether a report shows a metric: not one that means nothing for these references, unless it has the claim."""
+    misleading = name in BUILT_IN and BUILT_IN[name].needs_all_answers and not answers_listed(results)
+    return not misleading or (results.get("primary") or {}).get("metric") == name
+
+
 def quality_metrics(results: Results) -> list[str]:
     """Names of what is measured of completions."""
     return [name for name in _strategy_metrics(results) if metric(results, name).table not in ("chance", "likelihood")]
@@ -167,7 +178,8 @@ def quality_metrics(results: Results) -> list[str]:
 
 def _strategy_metrics(results: Results) -> list[str]:
     blocks = [s for m in results["models"].values() for s in m.get("strategies", {}).values()]
-    return list(dict.fromkeys(name for block in blocks for name, value in block.items() if is_cell(value)))
+    names = dict.fromkeys(name for block in blocks for name, value in block.items() if is_cell(value))
+    return [name for name in names if is_shown(results, name)]
 
 
 def generated(results: Results) -> list[tuple[str, list[Shown]]]:
@@ -180,7 +192,8 @@ def generated(results: Results) -> list[tuple[str, list[Shown]]]:
 def likelihood_metrics(results: Results) -> list[str]:
     """Names of the likelihood scalars; empty when no model has references to score."""
     blocks = [m.get("likelihood") or {} for m in results["models"].values()]
-    return list(dict.fromkeys(n for block in blocks for n, v in block.items() if is_cell(v)))
+    names = dict.fromkeys(n for block in blocks for n, v in block.items() if is_cell(v))
+    return [name for name in names if is_shown(results, name)]
 
 
 def shown(info: Shown, found: Mapping[str, Any] | None) -> str:
@@ -215,7 +228,9 @@ def agreements(results: Results) -> list[str]:
 
 def pass_curves(results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
     """Model -> k -> cell of the exact pass@k."""
-    curves = {}
+    curves: dict[str, dict[int, Mapping[str, Any]]] = {}
+    if not answers_listed(results):
+        return curves
     for name, entry in results["models"].items():
         curve = (entry.get("likelihood") or {}).get(PASS_AT_K)
         if curve:
@@ -224,9 +239,9 @@ def pass_curves(results: Results) -> dict[str, dict[int, Mapping[str, Any]]]:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Every comparison, the primary one first, otherwise in the order measured."""
+    """Every comparison that is shown, the primary one first, otherwise in the order measured."""
     found = []
-    for raw in results.get("comparisons", ()):
+    for raw in (c for c in results.get("comparisons", ()) if is_shown(results, c["metric"])):
         info = metric(results, raw["metric"])
         strategy_a = raw.get("strategy_a", raw["strategy"])
         values, partial = [], []

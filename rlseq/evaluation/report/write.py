@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table, terminal_width
-from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS
+from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS, TOKEN_LOGPROB
 from rlseq.evaluation.report import plots, tables
 from rlseq.evaluation.report.headline import make_headline
 from rlseq.evaluation.report.samples import SamplePairs, monte_carlo_pass_at_k, pair_samples
@@ -82,7 +82,7 @@ def print_summary(results: Results) -> None:
         console.print(Text(visible(words), style=style), highlight=False)
 
     quality = [tables.metric(results, name) for name in tables.quality_metrics(results)]
-    quality = [info for info in quality if _says_something(results, info)]
+    quality = [info for info in quality if _says_something(results, info) and info.name != TOKEN_LOGPROB.name]
     rows: list[list[str]] = []
     partial: list[str] = []
     for strategy in tables.strategies(results):
@@ -175,12 +175,15 @@ def _side(
     strategy = (results.get("primary") or {}).get("strategy")
     if strategy is None:
         strategy = "greedy" if "greedy" in available else available[0]
-    return pair_samples(samples, *pair, strategy, per_example=per_example)
+    listed = tables.answers_listed(results)  # else a row's chance of a reference is not one of being right
+    return pair_samples(samples, *pair, strategy, per_example=per_example if listed else ())
 
 
 def _accuracy_check(results: Results) -> list[dict[str, Any]]:
     """The exact chance of a reference beside the share of samples that were one: two estimates of one number."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if not tables.answers_listed(results):
+        return rows
     for strategy in tables.strategies(results):
         for model in results["models"]:
             exact, *never = (tables.cell(results, model, strategy, name) for name in CHANCE_METRICS)

@@ -79,7 +79,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
 
 def _families(block: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[_Family]:
     curves = dict.fromkeys(curve for found in block["models"].values() for curve in found)
-    if "pass_at_k" in curves:
+    if "pass_at_k" in curves and tables.answers_listed(results):
         parts = (
             ("pass_at_k", "at least one right"),
             ("majority.exact_match", "majority right"),

@@ -26,7 +26,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     metrics = dict.fromkeys(
         name for m in block["models"].values() for entry in m["continued"].values() for name in entry["metrics"]
     )
-    for number, name in enumerate(metrics):
+    for number, name in enumerate(name for name in metrics if tables.is_shown(results, name)):
         shown.append(_quality_table(block, results, name))
         figures[f"exposure-bias-quality-{number}"] = _quality_figure(block, results, name)
     if len(block["models"]) > 1:
@@ -99,7 +99,7 @@ def _quality_table(block: Mapping[str, Any], results: Mapping[str, Any], name: s
 def _comparison_table(block: Mapping[str, Any], results: Mapping[str, Any]) -> Table:
     rows = []
     for c in sorted(block["comparisons"], key=lambda c: c["metric"]):  # stable: by prefix within
-        if c["side"] == GAP and c["difference"] is not None:
+        if c["side"] == GAP and c["difference"] is not None and tables.is_shown(results, c["metric"]):
             info = tables.metric(results, c["metric"])
             rows.append([f"{c['b']} − {c['a']}", info.label, c["prefix"], info.change(c)])
     return Table(

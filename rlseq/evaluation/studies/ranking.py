@@ -147,7 +147,7 @@ class Ranking(Study):
                 by_reward.setdefault(reward, []).append(
                     label + [_SHOWN.cell(cells.get(name)) for name in (WITHIN, ACROSS)]
                 )
-            if SUCCESS in entry:
+            if SUCCESS in entry and tables.answers_listed(results):
                 success.append(label + [_SHOWN.cell(entry.get(name)) for name in (SUCCESS, SUCCESS_WITHIN)])
         shown = [
             Table(["Model", "Decoding", _HEADERS[WITHIN], _HEADERS[ACROSS]], rows, f"Log-prob and {reward}")

@@ -23,7 +23,8 @@ _SHAPE = {
 def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
     """Figures, then gaps, diversity and values by temperature."""
     models = list(block["models"])
-    infos = [tables.metric(results, name) for name in block["models"][models[0]][_ONE]["quality"]]
+    measured = block["models"][models[0]][_ONE]["quality"]
+    infos = [tables.metric(results, name) for name in measured if tables.is_shown(results, name)]
     found = [_gap_table(block, infos, results)] if block["gaps"] else []
     if block["comparisons"]:
         found.append(_diversity_table(block))
@@ -54,7 +55,7 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
 def _gap_table(block: Mapping[str, Any], infos: Sequence[tables.Shown], results: Mapping[str, Any]) -> Table:
     by_name = {info.name: info for info in infos}
     rows = []
-    for gap in block["gaps"]:
+    for gap in (gap for gap in block["gaps"] if gap["metric"] in by_name):
         info = by_name[gap["metric"]]
         low, high = (tables.number(x, 1) for x in gap["range"])
         rows.append(
@@ -167,7 +168,8 @@ def _points(points: Mapping[str, Any], quality: str) -> Iterator[tuple[float, fl
 def headline(results: Mapping[str, Any], a: str, b: str) -> str:
     """How much of the gain at temperature 1 a lower temperature gives too."""
     for gap in results["studies"]["sharpening"].get("gaps", []):
-        if (gap["a"], gap["b"]) == (a, b) and "residual" in gap and gap["total"]["value"] is not None:
+        shown = (gap["a"], gap["b"]) == (a, b) and tables.is_shown(results, gap["metric"])
+        if shown and "residual" in gap and gap["total"]["value"] is not None:
             info = tables.metric(results, gap["metric"])
             total, sharpening, residual = (
                 info.difference(gap[part]["value"]) for part in ("total", "sharpening", "residual")
