@@ -61,18 +61,19 @@ def read_rollouts(path: Path) -> Logged:
         files = sorted(folder.glob("**/*.jsonl")) if folder.is_dir() else []
     if not files:
         raise RunDirectoryError(f"{path} has no rollouts; expected a jsonl file, or a run directory with rollouts/.")
-    records = [record for file in files for record in _records(file)]
-    if not records:
+    found = [pair for file in files for pair in _records(file)]
+    if not found:
         raise RunDirectoryError(f"{path} has no rollouts: {len(files)} files, all empty.")
+    records, rollouts = [record for record, _ in found], [rollout for _, rollout in found]
     names = dict.fromkeys(name for record in records for name in record if name not in LOGGED)
     columns = {name: [record.get(name, ABSENT) for record in records] for name in names}
     extra = dict.fromkeys(name for record in records for name in record.get("rollout_columns", {}))
     columns |= {name: [record.get("rollout_columns", {}).get(name, ABSENT) for record in records] for name in extra}
     absent = frozenset(name for name in OPTIONAL if any(record.get(name) is None for record in records))
-    return Logged([_rollout(record) for record in records], columns, records, absent)
+    return Logged(rollouts, columns, records, absent)
 
 
-def _records(file: Path) -> Iterable[dict[str, Any]]:
+def _records(file: Path) -> Iterable[tuple[dict[str, Any], Rollout]]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -87,21 +88,29 @@ def _records(file: Path) -> Iterable[dict[str, Any]]:
                 raise RewardError(f"{file}, line {number} has {given}; expected prompt and completion among its keys.")
             if not isinstance(record["completion"], str):
                 raise RewardError(f"{file}, line {number}: the completion is {record['completion']!r}; expected text.")
-            yield record
+            if not isinstance(columns := record.get("rollout_columns", {}), dict):
+                raise RewardError(f"{file}, line {number}: rollout_columns is {columns!r}; expected values by column.")
+            try:
+                rollout = _rollout(record)
+            except (TypeError, ValueError) as error:
+                raise RewardError(f"{file}, line {number} is not a rollout: {error}; mend or remove it.") from error
+            yield record, rollout
 
 
 def _rollout(record: Mapping[str, Any]) -> Rollout:
     text, prompt = record["completion"], record["prompt"]
-    length = record.get("length")
-    ids = record.get("completion_ids")
-    if ids is None:  # their number is known if the log has a length
-        ids = [0] * (len(text.split()) if length is None else length)
+    ids, logprobs = record.get("completion_ids"), record.get("logprobs") or ()
+    if ids is None:  # their number is known if the log has a length or log-probs
+        length = record.get("length")
+        ids = [0] * ((len(logprobs) or len(text.split())) if length is None else length)
+    elif not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"completion_ids is {ids!r}; expected a list of token ids")
     return Rollout.from_ids(
         str(record.get("prompt_key", record.get("key", prompt))),
         ids,
         text,
         sample=record.get("sample", 0),
-        logprobs=record.get("logprobs") or (),
+        logprobs=logprobs,
         text_with_special_tokens=record.get("raw_completion") or text,
         messages=record.get("messages"),
         chat=not isinstance(prompt, str) and "messages" not in record,

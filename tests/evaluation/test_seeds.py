@@ -12,7 +12,8 @@ from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import Pair, Statistic
-from rlseq.evaluation.stats.bootstrap import MeanOf, RatioOfSums, bootstrap, paired_bootstrap
+from rlseq.evaluation.stats.bootstrap import bootstrap, paired_bootstrap
+from rlseq.evaluation.stats.estimators import MeanOf, RatioOfSums
 from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, difference, methods, numbered, seed_notes
 from rlseq.evaluation.studies.study import StudyMetric, summarise
 from rlseq.types import Prompt
@@ -205,6 +206,9 @@ def test_studies_compare_methods_by_their_seeds():
 
 def test_numbered_names_are_seeds_of_one_method():
     assert numbered(["base", "rl", "rl", "x"]) == ["base", "rl#1", "rl#2", "x"]
+    assert numbered(["rl#1", "rl#2", "rl"]) == ["rl#1", "rl#2", "rl"]
+    with pytest.raises(ConfigError, match="'rl#1' names a checkpoint, and one of several that are given as 'rl'"):
+        numbered(["rl", "rl", "rl#1"])  # else one of the three would stand for two
     assert methods(["base", "rl#1", "x#7", "rl#2"]) == {"base": ["base"], "rl": ["rl#1", "rl#2"], "x#7": ["x#7"]}
     with pytest.raises(ConfigError, match="'rl' names a checkpoint, and the method that rl#1 are seeds of"):
         methods(["rl", "rl#1"])

@@ -170,6 +170,30 @@ def test_what_training_logs_is_scored_again_bit_for_bit(tmp_path):
     assert seen[:3] == seen[3:]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("rollout_columns", 3, "rollout_columns is 3; expected values by column"),
+        ("completion_ids", "xy", "line 2 is not a rollout: completion_ids is 'xy'; expected a list of token ids"),
+        ("completion_ids", 7, "line 2 is not a rollout"),
+        ("length", "3", "line 2 is not a rollout"),
+        ("logprobs", 0.5, "line 2 is not a rollout"),
+    ],
+)
+def test_a_line_whose_fields_make_no_rollout_is_named(tmp_path, field, value, words):
+    good = {"prompt": "a", "completion": "b"}
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(line) for line in (good, {**good, field: value})))
+    with pytest.raises(RewardError, match=words):
+        read_rollouts(tmp_path)
+
+
+def test_log_probs_without_token_ids_say_how_many_tokens_there_are(tmp_path):
+    record = {"prompt": "a", "completion": "one word more", "logprobs": [-1.0, -2.0, -0.5, -0.25, -1.5]}
+    (tmp_path / "log.jsonl").write_text(json.dumps(record))
+    (rollout,) = read_rollouts(tmp_path).rollouts
+    assert len(rollout.completion_ids) == 5 and rollout.logprob == -5.25
+
+
 def test_bad_logs_are_named(tmp_path):
     with pytest.raises(RunDirectoryError, match="has no rollouts"):
         read_rollouts(tmp_path)

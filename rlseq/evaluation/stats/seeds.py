@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlseq.errors import ConfigError
-from rlseq.evaluation.stats.bootstrap import Aggregate, percentiles, resampled_values
+from rlseq.evaluation.stats.bootstrap import percentiles, resampled_values
+from rlseq.evaluation.stats.estimators import Aggregate
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -47,12 +48,23 @@ def methods(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """The names, each that stands there several times with a number: rl, rl -> rl#1, rl#2."""
+    """The names, with numbers for those that are given several times: rl, rl -> rl#1, rl#2.
+
+    Raises:
+        ConfigError: a numbered name is given, too.
+    """
     times, seen = Counter(names), Counter()
     found = []
     for name in names:
         seen[name] += 1
         found.append(f"{name}#{seen[name]}" if times[name] > 1 else name)
+    for name, count in Counter(found).items():
+        if count > 1:
+            method = name.rpartition("#")[0]
+            raise ConfigError(
+                f"{name!r} names a checkpoint, and one of several that are given as {method!r}; call all of them "
+                f"{method!r}, or number each."
+            )
     return found
 
 
