@@ -58,7 +58,7 @@ class ValidationEvaluator:
         max_new_tokens: completions are cut after this many tokens.
         stop_strings: texts that end a completion; None: none.
         seed: of the sampling. The rng streams are fixed, so a row always meets the same noise.
-        samples_per_row: completions a row under `sample`.
+        samples_per_row: completions per row under `sample`.
         eval_batch_size: rows decoded together; changes memory and time only.
 
     Attributes:

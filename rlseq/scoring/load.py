@@ -26,7 +26,7 @@ def load_rewards(
         specs: strings (a bundled name, `path/to/file.py:function`, `package.module:function`, a model id or
             path), functions, or mappings {func, name, weight, kwargs, columns, scope, timeout, on_error,
             floor, workers, concurrency, retries, cache}, also as JSON text; see docs/rewards.md.
-        weights: one number a spec; 1 for each by default. Given here or in the specs, not both.
+        weights: one number per spec; 1 for each by default. Given here or in the specs, not both.
         search_root: where relative paths and `./rewards/` start; the working directory by default.
         max_error_rate: the largest share of a step (one `score` call, over all processes) that may fail before it
             raises.

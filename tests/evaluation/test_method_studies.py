@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from rlseq.evaluation.run import contrast_and_report
 from rlseq.evaluation.statistics import Statistic, rows_from_json
-from rlseq.evaluation.stats.bootstrap import MeanOf
+from rlseq.evaluation.stats.estimators import MeanOf
 from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, difference, resample_pairs
 from rlseq.evaluation.studies.kl import KL
 from rlseq.evaluation.studies.ranking import Ranking

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from rlseq.evaluation.stats.bootstrap import MeanOf, RatioOfSums, paired_bootstrap
+from rlseq.evaluation.stats.bootstrap import paired_bootstrap
+from rlseq.evaluation.stats.estimators import MeanOf, RatioOfSums
 from rlseq.evaluation.stats.power import Power, describe_power, detectable_difference, power_of, row_deviation
 
 Z = scipy.stats.norm.ppf(0.975) + scipy.stats.norm.ppf(0.8)

@@ -163,8 +163,8 @@ def test_a_model_that_was_sharpened_alone_has_all_its_gain_from_sharpening(sharp
         assert abs(gain) > high - low  # else agreement would say nothing
     low, high = sharp["residual"]["ci95"]
     assert low < 0 < high
-    # Over all entropies it is not 0 but above: straight lines lie below a curve that bends downwards, and these two have
-    # their points at different entropies.
+    # Over all entropies it is above 0: straight lines lie below a curve that bends downwards, and these two have their
+    # points at different entropies.
     curves = [exact_curve(models[name], map(float, block["temperatures"])) for name in ("base", "sharp")]
     low, high = sharp["mean"]["ci95"]
     assert low < mean_difference(*curves) < high

@@ -7,17 +7,8 @@ import pytest
 import scipy.stats
 
 from rlseq.errors import RlseqError
-from rlseq.evaluation.stats.bootstrap import (
-    ExpRatioOfSums,
-    MeanOf,
-    RatioOfSums,
-    best_of_k,
-    bootstrap,
-    bootstrap_many,
-    paired_bootstrap,
-    paired_bootstrap_many,
-    pass_at_k,
-)
+from rlseq.evaluation.stats.bootstrap import bootstrap, bootstrap_many, paired_bootstrap, paired_bootstrap_many
+from rlseq.evaluation.stats.estimators import ExpRatioOfSums, MeanOf, RatioOfSums, best_of_k, pass_at_k
 
 
 def error_counts(rows: int, rate: float, seed: int) -> np.ndarray:

@@ -176,7 +176,7 @@ def measure(
         prompts: the R rows; `references` among their columns give the likelihood part.
         tokenizer: the model's.
         suite: the rewards.
-        settings: strategies, samples a row, length, seed.
+        settings: strategies, samples per row, length, seed.
         name, path: what the records of the samples and the result call the model.
         progress: called with the number of rows done: all of this process's once for the likelihood, and once a
             strategy and study.

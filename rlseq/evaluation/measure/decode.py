@@ -49,7 +49,7 @@ def decode(
 
     Args:
         suite: the rewards that a strategy may choose by.
-        num_samples: completions a prompt under strategies that sample; the others give one.
+        num_samples: completions per prompt under strategies that sample; the others give one.
         seed, stream: name the noise of sampling, as in `rlseq.engine.sampling.sample`.
         stop_ids, stop_strings: what ends a completion, as there.
         batch_rows: prompts decoded together.

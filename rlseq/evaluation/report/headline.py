@@ -13,10 +13,10 @@ from rlseq.evaluation.studies.table import headlines
 
 @dataclass(frozen=True)
 class Headline:
-    """What a busy person reads: the finding, how sure it is, and what it cost.
+    """The finding, its certainty and its cost, as sentences.
 
     Attributes:
-        cost: in likelihood, coverage and diversity, a sentence each where it was measured.
+        cost: in likelihood, coverage and diversity; one sentence for each that was measured.
         source: what the studies say of the difference.
     """
 

@@ -149,7 +149,7 @@ def plane(
     y_higher_is_better: bool,
     y_percent: bool,
 ) -> Figure:
-    """Likelihood against quality: a point a (model, strategy), an arrow from a to b for each strategy.
+    """Likelihood against quality: one point per (model, strategy), and an arrow from a to b for each strategy.
 
     Args:
         points: (model, strategy) -> (likelihood, quality), each `{"value", "ci95"}`. Likelihood is an NLL,
@@ -204,7 +204,7 @@ def pass_at_k_curves(
     monte_carlo: Mapping[str, Mapping[int, float]],
     models: Sequence[str],
 ) -> Figure:
-    """Exact pass@k a model with its 95% band, and the estimate from samples as open circles."""
+    """Exact pass@k of each model with its 95% band, and the estimate from samples as open circles."""
     with styled():
         figure = new_figure(5.6, 3.6)
         axes = figure.subplots()

@@ -13,7 +13,7 @@ from typing import Any
 
 from rlseq.evaluation.metrics import PASS_AT
 from rlseq.evaluation.statistics import LIKELIHOOD
-from rlseq.evaluation.stats.bootstrap import pass_at_k
+from rlseq.evaluation.stats.estimators import pass_at_k
 from rlseq.types import transcript
 
 _CHANCE = LIKELIHOOD("expected_accuracy").text(LIKELIHOOD.source)

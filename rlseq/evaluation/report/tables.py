@@ -143,7 +143,7 @@ def strategies(results: Results) -> list[str]:
 
 
 def is_oracle(results: Results, strategy: str | None) -> bool:
-    """Whether a strategy chooses by what the prompt does not tell."""
+    """Whether a strategy selects by what a user's prompt does not contain, such as references."""
     return any(m.get("strategies", {}).get(strategy, {}).get("oracle") for m in results["models"].values())
 
 
@@ -172,7 +172,7 @@ def is_shown(results: Results, name: str) -> bool:
 
 
 def quality_metrics(results: Results) -> list[str]:
-    """Names of what is measured of completions."""
+    """Names of the metrics of completions."""
     return [name for name in _strategy_metrics(results) if metric(results, name).table not in ("chance", "likelihood")]
 
 
@@ -213,7 +213,7 @@ def is_cell(value: Any) -> bool:
 
 
 def agreements(results: Results) -> list[str]:
-    """A sentence a model: on how many rows greedy decoding and teacher forcing agree."""
+    """One sentence per model: on how many rows greedy decoding and teacher forcing agree."""
     found = []
     for model, entry in results["models"].items():
         counts = entry.get("greedy_and_teacher_forcing")

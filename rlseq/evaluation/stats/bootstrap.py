@@ -19,35 +19,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rlseq.errors import RlseqError
-from rlseq.evaluation.stats.estimators import (
-    Aggregate,
-    ExpRatioOfSums,
-    MeanOf,
-    RatioOfSums,
-    SumOfRatios,
-    best_of_k,
-    pass_at_k,
-)
+from rlseq.evaluation.stats.estimators import Aggregate, MeanOf
 from rlseq.evaluation.stats.power import row_deviation
-
-__all__ = [
-    "Aggregate",
-    "ExpRatioOfSums",
-    "Interval",
-    "MeanOf",
-    "PairedResult",
-    "RatioOfSums",
-    "SumOfRatios",
-    "best_of_k",
-    "bootstrap",
-    "bootstrap_many",
-    "paired_bootstrap",
-    "paired_bootstrap_many",
-    "pass_at_k",
-    "percentiles",
-    "resampled_counts",
-    "resampled_values",
-]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -108,7 +81,7 @@ def bootstrap_many(
 def resampled_values(
     metrics: Mapping[Key, tuple[np.ndarray, Aggregate]], *, seed: int, resamples: int = 10_000
 ) -> dict[Key, np.ndarray]:
-    """The aggregate of every resample of the R rows, (resamples,) by metric: what `bootstrap` has its interval from."""
+    """The aggregate of every resample of the R rows, (N,) by metric; `bootstrap` takes its interval from these."""
     tables = {key: _table(stats, key) for key, (stats, _) in metrics.items()}
     aggregates = {key: _fast(aggregate) for key, (_, aggregate) in metrics.items()}
     rows = _common_rows(tables)

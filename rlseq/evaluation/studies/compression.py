@@ -10,7 +10,7 @@ from typing import Any
 from rlseq.evaluation.measure.documents import DOCUMENT, DocumentStatistics
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import Pair, rows_as_json
-from rlseq.evaluation.stats.bootstrap import ExpRatioOfSums, RatioOfSums
+from rlseq.evaluation.stats.estimators import ExpRatioOfSums, RatioOfSums
 from rlseq.evaluation.studies.study import Section, StudyMetric, Table, summarise
 
 _BITS = {"bits_per_byte": StudyMetric(Pair(DOCUMENT("bits"), DOCUMENT("bytes")), RatioOfSums())}
@@ -69,7 +69,7 @@ def lossy_notes(block: Mapping[str, Any]) -> list[str]:
     return [
         f"The tokenizer of {name} does not give back {lost} of the {block['documents']} documents as they were "
         "(unknown characters, or a normalisation that loses something). Its bits per byte leave out what was lost: "
-        "they are no length of a code for the text, and not to be compared."
+        "they are not the length of a code for the text. Do not compare them."
         for name, entry in block["models"].items()
         if (lost := round((1 - entry["round_trips"]["value"]) * block["documents"]))
     ]
@@ -115,8 +115,8 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
             "model's probabilities compresses a document to that size, within 2 bits. Lower is better; a rise against "
             "the model that training started from is what it forgot. Windows slide by the stride: every token is "
             "scored once, given at least context − stride tokens where available. The end of a document is not "
-            "coded. lzma (LZMA2, preset 9 extreme, without file headers) is on the same bytes. With 95% bootstrap "
-            "intervals over documents; differences are paired over documents.",
+            "coded. lzma (LZMA2, preset 9 extreme, without file headers) is measured on the same bytes. With 95% "
+            "bootstrap intervals over documents; differences are paired over documents.",
             "the bits leave out the coder itself: a model's weights are far larger than lzma. Text that a model was "
             "trained on says nothing of text that it was not. A model starts every document without context, as lzma "
             "does with each document alone. Perplexities compare under one tokenizer only. Bits per byte are a code "

@@ -23,13 +23,13 @@ from rlseq.evaluation.measure.references import SAMPLING_ROUNDING
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic
-from rlseq.evaluation.stats.bootstrap import RatioOfSums, best_of_k, pass_at_k
+from rlseq.evaluation.stats.estimators import RatioOfSums, best_of_k, pass_at_k
 from rlseq.evaluation.stats.majority import win_chances
 from rlseq.evaluation.studies.coverage_report import section_of
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
 
-LARGEST = int(COVERAGE.most)  # samples a row, and the largest k of the exact curve
+LARGEST = int(COVERAGE.most)  # samples per row, and the largest k of the exact curve
 _COVERAGE = Source("coverage")
 _JUDGED = _COVERAGE("judged")
 _CURVES = {"pass": "pass_at_k", "exact": "exact_pass_at_k", "majority_right": "majority.exact_match"}
@@ -55,7 +55,7 @@ class Sampled:
 
 
 class Coverage(Study):
-    """n ancestral samples a row, and what a choice of k among them gives, in expectation over the choice.
+    """n ancestral samples per row, and what a choice of k among them gives, in expectation over the choice.
 
     For k in powers of two up to n:
 

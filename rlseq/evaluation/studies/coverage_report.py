@@ -156,7 +156,7 @@ def _ks(block: Mapping[str, Any]) -> list[str]:
 def _plot(
     curves: Mapping[tuple[str, str], Mapping[str, Any]], models: Sequence[str], family: _Family, kind: str
 ) -> Figure:
-    """A line a model and curve over k on a logarithmic axis, with its band; the exact curve has none."""
+    """One line per model and curve over k on a logarithmic axis, with its band; the exact curve has none."""
     info, lines = family.info, dict(zip((curve for curve, _ in family.curves), _LINES, strict=False))
     ks = sorted({int(k) for cells in curves.values() for k in cells})
     with plots.styled():

@@ -15,7 +15,7 @@ from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source
-from rlseq.evaluation.stats.bootstrap import RatioOfSums, SumOfRatios
+from rlseq.evaluation.stats.estimators import RatioOfSums, SumOfRatios
 from rlseq.evaluation.studies.exposure_bias_report import ALONE, BEYOND, EXACT, GAP, MODEL, REFERENCE, section_of
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
 from rlseq.scoring import RewardSuite
@@ -117,7 +117,7 @@ class ExposureBias(Study):
         return block
 
     def section(self, results: Mapping[str, Any]) -> Section:
-        """Entropy by position; quality by the length of the prefix, a table and a figure a metric."""
+        """Entropy by position; quality by the length of the prefix, a table and a figure per metric."""
         return section_of(results["studies"][self.name], results)
 
 
@@ -169,16 +169,16 @@ def _continuations(
             max_new_tokens=context.settings.max_new_tokens - length,
         )
         sides[side] = [rollout for (rollout,) in groups]
-    begun = [
+    matching = [  # the pair's reference first
         [r for r in (reference, *context.references[row]) if r[:length] == ids[:length]]
         for row, _, reference, ids in pairs
     ]
     spliced = [
         (*ids[:length], *(right or [reference])[0][length:])
-        for (_, _, reference, ids), right in zip(pairs, begun, strict=True)
+        for (_, _, reference, ids), right in zip(pairs, matching, strict=True)
     ]
-    sides[_SPLICED] = _given(sides[MODEL], spliced, context.tokenizer)
-    sides[_WHOLE] = _given(sides[MODEL], [reference for _, _, reference, _ in pairs], context.tokenizer)
+    sides[_SPLICED] = _as_rollouts(sides[MODEL], spliced, context.tokenizer)
+    sides[_WHOLE] = _as_rollouts(sides[MODEL], [reference for _, _, reference, _ in pairs], context.tokenizer)
 
     names = Names.of(context.suite).rewards
     values: list[dict[tuple[str, str], float | None]] = [{} for _ in pairs]
@@ -192,7 +192,7 @@ def _continuations(
         for metric, column in named.items():
             for mine, value in zip(values, column, strict=True):
                 mine[side, metric] = value
-    return [(row, Continued(bool(right), mine)) for row, right, mine in zip(places, begun, values, strict=True)]
+    return [(row, Continued(bool(right), mine)) for row, right, mine in zip(places, matching, values, strict=True)]
 
 
 def _row_statistics(record: Row) -> RowStatistics:
@@ -215,7 +215,7 @@ def _content(ids: Sequence[int], context: Context) -> int:
     return len(ids) - (ids[-1] in context.stop_ids)
 
 
-def _given(like: Sequence[Rollout], completions: Sequence[tuple[int, ...]], tokenizer: Any) -> list[Rollout]:
+def _as_rollouts(like: Sequence[Rollout], completions: Sequence[tuple[int, ...]], tokenizer: Any) -> list[Rollout]:
     """Completions that were not sampled, as rollouts of the same prompts and samples."""
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     raws = tokenizer.batch_decode(completions, skip_special_tokens=False)

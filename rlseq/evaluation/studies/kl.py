@@ -15,7 +15,7 @@ from rlseq.errors import ModelError
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import RowStatistics, Source, rows_matrix
-from rlseq.evaluation.stats.bootstrap import RatioOfSums
+from rlseq.evaluation.stats.estimators import RatioOfSums
 from rlseq.evaluation.stats.seeds import crossed_bootstrap_many, methods
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, Table, summarise
 
@@ -73,9 +73,9 @@ class KL(Study):
 
     t runs over the tokens of y, the stop included. Each sampled prefix contributes the exact divergence of the next
     token, summed over the vocabulary (Rao-Blackwellised: Amini et al. 2025). `plain` is the Monte Carlo estimate on the
-    same samples, the mean of log p(y | x) − log b(y | x), and `variance_ratio` the variance over rows of its row means
-    over that of the former's. It is above 1 as a rule, but not always: a model that makes up at one token what it lost
-    at another has the lower variance in the plain estimate.
+    same samples, the mean of log p(y | x) − log b(y | x). `variance_ratio` is the variance over rows of its row means,
+    divided by that of the exact sums' row means. The ratio is usually above 1. It can be below 1 if a model regains at
+    one token what it lost at another.
     """
 
     name = "kl"
@@ -147,7 +147,7 @@ class KL(Study):
                 label = f"KL({model} ‖ {first})" if direction == FORWARD else f"KL({first} ‖ {model})"
                 texts = [tables.Shown(decimals=decimals).cell(cells.get(name)) for name, decimals in _SHOWN]
                 rows.append([tables.row_name(results, model), label, *texts])
-        head = ["Model", "Divergence", "Nats a completion", "Nats a token", "Plain Monte Carlo"]
+        head = ["Model", "Divergence", "Nats per completion", "Nats per token", "Plain Monte Carlo"]
         note = " ".join(
             f"{model} is left out: its vocabulary has {s['vocabulary']:,} tokens, that of {first} "
             f"{s['vocabulary_first']:,}, so their distributions are not over the same completions."
@@ -157,11 +157,11 @@ class KL(Study):
             "kl",
             f"KL divergence to {first}",
             "The KL divergence between two models' distributions over completions, mean over the first "
-            f"{block['rows']:,} rows: {block['samples_per_row']} samples a row of the model named first, each sampled "
-            "prefix with the exact divergence of the next token, summed over the vocabulary, and over positions to the "
-            "stop. Beside it the plain Monte Carlo estimate on the same samples, the mean difference in "
-            "log-probability; the variance ratio is its variance between rows over that of the former. With 95% "
-            "bootstrap intervals over rows (of a method, over its seeds and rows).",
+            f"{block['rows']:,} rows: {block['samples_per_row']} samples per row of the model named first, each "
+            "sampled prefix with the exact divergence of the next token, summed over the vocabulary, and over "
+            "positions to the stop. Beside it the plain Monte Carlo estimate on the same samples, the mean difference "
+            "in log-probability; the variance ratio is its variance between rows, divided by that of the exact sums. With "
+            "95% bootstrap intervals over rows (of a method, over its seeds and rows).",
             "samples are cut at the length limit, and what would follow is not counted: where many are cut the "
             "divergence is a lower bound. What a model seldom samples and the other rules out weighs much and may be "
             "in no sample: estimates are then too low, and intervals too narrow.",

@@ -1,4 +1,4 @@
-"""How much of the tokens further on can be read linearly off a model's last hidden state."""
+"""How well linear heads on a model's last hidden state predict tokens further ahead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rlseq.errors import ModelError
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import plots, tables
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source
-from rlseq.evaluation.stats.bootstrap import RatioOfSums, SumOfRatios
+from rlseq.evaluation.stats.estimators import RatioOfSums, SumOfRatios
 from rlseq.evaluation.stats.heads import chosen_head, cross_entropy, logits
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, Table, summarise
 from rlseq.types import Prompt
@@ -35,7 +35,7 @@ _MEASURES = ("nll", "right")
 class Lookahead(Study):
     """Linear heads on the frozen last hidden state at position t that predict token t + k, with reference prefixes.
 
-    Multi-token prediction proper (Gloeckle et al. 2024; as a probe of a frozen model, Pal et al. 2023 "Future Lens"):
+    Multi-token prediction (Gloeckle et al. 2024; as a probe of a frozen model, Pal et al. 2023 "Future Lens"):
     the tokens between are not seen. An n-token loss of teacher forcing (`rlseq.engine.measures.block_nll`) differs:
     the chain rule makes it a sum of next-token losses. The head of k = 1 is fitted in the same way, for comparison.
 
@@ -105,16 +105,16 @@ class Lookahead(Study):
         return {"rows_fitted": fitted, "rows_held_out": held_out, "models": models, "comparisons": comparisons}
 
     def section(self, results: Mapping[str, Any]) -> Section:
-        """Cross-entropy and accuracy by distance, a table each, and a figure of the first."""
+        """A table of cross-entropy and one of accuracy by distance, and a figure of cross-entropy."""
         block = results["studies"][self.name]
-        title = "What hidden states tell of later tokens"
+        title = "What hidden states tell about later tokens"
         if not block["rows_held_out"]:
             return Section("lookahead", title, "Skipped: too few rows with references to fit heads and test them.", "")
         return Section(
             "lookahead",
             title,
             "Linear heads on the frozen model's last hidden state, after the prompt and a reference's tokens up to the "
-            "current one, predict the k-th next token without seeing those between: multi-token prediction proper. "
+            "current one, predict the k-th next token without seeing those between: multi-token prediction. "
             "(An n-token loss of teacher forcing is something else: by the chain rule it is a sum of next-token "
             "losses.) Held-out cross-entropy (nats) and top-1 accuracy, beside heads fitted in the same way on the "
             "same architecture with random weights and on the current token alone. "

@@ -15,7 +15,8 @@ from rlseq.evaluation.measure.quality import quality_rows
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic, rows_matrix
-from rlseq.evaluation.stats.bootstrap import RatioOfSums, bootstrap_many
+from rlseq.evaluation.stats.bootstrap import bootstrap_many
+from rlseq.evaluation.stats.estimators import RatioOfSums
 from rlseq.evaluation.stats.seeds import methods
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, Table, summarise
 from rlseq.scoring import RewardSuite

@@ -137,7 +137,7 @@ class Ranking(Study):
         }
 
     def section(self, results: Mapping[str, Any]) -> Section:
-        """A table a reward, and one of success: of models, of methods, and the differences to the first."""
+        """One table per reward, and one of success: of models, of methods, and the differences to the first."""
         block = results["studies"][self.name]
         by_reward: dict[str, list[list[str]]] = {}
         success: list[list[str]] = []

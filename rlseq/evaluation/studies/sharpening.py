@@ -16,8 +16,9 @@ from rlseq.evaluation.measure.decode import columns_of
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, rows_matrix
-from rlseq.evaluation.stats.bootstrap import RatioOfSums, percentiles, resampled_counts
+from rlseq.evaluation.stats.bootstrap import percentiles, resampled_counts
 from rlseq.evaluation.stats.equal_entropy import Curve, mean_gap
+from rlseq.evaluation.stats.estimators import RatioOfSums
 from rlseq.evaluation.stats.seeds import claim_of, methods, resample_pairs
 from rlseq.evaluation.studies import sharpening_report
 from rlseq.evaluation.studies.study import Context, Section, Study, StudyMetric, summarise
@@ -48,8 +49,8 @@ class Sharpening(Study):
 
         H(T) = −E_{y ~ q_T} log q_T(y | x)        Q(T) = E_{y ~ q_T} reward(y)
 
-    both estimated on the same samples. H is in nats a completion, and of what is sampled: completions cut at the length
-    limit count with the log-prob of the prefix.
+    both estimated on the same samples. H is in nats per completion. Completions cut at the length limit count with
+    the log-prob of the prefix.
 
     The first model's points (H, Q), joined by lines, are what its temperature alone can reach. The gap of another model
     is its Q less the first model's at the same H; outside the first model's entropies there is none.

@@ -32,10 +32,10 @@ def section_of(block: Mapping[str, Any], results: Mapping[str, Any]) -> Section:
         "sharpening",
         "How much of the gain is sharpening?",
         "Quality against the entropy of what is sampled, as the temperature T varies (Caccia et al. 2020). Entropy is "
-        "−mean log q(y) over samples y of q, the model's distribution at T: in nats a completion. The line through the "
-        f"points of {models[0]} is what its temperature alone can reach; the gap at equal entropy is how far another "
-        f"model lies above it. With 95% bootstrap intervals over the first {block['rows']:,} rows; both curves are "
-        f"recomputed from each resample's rows. {block['samples_per_row']} samples a row and temperature.",
+        "−mean log q(y) over samples y of q, the model's distribution at T: in nats per completion. The line through "
+        f"the points of {models[0]} is what its temperature alone can reach; the gap at equal entropy is how far "
+        f"another model lies above it. With 95% bootstrap intervals over the first {block['rows']:,} rows; both curves "
+        f"are recomputed from each resample's rows. {block['samples_per_row']} samples per row and temperature.",
         "a completion that is cut at the length limit counts with the log-probability of the prefix, so where many are "
         "cut the entropies are too low. Between two temperatures the curve is a straight line: where the true one "
         "bends downwards it lies above the line, and gaps are somewhat too large; more --temperatures make that small. "
@@ -121,7 +121,7 @@ def _partly(cell: Mapping[str, Any]) -> bool:
 
 
 def _curves(block: Mapping[str, Any], info: tables.Shown) -> Figure:
-    """A line a model in order of entropy, its temperatures beside the points, and the gaps at temperature 1."""
+    """One line per model in order of entropy, its temperatures beside the points, and the gaps at temperature 1."""
     scale = 100.0 if info.percent else 1.0
     models = list(block["models"])
     with plots.styled():
@@ -151,7 +151,7 @@ def _curves(block: Mapping[str, Any], info: tables.Shown) -> Figure:
                 ends = [(top - cell["value"]) * scale, top * scale]
                 axes.plot([point["entropy"]["value"]] * 2, ends, ":", color=plots.color_of(models, gap["b"]), lw=1.3)
         axes.margins(0.1)
-        axes.set_xlabel("entropy (nats a completion)")
+        axes.set_xlabel("entropy (nats per completion)")
         axes.set_ylabel(info.label + (" (%)" if info.percent else ""))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(3, len(models)), fontsize=9)
     return figure

@@ -31,8 +31,8 @@ class Context:
         model: in eval mode, on this process's device.
         prompts: the N rows (of a costly study the first `study_rows` of the data).
         references: by row the distinct references as token ids, stop included; empty where there are none.
-        completions: by strategy spec, a list of rollouts a row: what the strategies gave.
-        values: by strategy spec and reward, a value a completion, rows in turn; None where it abstained or failed.
+        completions: by strategy spec, the completions of each row.
+        values: by strategy spec and reward, one value per completion, row after row; None where it abstained or failed.
         settings: of the contrast (`rlseq.evaluation.settings.ContrastSettings`).
         baseline: loads the first model of the contrast, once, on first call; in eval mode, on this device. It is
             `model` itself where that is the first.

@@ -165,10 +165,7 @@ _SETTINGS: list[tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = [
 def _read(torch: Any, setting: Callable[[Any], Any]) -> Any:
     try:
         return setting(torch)
-    except (
-        AttributeError,
-        RuntimeError,
-    ):  # of another version; or set by old and new names, which it refuses to read
+    except (AttributeError, RuntimeError):  # absent in this version, or set by both its old and its new name
         return _UNREADABLE
 
 

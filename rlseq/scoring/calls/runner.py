@@ -51,10 +51,12 @@ class Reward:
 
     Attributes:
         name: its series name.
-        function, signature, parameters, info: the function, its kind of signature, its parameters, and what
-        `@reward` says. executor: how its calls are made: in this process, on an event loop, or in worker
-        processes. split: whether a batch function of scope "sample" is called with one completion at a time.
-        code: a hash of the function and its file; `files` are those of what else decides its values, by name.
+        function, signature, parameters, info: the function, its kind of signature, its parameters, and what `@reward`
+            says.
+        executor: how its calls are made: in this process, on an event loop, or in worker processes.
+        code: a hash of the function and its file.
+        files: hashes of the files that also determine its values, by name.
+        split: whether a batch function of scope "sample" is called with one completion at a time.
         kwargs: arguments from the spec.
         columns: {parameter: column} where the two are called differently.
         on_error: "raise", "abstain" or "floor"; `floor` is the value for the last.

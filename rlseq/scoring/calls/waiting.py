@@ -38,7 +38,7 @@ def _watch() -> None:
             if time.monotonic() - started >= until:
                 wait[3] = 2 * until
                 print(
-                    f"rlseq: still waiting for reward {name!r}: {calls} calls since {until:g} s. A `timeout` in its "
+                    f"rlseq: still waiting for reward {name!r}: {calls} calls, {until:g} s so far. A `timeout` in its "
                     "spec ends calls that never return.",
                     file=sys.stderr,
                     flush=True,
