@@ -34,6 +34,7 @@ from rlseq.evaluation.measure.partial import remove_partial_results, resume_hint
 from rlseq.evaluation.measure.references import solution_note
 from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
+from rlseq.evaluation.notes import partial_notes
 from rlseq.evaluation.primary import (
     adjusted,
     check_primary,
@@ -41,7 +42,6 @@ from rlseq.evaluation.primary import (
     validate_no_oracle_claim,
     with_primary_name,
 )
-from rlseq.evaluation.report import tables
 from rlseq.evaluation.results import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
 from rlseq.evaluation.right_answers import answers_note, right_answers
 from rlseq.evaluation.settings import ContrastSettings
@@ -230,7 +230,7 @@ def assemble(
         texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
     results["notes"] += filter(None, [answers_note(results["right_answers"])])
-    results["notes"] += _partial_notes(results)
+    results["notes"] += partial_notes(results, suite)
     if tuned:
         results["tuned"] = tuned
         results["notes"] += tuning_notes(tuned)
@@ -252,18 +252,6 @@ def _generated_rows(found: Mapping[str, ModelStatistics]) -> Iterator[RowStatist
     for statistics in found.values():
         for rows in statistics.strategies.values():
             yield from rows
-
-
-def _partial_notes(results: Mapping[str, Any]) -> list[str]:
-    """A sentence for each corpus metric that is not of all completions."""
-    return [
-        f"{results['metrics'][name]['label']} of {model} under {strategy} is of {cell['completions']:,} of "
-        f"{cell['of']:,} completions: the reward gave no details for it on the others."
-        for model, entry in (results["models"] | results["methods"]).items()
-        for strategy, block in entry["strategies"].items()
-        for name, cell in block.items()
-        if "completions" in (cell if tables.is_cell(cell) else {}) and results["metrics"][name]["kind"] == "corpus"
-    ]
 
 
 def contrast_and_report(

@@ -394,7 +394,8 @@ def test_a_reward_that_abstains_everywhere_is_null_on_file_and_the_report_says_s
             else:
                 assert math.isfinite(c["difference"]) and 0 < c["p_value"] <= 1
         printed = " ".join(capsys.readouterr().out.split())
-        assert "Not measured: shyness under greedy is n/a for two, against n/a for one." in printed
+        nothing = "n/a (of 0 of 5 completions)"
+        assert f"Not measured: shyness under greedy is {nothing} for two, against {nothing} for one." in printed
         for text in (printed, (out / "report.html").read_text(), (out / "report.md").read_text()):
             assert "n/a" in text and not re.search(r"\bnan\b", text, re.IGNORECASE)
 

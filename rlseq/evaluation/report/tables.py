@@ -203,7 +203,7 @@ def shown(info: Shown, found: Mapping[str, Any] | None) -> str:
 
 def of_completions(found: Mapping[str, Any]) -> str:
     """What stands behind a value that is not of all completions; else ""."""
-    if "completions" not in found or found["value"] is None:
+    if "completions" not in found:
         return ""
     return f" (of {found['completions']:,} of {found['of']:,} completions)"
 
