@@ -30,7 +30,7 @@ from rlseq.config.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
-from rlseq.engine.model.lora import fuse_lora
+from rlseq.engine.model.lora import with_fused_layers
 from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.stop_strings import StopStrings
 from rlseq.errors import ConfigError, TrainingError
@@ -154,7 +154,7 @@ class GRPOTrainer(RunMixin, LossMixin):
                 processing_class=tokenizer,
                 callbacks=callbacks,
                 optimizers=optimizers,
-                peft_config=peft_config,
+                peft_config=with_fused_layers(peft_config),
                 tools=tools,
                 rollout_func=rollout_func,
                 environment_factory=environment_factory,
@@ -167,7 +167,6 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.tracking = Tracking(self.callback_handler)
         self.add_callback(self.tracking)
         add_reference(self, reference)
-        fuse_lora(self.model)
         self.reward_weights = torch.tensor(suite.weights)
         self._leave_rewards_to_suite()
         self._check_rendering()

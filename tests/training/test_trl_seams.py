@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import trl
-from peft import PeftModel
-from peft.tuners.lora import Linear
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear, LoraModel
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 from trl.generation.vllm_generation import VLLMGeneration
@@ -83,8 +83,7 @@ def replaced(source):
 def test_nothing_of_another_package_is_replaced():
     root = Path(rlseq.__file__).parent
     found = {str(path.relative_to(root)): replaced(path.read_text()) for path in root.rglob("*.py")}
-    found = {path: names for path, names in found.items() if names}
-    assert found == {"engine/model/lora.py": ["module.__class__"]}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
@@ -179,6 +178,13 @@ def test_the_fused_head_returns_log_probs_in_place_of_logits():
     assert list(head) == ["model", "temperature", "cast_lm_head_to_fp32", "outputs"]
     fields = {field.name for field in dataclasses.fields(utils.FusedCausalLMOutput)}
     assert {"loss", "log_probs", "entropy", "label_mask"} <= fields
+
+
+def test_peft_makes_the_layers_that_a_configuration_registers():
+    # Documented, and called experimental: huggingface.co/docs/peft/developer_guides/custom_models
+    assert parameters(LoraConfig._register_custom_module) == ["mapping"]
+    source = inspect.getsource(LoraModel._create_new_module)
+    assert "isinstance(target_base_layer, key)" in source and "if new_module is not None:" in source
 
 
 def test_the_parser_adds_dataclasses_field_by_field():

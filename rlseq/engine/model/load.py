@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 from rlseq.engine.model.auto_class import causal_class
 from rlseq.engine.model.gguf_files import where_and_how
-from rlseq.engine.model.lora import fuse_lora
+from rlseq.engine.model.lora import with_fused_layers
 from rlseq.errors import ModelError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -194,8 +194,9 @@ def _with_adapter(base: Any, path: str | Path, *, trainable: bool, allow_missing
         inner = re.compile(r"^base_model\.model\.")
         mapping[f"^{re.escape(inner.sub('', name))}$"] = inner.sub("", own)
     try:
+        config = with_fused_layers(PeftConfig.from_pretrained(path, trust_remote_code=False))
         model = PeftModel.from_pretrained(
-            base, path, is_trainable=trainable, key_mapping=mapping or None, trust_remote_code=False
+            base, path, config=config, is_trainable=trainable, key_mapping=mapping or None, trust_remote_code=False
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"cannot load an adapter from {str(path)!r}: {reason(error)}") from error
@@ -206,7 +207,6 @@ def _with_adapter(base: Any, path: str | Path, *, trainable: bool, allow_missing
         for name, parameter in model.named_parameters():
             if ".default." in name:
                 parameter.data = parameter.data.to(trained_in)
-    fuse_lora(model)
     return model
 
 

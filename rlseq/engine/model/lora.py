@@ -8,10 +8,13 @@ are PEFT's but for the rounding of the sum, which is one instead of three.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -65,8 +68,25 @@ class LoraLinear(PeftLinear):
             return _LoraProduct.apply(x.to(dtype), weight, bias, A.weight, B.weight, self.scaling[active[0]])
 
 
-def fuse_lora(model: nn.Module) -> None:
-    """Let every plain LoRA layer of a PEFT model compute as `LoraLinear`; its weights and its state dict stay."""
-    for module in model.modules():
-        if type(module) is PeftLinear:
-            module.__class__ = LoraLinear
+def with_fused_layers(config: PeftConfig | None) -> PeftConfig | None:
+    """A copy of an adapter's configuration by which PEFT makes its linear layers as `LoraLinear`; any other as it is.
+
+    It is PEFT's own dispatch of custom layers: no layer that exists is changed, and neither is what is saved. An
+    adapter that was put on a model without this (a `PeftModel` given to a trainer) computes as PEFT does.
+    """
+    if type(config) is not LoraConfig:
+        return config
+    config = copy.copy(config)
+    config._register_custom_module({nn.Linear: _fused_layer})  # type: ignore[dict-item]  # a function makes them
+    return config
+
+
+def _fused_layer(target: nn.Module, adapter_name: str, **options: Any) -> LoraLinear | None:
+    """What PEFT asks for the layer of a target; None: one of its own."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    # An older PEFT gives no `config`, and this by itself.
+    transposed = options.get("fan_in_fan_out", getattr(options.get("config"), "fan_in_fan_out", False))
+    quantised = type(base) is not nn.Linear or type(base.weight) is not nn.Parameter
+    if transposed or quantised or options.get("parameter_name") is not None:
+        return None
+    return LoraLinear(target, adapter_name, **options)

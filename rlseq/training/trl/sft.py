@@ -9,7 +9,7 @@ import trl
 from accelerate.utils import gather_object
 from torch.utils.data import Sampler
 
-from rlseq.engine.model.lora import fuse_lora
+from rlseq.engine.model.lora import with_fused_layers
 from rlseq.training.trl.trainer import RunMixin
 
 
@@ -78,10 +78,9 @@ class SFTTrainer(RunMixin, trl.SFTTrainer):
         eval_nll: of the evaluation under way.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, peft_config=None, **kwargs):
+        super().__init__(*args, peft_config=with_fused_layers(peft_config), **kwargs)
         self.eval_nll = TokenMean()
-        fuse_lora(self.model)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         tokens = int((inputs["labels"][:, 1:] != -100).sum())
