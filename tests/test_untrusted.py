@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 
 import pytest
-from test_report import HOSTILE
 from tiny import tiny_model
+from tiny_report import HOSTILE
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 
 from rlseq.config.training import GRPOConfig, PPOConfig, SFTConfig

@@ -1,7 +1,7 @@
 """Where references do not list the right answers, the report leaves out what would be a chance of a right answer."""
 
 import pytest
-from test_report import METRICS, compared, results, sample, samples  # noqa: F401
+from tiny_report import METRICS, compared
 
 from rlseq.evaluation.measure.quality import quality_rows
 from rlseq.evaluation.report import tables
@@ -74,7 +74,7 @@ def test_references_count_as_listed_where_nothing_was_right_and_the_setting_deci
     assert "in 1 of the 1 rows" in answers_note(right_answers(open_, "auto"))
 
 
-def without(results, capsys, samples, tmp_path):  # noqa: F811
+def without(results, capsys, samples, tmp_path):
     """Headline, tiles, terminal and both files of the report."""
     headline = make_headline(results)
     write_report(results, samples, tmp_path, metrics=METRICS)
@@ -83,7 +83,7 @@ def without(results, capsys, samples, tmp_path):  # noqa: F811
     return headline, "\n".join([*texts, *((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))])
 
 
-def test_open_answers_take_chances_of_references_out_of_the_report(results, samples, capsys, tmp_path):  # noqa: F811
+def test_open_answers_take_chances_of_references_out_of_the_report(results, samples, capsys, tmp_path):
     results["comparisons"] += [compared("exact_pass_at_k.4", None, 0.01, [0.005, 0.03])]
     for entry in results["models"].values():
         entry["likelihood"]["teacher_forced_exact_match"] = {"value": 0.5, "ci95": [0.4, 0.6]}
@@ -105,7 +105,7 @@ def test_open_answers_take_chances_of_references_out_of_the_report(results, samp
     assert headline.cost.startswith("The references became less likely: NLL per token 0.210 → 0.250 nats")
 
 
-def test_the_primary_metric_is_shown_whatever_the_references_are(results):  # noqa: F811
+def test_the_primary_metric_is_shown_whatever_the_references_are(results):
     results["right_answers"] = OPEN
     results["comparisons"] += [compared("exact_match", "greedy", 0.02, [0.01, 0.03])]
     assert not any(c.metric.name == "exact_match" for c in tables.comparisons(results))

@@ -158,9 +158,9 @@ class KL(Study):
             f"KL divergence to {first}",
             "The KL divergence between two models' distributions over completions, mean over the first "
             f"{block['rows']:,} rows: {block['samples_per_row']} samples per row of the model named first. Each "
-            "sampled prefix contributes the exact divergence of the next token, summed over the vocabulary and positions "
-            "to the stop. Beside it the plain Monte Carlo estimate on the same samples, the mean difference in "
-            "log-probability; the variance ratio is its variance between rows, divided by that of the exact sums. "
+            "sampled prefix contributes the exact divergence of the next token, summed over the vocabulary and over "
+            "positions to the stop. Beside it the plain Monte Carlo estimate on the same samples, the mean difference "
+            "in log-probability; the variance ratio is its variance between rows, divided by that of the exact sums. "
             "With 95% bootstrap intervals over rows (of a method, over its seeds and rows).",
             "samples are cut at the length limit, and what would follow is not counted: where many are cut the "
             "divergence is a lower bound. What a model seldom samples and the other rules out weighs much and may be "

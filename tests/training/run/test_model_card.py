@@ -15,7 +15,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from test_report import results, samples  # noqa: F401 - fixtures
+from tiny_report import results, samples  # noqa: F401 - fixtures
 from tiny_task import tiny_tokenizer, tiny_trainer, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
