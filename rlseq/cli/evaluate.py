@@ -143,6 +143,7 @@ def evaluate(
         from rlseq.data.lengths import within_length
         from rlseq.data.prompts import made_prompts
         from rlseq.data.rows import load_rows
+        from rlseq.evaluation.clusters import check_clusters, count_clusters
         from rlseq.evaluation.measure.loading import load_tokenizer
         from rlseq.evaluation.run import contrast_and_report
         from rlseq.evaluation.stats.power import describe_power
@@ -178,8 +179,11 @@ def evaluate(
     if PartialState().is_main_process:
         for text in notes:
             print(visible(f"rlseq: {text}"), flush=True)
+    check_clusters(settings.cluster_column, rows)
     if PartialState().is_main_process and len(named) > 1 and rows:
-        print(f"rlseq: {describe_power(len(rows))}", flush=True)
+        column = settings.cluster_column
+        counted = (len(rows), "rows") if column is None else (count_clusters(column, rows), "clusters")
+        print(f"rlseq: {describe_power(*counted)}", flush=True)
     with load_rewards(reward_funcs, max_error_rate=max_error_rate) as suite:
         return contrast_and_report(
             named,

@@ -216,6 +216,11 @@ class EvaluationArguments(Settings):
         range=at_least(2),
         needs=_DOCUMENTS,
     )
+    cluster_column: str | None = setting(
+        None,
+        "Column that names each row's cluster (its document, user or template): intervals, p values and power resample "
+        "clusters instead of rows.",
+    )
     right_answers: Literal["auto", "listed", "open"] = setting(
         "auto",
         "Whether each row's references are all its right answers (listed) or others are right too (open): the report "

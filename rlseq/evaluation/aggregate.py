@@ -119,11 +119,18 @@ def put(
 
 
 def model_results(
-    found: Mapping[str, ModelStatistics], metrics: Mapping[str, Metric], settings: ContrastSettings
+    found: Mapping[str, ModelStatistics],
+    metrics: Mapping[str, Metric],
+    settings: ContrastSettings,
+    resampled: Mapping[str, ModelStatistics] | None = None,
 ) -> dict[str, Any]:
-    """Each model's value and 95% interval of every metric, in the shape of `models` in results.json."""
+    """Each model's value and 95% interval of every metric, in the shape of `models` in results.json.
+
+    Args:
+        resampled: what intervals are from: clusters (`rlseq.evaluation.clusters`), or None for the rows.
+    """
     tables: dict[tuple[str, str | None, str], tuple[np.ndarray, Any]] = {}
-    for name, statistics in found.items():
+    for name, statistics in (resampled or found).items():
         for strategy, metric_name, metric in measured(statistics, metrics):
             tables[name, strategy, metric_name] = (matrix(rows_under(statistics, strategy), metric), metric.aggregate)
     intervals = bootstrap_many(tables, seed=settings.seed, resamples=settings.resamples)
@@ -190,7 +197,8 @@ def comparisons(
         *_, strategy, name = place
         metric = LIKELIHOOD_METRICS[name] if strategy is None else metrics[name]
         power = power_of(result.deviation, result.rows, metric.unit)
-        found_rows.append(compared(*place, result) | claim_of(1, 1) | {"power": power and power.as_json()})
+        of = {"of": "clusters"} if settings.cluster_column else {}
+        found_rows.append(compared(*place, result) | claim_of(1, 1) | {"power": power and power.as_json() | of})
     return found_rows
 
 

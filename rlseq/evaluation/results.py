@@ -13,6 +13,7 @@ from typing import Any
 from rlseq.common.escapes import visible
 from rlseq.common.formats import RESULTS, Format
 from rlseq.errors import DataError
+from rlseq.evaluation.clusters import clusters_of
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics
 from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
@@ -88,6 +89,7 @@ def write_results(
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "studies.jsonl", "documents.jsonl"):
         (output_dir / name).unlink(missing_ok=True)
+    clusters = clusters_of(results["spec"]["settings"].get("cluster_column"), rows_of)
     places = [(name, statistics, i) for name, statistics in found.items() for i in range(len(rows_of))]
     _write_jsonl(
         output_dir / "per_example.jsonl",
@@ -97,6 +99,7 @@ def write_results(
                 "key": rows_of[i].key,
                 "prompt": rows_of[i].prompt,
                 "references": list(rows_of[i].columns.get("references", ())),
+                **({} if clusters is None else {"cluster": clusters[i]}),
                 "likelihood": _as_json(statistics.likelihood[i], LIKELIHOOD.source),
                 "strategies": {s: _as_json(rows[i], COMPLETION.source) for s, rows in statistics.strategies.items()},
             }
@@ -149,7 +152,10 @@ def read_evaluation(path: str | Path) -> Evaluation:
     prompts: list[Prompt] = []
     for (name, row), record in _each_row(path.parent / "per_example.jsonl", found, rows):
         if len(prompts) == row:
-            prompts.append(Prompt(record["key"], record["prompt"], (), {"references": tuple(record["references"])}))
+            columns: dict[str, Any] = {"references": tuple(record["references"])}
+            if "cluster" in record:
+                columns[results["spec"]["settings"]["cluster_column"]] = record["cluster"]
+            prompts.append(Prompt(record["key"], record["prompt"], (), columns))
         elif prompts[row].key != record["key"]:
             raise DataError(f"{path.parent / 'per_example.jsonl'}: row {row} of {name} is not that of the first model")
         found[name].likelihood[row] = _from_json(record["likelihood"], LIKELIHOOD.source)

@@ -25,6 +25,7 @@ from rlseq.evaluation.aggregate import (
     model_results,
     quality_metrics,
 )
+from rlseq.evaluation.clusters import check_clusters, clusters_note, clusters_of, summed
 from rlseq.evaluation.folder import claimed
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.measure.checks import check_models
@@ -202,7 +203,9 @@ def assemble(
     with_references = any(any(statistics.likelihood) for statistics in found.values())
     metrics = quality_metrics(suite, with_references=with_references)
     primary = primary_comparison(settings, list(methods(found)))
-    compared = [*method_comparisons(found, metrics, settings), *comparisons(found, metrics, settings)]
+    clusters = clusters_of(settings.cluster_column, prompts)
+    resampled = summed(found, clusters)
+    compared = [*method_comparisons(resampled, metrics, settings), *comparisons(resampled, metrics, settings)]
     compared, adjustment = adjusted(compared, primary, list(found))
     results = {
         RESULTS.key: RESULTS.version,
@@ -210,8 +213,8 @@ def assemble(
         "reward_funcs": [spec_on_file(spec) for spec in suite.specs],
         "data_name": data_name,
         "rows": len(prompts),
-        "models": model_results(found, metrics, settings),
-        "methods": method_results(found, metrics, settings),
+        "models": model_results(found, metrics, settings, resampled),
+        "methods": method_results(resampled, metrics, settings),
         "comparisons": compared,
         "adjustment": adjustment,
         "metrics": {name: metric.as_json() for name, metric in {**metrics, **LIKELIHOOD_METRICS}.items()},
@@ -229,6 +232,9 @@ def assemble(
         tokens, references = (sum(row.get(count, 0.0) for row in scored) for count in counts)
         texts = [text for prompt in prompts for text in prompt.columns.get("references", ())]
         results["notes"] += filter(None, [solution_note(texts, tokens / references, suite.names)])
+    if settings.cluster_column is not None and clusters is not None:
+        results["clusters"] = {"column": settings.cluster_column, "clusters": len(set(clusters))}
+        results["notes"].append(clusters_note(settings.cluster_column, clusters, settings.studies))
     results["notes"] += filter(None, [answers_note(results["right_answers"])])
     results["notes"] += partial_notes(results, suite)
     if tuned:
@@ -332,6 +338,7 @@ def check_settings(
         raise ConfigError(f"a strategy is named twice in {', '.join(settings.strategies)}")
     check_choosers(settings.parsed(), suite)
     check_declared(settings)
+    check_clusters(settings.cluster_column, rows)
     check_studies(settings, suite)
     check_documents(settings)
     settings = with_primary_name(settings, suite)

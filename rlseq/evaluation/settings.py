@@ -25,6 +25,7 @@ class ContrastSettings:
         resamples: bootstrap resamples, and sign flips of the permutation test.
         eval_batch_size: rows decoded together; changes memory and time only.
         max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
+        cluster_column: column that names each row's cluster (rlseq.evaluation.clusters); None: rows are independent.
         right_answers: whether a row's references are all its right answers (`listed`), or not (`open`); `auto`: as
             `rlseq.evaluation.right_answers` measures it.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.
@@ -57,6 +58,7 @@ class ContrastSettings:
     resamples: int = as_declared(EvaluationArguments, "resamples")
     eval_batch_size: int = as_declared(EvaluationArguments, "eval_batch_size")
     max_kv_gb: float | None = as_declared(EvaluationArguments, "max_kv_gb")
+    cluster_column: str | None = as_declared(EvaluationArguments, "cluster_column")
     right_answers: str = as_declared(EvaluationArguments, "right_answers")
     primary: str | None = as_declared(EvaluationArguments, "primary")
     primary_against: str | None = as_declared(EvaluationArguments, "primary_against")
@@ -106,8 +108,7 @@ class ContrastSettings:
         without = ["eval_batch_size", "max_kv_gb"]
         if not any(isinstance(strategy, Sweep) for strategy in self.parsed()):
             without += ["tune_split", "tune_rows"]
-        without += [
-            name for name in ("stop_strings", "allow_missing_weights", "quantization") if not getattr(self, name)
-        ]
+        optional = ("stop_strings", "allow_missing_weights", "quantization", "cluster_column")
+        without += [name for name in optional if not getattr(self, name)]
         without += ["right_answers"] if self.right_answers == "auto" else []
         return {name: value for name, value in shown.items() if name not in without}

@@ -56,6 +56,7 @@ def make_headline(results: Results) -> Headline:
     p = f", p {lead.p if lead.p.startswith('<') else '= ' + lead.p}" if declared else ""
     certainty = (
         f"Difference {lead.difference}, 95% interval {lead.interval}{p}, on the same {results['rows']:,} rows"
+        + _in_clusters(results)
         + (f" and {lead.seeds}" if lead.of_methods else "")
         + (_why_unclear(lead) if lead.verdict == "unclear" else ".")
     )
@@ -89,6 +90,11 @@ def make_headline(results: Results) -> Headline:
         verdict=lead.verdict,
         tiles=(lead, *same_metric[:3], *likelihood),
     )
+
+
+def _in_clusters(results: Results) -> str:
+    found = results.get("clusters")
+    return f" in {found['clusters']:,} clusters ({found['column']})" if found else ""
 
 
 def _why_unclear(lead: Comparison) -> str:

@@ -76,9 +76,10 @@ class Comparison:
             return ""
         smallest = self.metric.difference(found["detectable_difference"]).removeprefix("+")
         point = "one percentage point" if self.metric.percent else f"a difference of {found['unit']:g}"
+        of = found.get("of", "rows")
         return (
-            f"With 80% power these rows detect a difference of {smallest} (two-sided, 5%); {point} takes "
-            f"{found['rows_for_unit']:,} rows."
+            f"With 80% power these {of} detect a difference of {smallest} (two-sided, 5%); {point} takes "
+            f"{found['rows_for_unit']:,} {of}."
         )
 
     @property

@@ -54,12 +54,12 @@ def power_of(deviation: float, rows: int, unit: float) -> Power | None:
     return Power(detectable_difference(deviation, rows), unit, math.ceil((_FACTOR * deviation / unit) ** 2))
 
 
-def describe_power(rows: int) -> str:
-    """What the rows of a comparison can detect, before anything is measured: of a rate, by its largest deviations."""
+def describe_power(rows: int, of: str = "rows") -> str:
+    """What rows (or clusters) can detect, before anything is measured: of a rate, by its largest deviations."""
     related, worst = (100 * detectable_difference(deviation, rows) for deviation in (math.sqrt(0.5), 1.0))
     return (
-        f"{rows:,} rows detect a paired difference of a rate of {related:.1f} percentage points with 80% power if the "
-        f"models' answers are unrelated, and of {worst:.1f} at worst (every row changes); less if most rows agree"
+        f"{rows:,} {of} detect a paired difference of a rate of {related:.1f} percentage points with 80% power if the "
+        f"models' answers are unrelated, and of {worst:.1f} at worst (every {of[:-1]} changes); less if most {of} agree"
     )
 
 
