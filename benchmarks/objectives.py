@@ -3,7 +3,7 @@
     python benchmarks/objectives.py --output_dir runs/objectives [--methods grpo ppo] [--seeds 0 1 2] [--steps 60]
     python benchmarks/objectives.py --output_dir runs/objectives --table           # of the runs that are there
 
-Every run starts from the bundled base and sees 512 rollouts a step (expected accuracy: 512 words, no rollouts;
+Every run starts from the bundled base and sees 512 rollouts per step (expected accuracy: 512 words, no rollouts;
 rejection sampling: the same rollouts, sampled from the base beforehand). Each is evaluated on the validation words; the
 test words are not touched. A run that is there already is not run again. Two minutes a run on one core; give several
 `--seeds` to several processes to use more.

@@ -47,8 +47,8 @@ from rlseq.types import Prompt
 ROOT = Path(__file__).parent.parent
 BASE = str(ROOT / "recipes/g2p/base")
 DATA = str(ROOT / "recipes/g2p/data.py")
-G = 8  # samples a prompt
-BATCH = 512  # rollouts a step, as in recipes/g2p/grpo.yaml
+G = 8  # samples per prompt
+BATCH = 512  # rollouts per step, as in recipes/g2p/grpo.yaml
 LAYOUTS = (512, 128, 64)  # rows of a micro-batch that TRL may have
 
 Work = Callable[[], float]  # does the work once and returns how much it did (steps, tokens)
@@ -498,7 +498,7 @@ def long(
 
 
 def growth(repeats: int) -> list[dict[str, Any]]:
-    """How the ratios change with samples a prompt, prompt length, completion length and model width."""
+    """How the ratios change with samples per prompt, prompt length, completion length and model width."""
     changes: list[dict[str, int]] = [{"samples": n} for n in (4, 8)]
     changes += [{"tokens": n} for n in (128, 512)] + [{"length": n} for n in (16, 128)] + [{"width": 128}]
     return [{**row, "targets": None} for change in changes for row in long(max(1, repeats // 2), **change)]

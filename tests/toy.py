@@ -29,7 +29,7 @@ ROWS = [{"prompt": "a ", "references": ["b"]}, {"prompt": "b a ", "references": 
 
 
 def table(completion_ids):
-    """The reward: one number a completion, looked up."""
+    """The reward: one number per completion, looked up."""
     return REWARDS[tuple(completion_ids)]
 
 
@@ -115,7 +115,7 @@ def groups(model, prompt_ids, size) -> Iterable[tuple[tuple, float]]:
 
 
 def fake_sampler(monkeypatch, chosen: Sequence[Sequence[tuple]]):
-    """From now on the trainer's sampler gives these completions, one list a prompt; greedy stays greedy."""
+    """From now on the trainer's sampler gives these completions, one list per prompt; greedy stays greedy."""
 
     def given(model, prompts, *, strategy, **settings):
         if isinstance(strategy, Greedy):

@@ -118,8 +118,8 @@ def parse_models(specs: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--models: there is no model at {path!r}.{did_you_mean(path, siblings)}")
         pairs.append((name, path))
     for name in bare:
-        if len(alike := [path for other, path in pairs if other == name]) > 1:
-            raise ConfigError(f"--models: {' and '.join(map(repr, alike))} are both called {name!r}; give NAME=PATH")
+        if len(paths := [path for other, path in pairs if other == name]) > 1:
+            raise ConfigError(f"--models: {' and '.join(map(repr, paths))} are both called {name!r}; give NAME=PATH")
     names = numbered([name for name, _ in pairs])
     methods(names)
     return dict(zip(names, (path for _, path in pairs), strict=True))

@@ -89,7 +89,7 @@ def beam(
             if progress is not None:
                 progress(len(batch))
     logprobs = score(model, [p.prompt_ids for p in prompts], found)
-    return _rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy.spec, strings)
+    return as_rollouts(prompts, found, logprobs, stop_ids, tokenizer, strategy.spec, strings)
 
 
 def _batches(lengths: Sequence[int], batch_rows: int, *, padded: bool) -> Iterator[list[int]]:
@@ -104,7 +104,7 @@ def _batches(lengths: Sequence[int], batch_rows: int, *, padded: bool) -> Iterat
         yield batch
 
 
-def _rollouts(
+def as_rollouts(
     prompts: Sequence[Prompt],
     found: Sequence[Sequence[int]],
     logprobs: Sequence[torch.Tensor],

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from rlseq.engine.beam import _rollouts, beam
+from rlseq.engine.beam import as_rollouts, beam
 from rlseq.engine.decoding.kv_budget import rows_within
 from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.likelihood import score
@@ -177,7 +177,7 @@ def exact_map_prompts(
         if progress is not None:
             progress(1)
     logprobs = score(model, [prompt.prompt_ids for prompt in prompts], found)
-    rollouts = _rollouts(prompts, found, logprobs, stop_ids, tokenizer, "exact_map", StopStrings((), tokenizer))
+    rollouts = as_rollouts(prompts, found, logprobs, stop_ids, tokenizer, "exact_map", StopStrings((), tokenizer))
     return [rollout for (rollout,) in rollouts], proofs
 
 

@@ -161,7 +161,7 @@ def learning_warnings(history: Iterable[Mapping[str, Any]], eval_rewards: Iterab
             f"In more than {ZERO_STD_LIMIT:.0%} of the groups all samples got the same reward, for {STEPS} logged "
             "steps in a row (frac_reward_zero_std): such groups have advantage 0 and teach nothing. The reward is too "
             "coarse, or the prompts are too easy or too hard for this model: try a reward with partial credit, more "
-            "samples a prompt (--num_generations), a higher --temperature, or other prompts."
+            "samples per prompt (--num_generations), a higher --temperature, or other prompts."
         )
     if _always_above(history, "completions/clipped_ratio", CLIPPED_LIMIT):
         warnings.append(

@@ -158,7 +158,7 @@ def sample_candidates(
         prompts: the P prompts.
         suite: the rewards; what they are worth together is the total that selects.
         tokenizer: the model's.
-        num_samples: samples a prompt.
+        num_samples: samples per prompt.
         temperature, max_new_tokens, seed, stop_strings: of the sampling.
 
     Returns:

@@ -42,7 +42,9 @@ def win_chances(votes: Sequence[int], k: int) -> np.ndarray:
     if k == n:
         first = counts == counts.max()
         return first / first.sum()
-    sizes, kind, alike = np.unique(counts, return_inverse=True, return_counts=True)  # D sizes of answers
+    sizes, kind, answers = np.unique(
+        counts, return_inverse=True, return_counts=True
+    )  # (D,) each
     most = min(k, int(sizes[-1]))
     z = np.exp(-2j * np.pi * np.arange((n + 1) // 2 + 1) / (n + 1))  # (Z,) half of the roots: coefficients are real
     terms = (
@@ -51,14 +53,14 @@ def win_chances(votes: Sequence[int], k: int) -> np.ndarray:
     below = np.cumsum(terms, axis=1)  # (D, X, Z): at most x votes
     wins = np.zeros((len(sizes), len(z)), dtype=complex)
     for x in range(1, most + 1):
-        ties = min(k // x, int(alike[sizes >= x].sum())) - 1  # the degree in u
+        ties = min(k // x, int(answers[sizes >= x].sum())) - 1  # the degree in u
         nodes, weights = np.polynomial.legendre.leggauss(ties // 2 + 1)
         u = (nodes[:, None] + 1) / 2
         loses = below[:, None, x - 1] + u * terms[:, None, x]  # (D, U, Z): one answer of each size
-        every = loses ** alike[:, None, None]
+        every = loses ** answers[:, None, None]
         before = np.cumprod(np.concatenate([np.ones_like(every[:1]), every[:-1]]), axis=0)
         after = np.cumprod(np.concatenate([np.ones_like(every[:1]), every[:0:-1]]), axis=0)[::-1]
-        others = before * after * loses ** (alike - 1)[:, None, None]
+        others = before * after * loses ** (answers - 1)[:, None, None]
         wins += terms[:, x] * np.einsum("u,duz->dz", weights / 2, others)
     found = np.fft.irfft(wins, n + 1, axis=1)[:, k] / scipy.stats.binom.pmf(k, n, k / n)
     return found[kind]

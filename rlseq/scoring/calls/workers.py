@@ -55,7 +55,7 @@ class WorkerPool:
         address: the reward, as `reward_files.load_address` takes it.
         name: its series name, for messages.
         workers: number of processes at work; with a timeout there is a spare one more.
-        timeout: seconds a call may take; a late call's process is killed and the call becomes a "timeout".
+        timeout: the most seconds that a call takes; a late call's process is killed and the call becomes a "timeout".
         retry: for an async reward: a process then makes `retry.concurrency` calls at a time.
         source: of the reward's file when the run began, which replacement workers run, too; None: what the file
             then holds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def _floor(name: str, on_error: str, given: Any, info: RewardInfo) -> float | No
     floor = _number(name, "floor", given)
     if floor is None and info.range:
         floor = float(info.range[0])
-    if on_error == "floor" and (floor is None or floor == float("-inf")):
+    if on_error == "floor" and (floor is None or not math.isfinite(floor)):
         raise RewardError(
             f"reward {name!r} has on_error: floor, but states no lowest value; give floor: NUMBER, or mark the "
             "function with @reward(range=(lowest, highest))."
@@ -224,8 +225,9 @@ def _mapping(name: str, option: str, given: Any) -> dict[str, Any]:
 def _number(name: str, option: str, given: Any, above: float | None = None) -> float | None:
     if given is None:
         return None
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or (above is not None and not given > above):
-        wanted = "a number" if above is None else f"a number above {above:g}"
+    is_number = isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+    if not is_number or (above is not None and given <= above):
+        wanted = "a finite number" if above is None else f"a finite number above {above:g}"
         raise RewardError(f"reward {name!r}: {option} is {given!r}; expected {wanted}.")
     return float(given)
 

@@ -265,16 +265,16 @@ def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkp
     what = "prompts" if plan.generations_a_process or plan.rollouts_a_step else "examples"
     lines: list[tuple[str, str, str]] = [
         (what, f"{plan.examples:,}", shared),
-        (f"{what} a step", f"{plan.examples_a_step:,.6g}", f"{plan.processes} process{'es' * (plan.processes > 1)}"),
+        (f"{what} per step", f"{plan.examples_a_step:,.6g}", f"{plan.processes} process{'es' * (plan.processes > 1)}"),
     ]
     if plan.generations_a_process:
         lines += [
-            ("rollouts a step", f"{plan.rollouts_a_step:,}", ""),
-            ("generations a process", f"{plan.generations_a_process:,}", "sampled together"),
+            ("rollouts per step", f"{plan.rollouts_a_step:,}", ""),
+            ("generations per process", f"{plan.generations_a_process:,}", "sampled together"),
         ]
     lines += [
-        ("tokens a step", f"{plan.tokens_a_step:,}", f"at most; the longest row has {plan.longest:,}"),
-        ("optimizer steps", f"{plan.steps:,}", f"{plan.steps_an_epoch:,} an epoch"),
+        ("tokens per step", f"{plan.tokens_a_step:,}", f"at most; the longest row has {plan.longest:,}"),
+        ("optimizer steps", f"{plan.steps:,}", f"{plan.steps_an_epoch:,} per epoch"),
         ("epochs over the data", f"{plan.epochs:.4g}", ""),
         ("rollouts in all", f"{plan.rollouts:,}", ""),
     ]
@@ -285,6 +285,6 @@ def _table(plan: Plan, held: dict[str, tuple[int, str]], checkpoint: int, checkp
         [
             "dry run: settings, model, tokenizer, data, rewards and run directory were checked; nothing was written",
             textwrap.indent(render_table(lines, right=[1]), "  "),
-            "  Bytes are estimates, a process, without sharding and what the framework itself takes.",
+            "  Bytes are estimates per process, without sharding and without what the framework itself takes.",
         ]
     )

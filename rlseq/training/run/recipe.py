@@ -364,7 +364,7 @@ def describe_round(config: Any) -> str:
     """The size of a rollout batch, in words."""
     prompts = config.generation_batch_size // config.num_generations
     if config.objective in EXACT_OBJECTIVES:
-        return f"the references of {prompts} prompts a step, no rollouts"
+        return f"the references of {prompts} prompts per step, no rollouts"
     samples = f"{config.num_generations} sample{'s' if config.num_generations > 1 else ''}"
     return f"{prompts} prompts × {samples} per rollout batch"
 

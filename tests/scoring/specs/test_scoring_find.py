@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,10 @@ def test_on_the_command_line_a_mapping_is_json():
         ({"func": "constant", "on_error": "ignore"}, "expected raise, abstain, floor"),
         ({"func": "constant", "on_error": "floor"}, "states no lowest value"),
         ({"func": "own_log_prob", "on_error": "floor"}, "states no lowest value"),
-        ({"func": "constant", "timeout": 0}, "expected a number above 0"),
+        ({"func": "constant", "timeout": 0}, "expected a finite number above 0"),
+        ({"func": "constant", "timeout": math.inf}, "expected a finite number above 0"),
+        ({"func": "constant", "on_error": "floor", "floor": math.nan}, "floor is nan; expected a finite number"),
+        ({"func": "constant", "on_error": "floor", "floor": -math.inf}, "floor is -inf; expected a finite number"),
         ({"func": "constant", "workers": 0}, "at least 1"),
         ({"func": "constant", "retries": 1}, "are for async functions"),
         ({"func": "constant", "cache": 3}, "cache is 3"),

@@ -104,9 +104,9 @@ def test_the_sizes_are_those_of_the_run(case, task, tmp_path, monkeypatch, capsy
     rollouts = [lines(file) for file in sorted((out / "rollouts").glob("*.jsonl"))]
     assert sum(map(len, rollouts)) == planned["rollouts in all"]
     if rollouts:
-        assert {len(file) for file in rollouts} == {planned["generations a process"]}
+        assert {len(file) for file in rollouts} == {planned["generations per process"]}
         longest = max(len(prompt.prompt_ids) for prompt in build_prompts(ROWS, tiny_tokenizer())) + 6
-        assert planned["tokens a step"] == planned["rollouts a step"] * longest
+        assert planned["tokens per step"] == planned["rollouts per step"] * longest
     # Beside weights and optimizer a checkpoint holds tokenizer, settings and state: 3% here, and 3 digits are printed.
     checkpoints = list(out.glob("checkpoint-*"))
     written = sum(file.stat().st_size for c in checkpoints for file in c.rglob("*") if file.is_file())
@@ -210,7 +210,7 @@ def test_several_processes_share_the_batch(task):
     )
     object.__setattr__(config, "steps_per_generation", 2)
     plan = plan_rollouts(config, prompts, 2)
-    # 8 rollouts a step of 2 processes; 16 a round, which feeds 2 steps: 4 steps take 2 rounds of 8 prompts.
+    # 8 rollouts per step of 2 processes; 16 a round, which feeds 2 steps: 4 steps take 2 rounds of 8 prompts.
     assert (plan.rollouts_a_step, plan.examples_a_step, plan.generations_a_process) == (8, 4, 8)
     assert (plan.rollouts, plan.steps_an_epoch, plan.epochs) == (32, 2, 2)
 
