@@ -59,6 +59,10 @@ class EvaluateArguments(Settings):
         "line is $'\\n').",
         metavar="TEXT",
     )
+    group_column: str | None = setting(
+        None,
+        "Column by whose values the metrics are reported too, e.g. task: a section of the report and of results.json.",
+    )
     seed: int = setting(0, "Seed of the evaluation's sampling and of its bootstrap.")
     dtype: str = setting(
         "float32",

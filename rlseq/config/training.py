@@ -26,6 +26,7 @@ from rlseq.config.arguments import (
     RunArguments,
     TrainingEvaluationArguments,
 )
+from rlseq.config.as_in_evaluation import AsInEvaluation
 from rlseq.config.chat_template import template_options
 from rlseq.config.curriculum import TrainingDataArguments
 from rlseq.config.fields import (
@@ -158,7 +159,7 @@ _MINIMUM_RISK = Need("objective minimum_risk", lambda config: config.objective =
 
 
 @dataclass
-class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
+class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
     """TRL's GRPOConfig with rlseq's defaults.
 
     * disable_dropout: on, else the ratio of a recomputed log-prob to the sampled one is not 1 on policy.
@@ -256,12 +257,6 @@ class GRPOConfig(DefaultsMixin, trl.GRPOConfig):
         True,
         "In the update, compute a prompt once for all its completions; exact. It is off for models that do not "
         "allow it.",
-    )
-    stop_strings: list[str] | None = as_declared(
-        EvaluateArguments,
-        "stop_strings",
-        help="Texts that end a completion, beside the model's end tokens, in training and evaluation; its text ends "
-        "before the one met, and the tokens up to it are trained (in bash a new line is $'\\n').",
     )
     tools: list[str] | None = setting(
         None,

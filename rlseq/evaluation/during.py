@@ -6,6 +6,7 @@ trainer needs nothing of this room. `learning_warnings` reads what was logged an
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 
+from rlseq.data.groups import check_groups, group_name, rows_by_group
 from rlseq.errors import DataError
 from rlseq.evaluation.aggregate import coverage, matrix, quality_metrics
-from rlseq.evaluation.measure.checkpoint import measure
+from rlseq.evaluation.groups import of_rows
+from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure
 from rlseq.evaluation.metrics import EXPECTED_ACCURACY, NLL
 from rlseq.evaluation.names import TOTAL, Names
 from rlseq.evaluation.settings import ContrastSettings
@@ -57,6 +60,7 @@ class ValidationEvaluator:
             name gets a number (`NAME-2`).
         max_new_tokens: completions are cut after this many tokens.
         stop_strings: texts that end a completion; None: none.
+        group_column: the column by whose values every number is given too, as `group/VALUE/KEY`; None: none.
         seed: of the sampling. The rng streams are fixed, so a row always meets the same noise.
         samples_per_row: completions per row under `sample`.
         eval_batch_size: rows decoded together; changes memory and time only.
@@ -80,6 +84,7 @@ class ValidationEvaluator:
         *,
         max_new_tokens: int,
         stop_strings: Sequence[str] | None = None,
+        group_column: str | None = None,
         seed: int = 0,
         samples_per_row: int = 1,
         eval_batch_size: int = 256,
@@ -110,6 +115,13 @@ class ValidationEvaluator:
         for strategy in STRATEGIES:
             self.metrics[f"{strategy}/{TOTAL}"] = True
             self.metrics |= {f"{strategy}/{name}": m.higher_is_better for name, m in self._quality.items()}
+        self._groups: list[tuple[str, list[int]]] = []
+        if group_column is not None:
+            check_groups(self.prompts, group_column, "the validation rows")
+            self._groups = [(group_name(value), places) for value, places in rows_by_group(self.prompts, group_column)]
+        every = dict(self.metrics)
+        for group, _ in self._groups:
+            self.metrics |= {f"group/{group}/{name}": better for name, better in every.items()}
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         """Measure the model.
@@ -127,6 +139,14 @@ class ValidationEvaluator:
         device = next(model.parameters()).device
         with kept_random_states([] if device.type == "cpu" else [device], device.type):
             found = measure(model, self.prompts, self.tokenizer, self.suite, self.settings)
+        values = self._values(found)
+        for group, places in self._groups:
+            keys = {self.prompts[place].key for place in places}
+            mine = dataclasses.replace(of_rows(found, places), samples=[s for s in found.samples if s["key"] in keys])
+            values |= {f"group/{group}/{name}": value for name, value in self._values(mine).items()}
+        return values
+
+    def _values(self, found: ModelStatistics) -> dict[str, float]:
         values = {name: m.aggregate(matrix(found.likelihood, m)) for name, m in self._likelihood.items()}
         for strategy, rows in found.strategies.items():
             totals = [s["total"] for s in found.samples if s["strategy"] == strategy and s["total"] is not None]

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlseq.common.escapes import visible
 from rlseq.common.formats import RESULTS, Format
+from rlseq.data.groups import group_of
 from rlseq.errors import DataError
 from rlseq.evaluation.clusters import clusters_of
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
@@ -90,6 +91,7 @@ def write_results(
     for name in ("results.json", "studies.jsonl", "documents.jsonl"):
         (output_dir / name).unlink(missing_ok=True)
     clusters = clusters_of(results["spec"]["settings"].get("cluster_column"), rows_of)
+    column = results.get("groups", {}).get("column")
     places = [(name, statistics, i) for name, statistics in found.items() for i in range(len(rows_of))]
     _write_jsonl(
         output_dir / "per_example.jsonl",
@@ -100,6 +102,7 @@ def write_results(
                 "prompt": rows_of[i].prompt,
                 "references": list(rows_of[i].columns.get("references", ())),
                 **({} if clusters is None else {"cluster": clusters[i]}),
+                **({} if column is None else {"group": group_of(rows_of[i], column)}),
                 "likelihood": _as_json(statistics.likelihood[i], LIKELIHOOD.source),
                 "strategies": {s: _as_json(rows[i], COMPLETION.source) for s, rows in statistics.strategies.items()},
             }
@@ -155,6 +158,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
             columns: dict[str, Any] = {"references": tuple(record["references"])}
             if "cluster" in record:
                 columns[results["spec"]["settings"]["cluster_column"]] = record["cluster"]
+            if "groups" in results:
+                columns[results["groups"]["column"]] = record["group"]
             prompts.append(Prompt(record["key"], record["prompt"], (), columns))
         elif prompts[row].key != record["key"]:
             raise DataError(f"{path.parent / 'per_example.jsonl'}: row {row} of {name} is not that of the first model")

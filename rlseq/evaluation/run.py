@@ -27,6 +27,7 @@ from rlseq.evaluation.aggregate import (
 )
 from rlseq.evaluation.clusters import check_clusters, clusters_note, clusters_of, summed
 from rlseq.evaluation.folder import claimed
+from rlseq.evaluation.groups import group_results
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.decode import ANSWERS, check_choosers, oracles, prompt_columns
@@ -220,6 +221,7 @@ def assemble(
         "metrics": {name: metric.as_json() for name, metric in {**metrics, **LIKELIHOOD_METRICS}.items()},
         "studies": study_results({n: s.studies for n, s in found.items()}, settings, metrics),
         "primary": primary,
+        **({"groups": group_results(found, prompts, metrics, settings)} if settings.group_column is not None else {}),
         "oracles": chosen_by,
         "right_answers": right_answers(_generated_rows(found), settings.right_answers),
         "notes": seed_notes(found),

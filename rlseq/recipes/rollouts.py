@@ -18,6 +18,7 @@ from rlseq.config.training import (
     TrainingDataArguments,
     TrainingEvaluationArguments,
 )
+from rlseq.data.groups import check_groups
 from rlseq.data.prompts import build_prompts
 from rlseq.evaluation.during import ValidationEvaluator, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
@@ -75,11 +76,14 @@ def prepare(
     check_init_kwargs(config)
     during = config.eval_strategy != "no"
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
+    if config.group_column is not None:
+        check_groups(task.prompts, config.group_column, "the training rows")
     measured, _ = measured_together(task.suite, task.eval_suite)
     settings = ContrastSettings.of(
         evaluation,
         max_new_tokens=config.max_completion_length,
         stop_strings=config.stop_strings,
+        group_column=config.group_column,
         seed=evaluation.eval_seed,
         allow_missing_weights=model_args.allow_missing_weights,
         quantization=quantization_of(model_args),
@@ -103,6 +107,7 @@ def prepare(
             task.eval_suite,
             max_new_tokens=config.max_completion_length,
             stop_strings=config.stop_strings,
+            group_column=config.group_column,
             seed=evaluation.eval_seed,
         )
         choose_best_by(config, evaluator.metrics, evaluator.best)

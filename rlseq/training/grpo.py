@@ -30,6 +30,7 @@ from rlseq.config.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
+from rlseq.data.groups import check_groups
 from rlseq.engine.model.lora import with_fused_layers
 from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.stop_strings import StopStrings
@@ -128,6 +129,8 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.stop_strings = StopStrings(args.stop_strings or (), tokenizer)
         prompts = prompts_of(train_dataset, tokenizer, args)
         check_prompts(args, prompts)
+        if args.group_column is not None:
+            check_groups(prompts, args.group_column, "the training rows")
         check_router(args, model.config)
         check_tools(args, prompts)
         tools = load_tools(args.tools) if args.tools else tools

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlseq.data.groups import group_name, rows_by_group
 from rlseq.scoring.suite import PendingScores
 from rlseq.training.forward import Ids
-from rlseq.types import Rollout, ScoredRollout
+from rlseq.types import Prompt, Rollout, ScoredRollout
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,21 @@ class MicroBatch:
     def as_dict(self) -> dict[str, Any]:
         """The fields by name."""
         return dict(vars(self))
+
+
+def group_rewards(prompts: Sequence[Prompt], indices: Sequence[int], totals: Tensor, column: str) -> dict[str, float]:
+    """By name of a metric, the mean reward and the number of the rollouts of each group of `rlseq.data.groups`.
+
+    Args:
+        prompts: those of the run.
+        indices, totals: of B rollouts, the index of the prompt, and (B,) rewards, NaN where every reward abstained.
+    """
+    metrics: dict[str, float] = {}
+    for value, places in rows_by_group([prompts[index] for index in indices], column):
+        name, mine = group_name(value), totals[places]
+        metrics[f"group/{name}/rollouts"] = float(len(places))
+        metrics[f"group/{name}/reward"] = mine.nanmean().item()
+    return metrics
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.data.groups import check_groups
 from rlseq.data.prompts import build_prompts
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.static import load_configs, static_checks
@@ -49,6 +50,8 @@ def check_models(
         tokenizer = load_tokenizer(name, str(path))
         prompts = build_prompts(rows, tokenizer, **prompt_options)
         check_answers(settings, prompts)
+        if settings.group_column is not None:
+            check_groups(prompts, settings.group_column, "the rows to evaluate")
         StopStrings(settings.stop_strings or (), tokenizer)  # refuses some
         if number == 0:  # of another checkpoint the prompts differ in their ids alone
             smoke_test_rewards(suite, prompts)

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table, terminal_width
+from rlseq.evaluation import groups
 from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS, TOKEN_LOGPROB
 from rlseq.evaluation.report import plots, tables
 from rlseq.evaluation.report.headline import make_headline
@@ -54,7 +55,7 @@ def write_report(
     output_dir = Path(output_dir)
     samples = list(samples)
     figures = _figures(results, samples, metrics or ())
-    shown = [*sections(results), *compression.sections(results)]
+    shown = [*groups.sections(results), *sections(results), *compression.sections(results)]
     for section in shown:
         figures |= section.figures
     plots.write_svgs({name: svg for name, (_, svg) in figures.items()}, output_dir / "plots")

@@ -290,6 +290,7 @@ def evaluator_of(
         suite,
         max_new_tokens=args.max_completion_length,
         stop_strings=args.stop_strings,
+        group_column=args.group_column,
         seed=args.seed,
         samples_per_row=args.num_generations_eval or 1,
     )

@@ -24,7 +24,7 @@ from rlseq.engine.model.info import attention_of
 from rlseq.errors import ConfigError
 from rlseq.losses import importance_ratio
 from rlseq.training.forward import Ids, Scores, forward
-from rlseq.training.rollouts import MicroBatch, RolloutBatch
+from rlseq.training.rollouts import MicroBatch, RolloutBatch, group_rewards
 from rlseq.training.run.faults import memory_for, update_advice
 from rlseq.training.trl.rollouts import SamplingMixin
 from rlseq.training.trl.scoring import ScoringMixin
@@ -321,6 +321,10 @@ class BatchMixin(SamplingMixin, ScoringMixin):
             most = torch.where(groups.isnan(), -torch.inf, groups).amax(1)
             least = torch.where(groups.isnan(), torch.inf, groups).amin(1)
             metrics["frac_reward_zero_std"].append((most <= least).float().mean().item())
+        if self.args.group_column is not None:
+            indices = gather_object(batch.indices)
+            for name, value in group_rewards(self.prompts, indices, batch.totals, self.args.group_column).items():
+                metrics[name].append(value)
         if batch.greedy_totals is not None:
             metrics["greedy_reward"].append(batch.greedy_totals.nanmean().item())
         # What rewards logged by `log_metric`; sorted, so that all processes gather in one order.
