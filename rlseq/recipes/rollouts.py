@@ -99,7 +99,7 @@ def prepare(
             task.eval_rows[: evaluation.eval_rows_during_training], task.tokenizer, **prompt_options(data, config)
         )
         if not evaluation.evaluate:
-            smoke_test_rewards(measured, prompts)
+            smoke_test_rewards(measured, prompts, all_used=False)
         evaluator = ValidationEvaluator(
             prompts,
             task.tokenizer,

@@ -24,7 +24,7 @@ def load_rewards(
 
     Args:
         specs: strings (a bundled name, `path/to/file.py:function`, `package.module:function`, a model id or
-            path), functions, or mappings {func, name, weight, kwargs, columns, scope, timeout, on_error,
+            path), functions, or mappings {func, name, weight, kwargs, columns, where, scope, timeout, on_error,
             floor, workers, concurrency, retries, cache}, also as JSON text; see docs/rewards.md.
         weights: one number per spec; 1 for each by default. Given here or in the specs, not both.
         search_root: where relative paths and `./rewards/` start; the working directory by default.

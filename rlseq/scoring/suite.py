@@ -84,6 +84,7 @@ class RewardSuite:
                 "weight": weight,
                 "kwargs": dict(reward.kwargs),
                 "columns": dict(reward.columns),
+                **({"where": {column: list(of) for column, of in reward.where.items()}} if reward.where else {}),
                 "scope": reward.info.scope,
                 "on_error": reward.on_error,
                 "code": reward.code,

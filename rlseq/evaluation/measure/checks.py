@@ -19,7 +19,7 @@ from rlseq.evaluation.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import RewardSuite
-from rlseq.scoring.check.smoke_test import smoke_test_rewards
+from rlseq.scoring.check.smoke_test import smoke_test_rewards, unused_values
 from rlseq.types import Prompt
 
 # What an evaluation cannot do without; the others are of training.
@@ -54,9 +54,10 @@ def check_models(
             check_groups(prompts, settings.group_column, "the rows to evaluate")
         StopStrings(settings.stop_strings or (), tokenizer)  # refuses some
         if number == 0:  # of another checkpoint the prompts differ in their ids alone
-            smoke_test_rewards(suite, prompts)
+            smoke_test_rewards(suite, prompts, all_used=False)
+            warnings += unused_values(suite, prompts)
             if tuning_rows:
-                smoke_test_rewards(suite, build_prompts(tuning_rows, tokenizer, **prompt_options))
+                smoke_test_rewards(suite, build_prompts(tuning_rows, tokenizer, **prompt_options), all_used=False)
         try:
             model_config, generation_config = load_configs(str(path))
             causal_class(model_config)  # refuses some

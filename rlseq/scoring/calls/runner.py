@@ -11,6 +11,7 @@ from rlseq.errors import RewardError, did_you_mean
 from rlseq.scoring.cache import Cache, key_of
 from rlseq.scoring.calls.waiting import still_waiting
 from rlseq.scoring.outcome import (
+    ABSTAINED,
     FAILURES,
     NO_DETAILS,
     TOKEN_REWARDS,
@@ -59,6 +60,7 @@ class Reward:
         split: whether a batch function of scope "sample" is called with one completion at a time.
         kwargs: arguments from the spec.
         columns: {parameter: column} where the two are called differently.
+        where: {column: values} of the rows that it is for; it abstains on all others, without being called.
         on_error: "raise", "abstain" or "floor"; `floor` is the value for the last.
         cache: where values are kept, if anywhere.
     """
@@ -74,6 +76,7 @@ class Reward:
     split: bool = False
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     columns: Mapping[str, str] = field(default_factory=dict)
+    where: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     on_error: str = "raise"
     floor: float | None = None
     cache: Cache | None = None
@@ -95,6 +98,12 @@ class Reward:
                     f"reward {self.name!r}: columns maps {parameter!r} to {column!r}, which is not a column."
                     f"{did_you_mean(column, available)} The columns are {', '.join(available)}."
                 )
+        for column in self.where:
+            if column not in available:
+                raise RewardError(
+                    f"reward {self.name!r}: where names {column!r}, which is not a column."
+                    f"{did_you_mean(column, available)} The columns are {', '.join(available)}."
+                )
         given = [*self.kwargs, *self.columns]
         missing = missing_columns(self.signature, self.parameters, given, available)
         if missing:
@@ -111,7 +120,11 @@ class Reward:
         """The fields and columns that the reward asks for by name."""
         made_of = {"verl": {"ground_truth": "reward_model"}, "openrlhf": {"labels": "label"}}.get(self.signature, {})
         named = [self.columns.get(name, name) for name in self.parameters.named if name not in self.kwargs]
-        return [*named, *(made_of[name] for name in named if name in made_of)]
+        return [*named, *(made_of[name] for name in named if name in made_of), *self.where]
+
+    def is_for(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a row of these columns is one that the reward scores (`where`)."""
+        return all(_is_one_of(columns.get(column), values) for column, values in self.where.items())
 
     def check_logged(self, absent: Collection[str]) -> None:
         """Raise RewardError if the reward asks by name for what a log of rollouts lacks: these fields, or a trainer."""
@@ -135,6 +148,27 @@ class Reward:
         """
         if not rows.rollouts:
             return []
+        if self.where:
+            return self._outcomes_where(rows, context)
+        return self._outcomes(rows, context)
+
+    def _outcomes_where(self, rows: Rows, context: Any) -> list[Outcome]:
+        """`outcomes` of the rows that `where` fits; of the others, abstentions."""
+        wanted = {column: rows.columns[column] for column in self.where}
+        mine = [
+            row
+            for row in range(len(rows.rollouts))
+            if self.is_for({column: values[row] for column, values in wanted.items()})
+        ]
+        outcomes = [ABSTAINED] * len(rows.rollouts)
+        if mine:
+            columns = {name: [values[row] for row in mine] for name, values in rows.columns.items()}
+            chosen = dataclasses.replace(rows, rollouts=[rows.rollouts[row] for row in mine], columns=columns)
+            for row, outcome in zip(mine, self._outcomes(chosen, context), strict=True):
+                outcomes[row] = outcome
+        return outcomes
+
+    def _outcomes(self, rows: Rows, context: Any) -> list[Outcome]:
         if self.columns:
             pairs = [pair for pair in self.columns.items() if pair != AS_MESSAGES]
             mapped = {parameter: rows.columns[column] for parameter, column in pairs}
@@ -219,6 +253,13 @@ class Reward:
                 )
             outcomes[row] = outcome._replace(value=self.floor if self.on_error == "floor" else None)
         return outcomes
+
+
+def _is_one_of(value: Any, values: Sequence[Any]) -> bool:
+    """Whether a value equals one of these; true is not 1."""
+    return any(type(value) is type(one) and value == one for one in values) or (
+        type(value) in (int, float) and any(type(one) in (int, float) and value == one for one in values)
+    )
 
 
 def _fit(outcomes: Sequence[Outcome], lengths: Sequence[int]) -> bool:

@@ -36,6 +36,7 @@ OPTIONS = (
     "weight",
     "kwargs",
     "columns",
+    "where",
     "scope",
     "on_error",
     "floor",
@@ -89,6 +90,7 @@ def reward_from_spec(spec: Any, search_root: Path) -> Reward:
         split=cache is not None or not isinstance(executor, InProcess),
         kwargs=kwargs,
         columns=columns,
+        where=_where(name, options.get("where")),
         on_error=on_error,
         floor=_floor(name, on_error, options.get("floor"), info),
         cache=cache,
@@ -220,6 +222,21 @@ def _mapping(name: str, option: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise RewardError(f"reward {name!r}: {option} is {given!r}; expected a mapping of names to values.")
     return dict(given)
+
+
+def _where(name: str, given: Any) -> dict[str, tuple[Any, ...]]:
+    """By column the values of the rows that a reward is for."""
+    where = {
+        column: tuple(values) if isinstance(values, (list, tuple)) else (values,)
+        for column, values in _mapping(name, "where", given).items()
+    }
+    for column, values in where.items():
+        if not values or any(isinstance(value, (Mapping, list, tuple, set)) for value in values):
+            raise RewardError(
+                f"reward {name!r}: where gives {column!r} the value {given[column]!r}; expected a text or number, or "
+                "a list of them."
+            )
+    return where
 
 
 def _number(name: str, option: str, given: Any, above: float | None = None) -> float | None:
