@@ -147,7 +147,7 @@ def test_the_rules_can_fail(tmp_path, monkeypatch):
     root = tmp_path / "rlseq"
     bad = {
         "losses/policy.py": (
-            "def f():\n    from rlseq.config import parser\n",
+            "def f():\n    from rlseq.config import training\n",
             "losses.policy may not import rlseq.config",
         ),
         "engine/beam.py": ("import rlseq.evaluation.run, trl\n", "engine.beam may not import rlseq.evaluation.run"),

@@ -20,7 +20,7 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 
 from rlseq.cli.main import main
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]

@@ -9,7 +9,7 @@ import pytest
 from tiny_ppo import tiny_ppo
 from tiny_task import tiny_trainer
 
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     EvaluationArguments,
     GRPOConfig,

@@ -31,7 +31,7 @@ import yaml
 from tiny_task import ROWS, write_task
 
 from rlseq.config import training as settings
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.errors import ConfigError
 from rlseq.training.run.launch import run_recipe
 

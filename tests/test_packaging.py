@@ -20,9 +20,9 @@ from packaging.utils import canonicalize_name
 import rlseq
 from rlseq.cli.main import Parser
 from rlseq.config.arguments import DataArguments, EvaluateArguments
-from rlseq.config.flags import add_flags, from_flags
-from rlseq.config.parser import RecipeParser
-from rlseq.config.yaml_file import bundled_paths, find_config
+from rlseq.config.parsing.flags import add_flags, from_flags
+from rlseq.config.parsing.parser import RecipeParser
+from rlseq.config.parsing.yaml_file import bundled_paths, find_config
 from rlseq.scoring.specs.find import bundled_folder
 from rlseq.scoring.specs.reward_files import describe_file
 

@@ -13,7 +13,7 @@ from rlseq.common.interrupts import exit_on_sigint
 from rlseq.config.arguments import DataArguments
 from rlseq.config.chat_template import template_options
 from rlseq.config.commands import DifficultyArguments
-from rlseq.config.flags import add_flags, from_flags
+from rlseq.config.parsing.flags import add_flags, from_flags
 from rlseq.errors import ConfigError, DataError
 
 DESCRIPTION = """Write a copy of a data set's training rows with a column of how often a model answers each right.
@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
 
         from rlseq.data.lengths import within_length
         from rlseq.evaluation.difficulty import as_lines, measure_rows, write_rows
-        from rlseq.evaluation.folder import claimed
         from rlseq.evaluation.measure.kept_rows import remove_kept
         from rlseq.evaluation.measure.loading import load_tokenizer
+        from rlseq.evaluation.results.folder import claimed
         from rlseq.evaluation.settings import ContrastSettings
         from rlseq.scoring import load_rewards
         from rlseq.training.models import check_model_path

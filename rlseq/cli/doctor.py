@@ -13,7 +13,7 @@ from typing import Any
 
 from rlseq.common.escapes import visible
 from rlseq.config.commands import DoctorArguments, EvalRowsArguments
-from rlseq.config.flags import add_flags, from_flags
+from rlseq.config.parsing.flags import add_flags, from_flags
 from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Result
 from rlseq.errors import RlseqError
 

@@ -12,7 +12,7 @@ from typing import Any
 from rlseq.common.escapes import visible
 from rlseq.common.interrupts import exit_on_sigint
 from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
-from rlseq.config.flags import add_flags, from_flags
+from rlseq.config.parsing.flags import add_flags, from_flags
 from rlseq.engine.model.gguf_files import gguf_file, may_be_on_hub
 from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.stats.seeds import methods, numbered
@@ -85,7 +85,7 @@ def join_finished(evaluations: Sequence[str], *, output_dir: str, reward_funcs: 
     with exit_on_sigint():
         from accelerate import PartialState
 
-        from rlseq.evaluation.compare import join_and_report
+        from rlseq.evaluation.results.compare import join_and_report
 
     if PartialState().is_main_process:
         join_and_report(evaluations, output_dir, reward_funcs=reward_funcs)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rlseq import __version__
 from rlseq.common.escapes import visible
 from rlseq.common.interrupts import INTERRUPTED, exit_on_sigint
-from rlseq.config.flags import OneLineErrors
+from rlseq.config.parsing.flags import OneLineErrors
 from rlseq.errors import ConfigError, RlseqError, did_you_mean
 
 

@@ -21,8 +21,8 @@ from rlseq.config.commands import (
     ScoreArguments,
     TrainRowsArguments,
 )
-from rlseq.config.flags import add_flags, from_flags
-from rlseq.config.yaml_file import bundled_paths
+from rlseq.config.parsing.flags import add_flags, from_flags
+from rlseq.config.parsing.yaml_file import bundled_paths
 from rlseq.errors import ModelError
 from rlseq.scoring.check.check import run_checks, spread
 from rlseq.scoring.check.probe import Check

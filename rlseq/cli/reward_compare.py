@@ -15,7 +15,7 @@ from rlseq.cli.score_table import MOMENTS, STATUSES, number, scores
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table
 from rlseq.config.commands import CompareArguments, LoggedRowsArguments
-from rlseq.config.yaml_file import bundled_paths
+from rlseq.config.parsing.yaml_file import bundled_paths
 from rlseq.errors import RewardError
 from rlseq.evaluation.stats.agreement import Agreement, agreement, is_binary
 from rlseq.scoring.check.rows import with_columns

@@ -1,8 +1,8 @@
 """rlseq's own settings, as plain dataclasses: the flags of its recipes and of `rlseq evaluate`, each declared once.
 
-The recipes read them beside TRL's (`rlseq.config.training`), by `rlseq.config.parser`; a command makes its flags of
-them by `rlseq.config.flags`. Neither torch, trl nor transformers is imported here, so that `--help` is quick. A field's
-metadata holds what argparse gets for its flag, and its range.
+The recipes read them beside TRL's (`rlseq.config.training`), by `rlseq.config.parsing.parser`; a command makes its
+flags of them by `rlseq.config.parsing.flags`. Neither torch, trl nor transformers is imported here, so that `--help` is
+quick. A field's metadata holds what argparse gets for its flag, and its range.
 """
 
 from __future__ import annotations

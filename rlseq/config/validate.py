@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlseq.config.fields import CONFLICTS, NEEDS, RANGE, OneOf, default_of
-from rlseq.config.values import describe_choices
+from rlseq.config.parsing.values import describe_choices
 from rlseq.errors import ConfigError
 
 

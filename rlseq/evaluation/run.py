@@ -26,7 +26,6 @@ from rlseq.evaluation.aggregate import (
     quality_metrics,
 )
 from rlseq.evaluation.clusters import check_clusters, clusters_note, clusters_of, summed
-from rlseq.evaluation.folder import claimed
 from rlseq.evaluation.groups import group_results
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.measure.checks import check_models
@@ -34,7 +33,6 @@ from rlseq.evaluation.measure.decode import ANSWERS, check_choosers, oracles, pr
 from rlseq.evaluation.measure.documents import check_documents, check_windows, load_documents
 from rlseq.evaluation.measure.partial import remove_partial_results, resume_hint, versions
 from rlseq.evaluation.measure.references import solution_note
-from rlseq.evaluation.methods import method_comparisons, method_results
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.notes import partial_notes
 from rlseq.evaluation.primary import (
@@ -44,7 +42,9 @@ from rlseq.evaluation.primary import (
     validate_no_oracle_claim,
     with_primary_name,
 )
-from rlseq.evaluation.results import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.results.files import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.results.folder import claimed
+from rlseq.evaluation.results.methods import method_comparisons, method_results
 from rlseq.evaluation.right_answers import answers_note, right_answers
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import LIKELIHOOD, RowStatistics

@@ -10,7 +10,7 @@ Nothing is trained and `test` is touched only with `--eval_split test`.
 """
 
 from rlseq.cli.evaluate import ARGUMENTS, evaluate_or_join
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.training.run.launch import run_recipe
 
 

@@ -19,7 +19,7 @@ recipes/ppo.py takes the same flags and puts a critic in place of the group.
 from accelerate import PartialState
 
 from rlseq.config.adapters import peft_config_of
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     GRPOConfig,
     ModelArguments,
@@ -32,8 +32,8 @@ from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
 from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
+from rlseq.training.plan.dry_run import describe_rollouts, plan_rollouts
 from rlseq.training.run.callbacks import MetricsWriter
-from rlseq.training.run.dry_run import describe_rollouts, plan_rollouts
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.run.recipe import announce, default_config, describe_round, open_run, say, task_inputs
 

@@ -30,7 +30,7 @@ from transformers import set_seed
 from rlseq.common.formats import METRICS
 from rlseq.config.adapters import peft_config_of
 from rlseq.config.checks import describe_left_out
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     DataArguments,
     ModelArguments,
@@ -57,6 +57,8 @@ from rlseq.training.models import (
     merge_result,
     new_config,
 )
+from rlseq.training.plan.dry_run import describe_examples, plan_examples
+from rlseq.training.plan.memory import weightless_model
 from rlseq.training.rejection import (
     Record,
     best_completions,
@@ -68,10 +70,8 @@ from rlseq.training.rejection import (
 )
 from rlseq.training.run.best import choose_best_by
 from rlseq.training.run.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
-from rlseq.training.run.dry_run import describe_examples, plan_examples
 from rlseq.training.run.inputs import run_inputs
 from rlseq.training.run.launch import run_recipe
-from rlseq.training.run.memory import weightless_model
 from rlseq.training.run.recipe import (
     announce,
     check_fit,

@@ -6,7 +6,7 @@ import pytest
 
 from rlseq.cli.main import main
 from rlseq.config.commands import CheckArguments, DoctorArguments, TrainRowsArguments
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 
 COMMANDS = [["doctor"], ["reward", "check", "exact_match"], ["reward", "score", "exact_match"]]
 

@@ -12,10 +12,10 @@ from rlseq.cli.main import main
 from rlseq.cli.show import load_step
 from rlseq.common import formats
 from rlseq.config.commands import LoggedRowsArguments
-from rlseq.config.parser import RecipeParser, write_config
+from rlseq.config.parsing.parser import RecipeParser, write_config
 from rlseq.config.training import DataArguments
 from rlseq.errors import FormatError
-from rlseq.evaluation.results import read_evaluation, read_jsonl
+from rlseq.evaluation.results.files import read_evaluation, read_jsonl
 from rlseq.scoring import load_rewards
 from rlseq.scoring.check.rows import with_columns
 from rlseq.scoring.replay import read_rollouts

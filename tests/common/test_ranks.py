@@ -16,10 +16,10 @@ from transformers import TrainerCallback
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import RewardError, RlseqError, TrainingError
-from rlseq.evaluation import folder
 from rlseq.evaluation.during import ValidationEvaluator
 from rlseq.evaluation.measure import checkpoint as measuring
 from rlseq.evaluation.measure.checkpoint import measure
+from rlseq.evaluation.results import folder
 from rlseq.evaluation.run import contrast
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies.table import STUDIES

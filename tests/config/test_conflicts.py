@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from rlseq.config.config_file import construct
 from rlseq.config.fields import Conflict, Need, setting
+from rlseq.config.parsing.config_file import construct
 from rlseq.config.training import GRPOConfig, ModelArguments, PPOConfig, SFTConfig
 from rlseq.config.validate import Settings
 from rlseq.errors import ConfigError

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from rlseq.config.values import TypeMismatch, check_value
+from rlseq.config.parsing.values import TypeMismatch, check_value
 
 
 class Shade(Enum):

@@ -8,8 +8,8 @@ from tiny import tiny_model
 from tiny_task import tiny_tokenizer
 
 from rlseq.errors import ConfigError
-from rlseq.evaluation.compare import join
 from rlseq.evaluation.report.headline import make_headline
+from rlseq.evaluation.results.compare import join
 from rlseq.evaluation.run import contrast
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats.power import describe_power

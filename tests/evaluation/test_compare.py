@@ -14,7 +14,7 @@ from rlseq.cli.evaluate import evaluate, parse_models
 from rlseq.cli.main import main
 from rlseq.config.arguments import DataArguments
 from rlseq.errors import ConfigError, DataError, FormatError, RewardError
-from rlseq.evaluation.compare import join
+from rlseq.evaluation.results.compare import join
 from rlseq.evaluation.run import ContrastSettings, contrast
 from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import load_rewards

@@ -11,7 +11,7 @@ from tiny_task import tiny_tokenizer
 
 from rlseq.cli.evaluate import ARGUMENTS
 from rlseq.cli.main import main
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure import checkpoint
 from rlseq.evaluation.measure.loading import load_checkpoint

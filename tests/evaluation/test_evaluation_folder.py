@@ -12,7 +12,7 @@ from test_contrast import ROWS, SETTINGS, checkpoints, letters
 from rlseq import load_rewards
 from rlseq.errors import ConfigError, TrainingError
 from rlseq.evaluation import run as module
-from rlseq.evaluation.folder import claimed
+from rlseq.evaluation.results.folder import claimed
 from rlseq.evaluation.run import contrast, contrast_and_report
 from rlseq.training.run.faults import writing
 

@@ -9,8 +9,8 @@ from tiny_task import ROWS, save_model, tiny_tokenizer, tiny_trainer
 from rlseq.data.groups import check_groups, group_name, rows_by_group
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
-from rlseq.evaluation.compare import join_and_report
 from rlseq.evaluation.during import ValidationEvaluator
+from rlseq.evaluation.results.compare import join_and_report
 from rlseq.evaluation.run import contrast, contrast_and_report
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import load_rewards

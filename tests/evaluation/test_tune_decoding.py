@@ -12,8 +12,8 @@ from rlseq.cli.evaluate import evaluate
 from rlseq.config.arguments import DataArguments
 from rlseq.engine.strategies import BestOf, Sample, Sweep, parse_strategy
 from rlseq.errors import ConfigError, DataError
-from rlseq.evaluation.compare import join
 from rlseq.evaluation.measure import checkpoint
+from rlseq.evaluation.results.compare import join
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.tune_decoding import joined_tuning
 from rlseq.scoring import load_rewards

@@ -20,8 +20,8 @@ from rlseq.engine.sampling import sample
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.loading import load_checkpoint
 from rlseq.training.models import load_model, write_merged
+from rlseq.training.plan.memory import checkpoint_bytes, optimizer_bytes, size_of, weightless_model
 from rlseq.training.run.launch import run_recipe
-from rlseq.training.run.memory import checkpoint_bytes, optimizer_bytes, size_of, weightless_model
 from rlseq.training.run.recipe import check_fit
 
 IDS = torch.tensor([[5, 6, 7, 4, 14, 15]])

@@ -42,9 +42,7 @@ def win_chances(votes: Sequence[int], k: int) -> np.ndarray:
     if k == n:
         first = counts == counts.max()
         return first / first.sum()
-    sizes, kind, answers = np.unique(
-        counts, return_inverse=True, return_counts=True
-    )  # (D,) each
+    sizes, kind, answers = np.unique(counts, return_inverse=True, return_counts=True)  # (D,) each
     most = min(k, int(sizes[-1]))
     z = np.exp(-2j * np.pi * np.arange((n + 1) // 2 + 1) / (n + 1))  # (Z,) half of the roots: coefficients are real
     terms = (

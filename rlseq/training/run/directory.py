@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rlseq.common.formats import METRICS, ROLLOUTS
-from rlseq.config.yaml_file import read_yaml_mapping
+from rlseq.config.parsing.yaml_file import read_yaml_mapping
 from rlseq.errors import ConfigError, RunDirectoryError
 from rlseq.training.run.checkpoints import (
     check_format,

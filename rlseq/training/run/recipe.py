@@ -19,9 +19,9 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from rlseq.common.escapes import visible
 from rlseq.config.adapters import ignored_adapter_settings
 from rlseq.config.checks import check_group_rewards, check_prompts, check_router, describe_left_out
-from rlseq.config.config_file import changed_values
 from rlseq.config.inherited import EXACT_OBJECTIVES
-from rlseq.config.parser import write_config
+from rlseq.config.parsing.config_file import changed_values
+from rlseq.config.parsing.parser import write_config
 from rlseq.config.training import (
     DataArguments,
     ModelArguments,
@@ -44,6 +44,7 @@ from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.training.environment import check_measured, load_environment
 from rlseq.training.models import check_attention, check_model_path, load_tokenizer
+from rlseq.training.plan.memory import weightless_model
 from rlseq.training.run.callbacks import GracefulStop
 from rlseq.training.run.checkpoints import read_state
 from rlseq.training.run.compatibility import check_compatible, check_compatible_new_model
@@ -52,7 +53,6 @@ from rlseq.training.run.faults import writing
 from rlseq.training.run.inputs import check_unchanged, run_inputs
 from rlseq.training.run.inputs import write as write_inputs
 from rlseq.training.run.launch import cpu_threads
-from rlseq.training.run.memory import weightless_model
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.types import Prompt
 

@@ -23,7 +23,7 @@ from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.strategies import Beam, Greedy, Sample
 from rlseq.evaluation.measure.loading import load_checkpoint
 from rlseq.training.models import load_model
-from rlseq.training.run.memory import size_of, weightless_model
+from rlseq.training.plan.memory import size_of, weightless_model
 from rlseq.types import Prompt
 
 PACKED = ("qwen2_moe", "qwen3_moe", "mixtral", "qwen3_vl")

@@ -9,8 +9,8 @@ from test_dry_run import run
 from rlseq.cli import evaluate
 from rlseq.cli.main import Parser, main
 from rlseq.config.arguments import DataArguments
-from rlseq.config.flags import from_flags
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.flags import from_flags
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.errors import ConfigError
 from rlseq.evaluation.settings import ContrastSettings
 

@@ -1,7 +1,7 @@
 """`--dry_run`: what a run would do and need, in numbers, after every check that costs little and before a model loads.
 
 Nothing is written, claimed or trained. The sizes are those of a run from its start to its last step: early stopping
-and a signal end it sooner. How memory and disk are reckoned: `rlseq.training.run.memory`.
+and a signal end it sooner. How memory and disk are reckoned: `rlseq.training.plan.memory`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from rlseq.common.tables import render_table
 from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import ModelArguments, RunArguments
 from rlseq.data.chat import reference_ids
-from rlseq.training.run.directory import check_available
-from rlseq.training.run.memory import (
+from rlseq.training.plan.memory import (
     PEAK,
     ModelSize,
     checkpoint_bytes,
@@ -29,6 +28,7 @@ from rlseq.training.run.memory import (
     size_of,
     weightless_model,
 )
+from rlseq.training.run.directory import check_available
 from rlseq.training.run.recipe import Task, check_checkpoint
 from rlseq.types import Prompt
 

@@ -84,8 +84,8 @@ def write_results(
 
     A line of per_example.jsonl and of studies.jsonl is of a model and row, of samples.jsonl of a completion, and of
     documents.jsonl of a model and document; studies and documents are there if any were measured. All statistics are on
-    file, so that evaluations can be joined (rlseq.evaluation.compare); results.json comes last: with it the rest is
-    whole.
+    file, so that evaluations can be joined (rlseq.evaluation.results.compare); results.json comes last: with it the
+    rest is whole.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "studies.jsonl", "documents.jsonl"):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 import trl
 
-from rlseq.config.parser import RecipeParser, resolved_values, working_batch_sizes
+from rlseq.config.parsing.parser import RecipeParser, resolved_values, working_batch_sizes
 from rlseq.config.training import (
     DataArguments,
     GRPOConfig,
@@ -341,7 +341,7 @@ def test_a_recipe_process_prints_no_traceback_and_no_usage(tmp_path):
     script = tmp_path / "recipe.py"
     script.write_text(
         "from dataclasses import dataclass\n"
-        "from rlseq.config.parser import RecipeParser\nfrom rlseq.training.run.launch import run_recipe\n"
+        "from rlseq.config.parsing.parser import RecipeParser\nfrom rlseq.training.run.launch import run_recipe\n"
         "@dataclass\nclass Settings:\n    rows: int = 1\n"
         "run_recipe(lambda: print(RecipeParser([Settings]).parse()))\n"
     )

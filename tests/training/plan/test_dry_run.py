@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlseq.common.disk import readable_size
 from rlseq.config.training import GRPOConfig, ModelArguments
 from rlseq.data.prompts import build_prompts
-from rlseq.training.run.dry_run import count_checkpoints, plan_rollouts, update_tokens
+from rlseq.training.plan.dry_run import count_checkpoints, plan_rollouts, update_tokens
+from rlseq.training.plan.memory import critic_parameters, memory, size_of, weightless_model
 from rlseq.training.run.launch import run_recipe
-from rlseq.training.run.memory import critic_parameters, memory, size_of, weightless_model
 
 ROOT = Path(__file__).parents[3]
 

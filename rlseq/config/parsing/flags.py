@@ -1,8 +1,8 @@
 """Flags of a command, made from the fields of plain dataclasses, without trl; and how flags look in `--help`.
 
-They read what `rlseq.config.parser` reads, which TRL's parser makes of the same dataclasses. A field's type hint says
-how its flag is read: a text, number or truth value, or a list of them, each perhaps None. Its metadata (help, metavar)
-is what argparse gets.
+They read what `rlseq.config.parsing.parser` reads, which TRL's parser makes of the same dataclasses. A field's type
+hint says how its flag is read: a text, number or truth value, or a list of them, each perhaps None. Its metadata (help,
+metavar) is what argparse gets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from rlseq.config.fields import default_of, for_argparse
-from rlseq.config.values import describe_choices
+from rlseq.config.parsing.values import describe_choices
 from rlseq.errors import ConfigError
 
 CONFIG_HELP = "YAML file of settings, a line `name: value` each; flags override it."
@@ -59,9 +59,9 @@ def from_flags(dataclass_types: Sequence[type], parsed: argparse.Namespace) -> t
     """Build the dataclasses from what a parser with their flags has read, and from its --config file.
 
     Raises:
-        ConfigError, FormatError: as `rlseq.config.yaml_file.given_settings`; or the dataclasses refuse a value.
+        ConfigError, FormatError: as `rlseq.config.parsing.yaml_file.given_settings`; or the dataclasses refuse a value.
     """
-    from rlseq.config.yaml_file import given_settings
+    from rlseq.config.parsing.yaml_file import given_settings
 
     names = {field.name for part in dataclass_types for field in dataclasses.fields(part)}
     flags = {name: value for name, value in vars(parsed).items() if name in names}

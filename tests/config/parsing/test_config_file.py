@@ -8,9 +8,9 @@ import yaml
 from test_parser import CPU, parse
 from transformers.trainer_utils import SchedulerType
 
-from rlseq.config.config_file import changed_values
-from rlseq.config.parser import RecipeParser, resolved_values, write_config
-from rlseq.config.values import plain
+from rlseq.config.parsing.config_file import changed_values
+from rlseq.config.parsing.parser import RecipeParser, resolved_values, write_config
+from rlseq.config.parsing.values import plain
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from typing import Any
 
 from rlseq.data.chat import shortened
 from rlseq.errors import ConfigError, DataError, RewardError
-from rlseq.evaluation.folder import claimed
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.measure.documents import load_documents
 from rlseq.evaluation.report.tables import flatten
-from rlseq.evaluation.results import Evaluation, read_evaluation, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.results.files import Evaluation, read_evaluation, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.results.folder import claimed
 from rlseq.evaluation.run import assemble, report_on
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import LIKELIHOOD
