@@ -172,13 +172,13 @@ def as_trl_lays_it_out(batch: MicroBatch, pad_id: int) -> dict[str, torch.Tensor
     return found if batch.old_logprobs is None else found | {"old_per_token_logps": batch.old_logprobs}
 
 
-PHASES = {  # methods of TRL's trainer, and of rlseq's
+PHASES = {  # methods of TRL's trainer, and of what rlseq's has
     "_generate": "rollouts",
-    "_complete": "rollouts",
+    "sampler.complete": "rollouts",
     "_calculate_rewards": "rewards",
-    "_score": "rewards",
+    "scorer.score": "rewards",
     "_get_per_token_logps_and_entropies": "log-probs of the old policy",
-    "_logprobs_by": "log-probs of the old policy",
+    "forward.logprobs": "log-probs of the old policy",
     "compute_loss": "forward and loss",
 }
 
@@ -204,8 +204,10 @@ def phases(trainer: Any) -> Iterator[dict[str, float]]:
         return call
 
     for method, name in PHASES.items():
-        if hasattr(trainer, method):
-            setattr(trainer, method, timed(name, getattr(trainer, method)))
+        holder, _, method = method.rpartition(".")
+        owner = getattr(trainer, holder, None) if holder else trainer
+        if hasattr(owner, method):
+            setattr(owner, method, timed(name, getattr(owner, method)))
     trainer.accelerator.backward = timed("backward", trainer.accelerator.backward)
     create = trainer.create_optimizer
 

@@ -96,15 +96,23 @@ def train(side: str, seed: int, layout: int, args: argparse.Namespace, folder: P
     watch = Watch(
         folder / "curve.jsonl", validation(trainer, tokenizer, reward, args), args.level, args.every, resident_peak
     )
-    name = "_complete" if hasattr(trainer, "_complete") else "_generate"  # rlseq's, or TRL's
-    complete = getattr(trainer, name)
+    if hasattr(trainer, "sampler"):
+        complete = trainer.sampler.complete
 
-    def counted(asked: Any) -> Any:
-        found = complete(asked)
-        watch.count(found[0], found[1])
-        return found
+        def completed(batch: Any) -> None:
+            complete(batch)
+            watch.count(batch.prompt_ids, [rollout.completion_ids for rollout in batch.rollouts])
 
-    setattr(trainer, name, counted)
+        trainer.sampler.complete = completed
+    else:
+        generate = trainer._generate
+
+        def generated(asked: Any) -> Any:
+            found = generate(asked)
+            watch.count(found[0], found[1])
+            return found
+
+        trainer._generate = generated
 
     class Steps(transformers.TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:

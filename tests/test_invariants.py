@@ -113,7 +113,7 @@ def test_what_is_trained_is_what_was_sampled_with_its_log_probs(tmp_path):
     stops = sum(int(ids[-1] == 2) for ids in sampled)
     assert sum(map(len, reencoded)) < mask.sum() - stops  # other special tokens were sampled too
     trainer.model.train()
-    now = trainer.token_scores(trainer.model, batch).logprobs
+    now = trainer.forward.scores(trainer.model, batch).logprobs
     ratio = (now - batch.old_logprobs)[mask].exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
 

@@ -58,6 +58,6 @@ ROLLOUTS = Format("rollout log", version=1, oldest=0, remedy="Run the training a
 METRICS = Format("log of metrics", version=1, oldest=0, remedy="Run the training again")
 RUN_CONFIG = Format("file of a run's settings", version=1, oldest=0, remedy="Run the training again")
 RUN_INPUTS = Format("record of a run's rewards and data", version=1, oldest=0, remedy="Run the training again")
-CHECKPOINT = Format("checkpoint", version=2, oldest=2, remedy="Start the run again")
+CHECKPOINT = Format("checkpoint", version=3, oldest=3, remedy="Start the run again")
 RESULTS = Format("result of an evaluation", version=4, oldest=4, remedy="Evaluate again", key="schema")
 PARTIAL_RESULTS = Format("partial result of an evaluation", version=3, oldest=3, remedy="It is measured again")

@@ -1,25 +1,24 @@
 """Training on sampled rollouts: `trl.GRPOTrainer` with rlseq's rollouts, rewards, objectives and packed updates.
 
-How a step flows:
+How a step flows (files without a folder are in rlseq/training/trl/):
 
-    _prepare_inputs    a batch of rows in; micro-batches out                             rlseq/training/trl/batches.py
-      make_batch       rows -> RolloutBatch: sample, score, log-probs, advantages, log
-        _complete      rows -> completions, by rlseq.engine.sampling or by TRL           rlseq/training/trl/rollouts.py
-        _score         completions -> values and totals, by the reward suite             rlseq/training/trl/scoring.py
-        advantages_of  totals -> advantages                                              here, and in ppo.py
-    micro_batch_loss   a micro-batch -> one packed forward -> a loss                     rlseq/training/trl/loss.py
+    make_batch            rows in, a RolloutBatch out                              batches.py
+      sampler.complete    rows -> rollouts, by rlseq.engine.sampling or by TRL     rollouts.py
+      forward.logprobs    old and reference log-probs                              packed_forward.py
+      scorer.score        rollouts -> values and totals, by the reward suite       scoring.py
+      advantages.of       totals -> advantages                                     rlseq/training/group_advantages.py
+    minibatches           the rows of a batch, as updates take them in turn        batches.py
+    micro_batch_loss      a micro-batch -> one packed forward -> a loss            loss.py
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import gather_object
 from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
@@ -32,15 +31,14 @@ from rlseq.config.training import GRPOConfig
 from rlseq.data.chat import tokenize_prompts
 from rlseq.data.groups import check_groups
 from rlseq.engine.model.lora import with_fused_layers
-from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.stop_strings import StopStrings
-from rlseq.errors import ConfigError, TrainingError
-from rlseq.losses import group_advantages, leave_one_prompt_out_baseline, normalize_then_sum
+from rlseq.errors import ConfigError
 from rlseq.training.environment import load_environment
+from rlseq.training.group_advantages import GroupAdvantages
 from rlseq.training.models import disable_dropout
 from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.training.run.faults import evaluation_advice, memory_for
-from rlseq.training.run.rollout_log import RolloutLog, rollout_records, trained_records
+from rlseq.training.run.rollout_log import RolloutLog, trained_records
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
     Arguments,
@@ -52,19 +50,21 @@ from rlseq.training.trl.arguments import (
     tokenizer_of,
     training_rows,
 )
-from rlseq.training.trl.loss import LossMixin
+from rlseq.training.trl.batches import BatchMaker
+from rlseq.training.trl.loss import MicroBatchLoss
+from rlseq.training.trl.metrics import TrainingMetrics
+from rlseq.training.trl.packed_forward import PackedForward
 from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
 from rlseq.training.trl.resume_state import ResumeState
+from rlseq.training.trl.rollout_trainer import RolloutTrainer
+from rlseq.training.trl.rollouts import RolloutSampler
+from rlseq.training.trl.scoring import RewardScorer, leave_rewards_to
 from rlseq.training.trl.tracking import Tracking
-from rlseq.training.trl.trainer import RunMixin
 from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.types import Prompt
 
-NAN = float("nan")
-ADVANTAGE_SCALES = {"group": "std", "batch": "batch", "mean": "mean", "none": "none"}
 
-
-class GRPOTrainer(RunMixin, LossMixin):
+class GRPOTrainer(RolloutTrainer):
     """TRL's GRPOTrainer with rlseq's rollouts, rewards, objectives and packed updates; a drop-in for it.
 
     Args:
@@ -85,11 +85,22 @@ class GRPOTrainer(RunMixin, LossMixin):
         evaluator: measures the model in place of `eval_dataset`: called with it, returns numbers by name, equal on
             every rank, and leaves no trace in the run. Its numbers are logged as `eval_NAME`.
 
+    Attributes:
+        prompts, suite: what is continued, and what scores it.
+        stop_strings: texts that end a completion.
+        batch: the last one that was made.
+        sampler, scorer, forward, batches, loss: what `make_batch` and `micro_batch_loss` leave the work to.
+        metrics: the series that training logs.
+        tracking: shows completions.
+        evaluator: measures the model; None where nothing does.
+
     Raises:
         RlseqError: an argument would have no effect, or does not fit; the message says what to give instead.
     """
 
     settings = GRPOConfig
+    advantage_class: type = GroupAdvantages
+    loss_class = MicroBatchLoss
 
     def __init__(
         self,
@@ -138,9 +149,7 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.evaluator = evaluator_of(eval_dataset, evaluator, tokenizer, suite, args)
         self.prompts = prompts
         self.suite = suite
-        self.rollout_log = None if rollouts_dir is None else RolloutLog(rollouts_dir)
         self.batch = RolloutBatch()
-        self._sums = {}
         critic = self._build_critic(model, args)
         if args.disable_dropout:
             disable_dropout(model)  # TRL's own, afterwards, turns off that of adapters
@@ -170,18 +179,24 @@ class GRPOTrainer(RunMixin, LossMixin):
         self.tracking = Tracking(self.callback_handler)
         self.add_callback(self.tracking)
         add_reference(self, reference)
-        self.reward_weights = torch.tensor(suite.weights)
-        self._leave_rewards_to_suite()
+        leave_rewards_to(suite, self)
         self._check_rendering()
-        packs, reason = (
-            supports_packing(self.accelerator.unwrap_model(self.model), longest=self._longest())
-            if args.pack_updates
-            else (False, "pack_updates is off")
+        self.metrics = TrainingMetrics(self)
+        self.sampler = RolloutSampler(self, prompts, self.metrics)
+        self.scorer = RewardScorer(self, prompts, suite, self.metrics)
+        self.forward = PackedForward(self, longest=self._longest())
+        self.loss = self.loss_class(self, self.forward, self.scorer, self.metrics)
+        self.batches = BatchMaker(
+            self,
+            sampler=self.sampler,
+            scorer=self.scorer,
+            advantages=self.advantage_class(self),
+            forward=self.forward,
+            metrics=self.metrics,
+            tracking=self.tracking,
+            log=None if rollouts_dir is None else RolloutLog(rollouts_dir),
         )
-        self.packs = packs
-        if args.pack_updates and not packs and self.accelerator.is_main_process:
-            print(f"rlseq: updates are not packed: {reason}", flush=True)
-        if not self.samples and not any(self._references_of(prompt) for prompt in prompts):
+        if args.objective in EXACT_OBJECTIVES and not any(map(self.scorer.references_of, range(len(prompts)))):
             raise ConfigError(
                 f"objective {args.objective} sums the chances of references, but no prompt has one of at most "
                 f"max_completion_length ({args.max_completion_length}) tokens. Name their column (--reference_column)."
@@ -213,69 +228,17 @@ class GRPOTrainer(RunMixin, LossMixin):
             return None  # the template tells of them, and `reset` may add to a prompt: its own length says little
         return max(len(p.prompt_ids) for p in self.prompts) + self.args.max_completion_length
 
-    # -- batches -------------------------------------------------------------------------------------------------
+    # -- a step --------------------------------------------------------------------------------------------------
 
-    @property
-    def samples(self) -> bool:
-        """Objectives that are exact have no rollouts."""
-        return self.args.objective not in EXACT_OBJECTIVES
+    def make_batch(self, rows: list[dict[str, Any]]) -> RolloutBatch:
+        self.batch = self.batches.make(rows)
+        return self.batch
 
-    def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
-        """Of the total that is optimised; an abstention has none, and counts in no baseline."""
-        groups = self._groups(batch)  # (P, G)
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            advantages = normalize_then_sum(values.view(*groups.shape, -1), self.reward_weights)
-        else:
-            if self.scale_rewards == "mean" and (groups < 0).any():
-                raise TrainingError(
-                    f"a rollout has reward {groups[groups < 0].min():g}, but scale_rewards mean divides by the mean of "
-                    "rewards from 0 up. Give rewards of at least 0, or --scale_rewards group, batch or none.",
-                    on_every_rank=True,
-                )
-            baseline: Any = self.args.advantage_baseline
-            if baseline == "greedy":
-                baseline = batch.greedy_totals.view(groups.shape)[:, 0]
-            elif baseline == "batch":
-                present = groups[~groups.isnan()]
-                baseline = (present.mean() if len(present) else groups.new_tensor(NAN)).expand(len(groups))
-            advantages = group_advantages(groups, baseline=baseline, scale=ADVANTAGE_SCALES[self.scale_rewards])
-        return {"advantages": self._local(batch, advantages.flatten())}
+    def minibatches(self, trained: MicroBatch) -> list[MicroBatch]:
+        return self.batches.minibatches(trained)
 
-    def objective_fields(self, batch: RolloutBatch) -> dict[str, Tensor]:
-        """What rlseq's objectives read: the totals, and of those with references which rollouts are one."""
-        if self.args.objective == "policy_gradient":
-            return {}
-        found = {"totals": self._local(batch, batch.totals)}
-        if self.args.objective != "reference_exact":
-            return found
-        known = [set(self._references_of(self.prompts[index])) for index in batch.indices]
-        is_reference = torch.tensor(
-            [one.rollout.completion_ids in ids for one, ids in zip(batch.scored, known, strict=True)],
-            device=batch.totals.device,
-        )
-        rejected = self.accelerator.gather(is_reference)  # (N·B,), all processes
-        rest = ~rejected & ~batch.totals.isnan()
-        groups = self._groups(batch)
-        elsewhere, counts = leave_one_prompt_out_baseline(groups, rest.view(groups.shape))  # (P,) each
-        self._metrics[self._mode]["frac_reference"].append(rejected.float().mean().item())
-        return found | {
-            "is_reference": is_reference,
-            "num_rest": self._local(batch, counts.repeat_interleave(groups.shape[1])),
-            "rest_reward": self._local(batch, elsewhere.repeat_interleave(groups.shape[1])),
-        }
-
-    def log_rollouts(self, batch: RolloutBatch, advantages: Tensor) -> None:
-        """Write the rollouts to the log, one file per batch."""
-        if self.rollout_log is None or not self.model.training:
-            return
-        step = self.state.global_step + 1  # the first step they train
-        prompts = [self.prompts[index] for index in batch.indices]
-        if self.environments:  # what `reset` told the model belongs to the prompt
-            asked = zip(prompts, batch.asked, strict=True)
-            prompts = [dataclasses.replace(prompt, prompt=messages) for prompt, messages in asked]
-        records = gather_object(rollout_records(step, prompts, batch.scored, advantages.tolist(), batch.told))
-        if self.accelerator.is_main_process:
-            self.rollout_log.write(step, records)
+    def micro_batch_loss(self, model: torch.nn.Module, batch: MicroBatch) -> Tensor:
+        return self.loss.of(model, batch)
 
     def describe_rows(self, inputs: MicroBatch) -> list[dict[str, Any]]:
         return trained_records(inputs, self.prompts, self.batch.scored, self.processing_class)
@@ -298,7 +261,7 @@ class GRPOTrainer(RunMixin, LossMixin):
         with (
             memory_for("evaluation", evaluation_advice, self.args),
             torch.no_grad(),
-            self._model_to_generate() as model,
+            self.sampler.model_to_generate() as model,
         ):
             found = self.evaluator(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

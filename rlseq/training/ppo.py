@@ -2,9 +2,9 @@
 
 What differs from a step of GRPO:
 
-    advantages_of        rewards a token (the reward on the last, minus the KL penalty) -> GAE against the critic
-    asks_values          the one wrapped forward of a micro-batch asks the critic, too
-    additional_loss      adds the value loss
+    CriticAdvantages     rewards a token (the reward on the last, minus the KL penalty) -> GAE against the critic, in
+                         rlseq/training/critic_advantages.py
+    CriticLoss           the one wrapped forward of a micro-batch asks the critic, too; the value loss is added
     training_step        holds the policy still while the critic warms up, and leaves out the rest of a batch once
                          the policy is too far from its rollouts
 
@@ -13,7 +13,6 @@ The policy's loss is TRL's on advantages (B, T), so its loss types, entropy bonu
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,22 +25,12 @@ from transformers import PreTrainedModel
 from rlseq.config.training import PPOConfig
 from rlseq.engine.model.info import base_of
 from rlseq.errors import ConfigError, ModelError
-from rlseq.losses import (
-    adapt_kl_coefficient,
-    error_by_position,
-    explained_variance,
-    gae,
-    kl_estimate,
-    last_token_rewards,
-    value_loss,
-    whiten,
-)
-from rlseq.scoring.outcome import TOKEN_REWARDS
+from rlseq.losses import adapt_kl_coefficient, kl_estimate, value_loss
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
+from rlseq.training.critic_advantages import CriticAdvantages
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
-from rlseq.training.rollouts import MicroBatch, RolloutBatch
-from rlseq.types import ScoredRollout
+from rlseq.training.trl.loss import MicroBatchLoss
 
 
 class KLCoefficient:
@@ -102,6 +91,34 @@ class TargetKL:
         self.is_passed = state["batch_is_over"]
 
 
+class CriticLoss(MicroBatchLoss):
+    """The loss of PPO: GRPO's and the value loss; `target_kl` hears how far the policy is from its rollouts."""
+
+    asks_values = True
+
+    @property
+    def kl_coef(self) -> float:
+        """0 where the reward holds the KL already."""
+        return 0.0 if self.trainer.args.kl_in_reward else self.trainer.beta
+
+    def additional_loss(self, scores, batch, references) -> Tensor | float:
+        """The value loss, beside what GRPO adds; and how far the policy is from its rollouts."""
+        args, metrics, mask = self.trainer.args, self.metrics, batch.value_mask
+        values, old = scores.values, batch.values
+        loss = value_loss(values, old, batch.returns, mask, clip=args.value_clip)
+        metrics.masked_step_mean("critic/value_loss", loss, mask)
+        if args.value_clip is not None:
+            clipped = (values - old).abs() > args.value_clip
+            metrics.masked_step_mean("critic/clip_fraction", clipped.to(loss.dtype), mask)
+        if batch.old_logprobs is not None:
+            trained = batch.mask
+            # k3 of KL(rollout policy ‖ policy), from the rollout policy's samples
+            drift = torch.where(trained, kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3"), 0.0)
+            metrics.masked_step_mean("approx_kl", drift, trained)
+            self.trainer.target_kl.add(drift.sum(), trained.sum())
+        return super().additional_loss(scores, batch, references) + args.vf_coef * self.step_mean(loss, mask, batch)
+
+
 class PPOTrainer(GRPOTrainer):
     """PPO; arguments as `GRPOTrainer` takes them, with an `rlseq.PPOConfig` as `args`.
 
@@ -110,7 +127,8 @@ class PPOTrainer(GRPOTrainer):
     """
 
     settings = PPOConfig
-    asks_values = True
+    advantage_class = CriticAdvantages
+    loss_class = CriticLoss
 
     def _build_critic(self, model: PreTrainedModel, args: PPOConfig) -> torch.nn.Module:
         critic = build_critic(model, args.critic, args.critic_name_or_path, trunk_gradient=args.critic_trunk_gradient)
@@ -132,10 +150,8 @@ class PPOTrainer(GRPOTrainer):
         self.resume_state.shared.append(self.kl_coefficient)
         self.resume_state.parts.append(self.target_kl)
         attach(self.accelerator.unwrap_model(self.model), critic)
-        if self.packs:
-            self.packs, reason = critic.supports_packing(self._longest())
-            if not self.packs and self.accelerator.is_main_process:
-                print(f"rlseq: updates are not packed, because of the critic: {reason}", flush=True)
+        if self.forward.packs:
+            self.forward.pack_if(critic.supports_packing(self.forward.longest), ", because of the critic")
 
     def _causal_model(self) -> PreTrainedModel:
         return base_of(self.accelerator.unwrap_model(self.model))
@@ -145,111 +161,10 @@ class PPOTrainer(GRPOTrainer):
         """The critic, inside the policy."""
         return getattr(self._causal_model(), NAME)
 
-    # -- advantages ----------------------------------------------------------------------------------------------
-
-    def advantages_of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
-        """Per token, against the critic; with its values and the returns that it learns from."""
-        metrics, args, trained = self._metrics[self._mode], self.args, batch.trained
-        if self.model.training and self.critic.is_new and not batch.totals.isnan().all():
-            self.critic.begin_at(batch.totals.nanmean().item())
-        state_values, after, logprobs = self._ask_critic(trained)
-        totals = self._local(batch, batch.totals)
-        mask = trained.mask & ~totals.isnan()[:, None]  # abstained: nothing for the critic to learn
-        truncated = torch.tensor([s.rollout.finish_reason == "length" for s in batch.scored], device=totals.device)
-        per_token, at_end = self._token_rewards(batch, totals, mask)
-        bootstrap = None
-        if args.truncated_completions == "penalty":
-            at_end = at_end - truncated * args.truncation_penalty
-        elif args.truncated_completions == "bootstrap":
-            at_end = torch.where(truncated, 0.0, at_end)  # it was not finished: what would follow stands for this
-            bootstrap = torch.where(truncated, after, 0.0)
-        rewards = per_token + last_token_rewards(at_end, mask)
-        if args.kl_in_reward and self.beta:
-            kl = self._kl_penalty(logprobs, trained.ref_logprobs, trained.mask)
-            rewards = rewards - self.beta * kl
-        advantages, returns = gae(rewards, state_values, mask, gamma=args.gamma, lam=args.lam, bootstrap_B=bootstrap)
-        everywhere = (self._gather_tokens(x) for x in (advantages, returns, state_values, mask))
-        all_advantages, all_returns, all_values, counted = everywhere
-        if counted.any():
-            spread = all_advantages[counted]
-            mean, std = spread.mean(), spread.std(correction=0)
-            if args.whiten_advantages:
-                advantages = whiten(advantages, mask, mean=mean, std=std)
-            metrics["advantages/std"].append(std.item())
-            self._log_critic(all_values, all_returns, counted)
-        return {"advantages": advantages, "values": state_values, "returns": returns, "value_mask": mask}
-
-    def _log_critic(self, values: Tensor, returns: Tensor, counted: Tensor) -> None:
-        """How well the critic knew the returns of the batch, on all ranks, before it learns from them."""
-        metrics = self._metrics[self._mode]
-        metrics["returns/mean"].append(returns[counted].mean().item())
-        metrics["returns/std"].append(returns[counted].std(correction=0).item())
-        metrics["critic/explained_variance"].append(explained_variance(values, returns, counted).item())
-        for part, error in enumerate(error_by_position(values, returns, counted).tolist(), start=1):
-            metrics[f"critic/error_quarter_{part}"].append(error)
-
-    def _ask_critic(self, trained: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Values (B, T) before each token, (B,) after the last, and log-probs (B, T), by the weights that sampled."""
-        parts = self.scores_in_parts(self.model, trained, values=True)
-        return (
-            torch.cat([part.values for part in parts]),
-            torch.cat([part.last_values for part in parts]),
-            torch.cat([part.logprobs for part in parts]),
-        )
-
-    def _token_rewards(self, batch: RolloutBatch, totals: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) what rewards gave token by token, where they gave it, and (B,) the rest of the totals, for the end."""
-        per_token = torch.zeros(mask.shape, device=totals.device)
-        for row, one in enumerate(batch.scored):
-            if one.total is not None and one.rollout.completion_ids:
-                values = self.suite.token_rewards(_token_part(one))
-                per_token[row, : len(values)] = torch.tensor(values, device=totals.device)
-        per_token = torch.where(mask, per_token, 0.0)
-        return per_token, totals - per_token.sum(1)
-
-    def _kl_penalty(self, logprobs: Tensor, ref_logprobs: Tensor, trained: Tensor) -> Tensor:
-        """k1 a token, whose sum over a sequence is its log-ratio to the start; adapts its coefficient afterwards."""
-        kl = torch.where(trained, kl_estimate(logprobs, ref_logprobs, "k1"), 0.0)
-        sums = torch.stack([kl.sum(), trained.sum().to(kl), kl.new_tensor(len(kl))])
-        total, tokens, sequences = self.accelerator.reduce(sums).tolist()
-        metrics = self._metrics[self._mode]
-        metrics["kl"].append(total / max(tokens, 1.0))
-        metrics["kl_penalty"].append(self.beta * total / sequences)
-        metrics["kl_coefficient"].append(self.beta)
-        self.kl_coefficient.adapt(total / sequences)
-        return kl
-
-    def _gather_tokens(self, x_BT: Tensor) -> Tensor:
-        """The rows of all ranks, padded to the longest."""
-        x = x_BT.to(torch.int8) if x_BT.dtype == torch.bool else x_BT  # padding is no boolean operation
-        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1)).to(x_BT.dtype)
-
     # -- update --------------------------------------------------------------------------------------------------
 
-    @property
-    def kl_loss_coef(self) -> float:
-        """0 where the reward holds the KL already."""
-        return 0.0 if self.args.kl_in_reward else self.beta
-
-    def additional_loss(self, scores, batch, references) -> Tensor | float:
-        """The value loss, beside what GRPO adds; and how far the policy is from its rollouts."""
-        args, mask = self.args, batch.value_mask
-        values, old = scores.values, batch.values
-        loss = value_loss(values, old, batch.returns, mask, clip=args.value_clip)
-        self._log_masked_mean("critic/value_loss", loss, mask)
-        if args.value_clip is not None:
-            clipped = (values - old).abs() > args.value_clip
-            self._log_masked_mean("critic/clip_fraction", clipped.to(loss.dtype), mask)
-        if batch.old_logprobs is not None:
-            trained = batch.mask
-            # k3 of KL(rollout policy ‖ policy), from the rollout policy's samples
-            drift = torch.where(trained, kl_estimate(batch.old_logprobs, scores.logprobs.detach(), "k3"), 0.0)
-            self._log_masked_mean("approx_kl", drift, trained)
-            self.target_kl.add(drift.sum(), trained.sum())
-        return super().additional_loss(scores, batch, references) + args.vf_coef * self._step_mean(loss, mask, batch)
-
     def training_step(self, model, inputs, num_items_in_batch):
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+        if self.starts_batch:
             self.kl_coefficient.begin_batch()
             self.target_kl.begin_batch()
         self.beta = self.kl_coefficient.value
@@ -309,12 +224,3 @@ class PPOTrainer(GRPOTrainer):
         if folder is None:
             raise ModelError(f"{checkpoint} holds no critic ({FOLDER}/); PPO resumes from checkpoints of PPO")
         self.critic.load(folder)
-
-
-def _token_part(one: ScoredRollout) -> ScoredRollout:
-    """A scored rollout in which only the rewards that gave one value a token count."""
-    values = {
-        name: value if value is None or TOKEN_REWARDS in one.details.get(name, {}) else 0.0
-        for name, value in one.values.items()
-    }
-    return dataclasses.replace(one, values=values)

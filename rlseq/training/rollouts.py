@@ -36,6 +36,8 @@ class MicroBatch:
         values, returns, value_mask: (B, T), what the critic said, is to say, and where it learns; None without one.
         totals: (B,) rewards, NaN where every reward abstained; None where the objective reads none.
         is_reference, num_rest, rest_reward: (B,), of the objective reference_exact; None for others.
+        reference_rewards: of each row, what its prompt's references earn, NaN where every reward abstained; None where
+            the objective reads none.
     """
 
     prompt_index: tuple[int, ...]
@@ -55,6 +57,7 @@ class MicroBatch:
     is_reference: Tensor | None = None
     num_rest: Tensor | None = None
     rest_reward: Tensor | None = None
+    reference_rewards: tuple[tuple[float, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_index)
@@ -102,9 +105,13 @@ class RolloutBatch:
 
     Attributes:
         rows: B rows of the data set, one per rollout: `index` of the prompt, and `prompt` as the user wrote it.
+        first: the place of the first of them among those of all processes.
+        group_size: G, the rollouts of a prompt.
         asked: B prompts as the model was asked them: an environment may have added to the row's.
-        rollouts: B, from rlseq's sampler; None where TRL generated.
-        tool_mask: of B completions, 1 per token that the model sampled and 0 per token of a tool; None without tools.
+        prompt_ids: B prompts as they were continued.
+        rollouts: B.
+        completions: B, as TRL shows them: texts or messages.
+        logprobs: of B completions, under what sampled them; None where it gives none.
         pending: rewards that score in other processes while log-probs are computed; None where none does.
         scored: B rollouts with values, statuses and totals.
         told: of B rollouts, the columns that a `rollout_func` or an environment adds, for rewards and log.
@@ -112,13 +119,16 @@ class RolloutBatch:
         greedy: prompt index -> its greedy completion, where its reward is the baseline.
         greedy_totals: (N·B,) reward of each rollout's greedy completion, likewise; None without that baseline.
         trained: what the updates read, all B rows; micro-batches are rows of it. None until there are completions.
-        reference_rewards: prompt index -> the reward of each of its references, NaN where every reward abstained.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
+    first: int = 0
+    group_size: int = 1
     asked: list[Any] = field(default_factory=list)
-    rollouts: list[Rollout] | None = None
-    tool_mask: list[list[int]] | None = None
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    completions: list[Any] = field(default_factory=list)
+    logprobs: list[list[float | None]] | None = None
     pending: PendingScores | None = None
     scored: list[ScoredRollout] = field(default_factory=list)
     told: list[dict[str, Any]] = field(default_factory=list)
@@ -126,9 +136,22 @@ class RolloutBatch:
     greedy: dict[int, Rollout] = field(default_factory=dict)
     greedy_totals: Tensor | None = None
     trained: MicroBatch | None = None
-    reference_rewards: dict[int, list[float]] = field(default_factory=dict)
 
     @property
     def indices(self) -> list[int]:
         """Of each rollout, the index of its prompt."""
         return [row["index"] for row in self.rows]
+
+    @property
+    def samples(self) -> list[int]:
+        """Of each rollout, which of its prompt's samples it is; a group may straddle processes."""
+        return [(self.first + i) % self.group_size for i in range(len(self.rows))]
+
+    @property
+    def groups(self) -> Tensor:
+        """Totals of all processes as groups, (P, G)."""
+        return self.totals.view(-1, self.group_size)
+
+    def local(self, over_all_processes: Tensor) -> Tensor:
+        """This process's rows of a tensor of all processes' rows."""
+        return over_all_processes[self.first : self.first + len(self.rows)]

@@ -92,7 +92,7 @@ def test_who_reads_a_file_of_a_run_refuses_a_newer_one_and_takes_one_without_a_v
         found.release()
     newer(run_directory / file)
     before = {path: path.read_bytes() for path in run_directory.rglob("*") if path.is_file()}
-    with pytest.raises(FormatError, match=r"of format version 99; rlseq .* reads (0 to 1|2)\. (Run|Start) the .*again"):
+    with pytest.raises(FormatError, match=r"of format version 99; rlseq .* reads (0 to 1|3)\. (Run|Start) the .*again"):
         read(run_directory)
     assert before == {path: path.read_bytes() for path in run_directory.rglob("*") if path.is_file()}
 
@@ -134,12 +134,12 @@ def test_a_run_writes_the_versions_and_its_checkpoint_is_refused_where_they_are_
     (log,) = (tmp_path / "rollouts").iterdir()
     assert {json.loads(line)["format_version"] for line in log.read_text().splitlines()} == {1}
     file = tmp_path / "checkpoint-1/resume_state/format.json"
-    assert json.loads(file.read_text()) == {"format_version": 2}
+    assert json.loads(file.read_text()) == {"format_version": 3}
     newer(file)
     with pytest.raises(FormatError, match="checkpoint-1 is a checkpoint of format version 99"):
         tiny_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
     file.unlink()
-    with pytest.raises(FormatError, match=r"checkpoint-1 is a checkpoint of format version 0; rlseq .* reads 2"):
+    with pytest.raises(FormatError, match=r"checkpoint-1 is a checkpoint of format version 0; rlseq .* reads 3"):
         tiny_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=tmp_path / "checkpoint-1")
 
 

@@ -139,7 +139,7 @@ def test_checkpointing_changes_no_gradient_of_packed_updates(adapter, dtype, fol
             max_steps=1,
             max_grad_norm=0.0,
         )
-        assert trainer.packs
+        assert trainer.forward.packs
         gradients, step = {}, trainer.training_step
         layer = next(module for name, module in trainer.model.named_modules() if name.endswith("layers.0.mlp"))
         layer.register_forward_pre_hook(lambda *_: forwards.append(len(found)))

@@ -176,7 +176,7 @@ def test_what_the_environment_says_is_never_trained(tmp_path, monkeypatch):
     rows = zip(batch.completion_ids, batch.mask.tolist(), strict=True)
     trained = sorted(trainer.processing_class.decode([*itertools.compress(ids, kept)]) for ids, kept in rows)
     assert trained == sorted([call(2) + ANSWER, call(4) + call(1) + ANSWER] * 2)
-    found, score = [], trainer.token_scores
+    found, score = [], trainer.forward.scores
 
     def remember_logprobs(*args, **options):
         scores = score(*args, **options)
@@ -184,7 +184,7 @@ def test_what_the_environment_says_is_never_trained(tmp_path, monkeypatch):
         scores.logprobs.retain_grad()
         return scores
 
-    trainer.token_scores = remember_logprobs
+    trainer.forward.scores = remember_logprobs
     trainer.model.train()
     compute(trainer.model, batch).backward()
     assert torch.equal(found[0].grad != 0, batch.mask)
@@ -194,7 +194,7 @@ def test_an_environment_and_tools_may_both_be_called(tmp_path, monkeypatch):
     trainer, scripted = made(tmp_path, monkeypatch, max_steps=1, tools=[f"{__file__}:halve"])
     trainer.train()
     assert all('"name": "add"' in text and '"name": "halve"' in text for text in scripted.seen)
-    assert trainer._longest() is None  # a prompt's own length says nothing of the one that the model reads
+    assert trainer.forward.longest is None  # a prompt's own length says nothing of the one that the model reads
 
 
 def test_a_run_resumed_between_rollouts_is_the_undisturbed_one(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, RewardError
 from rlseq.training.grpo import GRPOTrainer
+from rlseq.training.trl import packed_forward
 
 
 def padded_batch():
@@ -46,9 +47,9 @@ def plain_logprobs(model, prompt, completion, temperature=1.0):
 @pytest.mark.parametrize("pack_updates", [True, False])
 def test_log_probs_and_entropies_equal_those_of_each_sequence_alone(tmp_path, family, pack_updates):
     trainer = tiny_trainer(tmp_path, family=family, pack_updates=pack_updates, temperature=0.7)
-    assert trainer.packs == pack_updates
+    assert trainer.forward.packs == pack_updates
     batch = as_micro_batch(padded_batch())
-    found = trainer.token_scores(trainer.model, batch)
+    found = trainer.forward.scores(trainer.model, batch)
     logps, entropies = found.logprobs, found.entropies
     for row, (prompt, completion) in enumerate(zip(batch.prompt_ids, batch.completion_ids, strict=True)):
         expected, expected_entropy = plain_logprobs(trainer.model, prompt, completion, temperature=0.7)
@@ -105,28 +106,33 @@ def test_rows_without_an_advantage_are_left_out_and_change_no_gradient(tmp_path,
         inputs["old_per_token_logps"] = torch.full((3, 3), -2.5)
     batch = as_micro_batch(inputs)
     trainer.current_gradient_accumulation_steps = 1
-    forwards = []
-    trainer.model.register_forward_pre_hook(lambda _, __, given: forwards.append(given["labels"]), with_kwargs=True)
+    scored, forward = [], packed_forward.forward  # scored: tokens of completions, by forward
+
+    def counted(model, prompts, completions, *args, **options):
+        scored.append(sum(map(len, completions)))
+        return forward(model, prompts, completions, *args, **options)
+
+    monkeypatch.setattr(packed_forward, "forward", counted)
     losses, gradients = [], []
     for all_rows in (False, True):
         if all_rows:
-            monkeypatch.setattr(type(trainer), "rows_that_teach", lambda *_: None)
+            monkeypatch.setattr(trainer.loss, "rows_that_teach", lambda *_: None)
         trainer.model.train()
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad.clone() for p in trainer.model.parameters()])
-    left_out, whole = ((labels != -100).sum().item() for labels in forwards)
+    left_out, whole = scored
     assert whole == sum(map(len, batch.completion_ids))
     assert left_out == whole - len(batch.completion_ids[1])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert any(g.abs().max() > 1e-3 for g in gradients[1])
     for some, every in zip(*gradients, strict=True):
         torch.testing.assert_close(some, every, atol=1e-6, rtol=1e-5)
-    entropies = [trainer.token_scores(trainer.model, batch.select([row])).entropies for row in (0, 2)]
-    counted = torch.cat([e[0, : len(batch.completion_ids[row])] for e, row in zip(entropies, (0, 2), strict=True)])
-    assert trainer._metrics["train"]["entropy"][0] == pytest.approx(counted.mean().item(), abs=1e-5)
+    entropies = [trainer.forward.scores(trainer.model, batch.select([row])).entropies for row in (0, 2)]
+    of_tokens = torch.cat([e[0, : len(batch.completion_ids[row])] for e, row in zip(entropies, (0, 2), strict=True)])
+    assert trainer._metrics["train"]["entropy"][0] == pytest.approx(of_tokens.mean().item(), abs=1e-5)
 
 
 def test_a_batch_whose_groups_are_all_equal_leaves_the_weights(tmp_path):
@@ -140,7 +146,7 @@ def test_a_batch_whose_groups_are_all_equal_leaves_the_weights(tmp_path):
 def test_rows_without_an_advantage_stay_where_another_term_needs_them(tmp_path, setting):
     trainer = tiny_trainer(tmp_path, **setting)
     batch = as_micro_batch(padded_batch() | {"advantages": torch.zeros(3)})
-    assert trainer.rows_that_teach(batch) is None
+    assert trainer.loss.rows_that_teach(batch) is None
 
 
 def test_a_router_s_loss_is_added(tmp_path):
@@ -284,7 +290,7 @@ def test_on_policy_a_recomputed_ratio_is_one_and_off_policy_it_is_not(tmp_path):
 def test_groups_are_shuffled_whole(tmp_path):
     trainer = tiny_trainer(tmp_path, per_device_train_batch_size=4, steps_per_generation=4)
     prompts = [3, 3, 3, 3, 1, 1, 1, 1, 2, 2, 2, 2]
-    rows = trainer._shuffle_groups(prompts)
+    rows = trainer.batches.shuffled(prompts)
     assert sorted(rows) == list(range(12))
     for start in range(0, 12, 4):
         assert len({prompts[row] for row in rows[start : start + 4]}) == 1
@@ -298,7 +304,7 @@ def test_minibatches_hold_the_same_groups_on_any_number_of_processes(tmp_path):
             trainer._step = batch * 2
             trainer.accelerator.state._shared_state["process_index"] = process
             prompts = torch.arange(8).repeat_interleave(4).chunk(processes)[process].tolist()
-            shuffled, half = [prompts[row] for row in trainer._shuffle_groups(prompts)], 16 // processes
+            shuffled, half = [prompts[row] for row in trainer.batches.shuffled(prompts)], 16 // processes
             for number, part in enumerate((shuffled[:half], shuffled[half:])):
                 assert len(part) == half
                 found[number] |= set(part)

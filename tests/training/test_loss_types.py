@@ -1,5 +1,6 @@
 """The losses by `loss_type` against TRL's own computation, on random ragged micro-batches: values, gradients, log."""
 
+import functools
 from collections import defaultdict
 
 import pytest
@@ -70,7 +71,8 @@ def equals_trl(trainer, inputs, logprobs, entropies):
 
     expected = computed(trainer, of_trl, logprobs, entropies)
     batch = as_micro_batch(inputs)
-    found = computed(trainer, lambda *x: trainer.policy_gradient(Scores(*x), batch), logprobs, entropies)
+    loss = functools.partial(trainer.loss.policy_gradient.loss, batch=batch, kl_coef=trainer.beta)
+    found = computed(trainer, lambda *x: loss(Scores(*x)), logprobs, entropies)
     torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-5)
     counted = batch.mask
     for mine, theirs in zip(found[1], expected[1], strict=True):
@@ -141,7 +143,7 @@ def test_a_generators_ratio_weighs_the_loss_as_it_does_in_trl(tmp_path, loss_typ
     trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max = 0.7, 1.3
     for seed in SEEDS:
         inputs, *scores = random_batch(seed, tools=True)
-        inputs["importance_sampling_ratio"] = trainer._importance_ratio(as_micro_batch(inputs))
+        inputs["importance_sampling_ratio"] = trainer.batches.importance_ratio(as_micro_batch(inputs))
         assert (inputs["importance_sampling_ratio"] != 1).any()
         equals_trl(trainer, inputs, *scores)
 

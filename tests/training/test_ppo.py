@@ -62,14 +62,14 @@ def assert_targets(trainer, output, rewards, *, bootstraps=()):
 @pytest.mark.parametrize(("family", "critic"), [("llama", "separate"), ("llama", "shared"), ("gpt2", "separate")])
 def test_advantages_are_gae_of_the_reward_on_the_last_token(tmp_path, monkeypatch, family, critic, pack_updates):
     trainer, output = batch(tmp_path, monkeypatch, family=family, critic=critic, pack_updates=pack_updates)
-    assert trainer.packs == pack_updates
+    assert trainer.forward.packs == pack_updates
     assert_targets(trainer, output, [at_the_end(REWARDS[y], len(y)) for y in COMPLETIONS])
     assert output.values[0, 0] != output.values[1, 0]  # the head is not 0, so the values are put to the test
 
 
 def test_the_value_behind_the_last_token_is_of_the_state_after_it(tmp_path, monkeypatch):
     trainer, output = batch(tmp_path, monkeypatch)
-    _, after, logprobs = trainer._ask_critic(output)
+    _, after, logprobs = trainer.batches.advantages.ask_critic(output)
     for row, y in enumerate(COMPLETIONS):
         prompt = trainer.prompts[row].prompt_ids
         assert after[row].item() == pytest.approx(values_of(trainer, prompt, y)[-1].item(), abs=2e-5)
@@ -300,7 +300,7 @@ def test_the_critic_packs_only_if_its_own_backbone_allows_it(tmp_path, monkeypat
     # A window of 4 tokens: in a packed row it would look at another sequence's columns.
     tiny_model("mistral", initializer_range=0.1).save_pretrained(tmp_path / "windowed")
     trainer, output = batch(tmp_path, monkeypatch, critic_name_or_path=str(tmp_path / "windowed"))
-    assert not trainer.packs and "because of the critic" in capsys.readouterr().out
+    assert not trainer.forward.packs and "because of the critic" in capsys.readouterr().out
     assert_targets(trainer, output, [at_the_end(REWARDS[y], len(y)) for y in COMPLETIONS])
 
 
@@ -325,7 +325,7 @@ def test_samples_that_share_their_prompt_in_a_packed_row_have_the_values_of_each
     for packs in (True, False):
         trainer = tiny_ppo(tmp_path / str(packs), pack_updates=packs, **settings)
         outputs.append(generated(trainer, [1] * 4 + [2] * 4))
-        assert trainer.packs == packs
+        assert trainer.forward.packs == packs
     assert outputs[0].completion_ids == outputs[1].completion_ids
     for name in ("values", "returns", "advantages"):
         packed, alone = (getattr(output, name) for output in outputs)

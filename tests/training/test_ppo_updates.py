@@ -113,7 +113,7 @@ def test_the_loss_is_the_clipped_surrogate_plus_the_value_loss(
 
 
 def trainer_values(trainer, output):
-    return trainer._ask_critic(output)[0]
+    return trainer.batches.advantages.ask_critic(output)[0]
 
 
 def gradients(trainer, loss):

@@ -74,9 +74,9 @@ def test_generators_that_do_not_look_for_strings_are_refused(tmp_path, settings,
 def test_references_with_a_stop_string_are_left_out_of_an_exact_objective(tmp_path):
     rows = [{"prompt": "a b = ", "references": ["A B", "C"]}] * 16
     settings = {"objective": "expected_accuracy", "rows": rows}
-    assert len(tiny_trainer(tmp_path / "a", **settings)._references_of(build_prompts(rows, TOKENIZER)[0])) == 2
+    assert len(tiny_trainer(tmp_path / "a", **settings).scorer.references_of(0)) == 2
     trainer = tiny_trainer(tmp_path / "b", stop_strings=["B"], **settings)
-    assert trainer._references_of(trainer.prompts[0]) == [(TOKENIZER.vocab["C"], EOS)]
+    assert trainer.scorer.references_of(0) == [(TOKENIZER.vocab["C"], EOS)]
     with pytest.raises(ConfigError, match="no prompt has one"):
         tiny_trainer(tmp_path / "c", stop_strings=["B", "C"], **settings)
 

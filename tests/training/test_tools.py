@@ -108,7 +108,7 @@ def test_a_rollout_holds_every_turn_and_trains_none_of_the_tools_words(trained):
 
 def test_the_log_holds_every_turn_and_rescoring_gets_them(trained, tmp_path):
     trainer, _, _ = trained
-    logged = read_rollouts(trainer.rollout_log.folder)
+    logged = read_rollouts(trainer.batches.log.folder)
     assert [list(rollout.messages) for rollout in logged.rollouts] == [
         json.loads(json.dumps(scored.rollout.messages)) for scored in trainer.batch.scored
     ]
@@ -126,12 +126,12 @@ def test_a_call_alone_is_a_turn_that_is_logged():
 def test_rollouts_with_calls_are_not_learnt_as_if_without_them(trained):
     trainer, _, _ = trained
     with pytest.raises(DataError, match="record 1: tools were called in it"):
-        read_candidates([str(trainer.rollout_log.folder.parent)])
+        read_candidates([str(trainer.batches.log.folder.parent)])
 
 
 def test_the_log_probs_of_the_tools_words_have_no_gradient(trained):
     trainer, (batch,), _ = trained
-    found, compute = [], trainer.token_scores
+    found, compute = [], trainer.forward.scores
 
     def remember(*args, **options):
         scores = compute(*args, **options)
@@ -139,7 +139,7 @@ def test_the_log_probs_of_the_tools_words_have_no_gradient(trained):
         scores.logprobs.retain_grad()
         return scores
 
-    trainer.token_scores = remember
+    trainer.forward.scores = remember
     trainer.model.train()
     trainer.micro_batch_loss(trainer.model, batch).backward()
     assert torch.equal(found[0].grad != 0, batch.mask)

@@ -101,6 +101,12 @@ def test_what_is_replaced_is_found(line):
     assert replaced("self.forward = 1\nlayer.groups = 2\nforward = 3") == []
 
 
+def test_the_trainer_has_objects_in_place_of_layers():
+    layers = [cls.__name__ for cls in rlseq.GRPOTrainer.__mro__[1:] if cls.__module__.startswith("rlseq.")]
+    assert layers == ["RolloutTrainer", "RunMixin"]
+    assert rlseq.PPOTrainer.__mro__[1] is rlseq.GRPOTrainer
+
+
 def parameters(function):
     return [name for name in inspect.signature(function).parameters if name != "self"]
 

@@ -148,14 +148,14 @@ def trained(tmp_path, server, **settings):
     trainer = tiny_trainer(
         tmp_path, rewards=[ends_early], **{**SETTINGS, "vllm_server_base_url": server.url, **settings}
     )
-    seen, submit = [], trainer._submit_rewards
+    seen, submit = [], trainer.scorer.submit
 
-    def keep(batch, rollouts):
+    def keep(batch):
         policy = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-        seen.append((rollouts, policy, copy.deepcopy(server.model.state_dict())))
-        submit(batch, rollouts)
+        seen.append((batch.rollouts, policy, copy.deepcopy(server.model.state_dict())))
+        submit(batch)
 
-    trainer._submit_rewards = keep
+    trainer.scorer.submit = keep
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     moved = {name: p.detach() - start[name] for name, p in trainer.model.named_parameters()}

@@ -43,7 +43,7 @@ class ResumeState:
     """Saves and restores what TRL's trainer forgets.
 
     Args:
-        trainer: TRL's; its `batch` is the `RolloutBatch` under way.
+        trainer: on rollouts.
         parts: further objects whose state each rank saves and restores.
 
     Attributes:
@@ -158,11 +158,9 @@ class _TrainingLoop:
 
     def state_dict(self) -> dict[str, Any]:
         trainer = self.trainer
-        within_a_batch = trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0
         return {
             "step": trainer._step,
-            "reference_rewards": trainer.batch.reference_rewards if within_a_batch else {},
-            "micro_batches": [part.as_dict() for part in trainer._buffered_inputs] if within_a_batch else None,
+            "micro_batches": None if trainer.starts_batch else [part.as_dict() for part in trainer._buffered_inputs],
             "metrics": dict(trainer._metrics["train"]),
             "loss_since_logged": trainer._tr_loss,
             "total_loss": trainer._total_loss_scalar,
@@ -172,7 +170,6 @@ class _TrainingLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         trainer, device = self.trainer, self.trainer.accelerator.device
         trainer._step = state["step"]
-        trainer.batch.reference_rewards = state["reference_rewards"]
         if state["micro_batches"] is not None:
             trainer._buffered_inputs = [MicroBatch(**part).to(device) for part in state["micro_batches"]]
         trainer._metrics["train"] = defaultdict(list, state["metrics"])

@@ -96,7 +96,7 @@ def test_a_step_of_training_has_the_loss_and_gradient_of_plain_attention(tmp_pat
         model = tiny_model("qwen2", initializer_range=0.1, attn_implementation=attention)
         trainer = tiny_trainer(tmp_path / attention, model=model, max_steps=1, learning_rate=1.0, optim="sgd")
         trainer.train()
-        assert trainer.packs
+        assert trainer.forward.packs
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
     start = torch.cat([p.detach().flatten() for p in tiny_model("qwen2", initializer_range=0.1).parameters()])

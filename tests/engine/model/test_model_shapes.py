@@ -223,7 +223,7 @@ def test_a_step_of_grpo_trains_on_the_log_probs_of_one_sequence(name, tmp_path, 
     trained, compute = [], trainer.micro_batch_loss
 
     def remember(model, batch):
-        found = trainer.token_scores(model, batch).logprobs.detach()
+        found = trainer.forward.scores(model, batch).logprobs.detach()
         trained.extend(
             (ids, logps[: len(ids)].tolist(), prompt)
             for ids, logps, prompt in zip(batch.completion_ids, found, batch.prompt_ids, strict=True)

@@ -103,13 +103,13 @@ def test_a_trainer_scores_by_the_reference_model_while_rewards_are_at_work(tmp_p
     model = saved_model(tmp_path / "model")  # from where the reference is loaded, too
     settings = {"model": model, "beta": 0.1, "max_steps": 1, "rlseq_sampler": rlseq_sampler}
     trainer = tiny_trainer(tmp_path, rewards=[{"func": address, "workers": 2}], **settings)
-    score, meanwhile = trainer.token_scores, []
+    score, meanwhile = trainer.forward.scores, []
 
     def only_once_rewards_are_done(*args, **kwargs):
         meanwhile.append(called(calls, 16))  # in turns, this would wait in vain
         return score(*args, **kwargs)
 
-    trainer.token_scores = only_once_rewards_are_done
+    trainer.forward.scores = only_once_rewards_are_done
     trainer.train()
     trainer.suite.close()
     assert meanwhile and all(meanwhile)
