@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from rlseq.errors import RewardError, did_you_mean
-from rlseq.scoring.check.probe import make_rollout
+from rlseq.scoring.check.probe import make_rollout, reference_of
 from rlseq.scoring.suite import RewardSuite
 from rlseq.types import ABSENT, Prompt, column_names
 
@@ -65,9 +65,8 @@ def _score_row(suite: RewardSuite, prompts: Sequence[Prompt], number: int) -> No
     prompt = prompts[number]
     columns = {name: [prompt.columns.get(name, ABSENT)] for name in column_names(prompts)}
     suite.check_columns(columns)
-    references = prompt.columns.get("references") or [prompt.text]
     try:
-        suite.score([make_rollout(prompt, references[0])], columns | {"prompt": [prompt.prompt]})
+        suite.score([make_rollout(prompt, reference_of(prompt) or prompt.text)], columns | {"prompt": [prompt.prompt]})
     except RewardError as error:
         lacks = [name for name, (value,) in columns.items() if name != "prompt" and _nothing(value)]
         without = f", which has nothing in {', '.join(map(repr, lacks))}" if lacks else ""
