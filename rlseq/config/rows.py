@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from rlseq.common.mixture import Joined, parse_mixture
 from rlseq.config.chat_template import read_chat_template
 from rlseq.config.fields import setting
 from rlseq.config.validate import Settings
@@ -16,7 +17,12 @@ class RowsArguments(Settings):
     """A data set, and how its rows become prompts and references."""
 
     dataset_name: str | None = setting(
-        None, "Task module (path/to/task.py), local json/jsonl/csv/parquet file or folder, or hub id."
+        None,
+        "Task module (path/to/task.py), local json/jsonl/csv/parquet file or folder, or hub id. Several with weights, "
+        "math.jsonl:0.7 code.jsonl:0.3, are mixed for training; the column dataset says which one a row is of.",
+        metavar="DATA[:WEIGHT]",
+        nargs="+",
+        action=Joined,
     )
     dataset_config: str | None = setting(None, "Configuration name of a hub data set.")
     prompt_column: str = setting("prompt", "Column of the prompt: text or chat messages.")
@@ -27,6 +33,14 @@ class RowsArguments(Settings):
     )
     reference_template: str | None = setting(None, "Jinja template over a row's columns that makes the reference.")
     merge_references: bool = setting(False, "Make rows with equal prompts one row with all their references.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if parse_mixture(self.dataset_name) is not None and self.merge_references:
+            raise ConfigError(
+                "--merge_references makes rows with equal prompts one, and a mixture of data sets repeats rows by its "
+                "weights: leave out one of them"
+            )
 
     def row_options(self) -> dict[str, Any]:
         """The options of `rlseq.data.rows.load_rows` that these settings stand for."""

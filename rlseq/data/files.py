@@ -48,6 +48,12 @@ class Row(dict):
         self.number = number
 
 
+def copied_with(row: Any, columns: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a row with further columns, which knows its place if the row does."""
+    columns = {**row, **columns}
+    return Row(columns, row.files, row.number) if isinstance(row, Row) else columns
+
+
 def rows_of(columns: Iterable[dict[str, Any]], files: Sequence[Path]) -> list[Row]:
     """Give each row its place in the files that were read, in their order, to the end."""
     return [Row(row, files, number) for number, row in enumerate(columns)]

@@ -24,7 +24,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.common.mixture import parse_mixture
 from rlseq.data.files import read_rows, rows_of, rows_of_dataset, seems_data
+from rlseq.data.mixture import joined, mixed
 from rlseq.data.parse import FORMATS, format_of, parquet_fault
 from rlseq.data.prompts import build_prompts, keeping_all, made_prompts, prompt_digest
 from rlseq.errors import DataError, RlseqError, did_you_mean
@@ -41,17 +43,26 @@ def load_rows(
     config_name: str | None = None,
     prompt_column: str = "prompt",
     prompt_template: str | None = None,
+    weighted: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the rows of one split as dicts; None: validation, but all rows where there is the split train alone.
 
     `prompt_column` and `prompt_template` are those of `build_prompts`: where there is the split train alone, it is
     divided by the prompts that they make.
 
+    Of several data sets, `math.jsonl:0.7 code.jsonl:0.3`, all rows are returned, or `weighted` a mixture by the weights
+    (`rlseq.data.mixture`); the column `dataset` then says which one a row is of.
+
     Rows of local files know their file and line, which errors then name (`rlseq.data.files.Row`).
 
     Raises:
         DataError: the file, split or data set is missing, of an unknown format, malformed or empty.
     """
+    weights = parse_mixture(dataset_name)
+    if weights is not None:
+        options = {"config_name": config_name, "prompt_column": prompt_column, "prompt_template": prompt_template}
+        parts = {name: load_rows(name, split, **options) for name in weights}
+        return mixed(parts, weights) if weighted else joined(parts)
     if dataset_name.endswith(".py"):
         rows = _ask_task_module(Path(dataset_name), split or "validation")
     else:
@@ -73,7 +84,8 @@ def load_prompts(
     `limit` keeps the first rows only.
     """
     made_by = {name: options[name] for name in ("prompt_column", "prompt_template") if name in options}
-    rows = load_rows(dataset_name, split, config_name=options.pop("config_name", None), **made_by)
+    made_by |= {name: options.pop(name) for name in ("config_name", "weighted") if name in options}
+    rows = load_rows(dataset_name, split, **made_by)
     return build_prompts(rows[:limit], tokenizer, **options)
 
 

@@ -116,7 +116,8 @@ def main() -> None:
         tokenizer = build_tokenizer(new.new_tokenizer)
 
     def prompts_of(split: str, limit: int | None) -> list[Prompt]:
-        rows = load_rows(data.dataset_name, split, **data.row_options())[:limit]
+        weighted = split == data.train_split
+        rows = load_rows(data.dataset_name, split, **data.row_options(), weighted=weighted)[:limit]
         rows, _ = fitting_rows(rows, split, data, config, tokenizer)
         return build_prompts(rows, tokenizer, **prompt_options(data, config))
 

@@ -154,7 +154,7 @@ def _config_of(path: Path) -> dict[str, Any]:
 def _load(name: str, options: dict[str, Any], tokenizer: Any, limit: int | None = None) -> list[Prompt]:
     import rlseq
 
-    options = {**DEFAULTS, **options}
+    options = {**DEFAULTS, **options, "weighted": True}  # as in training, whose keys of repeated rows these are
     config_name, split = options.pop("dataset_config"), options.pop("train_split")
     return rlseq.load_prompts(
         name, tokenizer or _WordTokenizer(), split=split, limit=limit, config_name=config_name, **options

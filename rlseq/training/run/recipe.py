@@ -121,7 +121,7 @@ def load_task(
     eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     StopStrings(config.stop_strings or (), tokenizer)  # refuses some
-    rows = load_rows(data.dataset_name, data.train_split, **data.row_options())[: data.train_rows]
+    rows = load_rows(data.dataset_name, data.train_split, **data.row_options(), weighted=True)[: data.train_rows]
     if (chosen := data.curriculum_range()) is not None:
         rows, dropped = rows_in_range(rows, data.curriculum_column, *chosen)
         say(f"rlseq: {dropped}")
