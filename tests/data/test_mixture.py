@@ -9,7 +9,7 @@ from tiny_task import tiny_tokenizer, tiny_trainer
 from rlseq.cli.evaluate import ARGUMENTS
 from rlseq.cli.main import main
 from rlseq.common.mixture import parse_mixture
-from rlseq.config.parser import RecipeParser
+from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.rows import RowsArguments
 from rlseq.data.files import place_of
 from rlseq.data.prompts import build_prompts
