@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from rlseq.config.training import DefaultsMixin, GRPOConfig, SFTConfig
+from rlseq.config.defaults import DefaultsMixin
+from rlseq.config.training import GRPOConfig, SFTConfig
 
 ROOT = Path(__file__).parents[1]
 

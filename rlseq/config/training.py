@@ -1,17 +1,15 @@
 """The settings of the recipes, as dataclasses that `RecipeParser` reads from YAML and flags.
 
 Here are those that extend TRL's, whose fields keep TRL's names and meaning. Where a default differs from TRL's, it
-differs here, in `DefaultsMixin` and the config classes below it, and nowhere else. rlseq's own settings, which need no
+differs in `DefaultsMixin` and the config classes here, and nowhere else. rlseq's own settings, which need no
 trl, come from `rlseq.config.arguments`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-import torch
 import trl
 
 from rlseq.config import checks, inherited
@@ -27,8 +25,8 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
 )
 from rlseq.config.as_in_evaluation import AsInEvaluation
-from rlseq.config.chat_template import template_options
 from rlseq.config.curriculum import TrainingDataArguments
+from rlseq.config.defaults import DefaultsMixin
 from rlseq.config.fields import (
     ABOVE_0,
     FROM_0_BELOW_1,
@@ -44,7 +42,6 @@ from rlseq.config.validate import validate, validate_given
 
 __all__ = [
     "DataArguments",
-    "DefaultsMixin",
     "EvaluateArguments",
     "EvaluationArguments",
     "GRPOConfig",
@@ -57,71 +54,7 @@ __all__ = [
     "SFTConfig",
     "TrainingDataArguments",
     "TrainingEvaluationArguments",
-    "bf16_supported",
 ]
-
-
-def bf16_supported() -> bool:
-    """Whether this machine's accelerator computes in bfloat16 (a CPU is left in float32)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return hasattr(torch, "xpu") and torch.xpu.is_available()
-
-
-Checks = tuple[Callable[[Any], None], ...]
-
-
-@dataclass
-class DefaultsMixin:
-    """Defaults that differ from TRL's, for every recipe.
-
-    * bf16: only where the accelerator computes in it (TRL: always, which raises on a machine without one).
-    * gradient_checkpointing: off without an accelerator, where it only costs time.
-    * use_cpu: on without an accelerator (TRL: off, and several processes then come up as one each).
-    * logging_nan_inf_filter: off, so that a NaN loss is seen.
-    * report_to: none, since metrics.jsonl holds every number; name a tracker to use it.
-    * logging_steps 1 and save_only_model off, so that any step can be looked at and resumed from.
-    """
-
-    bf16: bool | None = setting(None, "bf16 mixed precision (default: where the accelerator supports it).")
-    gradient_checkpointing: bool | None = setting(
-        None, "Recompute activations in the backward pass, to save memory (default: on accelerators only)."
-    )
-    use_cpu: bool | None = setting(None, "Train on the CPU (default: where there is no accelerator).")
-    logging_nan_inf_filter: bool = setting(
-        False, "Leave NaN and infinite losses out of the logged mean (TRL's default: true)."
-    )
-    report_to: str | list[str] = setting("none", "Trackers to report to, or none.")
-    logging_steps: float = setting(1, "Log every N steps.")
-    output_dir: str | None = setting("runs/run", "The run directory.")
-    max_skipped_steps: int = setting(
-        3,
-        "End the run after N optimizer steps in a row whose loss or gradient was not finite; they are skipped.",
-        range=at_least(1),
-    )
-
-    ranges_of_inherited = inherited.RANGES
-    conflicts_of_inherited = inherited.CONFLICTS_OF_ALL
-    checks_as_given: ClassVar[Checks] = (checks.validate_length,)
-    checks_filled_in: ClassVar[Checks] = (checks.validate_trackers,)
-
-    def __post_init__(self) -> None:
-        if getattr(self, "chat_template_kwargs", None) is not None:
-            self.chat_template_kwargs = template_options(self.chat_template_kwargs)
-        self.asked_direction = self.greater_is_better  # transformers fills it in by the name of the measure
-        if self.use_cpu is None:
-            self.use_cpu = not torch.accelerator.is_available()
-        if self.bf16 is None:
-            self.bf16 = bf16_supported() and not self.fp16
-        if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = torch.accelerator.is_available()
-        # transformers' name of the same setting from 5.23 on; before, there is no such field
-        if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None:
-            self.activation_checkpointing = self.gradient_checkpointing
-        super().__post_init__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"hub_token": None}  # transformers pickles settings into what is pushed
 
 
 @dataclass
@@ -214,6 +147,17 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
         "What divides an advantage: the standard deviation of the group's rewards (group) or of the batch's (batch), "
         "the mean of the group's rewards (mean: MaxRL, for rewards from 0 up), or nothing (none).",
     )
+    resample_equal_groups: int = setting(
+        0,
+        "Dynamic sampling: prompts whose samples all earned the same give way to other prompts, at most N times a "
+        "batch; 0: never.",
+        range=at_least(0),
+        conflicts=Conflict(
+            "compares the samples of a prompt, by rlseq's sampler: it goes with objective policy_gradient and "
+            "advantage_baseline mean or leave_one_out, and without vLLM, continuous batching, tools and environment.",
+            lambda config: config.resample_equal_groups and not config.can_resample,
+        ),
+    )
     reference_loss_coef: float = setting(
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."
     )
@@ -300,6 +244,12 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
         if self.objective == "policy_gradient":
             return self.advantage_baseline in ("mean", "leave_one_out")
         return self.objective == "minimum_risk" and not self.minimum_risk_references
+
+    @property
+    def can_resample(self) -> bool:
+        """Whether groups can give way to others."""
+        compared = self.objective == "policy_gradient" and self.needs_group
+        return compared and not (self.sampled_by_trl or self.tools or self.environment)
 
     def __post_init__(self) -> None:
         validate_given(self)

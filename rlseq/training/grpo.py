@@ -36,6 +36,7 @@ from rlseq.errors import ConfigError
 from rlseq.training.environment import load_environment
 from rlseq.training.group_advantages import GroupAdvantages
 from rlseq.training.models import disable_dropout
+from rlseq.training.resampling import SparePrompts
 from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.training.run.faults import evaluation_advice, memory_for
 from rlseq.training.run.rollout_log import RolloutLog, trained_records
@@ -55,6 +56,7 @@ from rlseq.training.trl.loss import MicroBatchLoss
 from rlseq.training.trl.metrics import TrainingMetrics
 from rlseq.training.trl.packed_forward import PackedForward
 from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
+from rlseq.training.trl.resampling import DynamicSampling
 from rlseq.training.trl.resume_state import ResumeState
 from rlseq.training.trl.rollout_trainer import RolloutTrainer
 from rlseq.training.trl.rollouts import RolloutSampler
@@ -183,7 +185,7 @@ class GRPOTrainer(RolloutTrainer):
         self._check_rendering()
         self.metrics = TrainingMetrics(self)
         self.sampler = RolloutSampler(self, prompts, self.metrics)
-        self.scorer = RewardScorer(self, prompts, suite, self.metrics)
+        self.scorer = RewardScorer(self, prompts, suite)
         self.forward = PackedForward(self, longest=self._longest())
         self.loss = self.loss_class(self, self.forward, self.scorer, self.metrics)
         self.batches = BatchMaker(
@@ -195,6 +197,7 @@ class GRPOTrainer(RolloutTrainer):
             metrics=self.metrics,
             tracking=self.tracking,
             log=None if rollouts_dir is None else RolloutLog(rollouts_dir),
+            resampling=self._dynamic_sampling() if args.resample_equal_groups else None,
         )
         if args.objective in EXACT_OBJECTIVES and not any(map(self.scorer.references_of, range(len(prompts)))):
             raise ConfigError(
@@ -210,6 +213,14 @@ class GRPOTrainer(RolloutTrainer):
 
     def _add_critic(self, critic: torch.nn.Module) -> None:
         """Put what `_build_critic` built into the wrapped model."""
+
+    def _dynamic_sampling(self) -> DynamicSampling:
+        spare = SparePrompts(len(self.prompts), self.args.seed)
+        self.resume_state.shared.append(spare)
+        rounds = self.args.resample_equal_groups
+        return DynamicSampling(
+            self, rounds=rounds, sampler=self.sampler, scorer=self.scorer, spare=spare, metrics=self.metrics
+        )
 
     def _check_rendering(self) -> None:
         """Refuse prompts with other tokens than the update would score: those of a template otherwise filled, say."""

@@ -115,6 +115,7 @@ class RolloutBatch:
         pending: rewards that score in other processes while log-probs are computed; None where none does.
         scored: B rollouts with values, statuses and totals.
         told: of B rollouts, the columns that a `rollout_func` or an environment adds, for rewards and log.
+        failures: on how many completions of all processes a reward failed or abstained, by the name of the log.
         totals: (N·B,) rewards of all processes, NaN where every reward abstained.
         greedy: prompt index -> its greedy completion, where its reward is the baseline.
         greedy_totals: (N·B,) reward of each rollout's greedy completion, likewise; None without that baseline.
@@ -132,6 +133,7 @@ class RolloutBatch:
     pending: PendingScores | None = None
     scored: list[ScoredRollout] = field(default_factory=list)
     told: list[dict[str, Any]] = field(default_factory=list)
+    failures: dict[str, float] = field(default_factory=dict)
     totals: Tensor = field(default_factory=lambda: torch.empty(0))
     greedy: dict[int, Rollout] = field(default_factory=dict)
     greedy_totals: Tensor | None = None

@@ -30,6 +30,11 @@ def grpo(path, **settings):
     return tiny_trainer(path, model=start_of(path), **settings)
 
 
+def long(completion: str) -> float:
+    """A reward that the samples of many prompts share."""
+    return float(len(completion.split()) > 1)
+
+
 def start_of(path):
     """The model that a run starts from; the reference model is loaded from where it came from."""
     model = tiny_model("llama", initializer_range=0.1)
@@ -118,6 +123,16 @@ CASES = {
         grpo,
         {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.9},
     ),
+    "with dynamic sampling, a round every second step": (
+        grpo,
+        {
+            "per_device_train_batch_size": 8,
+            "steps_per_generation": 2,
+            "rewards": [long],
+            "resample_equal_groups": 2,
+            "max_completion_length": 2,
+        },
+    ),
     "PPO with an adaptive KL, epochs and an early end of a round": (
         ppo,
         {
@@ -138,6 +153,8 @@ def test_a_run_resumed_at_any_step_is_the_undisturbed_one_bit_for_bit(case, tmp_
     if make is ppo:
         left_out = [m["updates_left_out"] for m in whole["metrics"] if "updates_left_out" in m]
         assert 0 < sum(left_out) < len(left_out)  # the early end is met, and not always
+    if "resample_equal_groups" in settings:
+        assert sum(m.get("discarded_rollouts", 0) for m in whole["metrics"]) > 0
     assert whole["metrics"][-1]["epoch"] > 1
     steps = range(1, STEPS) if make is grpo else (1, 2, 3, 5, 6, 9)
     for step in steps:

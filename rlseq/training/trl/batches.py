@@ -18,10 +18,12 @@ from trl.trainer.utils import nanstd, use_adapter
 
 from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.losses import importance_ratio, leave_one_prompt_out_baseline
+from rlseq.training.resampling import equal_groups
 from rlseq.training.rollouts import MicroBatch, RolloutBatch, group_rewards
 from rlseq.training.run.rollout_log import RolloutLog, rollout_records
 from rlseq.training.trl.metrics import TrainingMetrics
 from rlseq.training.trl.packed_forward import PackedForward
+from rlseq.training.trl.resampling import DynamicSampling
 from rlseq.training.trl.rollouts import RolloutSampler
 from rlseq.training.trl.scoring import RewardScorer
 from rlseq.training.trl.tracking import Completions, Tracking
@@ -51,6 +53,7 @@ class BatchMaker:
         metrics: what is logged goes there.
         tracking: shows completions.
         log: where rollouts are written; None writes nothing.
+        resampling: lets groups give way that teach nothing; None: none does.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class BatchMaker:
         metrics: TrainingMetrics,
         tracking: Tracking,
         log: RolloutLog | None,
+        resampling: DynamicSampling | None = None,
     ):
         self.trainer = trainer
         self.sampler = sampler
@@ -73,6 +77,7 @@ class BatchMaker:
         self.metrics = metrics
         self.tracking = tracking
         self.log = log
+        self.resampling = resampling
 
     def make(self, rows: list[dict[str, Any]]) -> RolloutBatch:
         """Sample, score and log the rollouts of B rows of the data set."""
@@ -84,12 +89,15 @@ class BatchMaker:
             return batch
         batch.asked = self.sampler.ask(rows)
         self.sampler.complete(batch)
+        values = None
         if not self.sampler.renders:  # else TRL logs, and what it or an environment tells of a rollout is a column
             self.scorer.submit(batch)
+            if self.resampling is not None:
+                values = self.resampling.fill(batch, self.scorer.score(batch))
             self.sampler.log_lengths(batch)
         batch.trained = self._trained_rows(batch)
         self._add_logprobs(batch)
-        values = self.scorer.score(batch)
+        values = self.scorer.score(batch) if values is None else values
         self._log_rewards(batch, values)
         fields = self.advantages.of(batch, values) | self._objective_fields(batch)
         batch.trained = replace(batch.trained, **fields)
@@ -272,16 +280,13 @@ class BatchMaker:
         for name, of in zip(self.scorer.suite.names, values.unbind(1), strict=True):
             metrics[f"rewards/{name}/mean"].append(of.nanmean().item())
             metrics[f"rewards/{name}/std"].append(nanstd(of).item())
+        for name, count in batch.failures.items():
+            metrics[name].append(count)
         present = batch.totals[~batch.totals.isnan()]
         metrics["reward"].append(present.mean().item() if len(present) else NAN)
         metrics["reward_std"].append(present.std().item() if len(present) > 1 else 0.0)
-        if (
-            trainer.args.counts_equal_groups
-        ):  # else they teach too: they are compared with something else than each other
-            groups = batch.groups
-            most = torch.where(groups.isnan(), -torch.inf, groups).amax(1)
-            least = torch.where(groups.isnan(), torch.inf, groups).amin(1)
-            metrics["frac_reward_zero_std"].append((most <= least).float().mean().item())
+        if trainer.args.counts_equal_groups:  # else they teach too, compared with something else than each other
+            metrics["frac_reward_zero_std"].append(equal_groups(batch.groups).float().mean().item())
         column = trainer.args.group_column
         if column is not None:
             indices = gather_object(batch.indices)

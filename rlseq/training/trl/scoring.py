@@ -17,7 +17,6 @@ from rlseq.scoring import RewardSuite
 from rlseq.training.environment import environment_rewards
 from rlseq.training.forward import Ids
 from rlseq.training.rollouts import RolloutBatch
-from rlseq.training.trl.metrics import TrainingMetrics
 from rlseq.training.trl.rollouts import rollout_of_ids
 from rlseq.types import ABSENT, Prompt, Rollout, column_names
 
@@ -31,14 +30,12 @@ class RewardScorer:
         trainer: TRL's, with the tokenizer, the environments and what rewards may log.
         prompts: what was continued.
         suite: what scores it.
-        metrics: what is logged goes there.
     """
 
-    def __init__(self, trainer: Any, prompts: list[Prompt], suite: RewardSuite, metrics: TrainingMetrics):
+    def __init__(self, trainer: Any, prompts: list[Prompt], suite: RewardSuite):
         self.trainer = trainer
         self.prompts = prompts
         self.suite = suite
-        self.metrics = metrics
 
     def submit(self, batch: RolloutBatch) -> None:
         """Let the rewards in processes of their own score the rollouts while log-probs are computed."""
@@ -74,7 +71,7 @@ class RewardScorer:
             for kind, count in counts.items():
                 total = accelerator.reduce(torch.tensor(float(count), device=device)).item()
                 if total or kind == "error":
-                    self.metrics.series[f"rewards/{name}/{kind}"].append(total)
+                    batch.failures[f"rewards/{name}/{kind}"] = total
         batch.totals = accelerator.gather(totals)
         if batch.greedy:
             of_prompt = dict(zip(batch.greedy, greedy, strict=True))
