@@ -30,6 +30,7 @@ from rlseq.types import Prompt, column_names
 STRATEGIES = ("greedy", "sample")
 STEPS = 10  # logged steps in a row that `learning_warnings` takes for more than chance
 EVALUATIONS = 3
+CONSTANT = 20  # logged steps in a row for which a reward that gives one value is said to be constant
 ZERO_STD_LIMIT = 0.8
 CLIPPED_LIMIT = 0.9
 
@@ -171,11 +172,11 @@ def learning_warnings(history: Iterable[Mapping[str, Any]], eval_rewards: Iterab
         eval_rewards: `ValidationEvaluator.eval_rewards`.
 
     Returns:
-        Texts that stay the same while their cause does, so that a caller can say each once. None for a shorter log
-        than `STEPS` steps, or `EVALUATIONS` evaluations.
+        Texts that stay the same while their cause does, so that a caller can say each once. What one batch shows by
+        itself comes after that batch, the rest after `STEPS` or `CONSTANT` logged steps, or `EVALUATIONS` evaluations.
     """
     history = list(history)
-    warnings = []
+    warnings = [*_batch_warnings(history), *_constant_rewards(history)]
     if _always_above(history, "frac_reward_zero_std", ZERO_STD_LIMIT):
         warnings.append(
             f"In more than {ZERO_STD_LIMIT:.0%} of the groups all samples got the same reward, for {STEPS} logged "
@@ -203,6 +204,50 @@ def learning_warnings(history: Iterable[Mapping[str, Any]], eval_rewards: Iterab
                 )
                 break
     return warnings
+
+
+def _batch_warnings(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the first batch of its kind shows by itself, in a line each."""
+    warnings = []
+    for record in history:
+        cut, equal = record.get("completions/clipped_ratio"), record.get("frac_reward_zero_std")
+        if cut is not None and equal == 1 and cut > CLIPPED_LIMIT:
+            longest = record.get("completions/max_length")
+            where = f" at {longest:.0f} tokens" if longest is not None else ""
+            warnings.append(
+                f"{cut:.0%} of the completions were cut{where} and no group differs in reward, so nothing is learnt: "
+                "raise --max_completion_length, or name what ends an answer in --stop_strings."
+            )
+            break
+    if any("reward" in record and not _is_number(record["reward"]) for record in history):
+        warnings.append(
+            "Every reward abstained on every completion of a batch, which teaches nothing: check the rewards on the "
+            "data (`rlseq reward check`), their `where` and the columns that they read."
+        )
+    return warnings
+
+
+def _constant_rewards(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rewards that gave all completions one value for `CONSTANT` logged steps."""
+    warnings = []
+    suffix = "/std"
+    logged = [record for record in history if "reward" in record][-CONSTANT:]
+    for key in logged[-1] if len(logged) == CONSTANT else ():
+        if not (key.startswith("rewards/") and key.endswith(suffix)):
+            continue
+        name = key.removeprefix("rewards/").removesuffix(suffix)
+        means = {record.get(f"rewards/{name}/mean") for record in logged}
+        if len(means) == 1 and _is_number(*means) and all(record.get(key) == 0 for record in logged):
+            warnings.append(
+                f"The reward {name} has been {means.pop():g} on every completion for {CONSTANT} logged steps: it "
+                "distinguishes no completion. Look at some with `rlseq show`, and check that it can give other values "
+                "(`rlseq reward check`)."
+            )
+    return warnings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def measured_together(suite: RewardSuite, eval_suite: RewardSuite | None) -> tuple[RewardSuite, list[str]]:

@@ -294,6 +294,40 @@ def test_a_share_that_stays_high_for_ten_logged_steps_is_warned_of(key, limit, n
     assert learning_warnings([]) == []
 
 
+def test_one_batch_that_explains_itself_is_said_after_it_with_its_first_numbers():
+    first = {"completions/clipped_ratio": 0.96, "frac_reward_zero_std": 1.0, "completions/max_length": 16.0, "step": 1}
+    later = first | {"completions/clipped_ratio": 1.0, "step": 2}
+    (warning,) = learning_warnings([first])
+    assert warning.startswith("96% of the completions were cut at 16 tokens and no group differs in reward")
+    assert "raise --max_completion_length" in warning
+    assert learning_warnings([first, later, {"eval_greedy/reward": 1.0}]) == [warning]  # said once
+    assert learning_warnings([first | {"frac_reward_zero_std": 0.9}]) == []
+    assert learning_warnings([first | {"completions/clipped_ratio": 0.9}]) == []
+    assert learning_warnings([{k: v for k, v in first.items() if k != "frac_reward_zero_std"}]) == []  # PPO
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), None])  # in the state, and in metrics.jsonl
+def test_that_every_reward_abstained_is_said(nothing):
+    records = [{"reward": 0.5}, {"reward": nothing}, {"reward": 0.5}]
+    (warning,) = learning_warnings(records)
+    assert warning.startswith("Every reward abstained on every completion of a batch")
+    assert learning_warnings(records[::2]) == []
+
+
+def test_a_reward_that_is_constant_for_twenty_steps_is_said():
+    def record(mean=0.5, std=0.0):
+        return {"reward": mean, "rewards/taste/mean": mean, "rewards/taste/std": std}
+
+    (warning,) = learning_warnings([record(0.1)] + [record()] * 20)
+    assert warning.startswith("The reward taste has been 0.5 on every completion for 20 logged steps")
+    assert learning_warnings([record()] * 19) == []
+    assert learning_warnings([record()] * 19 + [record(0.4)]) == []
+    assert learning_warnings([record()] * 19 + [record(std=0.1)]) == []
+    assert learning_warnings([record()] * 10 + [record(float("nan"), float("nan"))] + [record()] * 10)[1:] == []
+    between = [one for _ in range(20) for one in (record(), {"eval_greedy/reward": 0.3})]
+    assert learning_warnings(between) == [warning]
+
+
 def evaluations(totals, measured, prefix="eval_", strategy="sample"):
     pairs = zip(totals, measured, strict=True)
     return [
