@@ -18,7 +18,7 @@ from rlseq.common.escapes import visible
 from rlseq.common.formats import METRICS, RESULTS
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.config.validate import check_declared
-from rlseq.data.prompts import columns_of_rows, fingerprint
+from rlseq.data.prompts import build_prompts, columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import (
     comparisons,
@@ -26,11 +26,13 @@ from rlseq.evaluation.aggregate import (
     quality_metrics,
 )
 from rlseq.evaluation.clusters import check_clusters, clusters_note, clusters_of, summed
+from rlseq.evaluation.costs import completions_bar, describe_costs
 from rlseq.evaluation.groups import group_results
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.decode import ANSWERS, check_choosers, oracles, prompt_columns
 from rlseq.evaluation.measure.documents import check_documents, check_windows, load_documents
+from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.measure.partial import remove_partial_results, resume_hint, versions
 from rlseq.evaluation.measure.references import solution_note
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
@@ -141,25 +143,32 @@ def _contrast(
         held.enter_context(claimed(folder))
         if state.is_main_process and not quiet:
             say_replaced(folder)
-    tuned, tuned_on = {}, []
-    if sweeps(settings):
-        options = {"quiet": quiet, "output_dir": folder}
-        tuned, tuned_on = tune(models, tuning_rows, rows, suite, settings, prompt_options, **options)
-    found: dict[str, ModelStatistics] = {}
-    for name, path in models.items():
-        found[name], data = measure_checkpoint(
-            name,
-            str(path),
-            rows,
-            suite,
-            settings,
-            prompt_options,
-            quiet,
-            baseline=str(next(iter(models.values()))),
-            documents=documents,
-            output_dir=folder,
-            tuned=tuned_strategies(name, tuned),
-        )
+    first, path = next(iter(models.items()))
+    tokenizer = load_tokenizer(first, str(path))
+    planned = [build_prompts(some, tokenizer, **prompt_options) if some else [] for some in (rows, tuning_rows)]
+    if state.is_main_process and not quiet:
+        print(visible(f"rlseq: {describe_costs(settings, planned[0], len(models), planned[1])}"), flush=True)
+    with completions_bar(settings, *planned, models=len(models), quiet=quiet) as bar:
+        tuned, tuned_on = {}, []
+        if sweeps(settings):
+            options = {"quiet": quiet, "output_dir": folder, "bar": bar}
+            tuned, tuned_on = tune(models, tuning_rows, rows, suite, settings, prompt_options, **options)
+        found: dict[str, ModelStatistics] = {}
+        for name, path in models.items():
+            found[name], data = measure_checkpoint(
+                name,
+                str(path),
+                rows,
+                suite,
+                settings,
+                prompt_options,
+                quiet,
+                baseline=str(next(iter(models.values()))),
+                documents=documents,
+                output_dir=folder,
+                tuned=tuned_strategies(name, tuned),
+                bar=bar,
+            )
     if not state.is_main_process:
         return {}
     results = assemble(

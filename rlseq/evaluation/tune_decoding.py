@@ -80,6 +80,7 @@ def tune(
     *,
     quiet: bool,
     output_dir: Path | None,
+    bar: Any = None,
 ) -> tuple[Tuning, list[Prompt]]:
     """Measure every alternative of every sweep on the tuning rows, of each model.
 
@@ -89,6 +90,7 @@ def tune(
         models: name -> path; the seeds of a method are tuned together.
         rows: those that are evaluated afterwards.
         output_dir: where finished parts are kept, as of the evaluation itself.
+        bar: of the whole evaluation, which counts completions.
 
     Returns:
         {"rows", "split", "strategies": {sweep: {"metric", "higher_is_better", "models": {model: {"strategy": best,
@@ -108,7 +110,7 @@ def tune(
     alone = dataclasses.replace(settings, strategies=tuple(alternatives), studies=(), likelihood_dataset=None)
     found: dict[str, ModelStatistics] = {}
     for name, path in models.items():
-        options = {"output_dir": output_dir, "doing": "tuning for"}
+        options: dict[str, Any] = {"output_dir": output_dir, "doing": "tuning for", "bar": bar}
         found[name], prompts = measure_checkpoint(
             name, str(path), tuning_rows, suite, alone, prompt_options, quiet, **options
         )

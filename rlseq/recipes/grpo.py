@@ -28,7 +28,7 @@ from rlseq.config.training import (
     TrainingDataArguments,
     TrainingEvaluationArguments,
 )
-from rlseq.recipes.rollouts import contrast_with_base, prepare, share, train
+from rlseq.recipes.rollouts import contrast_with_base, evaluation_costs, prepare, share, train
 from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
@@ -52,6 +52,8 @@ def main() -> None:
     task = prepared.task
     if run.dry_run:
         say(describe_rollouts(config, run, model_args, task))
+        if evaluation.evaluate:
+            say(evaluation_costs(prepared, data, config))
         prepared.close()
         return
     inputs = task_inputs(task, data, config)

@@ -20,6 +20,7 @@ from rlseq.config.training import (
 )
 from rlseq.data.groups import check_groups
 from rlseq.data.prompts import build_prompts
+from rlseq.evaluation.costs import describe_costs
 from rlseq.evaluation.during import ValidationEvaluator, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.documents import check_windows
@@ -112,6 +113,13 @@ def prepare(
         )
         choose_best_by(config, evaluator.metrics, evaluator.best)
     return Prepared(task, measured, settings, evaluator)
+
+
+def evaluation_costs(prepared: Prepared, data: TrainingDataArguments, config: Any) -> str:
+    """What the evaluation after training decodes and scores, of the model before and after."""
+    task = prepared.task
+    prompts = build_prompts(task.eval_rows, task.tokenizer, **prompt_options(data, config))
+    return describe_costs(prepared.settings, prompts, 2)
 
 
 def train(trainer: Trainer, directory: RunDirectory, evaluator: ValidationEvaluator | None) -> bool:

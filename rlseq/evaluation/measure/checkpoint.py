@@ -6,6 +6,7 @@ rows of statistics gathered here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from rlseq.engine.likelihood import TeacherForced
 from rlseq.engine.sampling import stop_ids_of
 from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Greedy, Sample, Strategy
+from rlseq.evaluation.costs import completions_bar, strategy_cost
 from rlseq.evaluation.measure.checks import check_answers
 from rlseq.evaluation.measure.decode import decode
 from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics, measure_documents
@@ -49,7 +51,7 @@ from rlseq.evaluation.measure.references import (
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
 from rlseq.evaluation.studies.study import Context
-from rlseq.evaluation.studies.table import STUDIES, run_studies, run_together, studied_rows
+from rlseq.evaluation.studies.table import STUDIES, run_studies, run_together, studied_rows, study_completions
 from rlseq.scoring import RewardSuite, ScoreTable
 from rlseq.types import Prompt, Rollout, column_names
 
@@ -89,6 +91,7 @@ def measure_checkpoint(
     output_dir: Path | None = None,
     tuned: Mapping[str, Strategy] | None = None,
     doing: str = "evaluating",
+    bar: tqdm | None = None,
 ) -> tuple[ModelStatistics, list[Prompt]]:
     """Load a checkpoint and its tokenizer and `measure` it, with a progress bar unless `quiet`.
 
@@ -98,6 +101,7 @@ def measure_checkpoint(
         output_dir: where the parts that are finished are kept, and taken up again (rlseq.evaluation.measure.partial).
         tuned: by sweep the one that stands for it.
         doing: the progress bar's label.
+        bar: of the whole evaluation, which counts completions; None: one of its own.
 
     Returns:
         The statistics and the rows as prompts, on every process.
@@ -107,7 +111,6 @@ def measure_checkpoint(
             arguments are checked before the model is loaded.
         ConsistencyError: greedy decoding and teacher forcing disagree, in every process.
     """
-    state = PartialState()
     tokenizer = load_tokenizer(name, path)
     prompts = build_prompts(rows, tokenizer, **prompt_options)
     suite.check_columns(column_names(prompts))
@@ -125,14 +128,9 @@ def measure_checkpoint(
         parts = partial_results_of(
             name, checkpoints, prompts, prompt_options, documents, suite, settings, output_dir, **options
         )
-    studied = sum(studied_rows(name, _mine(prompts), settings) for name in settings.studies)
-    with tqdm(
-        total=len(_mine(prompts)) * (len(settings.strategies) + 1) + studied,
-        desc=f"{doing} {name}",
-        unit="row",
-        disable=quiet or not state.is_main_process,
-        leave=False,
-    ) as bar:
+    with contextlib.ExitStack() as own:
+        bar = own.enter_context(completions_bar(settings, prompts, quiet=quiet)) if bar is None else bar
+        bar.set_description(f"{doing} {name}")
         options = {"name": name, "path": path, "progress": bar.update, "baseline": first, "parts": parts}
         options["tuned"] = tuned
         statistics = measure(model, prompts, tokenizer, suite, settings, **options)
@@ -178,8 +176,7 @@ def measure(
         suite: the rewards.
         settings: strategies, samples per row, length, seed.
         name, path: what the records of the samples and the result call the model.
-        progress: called with the number of rows done: all of this process's once for the likelihood, and once a
-            strategy and study.
+        progress: called with the number of completions done by this process, as `rlseq.evaluation.costs` counts them.
         baseline: loads the model that studies compare with; None: this one.
         parts: what is found of an evaluation that was interrupted, and a place for what gets finished.
         tuned: by sweep, all of those in the settings, the one that stands for it.
@@ -188,7 +185,7 @@ def measure(
         Exception: a reward failed, or anything else; what one process raises, all raise.
     """
     mine = _mine(prompts)
-    baseline, progress, parts = baseline or (lambda: model), progress or (lambda rows: None), parts or PartialResults()
+    baseline, progress, parts = baseline or (lambda: model), progress or (lambda done: None), parts or PartialResults()
     with raise_on_all_ranks():
         rows = [prompts[i] for i in mine]
         options = {"name": name, "progress": progress, "baseline": baseline, "parts": parts}
@@ -224,7 +221,7 @@ def measure(
         )
         for study, statistics in run_together(context, parts).items():
             whole.studies[study][: len(statistics)] = statistics
-            progress(studied_rows(study, mine, settings))
+            progress(study_completions(study, studied_rows(study, mine, settings), settings))
     return whole
 
 
@@ -275,7 +272,7 @@ def _measure_rows(
             tokenizer=tokenizer,
             batch_rows=settings.eval_batch_size,
             max_kv_gb=settings.max_kv_gb,
-            progress=progress,
+            progress=lambda rows: progress(strategy_cost(strategy, rows, settings).completions),
         )
         statistics, table = quality_rows(prompts, groups, references, suite)
         more: Sequence[RowStatistics] = []
@@ -298,12 +295,11 @@ def _measure_rows(
         return rows_as_json(rows, LIKELIHOOD.source)
 
     measured = _Measured(rows_from_json(parts.get_or_compute(REFERENCES, likelihood), LIKELIHOOD.source))
-    progress(len(prompts))
     completions: dict[str, Sequence[Sequence[Rollout]]] = {}
     values: dict[str, Mapping[str, Sequence[float | None]]] = {}
     for index, (spec, strategy) in enumerate(strategies.items()):
         if spec in parts.found:
-            progress(len(prompts))
+            progress(strategy_cost(strategy, len(prompts), settings).completions)
         part = parts.get_or_compute(spec, functools.partial(generated, index, spec, strategy))
         completions[spec], values[spec] = rollouts_from_json(part["completions"]), part["values"]
         measured.strategies[spec] = rows_from_json(part["statistics"], COMPLETION.source)

@@ -73,6 +73,10 @@ class Coverage(Study):
     def check(self, settings: Any, suite: RewardSuite) -> None:
         """Nothing can be wrong beside the range of coverage_samples."""
 
+    def cost(self, rows: int, references: int, settings: Any) -> tuple[int, int]:
+        """n samples a row, and its references."""
+        return rows * settings.coverage_samples, references
+
     def sample(self, context: Context) -> list[Sampled]:
         """Sample and score, at most `_HELD_TOKENS` at once."""
         settings, n = context.settings, context.settings.coverage_samples

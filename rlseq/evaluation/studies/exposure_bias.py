@@ -72,6 +72,11 @@ class ExposureBias(Study):
         if len(set(lengths)) < len(lengths):
             raise ConfigError(f"--prefix_lengths names a length twice: {shown}")
 
+    def cost(self, rows: int, references: int, settings: Any) -> tuple[int, int]:
+        """Samples, what follows two prefixes of each length, and the entropies of references and samples."""
+        samples = rows * settings.samples_per_row
+        return samples * (1 + 2 * len(settings.prefix_lengths)), references + samples
+
     def sample(self, context: Context) -> list[Row | None]:
         """Sample, and score what follows each prefix; None for a row without references."""
         rows = [row for row, references in enumerate(context.references) if references]

@@ -81,6 +81,11 @@ class KL(Study):
     name = "kl"
     against_first = True
 
+    def cost(self, rows: int, references: int, settings: Any) -> tuple[int, int]:
+        """Samples of both models, each scored by both."""
+        samples = rows * settings.samples_per_row
+        return 2 * samples, 4 * samples
+
     def sample(self, context: Context) -> list[Compared]:
         """Sample both models, and score what each sampled by both.
 

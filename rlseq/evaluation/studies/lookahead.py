@@ -47,6 +47,10 @@ class Lookahead(Study):
     name = "lookahead"
     together = True  # a head is fitted on rows of all processes
 
+    def cost(self, rows: int, references: int, settings: Any) -> tuple[int, int]:
+        """The references' states, of the model and of one with random weights, and its own log-probs."""
+        return 0, 3 * references
+
     def sample(self, context: Context) -> list[RowStatistics]:
         """Of held-out rows, sums over positions: count(k); of head H nll(k, H) (nats), right(k, H); nll(1, own_head).
 

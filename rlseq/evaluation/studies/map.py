@@ -83,6 +83,10 @@ class MAP(Study):
         """Raise ModelError for a model whose cache cannot go back to a prefix."""
         validate_cache(config)
 
+    def cost(self, rows: int, references: int, settings: Any) -> tuple[int, int]:
+        """The prefixes that exact search expands, a forward step each."""
+        return 0, rows * settings.map_max_nodes
+
     def sample(self, context: Context) -> list[Searched]:
         """Search every row, and score what was found."""
         settings = context.settings

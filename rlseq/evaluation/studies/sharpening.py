@@ -69,6 +69,10 @@ class Sharpening(Study):
                 "points, and gains are stated at temperature 1"
             )
 
+    def cost(self, rows: int, references: int, settings: Any) -> tuple[int, int]:
+        """Samples at each temperature."""
+        return rows * settings.samples_per_row * len(settings.temperatures), 0
+
     def sample(self, context: Context) -> list[dict[str, Sampled]]:
         """Sample and score at every temperature; by row and temperature."""
         settings, rows, names = context.settings, len(context.prompts), Names.of(context.suite).rewards

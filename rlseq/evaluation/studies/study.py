@@ -36,7 +36,7 @@ class Context:
         settings: of the contrast (`rlseq.evaluation.settings.ContrastSettings`).
         baseline: loads the first model of the contrast, once, on first call; in eval mode, on this device. It is
             `model` itself where that is the first.
-        progress: called with the number of rows that are done; a study reports each of its N rows once.
+        progress: called by a study with the number of rows that are done; it reports each of its N rows once.
     """
 
     model: torch.nn.Module
@@ -143,6 +143,14 @@ class Study:
 
     def check_model(self, config: Any) -> None:
         """Raise ModelError for a model that cannot be measured, by its configuration alone."""
+
+    def cost(self, rows: int, references: int, settings: Any) -> tuple[int, int]:
+        """Completions that it decodes for one model, and sequences that it scores, at most.
+
+        Args:
+            rows, references: that it runs on.
+        """
+        return 0, 0
 
     def measure(self, context: Context) -> list[RowStatistics]:
         """The statistics of the N rows."""

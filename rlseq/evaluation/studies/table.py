@@ -56,6 +56,11 @@ def studied_rows(name: str, places: Sequence[int], settings: Any) -> int:
     return len(places) if first is None else sum(place < first for place in places)
 
 
+def study_completions(name: str, rows: int, settings: Any) -> int:
+    """How many completions a study decodes for rows of one model, at most."""
+    return STUDIES[name].cost(rows, 0, settings)[0]
+
+
 def run_studies(context: Context, places: Sequence[int], parts: PartialResults) -> dict[str, list[RowStatistics]]:
     """Each study's statistics of the rows with these places in the data; of a costly one, of the first ones.
 
@@ -70,11 +75,18 @@ def run_studies(context: Context, places: Sequence[int], parts: PartialResults) 
             if STUDIES[name].together:
                 continue
             rows = studied_rows(name, places, context.settings)
-            part = dataclasses.replace(context, prompts=context.prompts[:rows], references=context.references[:rows])
+            progress = functools.partial(_report_completions, context, name)
+            part = dataclasses.replace(
+                context, prompts=context.prompts[:rows], references=context.references[:rows], progress=progress
+            )
             if STUDY.format(name) in parts.found:
-                context.progress(rows)
+                progress(rows)
             found[name] = _once(parts, name, functools.partial(STUDIES[name].measure, part) if rows else list)
     return found
+
+
+def _report_completions(context: Context, name: str, rows: int) -> None:
+    context.progress(study_completions(name, rows, context.settings))
 
 
 def run_together(context: Context, parts: PartialResults) -> dict[str, list[RowStatistics]]:
