@@ -25,7 +25,7 @@ def model():
     return tiny_model(seed=3, initializer_range=0.2)
 
 
-def draw(prompts=PROMPTS, **changes):
+def sampled(prompts=PROMPTS, **changes):
     settings = {"num_samples": 16, "max_new_tokens": 12, "seed": 1, "strategy": Sample(), "stop_ids": [EOS]}
     return sample(model(), prompts, tokenizer=TOKENIZER, **(settings | changes))
 
@@ -40,7 +40,7 @@ def by_hand(ids, stops=STOPS):
 
 def test_a_completion_ends_with_the_token_that_completes_a_stop_string():
     stopped = 0
-    for free, ended in zip(itertools.chain(*draw()), itertools.chain(*draw(stop_strings=STOPS)), strict=True):
+    for free, ended in zip(itertools.chain(*sampled()), itertools.chain(*sampled(stop_strings=STOPS)), strict=True):
         ids, stops = by_hand(free.completion_ids)
         assert ended.completion_ids == ids  # the noise is that of the position, so all before is the same
         assert ended.finish_reason == ("stop" if stops else free.finish_reason)
@@ -54,7 +54,7 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string():
             assert ended.text_with_special_tokens == TOKENIZER.decode(ids)
     across = [
         r
-        for r in itertools.chain(*draw(stop_strings=("B C",)))
+        for r in itertools.chain(*sampled(stop_strings=("B C",)))
         if r.completion_ids[-1] == TOKENIZER("C")["input_ids"][0]
     ]
     assert stopped > 10 and across
@@ -62,26 +62,26 @@ def test_a_completion_ends_with_the_token_that_completes_a_stop_string():
 
 @pytest.mark.parametrize("batch_rows", [1, 5, 1024])
 def test_the_completion_is_the_same_whatever_the_batch(batch_rows):
-    together = [r.completion_ids for r in itertools.chain(*draw(stop_strings=STOPS))]
-    assert together == [r.completion_ids for r in itertools.chain(*draw(stop_strings=STOPS, batch_rows=batch_rows))]
+    together = [r.completion_ids for r in itertools.chain(*sampled(stop_strings=STOPS))]
+    assert together == [r.completion_ids for r in itertools.chain(*sampled(stop_strings=STOPS, batch_rows=batch_rows))]
 
 
 def test_a_string_within_the_forced_prefix_does_not_end_the_completion_but_one_across_its_end_does():
     b, c, f = (TOKENIZER.vocab[letter] for letter in "BCF")
-    (held,) = draw([PROMPTS[1]], prefixes=[(f,)], stop_strings=("F",), num_samples=40)
+    (held,) = sampled([PROMPTS[1]], prefixes=[(f,)], stop_strings=("F",), num_samples=40)
     assert all(r.completion_ids[0] == f and len(r.completion_ids) > 1 for r in held)
     assert any(f in r.completion_ids[1:] for r in held)
     assert all(r.text.count("F") == 1 for r in held)  # the prefix's own stays, as it is in front
-    (across,) = draw([PROMPTS[1]], prefixes=[(b,)], stop_strings=("B C",), num_samples=200)
+    (across,) = sampled([PROMPTS[1]], prefixes=[(b,)], stop_strings=("B C",), num_samples=200)
     short = [r for r in across if r.completion_ids[:2] == (b, c)]
     assert short and all(r.completion_ids == (b, c) and r.text == "" and r.finish_reason == "stop" for r in short)
 
 
 def test_a_greedy_completion_ends_likewise():
-    free = draw(strategy=Greedy(), num_samples=1)
+    free = sampled(strategy=Greedy(), num_samples=1)
     words = TOKENIZER.decode(free[0][0].completion_ids).split()
     stop = " ".join(words[2:4])
-    (ended,) = draw([PROMPTS[0]], strategy=Greedy(), num_samples=1, stop_strings=(stop,))[0]
+    (ended,) = sampled([PROMPTS[0]], strategy=Greedy(), num_samples=1, stop_strings=(stop,))[0]
     assert ended.completion_ids == by_hand(free[0][0].completion_ids, (stop,))[0]
 
 
