@@ -15,7 +15,7 @@ from rlseq.config.arguments import (
     WeightedArguments,
 )
 from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
-from rlseq.config.rows import RenderedRowsArguments, RowsArguments
+from rlseq.config.rows import RenderedRowsArguments
 from rlseq.config.validate import Settings
 
 
@@ -50,14 +50,13 @@ class EvalRowsArguments(RenderedRowsArguments):
 
 
 @dataclass
-class TrainRowsArguments(RowsArguments):
+class TrainRowsArguments(RenderedRowsArguments):
     """Rows of the training split, a few of them."""
 
     _argument_group_name = "data (rlseq)"
 
     train_split: str = as_declared(DataArguments, "train_split", help="Split that the reward is checked on.")
     train_rows: int = as_declared(DataArguments, "train_rows", default=32, help="Use only its first N rows.")
-    system_prompt: str | None = as_declared(DataArguments, "system_prompt")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from test_references_of_chat import ASKED, BEGUN, characters, model_of
 from tiny_task import write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rlseq
 from rlseq.cli.main import main
 from rlseq.data.chat import reference_ids
 from rlseq.data.prompts import build_prompts
@@ -98,6 +99,20 @@ def test_what_cannot_be_is_refused_before_a_model_loads(name, data, flags, messa
     said = capsys.readouterr().err
     assert message.format(split=split, file=f"{task}/long/{split}.jsonl, line 3: 27") in said
     assert "Traceback" not in said and not (task / "run").exists()
+
+
+def test_a_reward_is_checked_on_samples_of_the_prompts_that_the_template_renders(task, monkeypatch, capsys):
+    sampled, sample = [], rlseq.sample
+    monkeypatch.setattr(
+        rlseq, "sample", lambda model, prompts, **more: sampled.extend(prompts) or sample(model, prompts, **more)
+    )
+    command = ["reward", "check", "exact_match", "--model_name_or_path", task / "model", "--max_new_tokens", "2"]
+    command += ["--dataset_name", task / "asked", "--samples_per_row", "2", "--system_prompt", "be brief"]
+    main([*map(str, command), "--chat_template", str(task / "brackets.jinja")])
+    tokenizer = AutoTokenizer.from_pretrained(task / "model")
+    assert {tokenizer.decode(prompt.prompt_ids) for prompt in sampled} == {"(system)be brief$(user)2+2$(assistant)"}
+    assert main([*map(str, command), "--chat_template", str(task / "broken.jinja")]) == 2
+    assert "broken.jinja' is not valid Jinja" in capsys.readouterr().err
 
 
 def test_sft_names_the_template_flag_that_is_read_in_time(task, monkeypatch, capsys):

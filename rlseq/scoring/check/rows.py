@@ -39,7 +39,7 @@ def prompts_of(args: Any, tokenizer: Any) -> list[Prompt]:
             Prompt(f"row-{i}", texts[i], tuple(ids[i]), {"references": [answer]})
             for i, answer in enumerate(answers[: args.train_rows])
         ]
-    return _load(args.dataset_name, _given(args), tokenizer, args.train_rows)
+    return _load(args.dataset_name, _given(args) | args.prompt_options(), tokenizer, args.train_rows)
 
 
 def with_columns(suite: RewardSuite, logged: Logged, path: Path, args: Any) -> Logged:
