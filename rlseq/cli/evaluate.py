@@ -11,14 +11,19 @@ from typing import Any
 
 from rlseq.common.escapes import visible
 from rlseq.common.interrupts import exit_on_sigint
-from rlseq.config.arguments import DataArguments, EvaluateArguments, EvaluationArguments, RewardArguments
+from rlseq.config.arguments import (
+    EvaluateArguments,
+    EvaluationArguments,
+    EvaluationDataArguments,
+    RewardArguments,
+)
 from rlseq.config.parsing.flags import add_flags, from_flags
 from rlseq.engine.model.gguf_files import gguf_file, may_be_on_hub
 from rlseq.errors import ConfigError, DataError, did_you_mean
 from rlseq.evaluation.stats.seeds import methods, numbered
 
 # The arguments of an evaluation, here and in recipes/evaluate.py, in the order of `evaluate_or_join`.
-ARGUMENTS = (EvaluateArguments, DataArguments, RewardArguments, EvaluationArguments)
+ARGUMENTS = (EvaluateArguments, EvaluationDataArguments, RewardArguments, EvaluationArguments)
 TRAIN = "train"  # the split that what is evaluated should not be in
 
 
@@ -37,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def evaluate_or_join(
-    arguments: EvaluateArguments, data: DataArguments, rewards: RewardArguments, evaluation: EvaluationArguments
+    arguments: EvaluateArguments,
+    data: EvaluationDataArguments,
+    rewards: RewardArguments,
+    evaluation: EvaluationArguments,
 ) -> None:
     """Contrast the models that these settings name, or join the evaluations that --compare names.
 
@@ -127,7 +135,7 @@ def parse_models(specs: Sequence[str]) -> dict[str, str]:
 
 def evaluate(
     models: Sequence[str],
-    data: DataArguments,
+    data: EvaluationDataArguments,
     reward_funcs: Sequence[Any] | None,
     *,
     settings: Any,

@@ -93,12 +93,11 @@ class EvaluateArguments(Settings):
 
 
 @dataclass
-class DataArguments(RenderedRowsArguments):
+class EvaluationDataArguments(RenderedRowsArguments):
     """Data: where the prompts and references come from."""
 
     _argument_group_name = "data (rlseq)"
 
-    train_split: str = setting("train", "Split to train on.")
     eval_split: str = setting("validation", "Split to evaluate on; test is touched only when named here.")
     max_prompt_length: int | None = setting(
         None, "Longest prompt, in tokens, as the chat template renders it; default: no limit.", range=at_least(1)
@@ -109,12 +108,19 @@ class DataArguments(RenderedRowsArguments):
         "evaluation and says how many.",
         needs=Need("--max_prompt_length", lambda config: config.max_prompt_length is not None),
     )
-    train_rows: int | None = setting(None, "Use only the first N rows of the training split.", range=at_least(1))
     eval_rows: int | None = setting(None, "Use only the first N rows of the evaluation split.", range=at_least(1))
 
     def length_options(self) -> dict[str, Any]:
         """The options of `rlseq.data.lengths.within_length` that these settings stand for."""
         return {"max_prompt_length": self.max_prompt_length, "drop": self.overlong_prompts == "drop"}
+
+
+@dataclass
+class DataArguments(EvaluationDataArguments):
+    """The data of training too."""
+
+    train_split: str = setting("train", "Split to train on.")
+    train_rows: int | None = setting(None, "Use only the first N rows of the training split.", range=at_least(1))
 
 
 @dataclass

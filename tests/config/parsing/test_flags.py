@@ -8,7 +8,7 @@ from test_dry_run import run
 
 from rlseq.cli import evaluate
 from rlseq.cli.main import Parser, main
-from rlseq.config.arguments import DataArguments
+from rlseq.config.arguments import EvaluationDataArguments
 from rlseq.config.parsing.flags import from_flags
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.errors import ConfigError
@@ -103,7 +103,7 @@ def test_what_one_refuses_the_other_refuses_too(line, words):
 
 FILE = """\
 models: base=here   # one stands for a list of one
-train_rows: 3
+eval_rows: 3
 dtype: bfloat16
 max_error_rate: 1e-1
 """
@@ -111,24 +111,27 @@ max_error_rate: 1e-1
 
 def test_a_config_file_gives_settings_and_flags_override_it(tmp_path):
     (tmp_path / "own.yaml").write_text(FILE)
-    line = ["--config", str(tmp_path / "own.yaml"), "--train_rows", "4"]
+    line = ["--config", str(tmp_path / "own.yaml"), "--eval_rows", "4"]
     read = by_command(line)
     assert read == RecipeParser(evaluate.ARGUMENTS).parse(line)
-    assert (read[0].models, read[0].dtype, read[1].train_rows) == (["base=here"], "bfloat16", 4)
+    assert (read[0].models, read[0].dtype, read[1].eval_rows) == (["base=here"], "bfloat16", 4)
     assert read[2].max_error_rate == 0.1
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("train_row: 3", "own.yaml, line 1: unknown key 'train_row'. Did you mean 'tune_rows'?"),
+        ("train_split: train", "own.yaml, line 1: unknown key 'train_split'."),  # evaluation reads none of training's
+        ("train_rows: 3", "own.yaml, line 1: unknown key 'train_rows'."),
         ("seed: 1\neval_row: 3", "own.yaml, line 2: unknown key 'eval_row'. Did you mean 'eval_rows'?"),
-        ("seed: 1\n\ntrain_rows: many", "own.yaml, line 3: train_rows is 'many'; expected a whole number or null."),
+        ("seed: 1\n\neval_rows: many", "own.yaml, line 3: eval_rows is 'many'; expected a whole number or null."),
         (
             "dtype: float23",
             "dtype is 'float23'; expected one of 'float32', 'bfloat16', 'float16', 'auto'. Did you mean",
         ),
         ("max_kv_gb: .nan", "max_kv_gb is nan; expected a number"),
-        ("train_rows: 0", "--train_rows is 0; expected at least 1"),
+        ("eval_rows: 0", "--eval_rows is 0; expected at least 1"),
         ("dataset_name: https://me:secret@host/x.json", "--dataset_name holds a password"),
     ],
 )
@@ -161,7 +164,7 @@ def test_both_evaluate_with_what_was_given(monkeypatch):
         likelihood_dataset="l", likelihood_config="m", likelihood_split="n", likelihood_column="o", likelihood_rows=29,
         likelihood_stride=31, likelihood_context=37,
     )  # fmt: skip
-    data = DataArguments(
+    data = EvaluationDataArguments(
         dataset_name="d", dataset_config="c", eval_split="test", eval_rows=7, prompt_column="q", reference_column="r",
         prompt_template="{{ q }}", reference_template="{{ r }}", merge_references=True,
     )  # fmt: skip
