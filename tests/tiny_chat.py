@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from tiny import tiny_model
 from tiny_bytes import BYTES, EOS, FIRST, PAD
+from tiny_task import tiny_trainer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl.chat_template_utils import qwen3_chat_template
@@ -44,3 +45,13 @@ class Scripted:
         turns = [self.turn(row, text) for row, text in enumerate(texts)]
         said = self.tokenizer(text=turns, padding=True, padding_side="right", return_tensors="pt").input_ids
         return torch.cat([input_ids, said.to(input_ids.device)], 1)
+
+
+def scripted_trainer(path, monkeypatch, turn, **settings):
+    """A GRPO trainer of chats whose model says what `turn` chose, and the `Scripted` that stands in for it."""
+    tokenizer = chat_tokenizer()
+    model = chat_model(tokenizer)
+    trainer = tiny_trainer(path, model=model, tokenizer=tokenizer, **settings)
+    scripted = Scripted(tokenizer, turn)
+    monkeypatch.setattr(model, "generate", scripted)
+    return trainer, scripted

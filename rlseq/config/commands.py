@@ -11,7 +11,7 @@ from rlseq.config.arguments import (
     DataArguments,
     EvaluateArguments,
     EvaluationArguments,
-    RewardArguments,
+    RejectionArguments,
     WeightedArguments,
 )
 from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
@@ -152,18 +152,12 @@ class DifficultyArguments(Settings):
         "Write the exact chance that a sample is one of the references; default: where no reward is given.",
     )
     reward_funcs: list[str | dict] | None = as_declared(
-        RewardArguments,
+        RejectionArguments,
         "reward_funcs",
-        help="Rewards that score the samples, named as for recipes/grpo.py.",
         conflicts=Conflict("score samples, and --exact samples none: give one of them", lambda config: config.exact),
     )
     reward_weights: list[float] | None = as_declared(WeightedArguments, "reward_weights", needs=_REWARDS)
-    max_error_rate: float = as_declared(
-        RewardArguments,
-        "max_error_rate",
-        help="Stop when a reward fails on more than this share of the samples that are scored together.",
-        needs=_REWARDS,
-    )
+    max_error_rate: float = as_declared(RejectionArguments, "max_error_rate", needs=_REWARDS)
     samples_per_row: int = as_declared(
         EvaluationArguments, "samples_per_row", default=8, help="Completions sampled per row.", needs=_REWARDS
     )

@@ -30,7 +30,7 @@ from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Sample
 from rlseq.errors import DataError
 from rlseq.evaluation.measure.checks import check_models
-from rlseq.evaluation.measure.decode import columns_of, decode
+from rlseq.evaluation.measure.decode import columns_of, decode_by_settings
 from rlseq.evaluation.measure.kept_rows import KeptRows, Measurements
 from rlseq.evaluation.measure.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.measure.partial import checkpoint_fingerprint, versions
@@ -165,21 +165,8 @@ def sampled_rewards(
 ) -> list[list[float | None]]:
     """By prompt the rewards, weighted sums, of its samples; None where every reward abstained or failed."""
     (strategy,) = settings.parsed()
-    groups = decode(
-        model,
-        prompts,
-        strategy=strategy,
-        suite=suite,
-        num_samples=settings.samples_per_row,
-        max_new_tokens=settings.max_new_tokens,
-        seed=settings.seed,
-        stream=0,
-        stop_ids=stop_ids_of(model, tokenizer),
-        stop_strings=settings.stop_strings,
-        tokenizer=tokenizer,
-        batch_rows=settings.eval_batch_size,
-        max_kv_gb=settings.max_kv_gb,
-        progress=progress,
+    groups = decode_by_settings(
+        model, prompts, strategy, settings, suite=suite, stream=0, tokenizer=tokenizer, progress=progress
     )
     flat = [(row, rollout) for row, group in enumerate(groups) for rollout in group]
     table = suite.score([rollout for _, rollout in flat], columns_of(prompts, [row for row, _ in flat]))

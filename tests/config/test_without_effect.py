@@ -109,6 +109,7 @@ def test_rows_handed_to_evaluate_beside_an_evaluator_are_refused(tmp_path):
     ("given", "words"),
     [
         ({"num_generations_eval": 2}, "num_generations_eval is 2, which has no effect: the evaluator measures"),
+        ({"pad_to_multiple_of": 8}, "pad_to_multiple_of is 8, which has no effect: updates are packed, not padded"),
         ({"cache_implementation": "static"}, "no effect without rlseq_sampler false"),
         ({"vllm_gpu_memory_utilization": 0.5}, "no effect without use_vllm"),
         ({"sapo_temperature_neg": 2.0}, "no effect without loss_type sapo"),

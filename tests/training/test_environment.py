@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_chat import Scripted, chat_model, chat_tokenizer
-from tiny_task import tiny_trainer
+from tiny_chat import chat_model, chat_tokenizer, scripted_trainer
 
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
@@ -92,21 +91,16 @@ def turn(row, text):
 
 def made(path, monkeypatch, name="Accumulator", **settings):
     """A trainer on the accumulator, two samples of two prompts a step, and its scripted generation."""
-    tokenizer = chat_tokenizer()
-    model = chat_model(tokenizer)
     defaults = {"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 600}
-    trainer = tiny_trainer(
+    return scripted_trainer(
         path,
-        model=model,
+        monkeypatch,
+        turn,
         rows=CHAT,
-        tokenizer=tokenizer,
         rewards=({"func": "environment_reward", "weight": 2.0}, says_done),
         environment=f"{__file__}:{name}",
         **{**defaults, **settings},
     )
-    scripted = Scripted(tokenizer, turn)
-    monkeypatch.setattr(model, "generate", scripted)
-    return trainer, scripted
 
 
 def result(text: str) -> str:

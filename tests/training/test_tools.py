@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
-from tiny_chat import Scripted, chat_model, chat_tokenizer
-from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
+from tiny_chat import scripted_trainer
+from tiny_task import ROWS, tiny_tokenizer
 
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
@@ -53,13 +53,11 @@ def turn(row, text):
 def trained(tmp_path, monkeypatch):
     """A step with the tool: the trainer, what its losses were given, and its gradients."""
     CALLS.clear()
-    tokenizer = chat_tokenizer()
-    model = chat_model(tokenizer)
-    trainer = tiny_trainer(
+    trainer, scripted = scripted_trainer(
         tmp_path,
-        model=model,
+        monkeypatch,
+        turn,
         rows=CHAT,
-        tokenizer=tokenizer,
         rewards=(says_42,),
         tools=[f"{__file__}:multiply"],
         num_generations=4,
@@ -67,8 +65,6 @@ def trained(tmp_path, monkeypatch):
         max_completion_length=400,
         max_steps=1,
     )
-    scripted = Scripted(tokenizer, turn)
-    monkeypatch.setattr(model, "generate", scripted)
     batches, compute = [], trainer.micro_batch_loss
 
     def remember(model, batch):

@@ -28,7 +28,7 @@ from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Greedy, Sample, Strategy
 from rlseq.evaluation.costs import completions_bar, strategy_cost
 from rlseq.evaluation.measure.checks import check_answers
-from rlseq.evaluation.measure.decode import decode
+from rlseq.evaluation.measure.decode import decode_by_settings
 from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics, measure_documents
 from rlseq.evaluation.measure.loading import load_checkpoint, load_tokenizer
 from rlseq.evaluation.measure.partial import (
@@ -258,20 +258,14 @@ def _measure_rows(
         return force_references(model, prompts, references, strategies.values())
 
     def generated(index: int, spec: str, strategy: Strategy) -> dict[str, Any]:
-        groups = decode(
+        groups = decode_by_settings(
             model,
             prompts,
-            strategy=strategy,
+            strategy,
+            settings,
             suite=suite,
-            num_samples=settings.samples_per_row,
-            max_new_tokens=settings.max_new_tokens,
-            seed=settings.seed,
             stream=index,
-            stop_ids=stops,
-            stop_strings=settings.stop_strings,
             tokenizer=tokenizer,
-            batch_rows=settings.eval_batch_size,
-            max_kv_gb=settings.max_kv_gb,
             progress=lambda rows: progress(strategy_cost(strategy, rows, settings).completions),
         )
         statistics, table = quality_rows(prompts, groups, references, suite)

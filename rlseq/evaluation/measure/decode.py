@@ -17,15 +17,46 @@ import torch
 from rlseq.engine.beam import beam
 from rlseq.engine.decoding.kv_budget import rows_within
 from rlseq.engine.likelihood import score
-from rlseq.engine.sampling import sample
+from rlseq.engine.sampling import sample, stop_ids_of
 from rlseq.engine.strategies import LOGPROB, MBR, Beam, BestOf, Rerank, Sample, Strategy
 from rlseq.errors import ConfigError, did_you_mean
+from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import RewardSuite
 from rlseq.types import ABSENT, Prompt, Rollout, column_names
 
 Groups = list[list[Rollout]]
 ANSWERS = ("references", "ground_truth", "reward_model", "labels", "label")  # columns that hold answers wherever met
 _PAIRS = 2**16  # candidates against pseudo-references that are scored at once
+
+
+def decode_by_settings(
+    model: torch.nn.Module,
+    prompts: Sequence[Prompt],
+    strategy: Strategy,
+    settings: ContrastSettings,
+    *,
+    suite: RewardSuite,
+    stream: int,
+    tokenizer: Any,
+    progress: Callable[[int], Any] | None = None,
+) -> Groups:
+    """`decode` with the numbers of an evaluation's settings, until the model's own stop tokens."""
+    return decode(
+        model,
+        prompts,
+        strategy=strategy,
+        suite=suite,
+        num_samples=settings.samples_per_row,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+        stream=stream,
+        stop_ids=stop_ids_of(model, tokenizer),
+        stop_strings=settings.stop_strings,
+        tokenizer=tokenizer,
+        batch_rows=settings.eval_batch_size,
+        max_kv_gb=settings.max_kv_gb,
+        progress=progress,
+    )
 
 
 def decode(
