@@ -251,6 +251,7 @@ class TrainingEvaluationArguments(EvaluationArguments):
 
     evaluate: bool = setting(True, "When training ends, evaluate the model before and after training.")
     eval_seed: int = as_declared(EvaluateArguments, "seed")  # seed is that of training
+    eval_dtype: str = as_declared(EvaluateArguments, "dtype")  # dtype is that of training
     eval_rows_during_training: int = setting(
         500,
         "During training, evaluate on the first N rows of eval_split, as often as eval_strategy says.",

@@ -86,6 +86,7 @@ def prepare(
         stop_strings=config.stop_strings,
         group_column=config.group_column,
         seed=evaluation.eval_seed,
+        dtype=evaluation.eval_dtype,
         allow_missing_weights=model_args.allow_missing_weights,
         quantization=quantization_of(model_args),
     )

@@ -12,10 +12,19 @@ from tiny_task import tiny_tokenizer
 from rlseq.cli.evaluate import ARGUMENTS
 from rlseq.cli.main import main
 from rlseq.config.parsing.parser import RecipeParser
+from rlseq.config.training import (
+    GRPOConfig,
+    ModelArguments,
+    RewardArguments,
+    RunArguments,
+    TrainingDataArguments,
+    TrainingEvaluationArguments,
+)
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure import checkpoint
 from rlseq.evaluation.measure.loading import load_checkpoint
 from rlseq.evaluation.measure.references import near_tie_of
+from rlseq.recipes.rollouts import prepare
 
 ROWS = [{"prompt": prompt, "references": [prompt[::-1]]} for prompt in ("a b", "b c d", "c", "d a")]
 
@@ -87,3 +96,26 @@ def test_a_near_tie_is_what_two_logits_of_the_precision_may_differ_by():
     assert near_tie_of(tiny_model().bfloat16()) == 2 / 8
     assert near_tie_of(tiny_model().half()) == 2 / 64
     assert near_tie_of(tiny_model()) == 1e-3
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [([], "float32"), (["--eval_dtype", "bfloat16"], "bfloat16")])
+def test_the_evaluation_after_training_has_a_dtype_of_its_own(place, tmp_path, flags, dtype):
+    groups = [TrainingDataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments]
+    given = {
+        "model_name_or_path": place / "one",
+        "dataset_name": place / "train.jsonl",
+        "eval_split": "train",
+        "reward_funcs": "exact_match",
+        "output_dir": tmp_path / "run",
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 3,
+        "dtype": "float32",
+    }
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    data, rewards, evaluation, _, config, model_args = RecipeParser([*groups, GRPOConfig, ModelArguments]).parse(
+        [*words, *flags]
+    )
+    prepared = prepare(data, rewards, evaluation, config, model_args)
+    prepared.close()
+    assert prepared.settings.dtype == dtype
