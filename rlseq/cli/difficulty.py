@@ -24,7 +24,7 @@ chance that a sample is one of the row's references, by teacher forcing: nothing
 all right answers for this.
 
 OUTPUT_DIR then holds the training rows with the column and the evaluation rows as they are, and is a data set:
-`--dataset_name OUTPUT_DIR --curriculum 0.1-0.9` in recipes/grpo.py and ppo.py trains on the rows in that range."""
+`--dataset_name OUTPUT_DIR --curriculum 0.1-0.9` in a recipe trains on the rows in that range."""
 
 EPILOG = """Interrupted (Ctrl-C, a kill), the same command resumes after the rows that are measured.
 

@@ -1,4 +1,4 @@
-"""The data of training on rollouts: of which difficulty its prompts are."""
+"""The data of training: of which difficulty its prompts are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NUMBER = r"-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?"
 
 @dataclass
 class TrainingDataArguments(DataArguments):
-    """Data of the recipes that train on rollouts."""
+    """Data of the recipes that train."""
 
     curriculum: str | None = setting(
         None,

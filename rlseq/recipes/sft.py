@@ -32,13 +32,14 @@ from rlseq.config.adapters import peft_config_of
 from rlseq.config.checks import describe_left_out
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
-    DataArguments,
     ModelArguments,
     NewModelArguments,
     RejectionArguments,
     RunArguments,
     SFTConfig,
+    TrainingDataArguments,
 )
+from rlseq.data.curriculum import rows_in_range
 from rlseq.data.prompts import build_prompts, describe_shared
 from rlseq.data.rows import load_rows
 from rlseq.engine.stop_strings import StopStrings
@@ -93,7 +94,7 @@ DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "sft.yaml"
 
 def main() -> None:
     parser = RecipeParser(
-        [DataArguments, NewModelArguments, RejectionArguments, RunArguments, SFTConfig, ModelArguments],
+        [TrainingDataArguments, NewModelArguments, RejectionArguments, RunArguments, SFTConfig, ModelArguments],
         description=__doc__.splitlines()[0],
     )
     data, new, rejection, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))
@@ -107,6 +108,8 @@ def main() -> None:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if rejection.rejection_samples and new.new_model:
         raise ConfigError("--rejection_samples samples from the model as it starts; name one by --model_name_or_path")
+    if rejection.from_rollouts and data.curriculum:
+        raise ConfigError("--curriculum chooses rows of the data, and --from_rollouts trains on a log: leave out one")
     if config.metric_for_best_model is not None:
         choose_best_by(config, MEASURED, "loss")
     if not new.new_model:
@@ -118,6 +121,9 @@ def main() -> None:
     def prompts_of(split: str, limit: int | None) -> list[Prompt]:
         weighted = split == data.train_split
         rows = load_rows(data.dataset_name, split, **data.row_options(), weighted=weighted)[:limit]
+        if weighted and (chosen := data.curriculum_range()) is not None:
+            rows, dropped = rows_in_range(rows, data.curriculum_column, *chosen)
+            say(f"rlseq: {dropped}")
         rows, _ = fitting_rows(rows, split, data, config, tokenizer)
         return build_prompts(rows, tokenizer, **prompt_options(data, config))
 

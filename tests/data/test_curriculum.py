@@ -90,6 +90,17 @@ def test_a_run_trains_on_the_rows_in_the_range_and_says_how_many_were_dropped(na
     assert "--curriculum_column is rate, which has no effect without --curriculum" in capsys.readouterr().err
 
 
+def test_teacher_forcing_trains_on_the_references_of_the_rows_in_the_range(task, monkeypatch, capsys):
+    given = ["--model_name_or_path", task / "model", "--dataset_name", task / "rated", "--curriculum", "0.1-0.9"]
+    given += ["--use_cpu", "true", "--per_device_train_batch_size", 2, "--dry_run", "true"]
+    assert run(monkeypatch, "sft", *given) == 0
+    out = capsys.readouterr().out
+    assert out.count("--curriculum keeps 4 of 8 rows by pass_rate") == 1  # validation keeps all of its rows
+    assert table(out)["examples"] == 4
+    assert run(monkeypatch, "sft", *given, "--from_rollouts", task) == 2
+    assert "--curriculum chooses rows of the data, and --from_rollouts trains on a log" in capsys.readouterr().err
+
+
 def test_it_reads_what_the_command_wrote(task, tmp_path, monkeypatch, capsys):
     words = ["difficulty", task / "data", "--model", task / "model", "--output_dir", tmp_path / "out"]
     assert main([*map(str, words), "--max_new_tokens", "4", "--column", "p"]) == 0
