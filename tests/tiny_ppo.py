@@ -8,7 +8,7 @@ import torch
 from tiny import EOS, tiny_model
 from tiny_task import ROWS, shares_letters, tiny_tokenizer
 
-import rlseq.training.trl.rollouts
+import rlseq.training.trl.batch.rollouts
 from rlseq.config.training import PPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.training.ppo import PPOTrainer
@@ -89,7 +89,7 @@ def fake_sampler(monkeypatch, trainer, completions):
             for p, of in zip(prompts, samples, strict=True)
         ]
 
-    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", given)
+    monkeypatch.setattr(rlseq.training.trl.batch.rollouts, "sample", given)
 
 
 def rollout(model, prompt, number, completion):

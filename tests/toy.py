@@ -12,7 +12,7 @@ from tiny import tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import rlseq.training.trl.rollouts
+import rlseq.training.trl.batch.rollouts
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.engine.sampling import sample
@@ -125,7 +125,7 @@ def fake_sampler(monkeypatch, chosen: Sequence[Sequence[tuple]]):
             for prompt, completions in zip(prompts, chosen, strict=True)
         ]
 
-    monkeypatch.setattr(rlseq.training.trl.rollouts, "sample", given)
+    monkeypatch.setattr(rlseq.training.trl.batch.rollouts, "sample", given)
 
 
 def rollout(model, prompt, number, completion):

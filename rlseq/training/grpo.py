@@ -1,14 +1,14 @@
 """Training on sampled rollouts: `trl.GRPOTrainer` with rlseq's rollouts, rewards, objectives and packed updates.
 
-How a step flows (files without a folder are in rlseq/training/trl/):
+How a step flows (files in rlseq/training/):
 
-    make_batch            rows in, a RolloutBatch out                              batches.py
-      sampler.complete    rows -> rollouts, by rlseq.engine.sampling or by TRL     rollouts.py
-      forward.logprobs    old and reference log-probs                              packed_forward.py
-      scorer.score        rollouts -> values and totals, by the reward suite       scoring.py
-      advantages.of       totals -> advantages                                     rlseq/training/group_advantages.py
-    minibatches           the rows of a batch, as updates take them in turn        batches.py
-    micro_batch_loss      a micro-batch -> one packed forward -> a loss            loss.py
+    make_batch            rows in, a RolloutBatch out                              trl/batch/batches.py
+      sampler.complete    rows -> rollouts, by rlseq.engine.sampling or by TRL     trl/batch/rollouts.py
+      forward.logprobs    old and reference log-probs                              trl/batch/packed_forward.py
+      scorer.score        rollouts -> values and totals, by the reward suite       trl/batch/scoring.py
+      advantages.of       totals -> advantages                                     update/group_advantages.py
+    minibatches           the rows of a batch, as updates take them in turn        trl/batch/batches.py
+    micro_batch_loss      a micro-batch -> one packed forward -> a loss            trl/loss.py
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from rlseq.engine.model.lora import with_fused_layers
 from rlseq.engine.stop_strings import StopStrings
 from rlseq.errors import ConfigError
 from rlseq.training.environment import load_environment
-from rlseq.training.group_advantages import GroupAdvantages
 from rlseq.training.models import disable_dropout
 from rlseq.training.resampling import SparePrompts
 from rlseq.training.rollouts import MicroBatch, RolloutBatch
@@ -51,18 +50,19 @@ from rlseq.training.trl.arguments import (
     tokenizer_of,
     training_rows,
 )
-from rlseq.training.trl.batches import BatchMaker
+from rlseq.training.trl.batch.batches import BatchMaker
+from rlseq.training.trl.batch.packed_forward import PackedForward
+from rlseq.training.trl.batch.resampling import DynamicSampling
+from rlseq.training.trl.batch.rollouts import RolloutSampler
+from rlseq.training.trl.batch.scoring import RewardScorer, leave_rewards_to
+from rlseq.training.trl.checkpoint.resume_state import ResumeState
 from rlseq.training.trl.loss import MicroBatchLoss
 from rlseq.training.trl.metrics import TrainingMetrics
-from rlseq.training.trl.packed_forward import PackedForward
 from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
-from rlseq.training.trl.resampling import DynamicSampling
-from rlseq.training.trl.resume_state import ResumeState
 from rlseq.training.trl.rollout_trainer import RolloutTrainer
-from rlseq.training.trl.rollouts import RolloutSampler
-from rlseq.training.trl.scoring import RewardScorer, leave_rewards_to
 from rlseq.training.trl.tracking import Tracking
 from rlseq.training.trl.vllm_cpu import vllm_on_cpu
+from rlseq.training.update.group_advantages import GroupAdvantages
 from rlseq.types import Prompt
 
 

@@ -3,7 +3,7 @@
 What differs from a step of GRPO:
 
     CriticAdvantages     rewards a token (the reward on the last, minus the KL penalty) -> GAE against the critic, in
-                         rlseq/training/critic_advantages.py
+                         rlseq/training/update/critic_advantages.py
     CriticLoss           the one wrapped forward of a micro-batch asks the critic, too; the value loss is added
     training_step        holds the policy still while the critic warms up, and leaves out the rest of a batch once
                          the policy is too far from its rollouts
@@ -27,10 +27,10 @@ from rlseq.engine.model.info import base_of
 from rlseq.errors import ConfigError, ModelError
 from rlseq.losses import adapt_kl_coefficient, kl_estimate, value_loss
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
-from rlseq.training.critic_advantages import CriticAdvantages
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
 from rlseq.training.trl.loss import MicroBatchLoss
+from rlseq.training.update.critic_advantages import CriticAdvantages
 
 
 class KLCoefficient:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlseq.data.groups import group_name, rows_by_group
 from rlseq.scoring.suite import PendingScores
-from rlseq.training.forward import Ids
+from rlseq.training.update.forward import Ids
 from rlseq.types import Prompt, Rollout, ScoredRollout
 
 

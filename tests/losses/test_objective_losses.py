@@ -11,14 +11,14 @@ from tiny import tiny_model
 from tiny_task import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from rlseq.training.forward import References, Scores
-from rlseq.training.objectives import (
+from rlseq.training.rollouts import MicroBatch
+from rlseq.training.update.forward import References, Scores
+from rlseq.training.update.objectives import (
     expected_accuracy_loss,
     minimum_risk_loss,
     reference_exact_loss,
     reference_loss,
 )
-from rlseq.training.rollouts import MicroBatch
 
 NAN = math.nan
 

@@ -34,9 +34,9 @@ from rlseq.engine.strategies import Greedy, Sample
 from rlseq.errors import ConfigError, ModelError
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.critic import NAME, attach, build_critic
-from rlseq.training.forward import forward
 from rlseq.training.run.checkpoints import find_defect
 from rlseq.training.trl.sharding import whole_weights
+from rlseq.training.update.forward import forward
 
 # What recipes/accelerate/fsdp2.yaml becomes in the environment of a process.
 FSDP2 = {

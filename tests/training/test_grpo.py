@@ -17,7 +17,7 @@ from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, RewardError
 from rlseq.training.grpo import GRPOTrainer
-from rlseq.training.trl import packed_forward
+from rlseq.training.trl.batch import packed_forward
 
 
 def padded_batch():

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 from trl.trainer.utils import add_fused_lm_head
 
 from rlseq.engine.packing import pack, unpack
-from rlseq.training import forward as module
-from rlseq.training import head
-from rlseq.training.forward import forward
+from rlseq.training.update import forward as module
+from rlseq.training.update import head
+from rlseq.training.update.forward import forward
 
 PROMPTS = [(3, 4, 5), (3, 4, 5), (6, 7)]
 COMPLETIONS = [(8, 9, 10, 11, 5), (4, 5, 6), (7, 8, 9, 10)]
@@ -138,8 +138,8 @@ def test_where_hooks_would_not_reach_the_logits_trls_head_is_asked():
 HELD = """
 import contextlib, sys, psutil, torch
 from transformers.modeling_layers import GradientCheckpointingLayer
-from rlseq.training.forward import without_holes
-from rlseq.training import forward
+from rlseq.training.update.forward import without_holes
+from rlseq.training.update import forward
 forward.LARGE_LAYER = 0  # its layers are small
 
 class Layer(GradientCheckpointingLayer):

@@ -12,7 +12,7 @@ from tiny_task import as_micro_batch, tiny_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlseq.config.inherited import LOSS_TYPES
-from rlseq.training.forward import Scores
+from rlseq.training.update.forward import Scores
 
 ROWS, LONGEST = 5, 7
 SEEDS = range(4)

@@ -20,7 +20,7 @@ from rlseq.training.averaging import WeightAverage
 from rlseq.training.ppo import PPOTrainer
 from rlseq.training.run.callbacks import MetricsWriter
 from rlseq.training.run.directory import prepare
-from rlseq.training.trl.resume_state import begin_epoch, sampler_of
+from rlseq.training.trl.checkpoint.resume_state import begin_epoch, sampler_of
 
 STEPS = 10
 WALL_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "profiling/")

@@ -26,8 +26,8 @@ from rlseq.engine.model.info import base_of
 from rlseq.engine.model.load import is_adapter
 from rlseq.errors import ConfigError, ModelError
 from rlseq.training.critic import critic_folder, first_line
-from rlseq.training.head import TILE_TOKENS
 from rlseq.training.models import freeze_vision_and_audio
+from rlseq.training.update.head import TILE_TOKENS
 
 # What a layer keeps of a token for its backward, in units of its widths, counted for a Llama layer with SDPA: two norms
 # (input, normalised, output), attention (queries, keys and values repeated for every head, its result before and after

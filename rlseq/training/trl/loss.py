@@ -10,18 +10,18 @@ from torch import Tensor
 
 from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.losses import kl_estimate
-from rlseq.training.forward import Ids, Scores
-from rlseq.training.objectives import (
+from rlseq.training.rollouts import MicroBatch
+from rlseq.training.trl.batch.packed_forward import PackedForward
+from rlseq.training.trl.batch.scoring import RewardScorer
+from rlseq.training.trl.metrics import TrainingMetrics
+from rlseq.training.trl.policy_gradient import PolicyGradient, accumulation, step_tokens
+from rlseq.training.update.forward import Ids, Scores
+from rlseq.training.update.objectives import (
     expected_accuracy_loss,
     minimum_risk_loss,
     reference_exact_loss,
     reference_loss,
 )
-from rlseq.training.rollouts import MicroBatch
-from rlseq.training.trl.metrics import TrainingMetrics
-from rlseq.training.trl.packed_forward import PackedForward
-from rlseq.training.trl.policy_gradient import PolicyGradient, accumulation, step_tokens
-from rlseq.training.trl.scoring import RewardScorer
 
 
 class MicroBatchLoss:

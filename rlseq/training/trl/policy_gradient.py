@@ -27,9 +27,9 @@ from rlseq.losses import (
     vespo,
     vespo_weight,
 )
-from rlseq.training.forward import Scores
 from rlseq.training.rollouts import MicroBatch
 from rlseq.training.trl.metrics import TrainingMetrics
+from rlseq.training.update.forward import Scores
 
 
 def accumulation(trainer: Any) -> int:

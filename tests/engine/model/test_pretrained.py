@@ -19,7 +19,7 @@ from rlseq.config.training import ModelArguments
 from rlseq.errors import ModelError
 from rlseq.evaluation.measure.loading import load_checkpoint
 from rlseq.training.models import check_model_path, load_model
-from rlseq.training.trl.sharded_weights import check_sharded
+from rlseq.training.trl.checkpoint.sharded_weights import check_sharded
 
 WRAPPED = {
     "torch.compile": lambda name: f"_orig_mod.{name}",

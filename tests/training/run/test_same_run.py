@@ -18,7 +18,7 @@ from tiny_task import ROWS, tiny_trainer
 
 from rlseq.evaluation.run import contrast_and_report
 from rlseq.scoring import load_rewards
-from rlseq.training.trl import rollouts
+from rlseq.training.trl.batch import rollouts
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class GroupAdvantages:
         self.trainer = trainer
 
     def of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
-        """One per rollout; arguments as `rlseq.training.trl.batches.Advantages` says."""
+        """One per rollout; arguments as `rlseq.training.trl.batch.batches.Advantages` says."""
         trainer, groups = self.trainer, batch.groups  # (P, G)
         if trainer.multi_objective_aggregation == "normalize_then_sum":
             advantages = normalize_then_sum(values.view(*groups.shape, -1), trainer.reward_weights)

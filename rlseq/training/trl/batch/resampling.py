@@ -11,9 +11,9 @@ from torch import Tensor
 from rlseq.errors import ConfigError
 from rlseq.training.resampling import SparePrompts, equal_groups
 from rlseq.training.rollouts import RolloutBatch
+from rlseq.training.trl.batch.rollouts import RolloutSampler
+from rlseq.training.trl.batch.scoring import RewardScorer
 from rlseq.training.trl.metrics import TrainingMetrics
-from rlseq.training.trl.rollouts import RolloutSampler
-from rlseq.training.trl.scoring import RewardScorer
 
 OF_ROLLOUTS = ("rows", "asked", "prompt_ids", "rollouts", "completions", "logprobs", "scored", "told")
 

@@ -19,8 +19,8 @@ from rlseq.losses import (
     reference_exact_references,
     reference_exact_weight,
 )
-from rlseq.training.forward import Ids, References, Scores
 from rlseq.training.rollouts import MicroBatch
+from rlseq.training.update.forward import Ids, References, Scores
 
 
 def reference_loss(references: References) -> Tensor | None:

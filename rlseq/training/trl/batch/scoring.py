@@ -15,9 +15,9 @@ from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.data.chat import reference_ids
 from rlseq.scoring import RewardSuite
 from rlseq.training.environment import environment_rewards
-from rlseq.training.forward import Ids
 from rlseq.training.rollouts import RolloutBatch
-from rlseq.training.trl.rollouts import rollout_of_ids
+from rlseq.training.trl.batch.rollouts import rollout_of_ids
+from rlseq.training.update.forward import Ids
 from rlseq.types import ABSENT, Prompt, Rollout, column_names
 
 NAN = float("nan")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 
 from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.training.run.checkpoints import check_format, newest_whole_checkpoint
-from rlseq.training.trl.sharded_weights import check_sharded
+from rlseq.training.trl.checkpoint.sharded_weights import check_sharded
 
 
 def resumable_checkpoint(asked: str | Path | bool | None, run: Path) -> Path | None:

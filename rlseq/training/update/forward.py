@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlseq.engine.packing import PackedBatch, pack, pad, unpack, unpack_padded
-from rlseq.training.head import cpu_head, scored_head
+from rlseq.training.update.head import cpu_head, scored_head
 
 Ids = tuple[int, ...]
 

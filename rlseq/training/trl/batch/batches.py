@@ -21,11 +21,11 @@ from rlseq.losses import importance_ratio, leave_one_prompt_out_baseline
 from rlseq.training.resampling import equal_groups
 from rlseq.training.rollouts import MicroBatch, RolloutBatch, group_rewards
 from rlseq.training.run.rollout_log import RolloutLog, rollout_records
+from rlseq.training.trl.batch.packed_forward import PackedForward
+from rlseq.training.trl.batch.resampling import DynamicSampling
+from rlseq.training.trl.batch.rollouts import RolloutSampler
+from rlseq.training.trl.batch.scoring import RewardScorer
 from rlseq.training.trl.metrics import TrainingMetrics
-from rlseq.training.trl.packed_forward import PackedForward
-from rlseq.training.trl.resampling import DynamicSampling
-from rlseq.training.trl.rollouts import RolloutSampler
-from rlseq.training.trl.scoring import RewardScorer
 from rlseq.training.trl.tracking import Completions, Tracking
 
 NAN = float("nan")

@@ -11,8 +11,8 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from rlseq.engine.model.info import attention_of
 from rlseq.engine.self_tests import supports_packing
-from rlseq.training.forward import Ids, Scores, forward
 from rlseq.training.rollouts import MicroBatch
+from rlseq.training.update.forward import Ids, Scores, forward
 
 
 class PackedForward:
@@ -55,7 +55,7 @@ class PackedForward:
             references: of each row.
             rows: which alone are scored; None: all. The log-probs of the others are those of the policy that sampled
                 (0 where the batch has none), and their entropies NaN.
-            more: for `rlseq.training.forward.forward`.
+            more: for `rlseq.training.update.forward.forward`.
         """
         trainer = self.trainer
         if rows is not None and len(rows) < len(batch):

@@ -27,7 +27,7 @@ class CriticAdvantages:
     def of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
         """One per token, with the critic's values and the returns that it learns from.
 
-        Arguments are as `rlseq.training.trl.batches.Advantages` says.
+        Arguments are as `rlseq.training.trl.batch.batches.Advantages` says.
         """
         trainer, args, trained = self.trainer, self.trainer.args, batch.trained
         if trainer.model.training and trainer.critic.is_new and not batch.totals.isnan().all():
