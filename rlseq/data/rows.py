@@ -60,7 +60,11 @@ def load_rows(
     """
     weights = parse_mixture(dataset_name)
     if weights is not None:
-        options = {"config_name": config_name, "prompt_column": prompt_column, "prompt_template": prompt_template}
+        options: dict[str, Any] = {
+            "config_name": config_name,
+            "prompt_column": prompt_column,
+            "prompt_template": prompt_template,
+        }
         parts = {name: load_rows(name, split, **options) for name in weights}
         return mixed(parts, weights) if weighted else joined(parts)
     if dataset_name.endswith(".py"):
@@ -83,8 +87,10 @@ def load_prompts(
 
     `limit` keeps the first rows only.
     """
-    made_by = {name: options[name] for name in ("prompt_column", "prompt_template") if name in options}
-    made_by |= {name: options.pop(name) for name in ("config_name", "weighted") if name in options}
+    made_by: dict[str, Any] = {name: options[name] for name in ("prompt_column", "prompt_template") if name in options}
+    for name in ("config_name", "weighted"):
+        if name in options:
+            made_by[name] = options.pop(name)
     rows = load_rows(dataset_name, split, **made_by)
     return build_prompts(rows[:limit], tokenizer, **options)
 

@@ -20,7 +20,8 @@ from tiny import tiny_model
 
 import rlseq
 from rlseq.cli.main import main
-from rlseq.evaluation.measure import checkpoint, partial
+from rlseq.evaluation.measure import decode as measure_decode
+from rlseq.evaluation.measure import partial
 from rlseq.evaluation.measure.partial import (
     PartialResults,
     checkpoint_fingerprint,
@@ -151,7 +152,7 @@ def test_two_processes_share_the_rows_and_give_the_same_samples(task, tmp_path):
 def run(models, output_dir, *, rows=ROWS, settings=SETTINGS, rewards=(letters,), stop=None, monkeypatch=None):
     """A contrast; returns the (model, strategy) pairs that were decoded, and stops before one."""
     decoded = []
-    decode = checkpoint.decode
+    decode = measure_decode.decode
 
     def recorded(model, prompts, *, strategy, **options):
         if strategy.spec == stop:
@@ -160,7 +161,7 @@ def run(models, output_dir, *, rows=ROWS, settings=SETTINGS, rewards=(letters,),
         return decode(model, prompts, strategy=strategy, **options)
 
     with monkeypatch.context() as patch, load_rewards(list(rewards)) as suite:
-        patch.setattr(checkpoint, "decode", recorded)
+        patch.setattr(measure_decode, "decode", recorded)
         try:
             contrast(models, rows, suite, settings=settings, output_dir=output_dir, quiet=True)
         except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from rlseq.config.arguments import DataArguments
 from rlseq.engine.strategies import BestOf, Sample, Sweep, parse_strategy
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.measure import checkpoint
+from rlseq.evaluation.measure import decode as measure_decode
 from rlseq.evaluation.results.compare import join
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast, contrast_and_report
 from rlseq.evaluation.tune_decoding import joined_tuning
@@ -146,7 +147,7 @@ def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypa
     pair = {"base": models["hot"], "rl": models["cold"]}
     undisturbed = measured(pair, output_dir=tmp_path / "undisturbed")
     calls = []
-    decode = checkpoint.decode
+    decode = measure_decode.decode
 
     def stops(*arguments, strategy, **options):
         calls.append(strategy.spec)
@@ -154,7 +155,7 @@ def test_it_goes_on_from_what_is_measured_and_says_so(models, tmp_path, monkeypa
             raise KeyboardInterrupt
         return decode(*arguments, strategy=strategy, **options)
 
-    monkeypatch.setattr(checkpoint, "decode", stops)
+    monkeypatch.setattr(measure_decode, "decode", stops)
     with pytest.raises(KeyboardInterrupt):
         measured(pair, output_dir=tmp_path / "killed")
     assert calls == [COLD, PLAIN, HOT] * 2 + ["greedy", HOT]
