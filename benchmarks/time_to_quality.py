@@ -5,10 +5,10 @@
 
 Both sides train SmolLM2-135M-Instruct (`make model`) with the settings of recipes/extraction/grpo.yaml: LoRA, 16
 prompts × 4 samples per step, at most 80 tokens, temperature 1, the reward `json_fields`. A seed gives both sides the
-same adapter and the same prompts at each step. The samples differ, because each side has its own sampler. Every `--every`
-steps the model answers the same `--rows` validation prompts greedily, with the same code on both sides, and the run
-ends when the mean reward of these answers reaches `--level`. The clock starts at the first step and stops during
-validation.
+same adapter and the same prompts at each step. The samples differ, because each side has its own sampler. Every
+`--every` steps the model answers the same `--rows` validation prompts greedily, with the same code on both sides, and
+the run ends when the mean reward of these answers reaches `--level`. The clock starts at the first step and stops
+during validation.
 
 TRL has its fastest setting for a CPU: float32, no gradient checkpointing, no Liger kernels, no reference model
 (beta 0), one call of `generate` for the 64 rollouts of a step, and as many `steps_per_generation` as accumulated
