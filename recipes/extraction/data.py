@@ -33,21 +33,31 @@ ROWS = {"train": 4000, "validation": 500, "test": 500, "harder": 500}
 FAMILIAR = {
     "first": (
         "Ana Ben Carla David Elena Felix Grace Hugo Iris Jonas "
-        "Karin Liam Maria Nadia Oscar Paula Rosa Simon Tara Victor"
+        "Karin Liam Maria Nadia Oscar Paula Rosa Simon Tara Victor "
+        "Aisha Bogdan Chiara Dmitri Esther Fatima Giorgos Hassan Ingrid Jun "
+        "Keiko Lars Mei Nikhil Omar Pilar Ravi Soraya Tomasz Yusuf"
     ).split(),
     "last": (
         "Silva Meyer Rossi Novak Jensen Brown Garcia Kowalski Dubois Larsen "
-        "Fischer Costa Moreau Peters Santos Weber"
+        "Fischer Costa Moreau Peters Santos Weber "
+        "Abebe Banerjee Castillo Diallo Eriksen Farouk Gupta Horvath Ivanova Johansson "
+        "Kaplan Lopez Murphy Nguyen Omondi Popescu Quinn Suzuki Tran Yilmaz"
     ).split(),
     "job": ["nurse", "plumber", "teacher", "baker", "software engineer", "pilot", "lawyer", "gardener", "dentist",
-            "electrician", "librarian", "chef"],
+            "electrician", "librarian", "chef", "bus driver", "accountant", "photographer", "cook", "police officer",
+            "butcher", "hairdresser", "mechanic", "music teacher", "painter", "postman", "vet"],
     "city": ["Porto", "Perth", "Oslo", "Lyon", "Denver", "Milan", "Prague", "Toronto", "Hamburg", "Seville", "Boston",
-             "Geneva"],
+             "Geneva", "Athens", "Santiago", "Hanoi", "Dakar", "Delhi", "Kyoto", "Ankara", "Dublin", "Quito", "Vilnius",
+             "San Diego", "Cape Town", "Sofia", "Tunis"],
     "item": ["chairs", "lamps", "notebooks", "umbrellas", "bicycles", "mugs", "backpacks", "keyboards", "blankets",
-             "tents"],
+             "tents", "candles", "printers", "gloves", "water bottles", "monitors", "towels", "guitars", "plates",
+             "rain coats", "drills"],
     "event": ["jazz concert", "book fair", "chess tournament", "science lecture", "food festival", "art exhibition",
-              "film night", "charity run"],
-    "venue": ["town hall", "central library", "city museum", "old theatre", "sports arena", "river park"],
+              "film night", "charity run", "job fair", "piano recital", "theatre play", "cooking class", "quiz night",
+              "car rally", "summer fair", "coding course"],
+    "venue": ["town hall", "central library", "city museum", "old theatre", "sports arena", "river park",
+              "concert house", "castle yard", "university library", "football ground", "main square",
+              "youth club", "grand hotel", "old factory"],
     "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"],
     "domain": ["mail.com", "post.net", "inbox.org"],
 }  # fmt: skip
@@ -78,6 +88,13 @@ PERSON = [
     "{first} moved to {city} last year. Full name: {name}. Age: {age}. Profession: {job}.",
     "At {age}, {name} is the youngest {job} in {city}.",
     "The {job} {name} ({age}) lives in {city} with two cats.",
+    "{name} ({age}), {job}, {city}.",
+    "Name: {name}; job: {job}; city: {city}; age: {age}.",
+    "{name} left {city} at the age of {age} and never worked as a {job} again.",
+    "Being {age} is no reason to stop, says {name}, {job} from {city}.",
+    "Our guest today is a {job} from {city}: {name}. {first} is {age}.",
+    "{city} is home to {name}. {first} has been a {job} for years and is now {age}.",
+    "Last week {name} turned {age}. {first}, a {job}, celebrated in {city}.",
 ]
 PERSON_HARDER = [
     "Meet {name} from {city}: {age} years of age, {job} by trade.",
@@ -85,7 +102,7 @@ PERSON_HARDER = [
     "{city} has a new {job}. The name is {name}, and {first} turned {age} in May.",
     "A {job} called {name}, aged {age}, was seen in {city}.",
 ]
-EMAIL = [" Write to {email}.", " Contact: {email}."]
+EMAIL = [" Write to {email}.", " Contact: {email}.", " The address is {email}.", " {email} reaches {first}."]
 EMAIL_HARDER = [" Mail goes to {email}."]
 ORDER = [
     "{name} ordered {quantity} {item} at {price} dollars each.",
@@ -93,6 +110,11 @@ ORDER = [
     "Order from {name}: {quantity} {item}, {price} dollars each.",
     "For {price} dollars each, {name} bought {quantity} {item}.",
     "We sold {quantity} {item} to {name} yesterday; each cost {price} dollars.",
+    "{quantity} {item} for {name}, {price} dollars per item.",
+    "Customer: {name}. Item: {item}. Quantity: {quantity}. Price: {price} dollars.",
+    "{name} wants {item}. We agreed on {quantity} of them and {price} dollars for one.",
+    "At {price} dollars each, {quantity} {item} went to {name}.",
+    "The {item} cost {price} dollars each and {name} took {quantity}.",
 ]
 ORDER_HARDER = [
     "The invoice lists {quantity} {item} at {price} dollars apiece, billed to {name}.",
@@ -105,6 +127,11 @@ EVENT = [
     "Come to the {venue} in {city} on {day} for the {event}!",
     "{city}: the {event} was moved to {day}. It is held at the {venue}.",
     "This {day}, the {venue} in {city} hosts a {event}.",
+    "{event}, {day}, {venue}, {city}.",
+    "What: {event}. Where: {venue}, {city}. When: {day}.",
+    "The {venue} of {city} is closed on {day} because of the {event}.",
+    "We meet at the {venue} on {day}; the {event} is the best in {city}.",
+    "If you are in {city} on {day}, go to the {event} at the {venue}.",
 ]
 EVENT_HARDER = [
     "Do not miss the {event} in {city}: {day}, {venue}.",
@@ -204,7 +231,7 @@ def _person(rng: random.Random, harder: bool) -> tuple[dict[str, Any], str]:
     text = rng.choice(PERSON_HARDER if harder else PERSON).format(first=first, **record)
     if rng.random() < 0.25:
         record["email"] = f"{first}.{last}@{rng.choice(words['domain'])}".lower()
-        text += rng.choice(EMAIL_HARDER if harder else EMAIL).format(**record)
+        text += rng.choice(EMAIL_HARDER if harder else EMAIL).format(first=first, **record)
     return record, text
 
 
