@@ -25,7 +25,7 @@ from performance import StepTimes, ours, quiet, race, result, table, theirs
 from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from rlseq.engine.decoding.kv_budget import cached_numbers
-from rlseq.engine.packing import FLEX, pack
+from rlseq.engine.packed.packing import FLEX, pack
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt, Rollout

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "config": BASE | {"engine", "scoring"},
     "doctor": BASE | {"data", "engine"},
     "evaluation": BASE
-    | {"config.arguments", "config.fields", "config.validate", "data", "doctor", "engine", "scoring"},
+    | {"config.arguments", "config.fields", "config.validation.validate", "data", "doctor", "engine", "scoring"},
     "evaluation.stats": BASE,
     "training": BASE | {"config", "data", "doctor", "engine", "evaluation.during", "losses", "scoring"},
 }

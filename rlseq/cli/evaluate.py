@@ -151,8 +151,8 @@ def evaluate(
         from rlseq.data.lengths import within_length
         from rlseq.data.prompts import made_prompts
         from rlseq.data.rows import load_rows
-        from rlseq.evaluation.clusters import check_clusters, count_clusters
         from rlseq.evaluation.measure.loading import load_tokenizer
+        from rlseq.evaluation.results.clusters import check_clusters, count_clusters
         from rlseq.evaluation.run import contrast_and_report
         from rlseq.evaluation.stats.power import describe_power
         from rlseq.evaluation.tune_decoding import sweeps

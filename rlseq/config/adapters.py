@@ -12,10 +12,10 @@ from typing import Any
 import trl
 from peft import PeftConfig
 
-from rlseq.config import inherited
 from rlseq.config.arguments import EvaluateArguments
 from rlseq.config.fields import as_declared, setting
-from rlseq.config.validate import check_declared
+from rlseq.config.validation import inherited
+from rlseq.config.validation.validate import check_declared
 from rlseq.engine.model.load import is_adapter
 
 

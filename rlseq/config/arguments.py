@@ -25,7 +25,7 @@ from rlseq.config.fields import (
     setting,
 )
 from rlseq.config.rows import RenderedRowsArguments
-from rlseq.config.validate import Settings
+from rlseq.config.validation.validate import Settings
 
 _DOCUMENTS = Need("--likelihood_dataset, text without prompts", lambda config: config.likelihood_dataset is not None)
 STUDIES = ("ranking", "coverage", "sharpening", "exposure_bias", "kl", "map", "lookahead")

@@ -16,7 +16,7 @@ from rlseq.config.arguments import (
 )
 from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
 from rlseq.config.rows import RenderedRowsArguments
-from rlseq.config.validate import Settings
+from rlseq.config.validation.validate import Settings
 
 
 @dataclass

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlseq.config import checks, inherited
 from rlseq.config.chat_template import template_options
 from rlseq.config.fields import at_least, setting
+from rlseq.config.validation import checks, inherited
 
 
 def bf16_supported() -> bool:

@@ -6,7 +6,8 @@
         None, "...", conflicts=Conflict("is not for the loss scaling of fp16; take bf16", lambda config: config.fp16)
     )
 
-`rlseq.config.validate` reads them. For fields that TRL or transformers declares they stand in `rlseq.config.inherited`.
+`rlseq.config.validation.validate` reads them. For fields that TRL or transformers declares they stand in
+`rlseq.config.validation.inherited`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 from rlseq.common.mixture import Joined, parse_mixture
 from rlseq.config.chat_template import read_chat_template
 from rlseq.config.fields import setting
-from rlseq.config.validate import Settings
+from rlseq.config.validation.validate import Settings
 from rlseq.errors import ConfigError
 
 

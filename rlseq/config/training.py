@@ -12,7 +12,6 @@ from typing import Literal
 
 import trl
 
-from rlseq.config import checks, inherited
 from rlseq.config.adapters import ModelArguments
 from rlseq.config.arguments import (
     DataArguments,
@@ -38,7 +37,8 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
-from rlseq.config.validate import validate, validate_given
+from rlseq.config.validation import checks, inherited
+from rlseq.config.validation.validate import validate, validate_given
 
 __all__ = [
     "DataArguments",

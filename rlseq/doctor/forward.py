@@ -22,8 +22,8 @@ from rlseq.common.disk import readable_size
 from rlseq.doctor.check import FAILED, OK, SKIPPED, WARNING, Result, judge
 from rlseq.engine.decoding.backends import SLOW, select_backend
 from rlseq.engine.likelihood import score, token_logprobs
+from rlseq.engine.packed.self_tests import supports_packing
 from rlseq.engine.sampling import sample
-from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.strategies import Sample
 from rlseq.types import Prompt
 

@@ -19,10 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rlseq.engine.logits import head_is_separate, logits_at
 from rlseq.engine.model.info import attention_of, eval_mode, uncompiled, vocabulary_of
-from rlseq.engine.packing import PackedBatch, pack, pad, rows_of_group
-from rlseq.engine.self_tests import supports_packing
+from rlseq.engine.packed.logits import head_is_separate, logits_at
+from rlseq.engine.packed.packing import PackedBatch, pack, pad, rows_of_group
+from rlseq.engine.packed.self_tests import supports_packing
 
 _ROW_TOKENS = 1024  # attention costs the square of it: beyond, completions of one prompt start another row
 _CHUNK_LOGITS = 2**25  # numbers in the largest (tokens, V) tensor that is held: 128 MiB in float32

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from rlseq.engine.float64 import float64_device, to_float64
-from rlseq.engine.layout import ranks
+from rlseq.engine.packed.layout import ranks
 from rlseq.engine.strategies import to_units
 
 

@@ -14,7 +14,7 @@ from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.measure.references import agreement, sampled_and_exact
 from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, LIKELIHOOD_METRICS, Metric
 from rlseq.evaluation.names import Names
-from rlseq.evaluation.primary import Primary
+from rlseq.evaluation.results.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import (
     COMPLETION,
@@ -127,7 +127,7 @@ def model_results(
     """Each model's value and 95% interval of every metric, in the shape of `models` in results.json.
 
     Args:
-        resampled: what intervals are from: clusters (`rlseq.evaluation.clusters`), or None for the rows.
+        resampled: what intervals are from: clusters (`rlseq.evaluation.results.clusters`), or None for the rows.
     """
     tables: dict[tuple[str, str | None, str], tuple[np.ndarray, Any]] = {}
     for name, statistics in (resampled or found).items():

@@ -17,10 +17,10 @@ import torch
 from rlseq.data.groups import check_groups, group_name, rows_by_group
 from rlseq.errors import DataError
 from rlseq.evaluation.aggregate import coverage, matrix, quality_metrics
-from rlseq.evaluation.groups import of_rows
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure
 from rlseq.evaluation.metrics import EXPECTED_ACCURACY, NLL
 from rlseq.evaluation.names import TOTAL, Names
+from rlseq.evaluation.report.groups import of_rows
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import COMPLETION, REWARD
 from rlseq.scoring import RewardSuite

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from rlseq.common.escapes import visible
 from rlseq.common.formats import METRICS, RESULTS
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.config.validate import check_declared
+from rlseq.config.validation.validate import check_declared
 from rlseq.data.prompts import build_prompts, columns_of_rows, fingerprint
 from rlseq.errors import ConfigError, DataError
 from rlseq.evaluation.aggregate import (
@@ -25,9 +25,7 @@ from rlseq.evaluation.aggregate import (
     model_results,
     quality_metrics,
 )
-from rlseq.evaluation.clusters import check_clusters, clusters_note, clusters_of, summed
 from rlseq.evaluation.costs import completions_bar, describe_costs
-from rlseq.evaluation.groups import group_results
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.decode import ANSWERS, check_choosers, oracles, prompt_columns
@@ -36,17 +34,19 @@ from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.measure.partial import remove_partial_results, resume_hint, versions
 from rlseq.evaluation.measure.references import solution_note
 from rlseq.evaluation.metrics import LIKELIHOOD_METRICS, Metric
-from rlseq.evaluation.notes import partial_notes
-from rlseq.evaluation.primary import (
+from rlseq.evaluation.report.groups import group_results
+from rlseq.evaluation.report.notes import partial_notes
+from rlseq.evaluation.results.clusters import check_clusters, clusters_note, clusters_of, summed
+from rlseq.evaluation.results.files import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
+from rlseq.evaluation.results.folder import claimed
+from rlseq.evaluation.results.methods import method_comparisons, method_results
+from rlseq.evaluation.results.primary import (
     adjusted,
     check_primary,
     primary_comparison,
     validate_no_oracle_claim,
     with_primary_name,
 )
-from rlseq.evaluation.results.files import finite_or_null, read_jsonl, say_replaced, spec_on_file, write_results
-from rlseq.evaluation.results.folder import claimed
-from rlseq.evaluation.results.methods import method_comparisons, method_results
 from rlseq.evaluation.right_answers import answers_note, right_answers
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import LIKELIHOOD, RowStatistics

@@ -21,12 +21,14 @@ class ContrastSettings:
         samples_per_row: completions per row under strategies that sample.
         max_new_tokens: completions are cut after this many tokens.
         stop_strings: texts that end a completion, as of `rlseq.engine.sampling.sample`; None: none.
-        group_column: the column by whose values the metrics are reported too (rlseq.evaluation.groups); None: none.
+        group_column: the column by whose values the metrics are reported too
+            (rlseq.evaluation.report.groups); None: none.
         seed: of the sampling and of the bootstrap.
         resamples: bootstrap resamples, and sign flips of the permutation test.
         eval_batch_size: rows decoded together; changes memory and time only.
         max_kv_gb: a budget for the KV cache of decoding, in gigabytes; changes memory and time only. None: none.
-        cluster_column: column that names each row's cluster (rlseq.evaluation.clusters); None: rows are independent.
+        cluster_column: column that names each row's cluster
+            (rlseq.evaluation.results.clusters); None: rows are independent.
         right_answers: whether a row's references are all its right answers (`listed`), or not (`open`); `auto`: as
             `rlseq.evaluation.right_answers` measures it.
         primary: the one comparison with a claim, `metric:strategy`; the rest are exploratory.

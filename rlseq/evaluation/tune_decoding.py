@@ -23,7 +23,7 @@ from rlseq.evaluation.aggregate import matrix, metrics_under, quality_metrics
 from rlseq.evaluation.measure.checkpoint import ModelStatistics, measure_checkpoint
 from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.metrics import Metric
-from rlseq.evaluation.primary import Primary
+from rlseq.evaluation.results.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats.seeds import methods
 from rlseq.scoring import RewardSuite

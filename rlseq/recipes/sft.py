@@ -29,7 +29,6 @@ from transformers import set_seed
 
 from rlseq.common.formats import METRICS
 from rlseq.config.adapters import peft_config_of
-from rlseq.config.checks import describe_left_out
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     ModelArguments,
@@ -39,6 +38,7 @@ from rlseq.config.training import (
     SFTConfig,
     TrainingDataArguments,
 )
+from rlseq.config.validation.checks import describe_left_out
 from rlseq.data.curriculum import rows_in_range
 from rlseq.data.prompts import build_prompts, describe_shared
 from rlseq.data.rows import load_rows

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from rlseq.engine.model.info import attention_of, base_of
 from rlseq.engine.model.load import load_model
-from rlseq.engine.self_tests import supports_packing
+from rlseq.engine.packed.self_tests import supports_packing
 from rlseq.errors import ModelError
 from rlseq.training.models import WEIGHT_FILES, check_model_path
 

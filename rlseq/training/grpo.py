@@ -25,9 +25,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.config.checks import check_group_rewards, check_prompts, check_router
-from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import GRPOConfig
+from rlseq.config.validation.checks import check_group_rewards, check_prompts, check_router
+from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.data.chat import tokenize_prompts
 from rlseq.data.groups import check_groups
 from rlseq.engine.model.lora import with_fused_layers

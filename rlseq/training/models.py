@@ -23,7 +23,7 @@ from rlseq.config.adapters import quantization_of
 from rlseq.config.training import ModelArguments
 from rlseq.engine.model import load
 from rlseq.engine.model.gguf_files import gguf_file, may_be_on_hub
-from rlseq.engine.packing import FLEX
+from rlseq.engine.packed.packing import FLEX
 from rlseq.errors import ConfigError, ModelError, did_you_mean
 from rlseq.training.run.checkpoints import is_whole_safetensors
 

@@ -7,7 +7,7 @@ import pytest
 from rlseq.config.fields import Conflict, Need, setting
 from rlseq.config.parsing.config_file import construct
 from rlseq.config.training import GRPOConfig, ModelArguments, PPOConfig, SFTConfig
-from rlseq.config.validate import Settings
+from rlseq.config.validation.validate import Settings
 from rlseq.errors import ConfigError
 from rlseq.training.trl.arguments import Arguments
 

@@ -7,8 +7,8 @@ from test_grpo_family import LONG, WEIGHTS, family_trainer, logged, weights, wei
 from tiny_task import ROWS, tiny_tokenizer
 
 import rlseq
-from rlseq.config.checks import check_prompts
 from rlseq.config.training import GRPOConfig
+from rlseq.config.validation.checks import check_prompts
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 

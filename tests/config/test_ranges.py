@@ -16,7 +16,7 @@ from rlseq.config.arguments import (
 )
 from rlseq.config.fields import RANGE
 from rlseq.config.training import ModelArguments, PPOConfig, SFTConfig
-from rlseq.config.validate import check_ranges
+from rlseq.config.validation.validate import check_ranges
 from rlseq.errors import ConfigError
 from rlseq.evaluation.settings import ContrastSettings
 

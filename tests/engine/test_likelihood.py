@@ -17,7 +17,7 @@ from rlseq.engine.measures import (
     reference_probability,
     sequence_logprob,
 )
-from rlseq.engine.self_tests import supports_packing
+from rlseq.engine.packed.self_tests import supports_packing
 from rlseq.engine.strategies import Beam, Sample
 
 PROMPTS = [[5, 6, 7], [8], [5, 6, 7], [9, 5, 6, 7, 8, 3], [8], [5, 6, 7]]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlseq.evaluation.primary import adjusted
+from rlseq.evaluation.results.primary import adjusted
 from rlseq.evaluation.stats.holm import holm
 
 

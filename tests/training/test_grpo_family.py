@@ -15,8 +15,8 @@ import torch
 from tiny import EOS, tiny_model
 from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
 
-from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import GRPOConfig
+from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.data.prompts import build_prompts
 
 WEIGHTS = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 1}

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from rlseq.engine.packing import pack, unpack
+from rlseq.engine.packed.packing import pack, unpack
 from rlseq.training.update import forward as module
 from rlseq.training.update import head
 from rlseq.training.update.forward import forward

@@ -11,7 +11,7 @@ from tiny_shapes import tiny_shape
 from tiny_task import as_micro_batch, tiny_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from rlseq.config.inherited import LOSS_TYPES
+from rlseq.config.validation.inherited import LOSS_TYPES
 from rlseq.training.update.forward import Scores
 
 ROWS, LONGEST = 5, 7

@@ -12,9 +12,9 @@ import yaml
 from accelerate import PartialState
 
 from rlseq.common.formats import RUN_CONFIG
-from rlseq.config.batch_sizes import batch_advice
 from rlseq.config.parsing.values import plain
 from rlseq.config.parsing.yaml_file import read_yaml_mapping
+from rlseq.config.validation.batch_sizes import batch_advice
 from rlseq.errors import ConfigError, RlseqError
 
 # Orders to one process, and secrets: a file that repeats the run must hold neither.

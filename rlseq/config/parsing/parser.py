@@ -19,12 +19,12 @@ from typing import Any, get_type_hints
 
 from trl import TrlParser
 
-from rlseq.config.batch_sizes import working_batch_sizes
 from rlseq.config.fields import for_argparse
 from rlseq.config.parsing.config_file import construct, resolved_values, write_config
 from rlseq.config.parsing.flags import CONFIG_HELP, HelpFormatter, OneLineErrors
 from rlseq.config.parsing.values import flag_type
 from rlseq.config.parsing.yaml_file import given_settings
+from rlseq.config.validation.batch_sizes import working_batch_sizes
 from rlseq.errors import ConfigError, did_you_mean
 
 __all__ = ["RecipeParser", "resolved_values", "working_batch_sizes", "write_config"]

@@ -15,7 +15,7 @@ from rlseq.common.formats import RUN_CONFIG
 from rlseq.common.passwords import ADVICE, holds_password
 from rlseq.config.fields import default_of
 from rlseq.config.parsing.values import TypeMismatch, check_value
-from rlseq.config.validate import check_kind, overruled
+from rlseq.config.validation.validate import check_kind, overruled
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring.specs.find import bundled_folder
 

@@ -8,7 +8,7 @@
 
 A plain attention model with explicit positions is right under `padded`. Layers that carry a state from token to token
 may take padding for text or keep another kind of cache. So any other model, and any that may use a CUDA graph, runs
-a self-test once (`rlseq.engine.self_tests.decoder_fault`) and gets the first backend that passes.
+a self-test once (`rlseq.engine.packed.self_tests.decoder_fault`) and gets the first backend that passes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rlseq.engine.decoding.decoders import (
     holds_tokens,
 )
 from rlseq.engine.model.info import attention_of, attention_window, base_of, forward_parameters, uncompiled
-from rlseq.engine.self_tests import decoder_fault
+from rlseq.engine.packed.self_tests import decoder_fault
 from rlseq.errors import ModelError
 
 MIN_SHARED_PREFIX = 128  # tokens of a prompt: copying a shorter one to each of its rows is as fast (2 CPU cores)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlseq.engine.decoding.kv_cache import PreallocatedLayer
 from rlseq.engine.decoding.packed_attention import NEGLIGIBLE, Blocks, packed_attention
-from rlseq.engine.layout import ranks
+from rlseq.engine.packed.layout import ranks
 
 MIN_TOKENS = 256  # of a packed row; shorter ones leave little out
 _BLOCKS = "rlseq_blocks"

@@ -15,7 +15,7 @@ from rlseq.engine.stop_strings import StopStrings
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.metrics import BUILT_IN
-from rlseq.evaluation.primary import Primary
+from rlseq.evaluation.results.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import RewardSuite

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlseq.evaluation.metrics import BUILT_IN, PASS_AT_K, PASS_METRICS
-from rlseq.evaluation.primary import is_primary
 from rlseq.evaluation.report.formats import NOTHING as NOTHING  # these two for the studies' own tables
 from rlseq.evaluation.report.formats import Shown, p_text
 from rlseq.evaluation.report.formats import number as number
+from rlseq.evaluation.results.primary import is_primary
 
 Results = Mapping[str, Any]
 PASS_OVER_K = Shown(

@@ -15,9 +15,8 @@ from markupsafe import Markup
 
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table, terminal_width
-from rlseq.evaluation import groups
 from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS, TOKEN_LOGPROB
-from rlseq.evaluation.report import plots, tables
+from rlseq.evaluation.report import groups, plots, tables
 from rlseq.evaluation.report.headline import make_headline
 from rlseq.evaluation.report.samples import SamplePairs, monte_carlo_pass_at_k, pair_samples
 from rlseq.evaluation.report.tables import Results

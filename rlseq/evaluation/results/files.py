@@ -14,9 +14,9 @@ from rlseq.common.escapes import visible
 from rlseq.common.formats import RESULTS, Format
 from rlseq.data.groups import group_of
 from rlseq.errors import DataError
-from rlseq.evaluation.clusters import clusters_of
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.measure.documents import DOCUMENT, Coding, DocumentStatistics
+from rlseq.evaluation.results.clusters import clusters_of
 from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
 from rlseq.evaluation.studies.compression import document_records
 from rlseq.types import Prompt

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlseq.engine.float64 import float64_device, to_float64
 from rlseq.engine.likelihood import score
 from rlseq.engine.model.auto_class import causal_class
-from rlseq.engine.packing import pad
+from rlseq.engine.packed.packing import pad
 from rlseq.errors import ModelError
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import plots, tables

@@ -16,8 +16,8 @@ from accelerate import PartialState
 
 from rlseq.common.disk import readable_size
 from rlseq.common.tables import render_table
-from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.training import ModelArguments, RunArguments
+from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.data.chat import reference_ids
 from rlseq.training.plan.memory import (
     PEAK,

@@ -18,8 +18,6 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from rlseq.common.escapes import visible
 from rlseq.config.adapters import ignored_adapter_settings
-from rlseq.config.checks import check_group_rewards, check_prompts, check_router, describe_left_out
-from rlseq.config.inherited import EXACT_OBJECTIVES
 from rlseq.config.parsing.config_file import changed_values
 from rlseq.config.parsing.parser import write_config
 from rlseq.config.training import (
@@ -30,6 +28,8 @@ from rlseq.config.training import (
     RunArguments,
     TrainingDataArguments,
 )
+from rlseq.config.validation.checks import check_group_rewards, check_prompts, check_router, describe_left_out
+from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.data.curriculum import rows_in_range
 from rlseq.data.lengths import within_length
 from rlseq.data.prompts import build_prompts, describe_shared, keeping_all, made_prompts

@@ -25,7 +25,7 @@ from trl.trainer.utils import get_config_model_id
 from rlseq.config.defaults import DefaultsMixin
 from rlseq.config.fields import Conflict, setting
 from rlseq.config.training import GRPOConfig, ModelArguments
-from rlseq.config.validate import check_declared, validate, validate_given
+from rlseq.config.validation.validate import check_declared, validate, validate_given
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.evaluation.during import ValidationEvaluator

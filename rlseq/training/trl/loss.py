@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlseq.config.inherited import EXACT_OBJECTIVES
+from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.losses import kl_estimate
 from rlseq.training.rollouts import MicroBatch
 from rlseq.training.trl.batch.packed_forward import PackedForward

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlseq.engine.packing import PackedBatch, pack, pad, unpack, unpack_padded
+from rlseq.engine.packed.packing import PackedBatch, pack, pad, unpack, unpack_padded
 from rlseq.training.update.head import cpu_head, scored_head
 
 Ids = tuple[int, ...]
@@ -91,7 +91,7 @@ def forward(
         completions: B completions' ids; None: only the references are scored.
         width: T of the result; no completion is longer.
         references: of each row; None: none.
-        packs: whether the model can be given packed rows (`rlseq.engine.self_tests.supports_packing`).
+        packs: whether the model can be given packed rows (`rlseq.engine.packed.self_tests.supports_packing`).
         pad_id, dtype, device, attention: of the batch; the model's own.
         temperature: that completions were sampled at, as TRL's fused head was told; None: that head is asked always.
         values: whether the critic is asked too.

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from rlseq.engine.logits import head_is_separate
 from rlseq.engine.model.info import base_of, uncompiled
+from rlseq.engine.packed.logits import head_is_separate
 
 TILE_TOKENS = 128  # tokens whose logits are computed together
 

@@ -9,7 +9,7 @@ from test_packing import GROUPS, SEQUENCES, SHARING, alone, gradients, shifted_l
 from tiny import PAD, tiny_model
 
 from rlseq.engine.decoding import packed_attention, prefix_attention
-from rlseq.engine.packing import pack, unpack
+from rlseq.engine.packed.packing import pack, unpack
 
 
 @pytest.fixture

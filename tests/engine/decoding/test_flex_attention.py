@@ -16,8 +16,8 @@ from transformers.integrations import flex_attention as in_transformers
 
 from rlseq.config.training import ModelArguments
 from rlseq.engine.likelihood import score
-from rlseq.engine.packing import FLEX, FLEX_BLOCK, pack, unpack
-from rlseq.engine.self_tests import supports_packing
+from rlseq.engine.packed.packing import FLEX, FLEX_BLOCK, pack, unpack
+from rlseq.engine.packed.self_tests import supports_packing
 from rlseq.errors import ConfigError
 from rlseq.training.models import load_model
 

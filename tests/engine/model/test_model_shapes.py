@@ -18,8 +18,8 @@ from rlseq.engine.beam import beam
 from rlseq.engine.decoding import backends, decoders
 from rlseq.engine.decoding.kv_budget import cached_numbers, rows_within
 from rlseq.engine.likelihood import score
+from rlseq.engine.packed.self_tests import supports_packing
 from rlseq.engine.sampling import sample
-from rlseq.engine.self_tests import supports_packing
 from rlseq.engine.strategies import Beam, Greedy, Sample
 from rlseq.evaluation.measure.loading import load_checkpoint
 from rlseq.training.models import load_model

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import nanstd, use_adapter
 
-from rlseq.config.inherited import EXACT_OBJECTIVES
+from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.losses import importance_ratio, leave_one_prompt_out_baseline
 from rlseq.training.resampling import equal_groups
 from rlseq.training.rollouts import MicroBatch, RolloutBatch, group_rewards

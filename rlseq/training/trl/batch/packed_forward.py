@@ -10,7 +10,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from rlseq.engine.model.info import attention_of
-from rlseq.engine.self_tests import supports_packing
+from rlseq.engine.packed.self_tests import supports_packing
 from rlseq.training.rollouts import MicroBatch
 from rlseq.training.update.forward import Ids, Scores, forward
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlseq.engine.decoding.cuda_graph import WARM
 from rlseq.engine.decoding.decoders import Decoder
 from rlseq.engine.model.info import attention_of, attention_window, eval_mode, vocabulary_of
-from rlseq.engine.packing import pack
+from rlseq.engine.packed.packing import pack
 
 # Largest difference of logits, relative to their largest magnitude, that is rounding and not a wrong mask.
 LOGIT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}

@@ -2,8 +2,8 @@
 
 A dataclass declares ranges, needs and conflicts at its fields (`rlseq.config.fields`). Those of fields that it inherits
 from TRL or transformers are its class attributes `ranges_of_inherited`, `needs_of_inherited` and
-`conflicts_of_inherited` (`rlseq.config.inherited`). What takes more than a condition is a function
-(`rlseq.config.checks`) in `checks_as_given`, before TRL fills defaults in, and `checks_filled_in`.
+`conflicts_of_inherited` (`rlseq.config.validation.inherited`). What takes more than a condition is a function
+(`rlseq.config.validation.checks`) in `checks_as_given`, before TRL fills defaults in, and `checks_filled_in`.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ import torch
 from tiny import FAMILIES, PAD, tiny_model
 
 from rlseq.engine.model.info import eval_mode
-from rlseq.engine.packing import IGNORED, pack, pad, rows_of_group, unpack, unpack_padded
-from rlseq.engine.self_tests import supports_packing
+from rlseq.engine.packed.packing import IGNORED, pack, pad, rows_of_group, unpack, unpack_padded
+from rlseq.engine.packed.self_tests import supports_packing
 
 GROUPS = [
     ([5, 6, 7], [[10, 11, 2], [12], []]),

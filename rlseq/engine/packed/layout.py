@@ -1,6 +1,6 @@
 """Groups of prompts and completions as rows of tokens, common prefixes written once.
 
-`rlseq.engine.packing` explains the layout: the place of each token, and the column from which on it is masked.
+`rlseq.engine.packed.packing` explains the layout: the place of each token, and the column from which on it is masked.
 """
 
 from __future__ import annotations

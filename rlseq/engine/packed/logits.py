@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlseq.engine.model.info import base_of, eval_mode, forward_parameters
-from rlseq.engine.packing import PackedBatch
+from rlseq.engine.packed.packing import PackedBatch
 
 _separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 

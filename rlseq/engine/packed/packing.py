@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rlseq.engine.decoding.prefix_attention import mark_packed
-from rlseq.engine.layout import Group, Layout, arrange, fill_rows, ramps, split
+from rlseq.engine.packed.layout import Group, Layout, arrange, fill_rows, ramps, split
 
 FLEX = "flex_attention"  # transformers' name
 FLEX_BLOCK = 128  # row lengths are a multiple of it, so that kernels are compiled for few lengths

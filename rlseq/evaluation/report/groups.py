@@ -8,10 +8,10 @@ from typing import Any
 
 from rlseq.data.groups import group_name, rows_by_group
 from rlseq.evaluation.aggregate import model_results
-from rlseq.evaluation.clusters import clusters_of, summed
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.metrics import Metric
 from rlseq.evaluation.report import tables
+from rlseq.evaluation.results.clusters import clusters_of, summed
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies.study import Section, Table
 from rlseq.types import Prompt

@@ -10,7 +10,7 @@ from typing import Any
 import trl
 from transformers.integrations import integration_utils
 
-from rlseq.config.inherited import EXACT_OBJECTIVES
+from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.errors import ConfigError, did_you_mean
 from rlseq.scoring import RewardSuite
 from rlseq.types import Prompt
