@@ -148,3 +148,32 @@ def test_the_example_of_a_kind_is_a_right_answer_and_its_words_are_of_no_row(row
         validator_of(json.dumps(mine[0]["schema"])).validate(record)
         texts = {leaf for leaf in leaves(record) if isinstance(leaf, str) and leaf != "Sunday"}
         assert not texts & {leaf for row in mine for leaf in leaves(row["record"])}
+
+
+def sequence_reward(name, completion):
+    suite = load_rewards([f"{ROOT / 'recipes' / 'extraction' / 'sequence.py'}:{name}"])
+    table = suite.score([Rollout.from_ids("row", [1, 2], completion)], {"prompt": ["?"], "record": [ANA]})
+    (values,) = table.values.values()
+    return float(values[0])
+
+
+def test_the_budget_is_the_object_without_spaces():
+    tight = '{"name":"Ana","age":34,"home":{"city":"Porto"}}'
+    assert sequence_reward("short", tight) == 1.0
+    assert sequence_reward("short", tight.replace(":", ": ")) == pytest.approx(0.6)  # four characters of ten too many
+    assert sequence_reward("short", tight + " " * 10) == 0.0
+    assert sequence_reward("short", tight + "x" * 50) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "value"),
+    [
+        ('{"name": "Ana", "city": "Porto", "age": 3}', 1.0),
+        ('{"name": "Ana", "home": {"city":"Ana"}}', 0.0),  # given twice, nested and without a space
+        ('{"name": "Ana", "age": 3, "price": 3}', 0.0),  # one text alone; numbers may repeat
+        ('{"name": "A \\"B\\"", "city": "B", "price": 3, "quantity": 3}', 1.0),  # an escaped quote ends no text
+        ("no object", 0.0),
+    ],
+)
+def test_a_text_given_twice(completion, value):
+    assert sequence_reward("distinct", completion) == value
