@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +126,29 @@ def training_rows(prompts: list[Prompt]) -> datasets.Dataset:
 
     The prompts are put in as rows are read: kept in Arrow, messages would have each other's keys, as None.
     """
-
-    def rows_read(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        return {"prompt": [copy.deepcopy(prompts[i].prompt) for i in batch["index"]], "index": batch["index"]}
-
     numbers = list(range(len(prompts)))
-    return datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers}).with_transform(rows_read)
+    data = datasets.Dataset.from_dict({"prompt": [None] * len(prompts), "index": numbers})
+    return data.with_transform(_PromptsRead(prompts))
+
+
+class _PromptsRead:
+    """Puts in the prompts of the rows that are read.
+
+    datasets hashes a transform by pickling it in Python, which takes seconds for the prompts of a large data set;
+    pickled here they are one string of bytes to it.
+    """
+
+    def __init__(self, prompts: list[Prompt]) -> None:
+        self.prompts = prompts
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        return {"prompt": [copy.deepcopy(self.prompts[i].prompt) for i in batch["index"]], "index": batch["index"]}
+
+    def __getstate__(self) -> bytes:
+        return pickle.dumps(self.prompts)
+
+    def __setstate__(self, state: bytes) -> None:
+        self.prompts = pickle.loads(state)
 
 
 def model_of(model: Any, args: GRPOConfig) -> torch.nn.Module:
