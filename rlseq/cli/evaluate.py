@@ -89,14 +89,22 @@ def validate_compare_alone(*settings: Any) -> None:
 
 
 def join_finished(evaluations: Sequence[str], *, output_dir: str, reward_funcs: Sequence[Any] | None) -> None:
-    """Join finished evaluations, write the report and print its summary; in the first process alone."""
+    """Join finished evaluations or compare those of another harness, and report; in the first process alone."""
     with exit_on_sigint():
         from accelerate import PartialState
 
+        from rlseq.evaluation.other_harnesses.compare import compare_and_report, harness_of
         from rlseq.evaluation.results.compare import join_and_report
 
-    if PartialState().is_main_process:
+    if not PartialState().is_main_process:
+        return
+    if not any(map(harness_of, evaluations)):
         join_and_report(evaluations, output_dir, reward_funcs=reward_funcs)
+        return
+    if reward_funcs:
+        raise ConfigError("--compare takes the scores of other harnesses as they are; leave --reward_funcs out")
+    seed, resamples = EvaluateArguments.seed, EvaluationArguments.resamples
+    compare_and_report(evaluations, Path(output_dir), seed=seed, resamples=resamples)
 
 
 def parse_models(specs: Sequence[str]) -> dict[str, str]:

@@ -51,7 +51,7 @@ def join(
         ConfigError: evaluations that differ in what decides a number, names that collide.
         RewardError: the rewards are not found, or not what they were.
     """
-    named = [_named(spec) for spec in evaluations]
+    named = [named_path(spec) for spec in evaluations]
     if len(named) < 2:
         raise ConfigError("--compare needs two finished evaluations at least; give their results.json files or folders")
     loaded = [read_evaluation(path) for _, path in named]
@@ -102,7 +102,7 @@ def join_and_report(
     return results
 
 
-def _named(spec: str) -> tuple[str | None, str]:
+def named_path(spec: str) -> tuple[str | None, str]:
     """NAME=PATH or PATH; a path that is there may have an equals sign."""
     name, equals, path = spec.partition("=")
     if not equals or Path(spec).exists():
