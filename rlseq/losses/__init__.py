@@ -17,6 +17,7 @@ from rlseq.losses.advantages import (
     whiten,
 )
 from rlseq.losses.critic import error_by_position, explained_variance, value_loss
+from rlseq.losses.divergence import DIVERGENCES, divergence, divergence_of_states, divergence_to_go
 from rlseq.losses.expected_reward import (
     expected_accuracy,
     leave_one_prompt_out_baseline,
@@ -46,11 +47,15 @@ from rlseq.losses.policy import (
 
 __all__ = [
     "CLIPPED",
+    "DIVERGENCES",
     "MEANS_OVER_STEP",
     "STD_EPSILON",
     "adapt_kl_coefficient",
     "cispo",
     "clipped_surrogate",
+    "divergence",
+    "divergence_of_states",
+    "divergence_to_go",
     "error_by_position",
     "expected_accuracy",
     "explained_variance",
