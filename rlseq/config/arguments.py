@@ -286,6 +286,18 @@ class RunArguments(Settings):
 
 
 @dataclass
+class RolloutRunArguments(RunArguments):
+    """The run directory, the processor and its memory."""
+
+    max_memory_gb: float | None = setting(
+        None,
+        "Most memory of a process, as --dry_run reckons it, in gigabytes: micro-batches are "
+        "split until it suffices, with the same optimizer steps; default: no limit.",
+        range=FINITE_ABOVE_0,
+    )
+
+
+@dataclass
 class NewModelArguments(Settings):
     """A model from scratch, instead of --model_name_or_path."""
 

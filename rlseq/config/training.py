@@ -20,6 +20,7 @@ from rlseq.config.arguments import (
     NewModelArguments,
     RejectionArguments,
     RewardArguments,
+    RolloutRunArguments,
     RunArguments,
     TrainingEvaluationArguments,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "PPOConfig",
     "RejectionArguments",
     "RewardArguments",
+    "RolloutRunArguments",
     "RunArguments",
     "SFTConfig",
     "TrainingDataArguments",

@@ -24,7 +24,7 @@ from rlseq.config.training import (
     GRPOConfig,
     ModelArguments,
     RewardArguments,
-    RunArguments,
+    RolloutRunArguments,
     TrainingDataArguments,
     TrainingEvaluationArguments,
 )
@@ -33,6 +33,7 @@ from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.plan.dry_run import describe_rollouts, plan_rollouts
+from rlseq.training.plan.micro_batches import split_micro_batches
 from rlseq.training.run.callbacks import MetricsWriter
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.run.recipe import announce, default_config, describe_round, open_run, say, task_inputs
@@ -42,7 +43,14 @@ DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "grpo.yaml"
 
 def main() -> None:
     parser = RecipeParser(
-        [TrainingDataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, GRPOConfig, ModelArguments],
+        [
+            TrainingDataArguments,
+            RewardArguments,
+            TrainingEvaluationArguments,
+            RolloutRunArguments,
+            GRPOConfig,
+            ModelArguments,
+        ],
         description=__doc__.splitlines()[0],
     )
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))
@@ -50,8 +58,11 @@ def main() -> None:
     # Everything that can be wrong is found before anything expensive starts: model path, rewards, data, directory.
     prepared = prepare(data, rewards, evaluation, config, model_args)
     task = prepared.task
+    split = split_micro_batches(config, run, model_args, task)
     if run.dry_run:
         say(describe_rollouts(config, run, model_args, task))
+        if split:
+            say(f"  {split}")
         if evaluation.evaluate:
             say(evaluation_costs(prepared, data, config))
         prepared.close()
@@ -60,6 +71,8 @@ def main() -> None:
     steps = plan_rollouts(config, task.prompts, PartialState().num_processes).steps
     directory = open_run(config, run, data, rewards, evaluation, model_args, inputs=inputs, steps=steps)
     announce(config, run, f"{task.describe()}, {describe_round(config)}")
+    if split:
+        say(f"rlseq: {split}")
 
     trainer = GRPOTrainer(
         load_model(model_args),

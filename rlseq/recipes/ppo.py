@@ -22,7 +22,7 @@ from rlseq.config.training import (
     ModelArguments,
     PPOConfig,
     RewardArguments,
-    RunArguments,
+    RolloutRunArguments,
     TrainingDataArguments,
     TrainingEvaluationArguments,
 )
@@ -31,6 +31,7 @@ from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.critic import check_critic_path
 from rlseq.training.models import load_model, merge_result
 from rlseq.training.plan.dry_run import describe_rollouts, plan_rollouts
+from rlseq.training.plan.micro_batches import split_micro_batches
 from rlseq.training.ppo import PPOTrainer
 from rlseq.training.run.callbacks import MetricsWriter
 from rlseq.training.run.launch import run_recipe
@@ -41,7 +42,14 @@ DEFAULT_CONFIG = bundled_folder("recipes") / "g2p" / "ppo.yaml"
 
 def main() -> None:
     parser = RecipeParser(
-        [TrainingDataArguments, RewardArguments, TrainingEvaluationArguments, RunArguments, PPOConfig, ModelArguments],
+        [
+            TrainingDataArguments,
+            RewardArguments,
+            TrainingEvaluationArguments,
+            RolloutRunArguments,
+            PPOConfig,
+            ModelArguments,
+        ],
         description=__doc__.splitlines()[0],
     )
     data, rewards, evaluation, run, config, model_args = parser.parse(default_config=default_config(DEFAULT_CONFIG))
@@ -50,8 +58,11 @@ def main() -> None:
     check_critic_path(config.critic, config.critic_name_or_path)
     prepared = prepare(data, rewards, evaluation, config, model_args)
     task = prepared.task
+    split = split_micro_batches(config, run, model_args, task)
     if run.dry_run:
         say(describe_rollouts(config, run, model_args, task))
+        if split:
+            say(f"  {split}")
         if evaluation.evaluate:
             say(evaluation_costs(prepared, data, config))
         prepared.close()
@@ -60,6 +71,8 @@ def main() -> None:
     steps = plan_rollouts(config, task.prompts, PartialState().num_processes).steps
     directory = open_run(config, run, data, rewards, evaluation, model_args, inputs=inputs, steps=steps)
     announce(config, run, f"{task.describe()}, {describe_round(config)}")
+    if split:
+        say(f"rlseq: {split}")
 
     trainer = PPOTrainer(
         load_model(model_args),

@@ -249,7 +249,5 @@ def test_messages_keep_their_own_keys_on_the_way_to_the_trainers():
     rows = training_rows(prompts)
     assert [row["prompt"] for row in rows] == wanted == [row["prompt"] for row in rows.__getitems__([0, 1])]
     assert [row["index"] for row in rows] == [0, 1]
-    assert [
-        row["prompt"] for row in pickle.loads(pickle.dumps(rows))
-    ] == wanted  # as spawned workers read
+    assert [row["prompt"] for row in pickle.loads(pickle.dumps(rows))] == wanted  # as spawned workers read
     assert [row["prompt"] for row in examples([(messages, "x") for messages in wanted])] == wanted

@@ -174,13 +174,18 @@ def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments
     Raises:
         RlseqError: the run could not start; it says why.
     """
+    size = size_of_run(config, model_args)
+    plan = plan_rollouts(config, task.prompts, PartialState().num_processes, task.tokenizer)
+    return _describe(config, run, model_args, size, plan, plan.generations_a_process * plan.longest, task.shared)
+
+
+def size_of_run(config: Any, model_args: ModelArguments) -> ModelSize:
+    """The sizes of the policy and of its critic, where the settings have one."""
     model = weightless_model(model_args)
     critic = 0
     if hasattr(config, "critic"):
         critic = critic_parameters(model, config.critic, config.critic_name_or_path)
-    plan = plan_rollouts(config, task.prompts, PartialState().num_processes, task.tokenizer)
-    cached = plan.generations_a_process * plan.longest
-    return _describe(config, run, model_args, size_of(model, critic), plan, cached, task.shared)
+    return size_of(model, critic)
 
 
 def describe_examples(
@@ -221,11 +226,28 @@ def _describe(
     checkpoint = check_available(config.output_dir, **asked)
     if checkpoint is not None:
         check_checkpoint(checkpoint, [model_args])
-    optim = str(getattr(config.optim, "value", config.optim))
+    held = reckon_memory(config, model_args, size, plan, cached_tokens)
+    averaged = bool(getattr(config, "ema_decay", 0))
+    each = checkpoint_bytes(
+        size, optim=optimizer_name(config), average=averaged, save_only_model=config.save_only_model
+    )
+    return _table(plan, held, each, count_checkpoints(config, plan), shared)
+
+
+def optimizer_name(config: Any) -> str:
+    """The optimizer's name, of a setting that may be an enumeration."""
+    return str(getattr(config.optim, "value", config.optim))
+
+
+def reckon_memory(
+    config: Any, model_args: ModelArguments, size: ModelSize, plan: Plan, cached_tokens: int
+) -> dict[str, tuple[int, str]]:
+    """Bytes of a process by what they hold, as `rlseq.training.plan.memory.memory` returns them, for completions as
+    long as they may be; and the peak for those of the usual length."""
     ema = bool(getattr(config, "ema_decay", 0))
     half = config.bf16 or config.fp16 or size.weight_bytes <= 2 * size.parameters
     settings = {
-        "optim": optim,
+        "optim": optimizer_name(config),
         "reference": bool(getattr(config, "beta", 0)) and not size.adapter,
         "averages": ema + bool(ema and config.interpolation_weight),
         "quantized_bits": 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None,
@@ -241,8 +263,7 @@ def _describe(
         cached = round(plan.generations_a_process * (prompt + completion))
         usual = memory(size, update_tokens=tokens, cached_tokens=cached, **settings)[PEAK][0]
         held[f"{PEAK}, usual"] = (usual, f"completions of {completion:.0f} tokens, {source}; prompts of {prompt:.0f}")
-    each = checkpoint_bytes(size, optim=optim, average=ema, save_only_model=config.save_only_model)
-    return _table(plan, held, each, count_checkpoints(config, plan), shared)
+    return held
 
 
 def update_tokens(config: Any, plan: Plan) -> int:
