@@ -33,6 +33,7 @@ COMMANDS = {
     "doctor": Command("rlseq.cli.doctor", "Check a model and its tokenizer for reinforcement learning."),
     "difficulty": Command("rlseq.cli.difficulty", "Add a column to data: how often a model answers each row right."),
     "show": Command("rlseq.cli.show", "Show a run's rollouts: prompt, completions, rewards, advantages."),
+    "browse": Command("rlseq.cli.browse", "Write a run's rollouts as one HTML page: filter, search, compare."),
 }
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlseq.common.escapes import visible
-from rlseq.common.formats import ROLLOUTS
+from rlseq.common.rollout_files import no_rollouts, read_records, rollout_files
 from rlseq.common.tables import render_table, table_width
 from rlseq.errors import ConfigError, RunDirectoryError
 from rlseq.types import transcript
@@ -55,12 +54,10 @@ def load_step(run_directory: str | Path, step: int | None = None) -> list[dict[s
         FormatError: the log is of a version that cannot be read.
     """
     run_directory = Path(run_directory)
-    if not run_directory.is_dir():
-        raise RunDirectoryError(f"{run_directory} is not a directory; give the --output_dir of a training run")
-    files = sorted((run_directory / "rollouts").glob("*.jsonl"))
+    files = rollout_files(run_directory)
     found: list[dict[str, Any]] = []
     steps: set[int] = set()
-    for rollout in _read(files):
+    for rollout in read_records(files):
         steps.add(rollout["step"])
         if step is None and found and rollout["step"] > found[0]["step"]:
             found = []
@@ -68,9 +65,7 @@ def load_step(run_directory: str | Path, step: int | None = None) -> list[dict[s
         if rollout["step"] == wanted:
             found.append(rollout)
     if not steps:
-        raise RunDirectoryError(
-            f"{run_directory} has no rollouts (rollouts/*.jsonl); only training runs that sampled have them"
-        )
+        raise no_rollouts(run_directory)
     if not found:
         raise RunDirectoryError(
             f"step {step} has no rollouts in {run_directory}; steps with rollouts: {_ranges(steps)}"
@@ -84,24 +79,6 @@ def by_prompt(rollouts: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[s
     for rollout in rollouts:
         groups.setdefault(str(rollout["prompt_key"]), []).append(rollout)
     return {key: sorted(group, key=lambda r: r["sample"]) for key, group in groups.items()}
-
-
-def _read(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    for path in files:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rollout = json.loads(line)
-            except json.JSONDecodeError as error:
-                if number == len(lines):  # no line break after it: a run is writing it, or was killed doing so
-                    continue
-                raise RunDirectoryError(
-                    f"{path.name}, line {number}, is not JSON ({error.msg}); expected one rollout per line"
-                ) from error
-            ROLLOUTS.check(rollout, path)
-            yield rollout
 
 
 def _print(step: int, groups: Mapping[str, Sequence[Mapping[str, Any]]], limit: int) -> None:

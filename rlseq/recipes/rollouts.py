@@ -20,6 +20,7 @@ from rlseq.config.training import (
 )
 from rlseq.data.groups import check_groups
 from rlseq.data.prompts import build_prompts
+from rlseq.evaluation.browser.page import FILE_NAME, SMALL, rollouts_at_most, write_page
 from rlseq.evaluation.costs import describe_costs
 from rlseq.evaluation.during import ValidationEvaluator, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
@@ -124,7 +125,7 @@ def evaluation_costs(prepared: Prepared, data: TrainingDataArguments, config: An
 
 
 def train(trainer: Trainer, directory: RunDirectory, evaluator: ValidationEvaluator | None) -> bool:
-    """Train to the end or a signal to stop, save the result, and plot the curves.
+    """Train to the end or a signal to stop, save the result, plot the curves, and write the page of a short log.
 
     Returns:
         True if training ran to its end.
@@ -141,6 +142,8 @@ def train(trainer: Trainer, directory: RunDirectory, evaluator: ValidationEvalua
     ended = finish(trainer, directory, stop)
     if trainer.is_world_process_zero():
         write_curves(read_jsonl(directory.metrics, METRICS), directory.curves)
+        if rollouts_at_most(directory.path, SMALL):
+            write_page([directory.path], directory.path / FILE_NAME)
     return ended
 
 

@@ -75,6 +75,7 @@ def test_grpo_from_local_files_leaves_the_run_directory_of_the_design(task, tmp_
     assert sorted(p.name for p in (out / "rollouts").iterdir()) == [f"00000{i}.jsonl" for i in (1, 2, 3)]
     assert len(read_lines(out / "rollouts/000001.jsonl")) == 8
     assert (out / "curves.png").stat().st_size > 10_000
+    assert (out / "rollouts.html").is_file() and "../rollouts.html" in (out / "evaluation/report.html").read_text()
     results = json.loads((out / "evaluation/results.json").read_text())
     assert list(results["models"]) == ["base", "rl"] and results["data_name"] == f"{task}/data (validation)"
     assert set(results["models"]["rl"]["strategies"]) == {"greedy", "sample", "beam"}

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table, terminal_width
+from rlseq.evaluation.browser.page import FILE_NAME
 from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS, TOKEN_LOGPROB
 from rlseq.evaluation.report import groups, plots, tables
 from rlseq.evaluation.report.headline import make_headline
@@ -61,6 +62,7 @@ def write_report(
 
     context = _context(results, samples, list(per_example or ()), title)
     context["sections"] = shown
+    context["browser"] = f"../{FILE_NAME}" if (output_dir.absolute().parent / FILE_NAME).is_file() else None
     context["figures"] = {
         name: (label, Markup(plots.inline_svg(svg, name, label))) for name, (label, svg) in figures.items()
     }

@@ -1,6 +1,6 @@
 """The run directory: claimed by one run at a time, never overwritten unasked, continued without duplicates.
 
-config.yaml  metrics.jsonl  rollouts/*.jsonl  checkpoint-N/  evaluation/  curves.png
+config.yaml  metrics.jsonl  rollouts/*.jsonl  rollouts.html  checkpoint-N/  evaluation/  curves.png
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The rollouts of a run, or of two, as one HTML file."""
