@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     options = {"settings": settings, "prompt_options": prompt_options, "folder": folder}
     with claimed(folder):
         if arguments.reward_funcs:
-            weights, limit = arguments.reward_weights, arguments.max_error_rate
-            with load_rewards(arguments.reward_funcs, weights=weights, max_error_rate=limit) as suite:
+            judged = {"weights": arguments.reward_weights, "think_end": arguments.think_end}
+            with load_rewards(arguments.reward_funcs, max_error_rate=arguments.max_error_rate, **judged) as suite:
                 measured = measure_rows(arguments.model, rows, suite, **options)
         else:
             measured = measure_rows(arguments.model, rows, None, **options)

@@ -200,7 +200,7 @@ def evaluate(
         column = settings.cluster_column
         counted = (len(rows), "rows") if column is None else (count_clusters(column, rows), "clusters")
         print(f"rlseq: {describe_power(*counted)}", flush=True)
-    with load_rewards(reward_funcs, max_error_rate=max_error_rate) as suite:
+    with load_rewards(reward_funcs, max_error_rate=max_error_rate, think_end=settings.think_end) as suite:
         return contrast_and_report(
             named,
             rows,

@@ -26,7 +26,7 @@ from rlseq.config.parsing.yaml_file import bundled_paths
 from rlseq.errors import ModelError
 from rlseq.scoring.check.check import run_checks, spread
 from rlseq.scoring.check.probe import Check
-from rlseq.scoring.check.rows import prompts_of, with_columns
+from rlseq.scoring.check.rows import prompts_of, think_end_of, with_columns
 from rlseq.scoring.load import load_rewards
 from rlseq.scoring.outcome import json_ready
 from rlseq.scoring.replay import Logged, compare, read_rollouts, score_by_step
@@ -130,7 +130,7 @@ def _check(args: argparse.Namespace) -> int:
     prompts = prompts_of(data, tokenizer)
     if model.model_name_or_path:
         _check_context(model, prompts)
-    checks = run_checks(spec, prompts, Path.cwd())
+    checks = run_checks(spec, prompts, Path.cwd(), think_end=model.think_end)
     if model.model_name_or_path and all(check.passed is not False for check in checks[:3]):
         checks.append(_spread(spec, prompts, tokenizer, model))
     marks = {True: "ok", False: "FAIL", None: "-"}
@@ -180,13 +180,14 @@ def _spread(spec: Mapping[str, Any], prompts: list[Prompt], tokenizer: Any, args
         stop_strings=args.stop_strings or (),
         tokenizer=tokenizer,
     )
-    with load_rewards([{**spec, "on_error": "abstain"}], max_error_rate=1.0) as suite:
+    with load_rewards([{**spec, "on_error": "abstain"}], max_error_rate=1.0, think_end=args.think_end) as suite:
         return spread(suite, prompts, groups)
 
 
 def _score(args: argparse.Namespace) -> int:
     what, data = from_flags(SCORE, args)
-    with load_rewards(bundled_paths({"spec": args.spec})["spec"]) as suite:
+    think_end = think_end_of(what.rollouts, data)
+    with load_rewards(bundled_paths({"spec": args.spec})["spec"], think_end=think_end) as suite:
         logged = with_columns(suite, read_rollouts(what.rollouts), what.rollouts, data)
         table = score_by_step(suite, logged)
         print_scores(suite, table)
@@ -196,7 +197,8 @@ def _score(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace) -> int:
     rewards, data, to = from_flags(REPLAY, args)
-    with load_rewards(rewards.reward_funcs, weights=rewards.reward_weights) as suite:
+    think_end = think_end_of(args.run_directory, data)
+    with load_rewards(rewards.reward_funcs, weights=rewards.reward_weights, think_end=think_end) as suite:
         logged = with_columns(suite, read_rollouts(args.run_directory), args.run_directory, data)
         table = score_by_step(suite, logged)
         print_scores(suite, table)

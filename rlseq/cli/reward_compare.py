@@ -18,7 +18,7 @@ from rlseq.config.commands import CompareArguments, LoggedRowsArguments
 from rlseq.config.parsing.yaml_file import bundled_paths
 from rlseq.errors import RewardError
 from rlseq.evaluation.stats.agreement import Agreement, agreement, is_binary
-from rlseq.scoring.check.rows import with_columns
+from rlseq.scoring.check.rows import think_end_of, with_columns
 from rlseq.scoring.load import load_rewards
 from rlseq.scoring.outcome import json_ready
 from rlseq.scoring.replay import Logged, groups_of, read_rollouts, score_by_step
@@ -47,7 +47,8 @@ def run_compare(what: CompareArguments, data: LoggedRowsArguments, specs: Sequen
         RewardError: no rollout has a value of both.
     """
     specs = bundled_paths({"spec": list(specs)})["spec"]
-    with load_rewards([_counting_failures(spec) for spec in specs], max_error_rate=1.0) as suite:
+    think_end = think_end_of(what.rollouts, data)
+    with load_rewards([_counting_failures(spec) for spec in specs], max_error_rate=1.0, think_end=think_end) as suite:
         logged = with_columns(suite, read_rollouts(what.rollouts), what.rollouts, data)
         table = score_by_step(suite, logged)
     _print_scores(table)

@@ -25,6 +25,7 @@ from rlseq.config.fields import (
     setting,
 )
 from rlseq.config.rows import RenderedRowsArguments
+from rlseq.config.thoughts import ThoughtArguments
 from rlseq.config.validation.validate import Settings
 
 _DOCUMENTS = Need("--likelihood_dataset, text without prompts", lambda config: config.likelihood_dataset is not None)
@@ -34,7 +35,7 @@ TEMPERATURES = Range(f"{FINITE_ABOVE_0.words} (for the limit 0 use greedy)", abo
 
 
 @dataclass
-class EvaluateArguments(Settings):
+class EvaluateArguments(ThoughtArguments, Settings):
     """What an evaluation by itself is of: `rlseq evaluate`, recipes/evaluate.py."""
 
     _argument_group_name = "models (rlseq)"
@@ -372,6 +373,13 @@ class RejectionArguments(Settings):
         EvaluateArguments,
         "stop_strings",
         help="Texts that end a sample; its text ends before the one met, and is trained with the end token behind it.",
+        needs=_SAMPLES,
+    )
+    think_end: str | None = as_declared(
+        EvaluateArguments,
+        "think_end",
+        help="Text that ends the thought in a sample, e.g. </think>: rewards may ask for `thought` (the text before "
+        "it) and `answer` (after it).",
         needs=_SAMPLES,
     )
     rejection_keep: int = setting(

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from rlseq.config.arguments import EvaluateArguments
 from rlseq.config.fields import as_declared
+from rlseq.config.thoughts import ThoughtArguments
 
 
 @dataclass
-class AsInEvaluation:
+class AsInEvaluation(ThoughtArguments):
     """Those that `rlseq evaluate` has too, under the same names."""
 
     stop_strings: list[str] | None = as_declared(

@@ -16,6 +16,7 @@ from rlseq.config.arguments import (
 )
 from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
 from rlseq.config.rows import RenderedRowsArguments
+from rlseq.config.thoughts import ThoughtArguments
 from rlseq.config.validation.validate import Settings
 
 
@@ -60,7 +61,7 @@ class TrainRowsArguments(RenderedRowsArguments):
 
 
 @dataclass
-class CheckArguments(Settings):
+class CheckArguments(ThoughtArguments, Settings):
     """The model whose completions `rlseq reward check` scores."""
 
     _argument_group_name = "model (rlseq)"
@@ -95,6 +96,7 @@ class LoggedRowsArguments(Settings):
     merge_references: bool | None = _as_the_run("merge_references")
     system_prompt: str | None = _as_the_run("system_prompt")
     train_split: str | None = as_declared(DataArguments, "train_split", default=None, help="Split of the rollouts.")
+    think_end: str | None = as_declared(EvaluateArguments, "think_end")
 
 
 @dataclass
@@ -176,6 +178,7 @@ class DifficultyArguments(Settings):
         help="Longest completion, in tokens: max_completion_length of the training.",
     )
     stop_strings: list[str] | None = as_declared(EvaluateArguments, "stop_strings")
+    think_end: str | None = as_declared(RejectionArguments, "think_end", needs=_REWARDS)
     seed: int = as_declared(EvaluateArguments, "seed", help="Seed of the sampling.", needs=_REWARDS)
     dtype: str = as_declared(EvaluateArguments, "dtype", help="Precision of the weights; auto: the checkpoint's own.")
     allow_missing_weights: bool = as_declared(EvaluateArguments, "allow_missing_weights")

@@ -22,24 +22,25 @@ class StopStrings:
     Args:
         strings: what ends a completion.
         tokenizer: decodes completions; not needed without strings.
+        setting: what names the strings in a message.
 
     Raises:
         ConfigError: there is no tokenizer, or a string can never be part of a text.
     """
 
-    def __init__(self, strings: Sequence[str], tokenizer: Any | None):
+    def __init__(self, strings: Sequence[str], tokenizer: Any | None, *, setting: str = "--stop_strings"):
         self.strings, self.tokenizer = tuple(strings), tokenizer
         if not self.strings:
             return
         if tokenizer is None:
             raise ConfigError("stop_strings are found in the text of completions; give the tokenizer too")
         if "" in self.strings:
-            raise ConfigError("--stop_strings names an empty text; name what a completion is to end with")
+            raise ConfigError(f"{setting} names an empty text; name what a completion or its thought is to end with")
         for string in self.strings:
             within = [token for token in tokenizer.all_special_tokens if token in string]
             if within:
                 raise ConfigError(
-                    f"--stop_strings {string!r} holds the special token {within[0]!r}, which is no part of a text. "
+                    f"{setting} {string!r} holds the special token {within[0]!r}, which is no part of a text. "
                     "Leave it out; a token that ends a completion is named by eos_token_id in the model's "
                     "generation_config.json."
                 )

@@ -61,6 +61,7 @@ class ValidationEvaluator:
             name gets a number (`NAME-2`).
         max_new_tokens: completions are cut after this many tokens.
         stop_strings: texts that end a completion; None: none.
+        think_end: the text that ends a thought in a completion; None: completions have none.
         group_column: the column by whose values every number is given too, as `group/VALUE/KEY`; None: none.
         seed: of the sampling. The rng streams are fixed, so a row always meets the same noise.
         samples_per_row: completions per row under `sample`.
@@ -85,6 +86,7 @@ class ValidationEvaluator:
         *,
         max_new_tokens: int,
         stop_strings: Sequence[str] | None = None,
+        think_end: str | None = None,
         group_column: str | None = None,
         seed: int = 0,
         samples_per_row: int = 1,
@@ -99,10 +101,12 @@ class ValidationEvaluator:
             samples_per_row=samples_per_row,
             max_new_tokens=max_new_tokens,
             stop_strings=tuple(stop_strings or ()),
+            think_end=think_end,
             seed=seed,
             eval_batch_size=eval_batch_size,
         )
-        self.suite, names = measured_together(suite, eval_suite)
+        together, names = measured_together(suite, eval_suite)
+        self.suite = together.with_think_end(think_end)
         self.suite.check_columns(column_names(self.prompts))
         self.names = Names.of(self.suite)
         series = self.names.rewards

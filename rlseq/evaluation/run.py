@@ -126,6 +126,7 @@ def _contrast(
     if not rows:
         raise DataError("the data set is empty")
     methods(models)
+    suite = suite.with_think_end(settings.think_end)
     settings = with_primary_name(settings, suite)
     check_settings(settings, suite, rows, prompt_options)
     chosen_by = oracles(

@@ -21,6 +21,8 @@ class ContrastSettings:
         samples_per_row: completions per row under strategies that sample.
         max_new_tokens: completions are cut after this many tokens.
         stop_strings: texts that end a completion, as of `rlseq.engine.sampling.sample`; None: none.
+        think_end: the text that ends a thought in a completion: thoughts are measured, and so is how likely references
+            are behind them (rlseq.evaluation.measure.thoughts); None: completions have none.
         group_column: the column by whose values the metrics are reported too
             (rlseq.evaluation.report.groups); None: none.
         seed: of the sampling and of the bootstrap.
@@ -57,6 +59,7 @@ class ContrastSettings:
     samples_per_row: int = as_declared(EvaluationArguments, "samples_per_row")
     max_new_tokens: int = as_declared(EvaluateArguments, "max_new_tokens")
     stop_strings: tuple[str, ...] | None = as_declared(EvaluateArguments, "stop_strings")
+    think_end: str | None = as_declared(EvaluateArguments, "think_end")
     group_column: str | None = as_declared(EvaluateArguments, "group_column")
     seed: int = as_declared(EvaluateArguments, "seed")
     resamples: int = as_declared(EvaluationArguments, "resamples")
@@ -112,7 +115,14 @@ class ContrastSettings:
         without = ["eval_batch_size", "max_kv_gb"]
         if not any(isinstance(strategy, Sweep) for strategy in self.parsed()):
             without += ["tune_split", "tune_rows"]
-        optional = ("stop_strings", "group_column", "allow_missing_weights", "quantization", "cluster_column")
+        optional = (
+            "stop_strings",
+            "think_end",
+            "group_column",
+            "allow_missing_weights",
+            "quantization",
+            "cluster_column",
+        )
         without += [name for name in optional if not getattr(self, name)]
         without += ["right_answers"] if self.right_answers == "auto" else []
         return {name: value for name, value in shown.items() if name not in without}

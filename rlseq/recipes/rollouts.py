@@ -85,6 +85,7 @@ def prepare(
         evaluation,
         max_new_tokens=config.max_completion_length,
         stop_strings=config.stop_strings,
+        think_end=config.think_end,
         group_column=config.group_column,
         seed=evaluation.eval_seed,
         dtype=evaluation.eval_dtype,
@@ -110,6 +111,7 @@ def prepare(
             task.eval_suite,
             max_new_tokens=config.max_completion_length,
             stop_strings=config.stop_strings,
+            think_end=config.think_end,
             group_column=config.group_column,
             seed=evaluation.eval_seed,
         )

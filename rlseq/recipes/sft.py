@@ -167,7 +167,10 @@ def main() -> None:
         train, what = select(candidates, rejection, config.chat_template_kwargs)
     elif rejection.rejection_samples:
         suite = load_rewards(
-            rejection.reward_funcs, weights=rejection.reward_weights, max_error_rate=rejection.max_error_rate
+            rejection.reward_funcs,
+            weights=rejection.reward_weights,
+            max_error_rate=rejection.max_error_rate,
+            think_end=rejection.think_end,
         )
         smoke_test_rewards(suite, prompts)
         what = f"{len(prompts):,} prompts × {rejection.rejection_samples} samples to choose from"

@@ -19,6 +19,7 @@ def load_rewards(
     weights: Sequence[float] | None = None,
     search_root: str | Path | None = None,
     max_error_rate: float = 0.05,
+    think_end: str | None = None,
 ) -> RewardSuite:
     """Find and load rewards.
 
@@ -30,6 +31,8 @@ def load_rewards(
         search_root: where relative paths and `./rewards/` start; the working directory by default.
         max_error_rate: the largest share of a step (one `score` call, over all processes) that may fail before it
             raises.
+        think_end: the text that ends a thought in a completion, as "</think>"; rewards may then ask for `thought` and
+            `answer`.
 
     Raises:
         RewardError: a reward cannot be found, matches no signature, or its options do not fit together.
@@ -53,7 +56,7 @@ def load_rewards(
         rewards.append(reward.renamed(_unique(reward.name, [other.name for other in rewards])))
     suite = RewardSuite(rewards, resolved, max_error_rate)
     suite.specs = specs
-    return suite
+    return suite.with_think_end(think_end)
 
 
 def _number(weight: Any, spec: Any) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 from rlseq.errors import RewardError, did_you_mean
 from rlseq.scoring.calls.copies import as_messages
 from rlseq.scoring.reward import RewardInfo
+from rlseq.scoring.thoughts import THOUGHT_FIELDS
 from rlseq.types import ABSENT, Rollout
 
 Call = tuple[Sequence[int], dict[str, Any]]
@@ -110,6 +111,8 @@ def detect_signature(parameters: Parameters, name: str) -> str:
         return "single"
     given = ", ".join([*parameters.named, *["**any name"] * parameters.takes_any]) or "no parameters"
     near = [did_you_mean(n, ("completion", "completions", "solution_str", "queries")) for n in parameters.named]
+    if names & {*THOUGHT_FIELDS} and not any(near):
+        return "single"
     raise RewardError(
         f"reward {name!r} takes ({given}), which matches no signature of a reward.{next(filter(None, near), '')} "
         f"A reward is one of\n{SIGNATURES_HELP}"
@@ -138,22 +141,28 @@ def missing_columns(
 class Rows:
     """N rollouts and the columns of their prompts: lists of N values, `prompt` among them.
 
-    `absent` are fields that the rollouts were read without; no reward gets them.
+    `absent` are fields that the rollouts were read without; no reward gets them. With `think_end` there are the fields
+    `thought` and `answer`; a column of the same name wins (`Reward.check_columns` refuses what is ambiguous).
     """
 
     rollouts: Sequence[Rollout]
     columns: Mapping[str, Sequence[Any]]
     absent: Collection[str] = ()
+    think_end: str | None = None
 
     def values(self, name: str) -> Sequence[Any]:
         """The N values of a field or column."""
+        if self.think_end is not None and name in THOUGHT_FIELDS and name not in self.columns:
+            part = THOUGHT_FIELDS[name]
+            return [part(rollout.text, self.think_end) for rollout in self.rollouts]
         if name in FIELDS and name not in self.absent and (name in RESERVED or name not in self.columns):
             read = FIELDS[name]
             return [read(rollout) for rollout in self.rollouts]
         return list(map(as_messages, self.columns[name])) if name == "prompt" else self.columns[name]
 
     def knows(self, name: str) -> bool:
-        return name in self.columns or (name in FIELDS and name not in self.absent)
+        split = self.think_end is not None and name in THOUGHT_FIELDS
+        return name in self.columns or split or (name in FIELDS and name not in self.absent)
 
     def prompt_texts(self) -> list[str]:
         """The prompts as text; for chat data, the contents of the messages, one per line."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -60,6 +61,14 @@ class RewardSuite:
         _validate_share_names("reward", self.names, "failed")
         _validate_share_names("corpus metric", self.corpus, "present")
 
+    def with_think_end(self, think_end: str | None) -> RewardSuite:
+        """The same rewards where `think_end` ends a thought; None: as they are."""
+        if think_end is None or all(reward.think_end == think_end for reward in self.rewards):
+            return self
+        suite = copy.copy(self)
+        suite.rewards = [dataclasses.replace(reward, think_end=think_end) for reward in self.rewards]
+        return suite
+
     def __enter__(self) -> RewardSuite:
         return self
 
@@ -87,6 +96,7 @@ class RewardSuite:
                 **({"where": {column: list(of) for column, of in reward.where.items()}} if reward.where else {}),
                 "scope": reward.info.scope,
                 "on_error": reward.on_error,
+                **({"think_end": reward.think_end} if reward.reads_thoughts else {}),
                 "code": reward.code,
                 **({"files": needed} if (needed := reward.needed()) else {}),
             }

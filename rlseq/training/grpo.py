@@ -32,6 +32,7 @@ from rlseq.data.chat import tokenize_prompts
 from rlseq.data.groups import check_groups
 from rlseq.engine.model.lora import with_fused_layers
 from rlseq.engine.stop_strings import StopStrings
+from rlseq.engine.thoughts import ThinkEnd
 from rlseq.errors import ConfigError
 from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
@@ -90,6 +91,7 @@ class GRPOTrainer(RolloutTrainer):
     Attributes:
         prompts, suite: what is continued, and what scores it.
         stop_strings: texts that end a completion.
+        think_end: finds the end of the thought in a completion.
         batch: the last one that was made.
         sampler, scorer, forward, batches, loss: what `make_batch` and `micro_batch_loss` leave the work to.
         metrics: the series that training logs.
@@ -140,6 +142,7 @@ class GRPOTrainer(RolloutTrainer):
         model = model_of(model, args)
         tokenizer = tokenizer_of(processing_class, model, args)
         self.stop_strings = StopStrings(args.stop_strings or (), tokenizer)
+        self.think_end = ThinkEnd(args.think_end, tokenizer)
         prompts = prompts_of(train_dataset, tokenizer, args)
         check_prompts(args, prompts)
         if args.group_column is not None:

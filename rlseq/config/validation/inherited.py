@@ -205,6 +205,13 @@ CONFLICTS_OF_ROLLOUTS: Conflicts = (
         ),
     ),
     (
+        ("think_end",),
+        Conflict(
+            "splits a completion, which has turns with tools or an environment. Leave it out.",
+            lambda c: c.tools or c.environment,
+        ),
+    ),
+    (
         ("scale_rewards",),
         Conflict(
             "mean divides the difference from the group's mean summed reward; leave out advantage_baseline and "

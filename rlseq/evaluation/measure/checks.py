@@ -11,7 +11,7 @@ from rlseq.data.prompts import build_prompts
 from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.model.auto_class import causal_class
-from rlseq.engine.stop_strings import StopStrings
+from rlseq.engine.thoughts import check_ends
 from rlseq.errors import ConfigError, ModelError
 from rlseq.evaluation.measure.loading import load_tokenizer
 from rlseq.evaluation.metrics import BUILT_IN
@@ -52,7 +52,7 @@ def check_models(
         check_answers(settings, prompts)
         if settings.group_column is not None:
             check_groups(prompts, settings.group_column, "the rows to evaluate")
-        StopStrings(settings.stop_strings or (), tokenizer)  # refuses some
+        check_ends(settings.stop_strings, settings.think_end, tokenizer)
         if number == 0:  # of another checkpoint the prompts differ in their ids alone
             smoke_test_rewards(suite, prompts, all_used=False)
             warnings += unused_values(suite, prompts)

@@ -28,6 +28,7 @@ from rlseq.scoring.outcome import (
 from rlseq.scoring.reward import RewardInfo
 from rlseq.scoring.signatures import AS_MESSAGES, CONTEXT, FIELDS, Call, Parameters, Rows, make_calls, missing_columns
 from rlseq.scoring.specs.fingerprint import hub_commits
+from rlseq.scoring.thoughts import THOUGHT_FIELDS
 
 
 class Executor(Protocol):
@@ -63,6 +64,7 @@ class Reward:
         where: {column: values} of the rows that it is for; it abstains on all others, without being called.
         on_error: "raise", "abstain" or "floor"; `floor` is the value for the last.
         cache: where values are kept, if anywhere.
+        think_end: the text that ends a thought in a completion, which has the fields `thought` and `answer` then.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Reward:
     on_error: str = "raise"
     floor: float | None = None
     cache: Cache | None = None
+    think_end: str | None = None
 
     def renamed(self, name: str) -> Reward:
         """The same reward as a series of another name."""
@@ -105,7 +108,8 @@ class Reward:
                     f"{did_you_mean(column, available)} The columns are {', '.join(available)}."
                 )
         given = [*self.kwargs, *self.columns]
-        missing = missing_columns(self.signature, self.parameters, given, available)
+        self._check_thoughts(given, available)
+        missing = missing_columns(self.signature, self.parameters, [*given, *self._thought_fields], available)
         if missing:
             near = did_you_mean(missing[0], [*available, *FIELDS, "prompt"])
             raise RewardError(
@@ -113,6 +117,34 @@ class Reward:
                 f"field.{near} The columns are {', '.join(available) or 'none'}; the fields are prompt, "
                 f"{', '.join(FIELDS)}. Map a column to it with columns: {{{missing[0]}: COLUMN}} in the reward's spec, "
                 "or give it in kwargs."
+            )
+
+    @property
+    def _thought_fields(self) -> Iterable[str]:
+        return () if self.think_end is None else THOUGHT_FIELDS
+
+    @property
+    def reads_thoughts(self) -> bool:
+        """Whether the reward is given a completion's thought or answer."""
+        given = {*self.kwargs, *self.columns}
+        return any(name in self.parameters.named and name not in given for name in self._thought_fields)
+
+    def _check_thoughts(self, given: Collection[str], available: Collection[str]) -> None:
+        """Raise RewardError if the reward asks for a thought or answer that is not there, or that a column is too."""
+        asked = [name for name in THOUGHT_FIELDS if name in self.parameters.named and name not in given]
+        if self.think_end is None:
+            of_completion = self.signature != "single" or {*FIELDS} & {*self.parameters.named}
+            required = [name for name in asked if name in self.parameters.required]
+            if lacking := [name for name in required if name not in available or not of_completion]:
+                raise RewardError(
+                    f"reward {self.name!r} asks for {' and '.join(map(repr, lacking))}, a part of the completion: give "
+                    f"--think_end, the text that ends a thought, or name a column: columns: {{{lacking[0]}: COLUMN}}."
+                )
+        elif both := [name for name in asked if name in available]:
+            raise RewardError(
+                f"reward {self.name!r} asks for {both[0]!r}, which is a column of the data and with --think_end "
+                f"{self.think_end!r} a part of the completion too: give columns: {{{both[0]}: {both[0]}}} in its spec "
+                "to get the column, or rename the column to get the part."
             )
 
     @property
@@ -173,6 +205,7 @@ class Reward:
             pairs = [pair for pair in self.columns.items() if pair != AS_MESSAGES]
             mapped = {parameter: rows.columns[column] for parameter, column in pairs}
             rows = dataclasses.replace(rows, columns={**rows.columns, **mapped})
+        rows = dataclasses.replace(rows, think_end=self.think_end)
         extras = NO_CONTEXT if context is None else {name: getattr(context, name, None) for name in CONTEXT}
         calls = make_calls(
             self.signature, self.parameters, self.info, rows, kwargs=self.kwargs, split=self.split, context=extras

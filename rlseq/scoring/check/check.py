@@ -17,6 +17,7 @@ from rlseq.scoring.check.probe import (
     Check,
     Item,
     Values,
+    as_answer,
     corrupt,
     make_rollout,
     mean,
@@ -57,18 +58,20 @@ STRANGE = {
 }
 
 
-def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: Path) -> list[Check]:
+def run_checks(
+    spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: Path, *, think_end: str | None = None
+) -> list[Check]:
     """Ask everything that needs no model, the cheap questions first; stop where the next makes no sense.
 
     Args:
         spec: a mapping of reward options; failures become statuses, whatever its `on_error`.
         prompts: rows to try it on, with their columns.
-        search_root: see `load_rewards`.
+        search_root, think_end: see `load_rewards`.
     """
     plain = {**spec, "on_error": "abstain", "cache": False}
     try:
         load_rewards([spec], search_root=search_root)  # its own options fit together; nothing is started yet
-        suite = load_rewards([plain], search_root=search_root, max_error_rate=1.0)
+        suite = load_rewards([plain], search_root=search_root, max_error_rate=1.0, think_end=think_end)
     except RewardError as error:
         return [Check("it loads", False, str(error))]
     with suite:
@@ -80,7 +83,7 @@ def run_checks(spec: Mapping[str, Any], prompts: Sequence[Prompt], search_root: 
             suite.check_columns(column_names(prompts))
         except RewardError as error:
             return [*checks, Check("its columns are there", False, str(error))]
-        items = _items(prompts)
+        items = _items(suite, prompts)
         try:
             start = time.perf_counter()
             table = score_items(suite, items)
@@ -127,14 +130,14 @@ SIGNATURE_NAMES = {
 }
 
 
-def _items(prompts: Sequence[Prompt]) -> list[Item]:
+def _items(suite: RewardSuite, prompts: Sequence[Prompt]) -> list[Item]:
     """Three completions per row: right where a reference is known, damaged, and another row's."""
     answers = [reference_of(prompt) or prompt.text for prompt in prompts]
     texts = [
         (answer, corrupt(answer, random.Random(number)), answers[number - 1]) for number, answer in enumerate(answers)
     ]
     return [
-        (prompt, make_rollout(prompt, text, sample))
+        (prompt, make_rollout(prompt, as_answer(suite, text), sample))
         for prompt, three in zip(prompts, texts, strict=True)
         for sample, text in enumerate(three)
     ]
@@ -229,7 +232,8 @@ def _in_workers(
     prompt = items[0][0]
     strange = [(prompt, make_rollout(prompt, text, sample)) for sample, text in enumerate(STRANGE.values())]
     try:
-        isolated = load_rewards([{**spec, "timeout": PATIENCE}], search_root=search_root, max_error_rate=1.0)
+        apart = {"search_root": search_root, "max_error_rate": 1.0, "think_end": suite.rewards[0].think_end}
+        isolated = load_rewards([{**spec, "timeout": PATIENCE}], **apart)
     except RewardError as error:
         yield Check(question, False, str(error))
         yield _survives(suite, strange)

@@ -73,7 +73,14 @@ def values_of(suite: RewardSuite, table: ScoreTable) -> list[float | None]:
     return table.values[suite.names[0]]
 
 
+def as_answer(suite: RewardSuite, text: str) -> str:
+    """The completion whose answer is this text: behind an empty thought, where the reward reads thoughts or answers."""
+    reward = suite.rewards[0]
+    return f"{reward.think_end}\n{text}" if reward.reads_thoughts else text
+
+
 def score_texts(suite: RewardSuite, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
+    texts = [as_answer(suite, text) for text in texts]
     items = [(prompt, make_rollout(prompt, text)) for prompt, text in zip(prompts, texts, strict=True)]
     return values_of(suite, score_items(suite, items))
 

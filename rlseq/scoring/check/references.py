@@ -10,6 +10,7 @@ from math import isnan
 from rlseq.scoring.check.probe import Check, Values, corrupt, mean, reference_of, score_texts
 from rlseq.scoring.outcome import shorten
 from rlseq.scoring.suite import RewardSuite
+from rlseq.scoring.thoughts import THOUGHT_FIELDS
 from rlseq.types import Prompt
 
 MAXIMUM_LENGTH = 1024  # words of the longest degenerate completion
@@ -56,6 +57,7 @@ def against_references(suite: RewardSuite, prompts: Sequence[Prompt]) -> list[Ch
 def _reads_references(suite: RewardSuite) -> bool:
     reward = suite.rewards[0]
     asked = set(reward.parameters.named) - set(reward.kwargs) - OF_THE_COMPLETION
+    asked -= {*THOUGHT_FIELDS} if reward.reads_thoughts else set()
     return reward.parameters.takes_any or bool(asked)
 
 

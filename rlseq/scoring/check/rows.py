@@ -138,8 +138,19 @@ def _given(args: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None}
 
 
+def think_end_of(path: Path, args: Any) -> str | None:
+    """What ends a thought in logged rollouts: as the flags say, or else as the run's config.yaml does."""
+    return args.think_end if args.think_end is not None else _run_config(path).get("think_end")
+
+
 def _config_of(path: Path) -> dict[str, Any]:
-    """How a run read its data: from its config.yaml; `path` is the run's directory, its rollouts/ or a file in it."""
+    """How a run read its data, as its config.yaml says."""
+    found = _run_config(path)
+    return {name: found[name] for name in ("dataset_name", *DEFAULTS) if found.get(name) is not None}
+
+
+def _run_config(path: Path) -> dict[str, Any]:
+    """A run's config.yaml; `path` is the run's directory, its rollouts/ or a file in it. Empty where there is none."""
     import yaml
 
     folder = path.parent if path.is_file() else path
@@ -148,7 +159,7 @@ def _config_of(path: Path) -> dict[str, Any]:
         return {}
     found = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
     RUN_CONFIG.check(found, config)
-    return {name: found[name] for name in ("dataset_name", *DEFAULTS) if found.get(name) is not None}
+    return found
 
 
 def _load(name: str, options: dict[str, Any], tokenizer: Any, limit: int | None = None) -> list[Prompt]:

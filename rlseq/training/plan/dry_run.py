@@ -176,7 +176,9 @@ def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments
     """
     size = size_of_run(config, model_args)
     plan = plan_rollouts(config, task.prompts, PartialState().num_processes, task.tokenizer)
-    return _describe(config, run, model_args, size, plan, plan.generations_a_process * plan.longest, task.shared)
+    cached = plan.generations_a_process * plan.longest
+    sizes = _describe(config, run, model_args, size, plan, cached, task.shared)
+    return sizes if config.think_end is None else f"{sizes}\n  {_describe_thoughts(config.think_end, task)}"
 
 
 def size_of_run(config: Any, model_args: ModelArguments) -> ModelSize:
@@ -186,6 +188,14 @@ def size_of_run(config: Any, model_args: ModelArguments) -> ModelSize:
     if hasattr(config, "critic"):
         critic = critic_parameters(model, config.critic, config.critic_name_or_path)
     return size_of(model, critic)
+
+
+def _describe_thoughts(think_end: str, task: Task) -> str:
+    tokens = len(task.tokenizer(text=think_end, add_special_tokens=False)["input_ids"])
+    suites = filter(None, (task.suite, task.eval_suite))
+    readers = list(dict.fromkeys(reward.name for suite in suites for reward in suite.rewards if reward.reads_thoughts))
+    read = f"{' and '.join(readers)} read{'s' * (len(readers) == 1)} them" if readers else "no reward reads them"
+    return f"Thoughts end with {think_end!r} ({tokens} token{'s' * (tokens != 1)}); {read}."
 
 
 def describe_examples(

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from rlseq.doctor.check import FAILED, WARNING
 from rlseq.doctor.prompts import check_context
 from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.model.load import is_adapter
-from rlseq.engine.stop_strings import StopStrings
+from rlseq.engine.thoughts import check_ends
 from rlseq.errors import ConfigError, ModelError
 from rlseq.scoring import RewardSuite, load_rewards
 from rlseq.scoring.check.smoke_test import smoke_test_rewards
@@ -97,9 +98,8 @@ class Task:
 
     def close(self) -> None:
         """End the rewards' worker processes."""
-        for suite in (self.suite, self.eval_suite):
-            if suite is not None:
-                suite.close()
+        for suite in filter(None, (self.suite, self.eval_suite)):
+            suite.close()
 
 
 @keeping_all()
@@ -117,10 +117,11 @@ def load_task(
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
     if not rewards.reward_funcs:
         raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
-    suite = load_rewards(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
-    eval_suite = load_rewards(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
+    load = partial(load_rewards, think_end=config.think_end)
+    suite = load(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
+    eval_suite = load(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
-    StopStrings(config.stop_strings or (), tokenizer)  # refuses some
+    check_ends(config.stop_strings, config.think_end, tokenizer)
     rows = load_rows(data.dataset_name, data.train_split, **data.row_options(), weighted=True)[: data.train_rows]
     if (chosen := data.curriculum_range()) is not None:
         rows, dropped = rows_in_range(rows, data.curriculum_column, *chosen)
@@ -144,9 +145,8 @@ def load_task(
         held_out = made_prompts(eval_rows, data.prompt_column, data.prompt_template)
         own = (p.prompt[1:] if data.system_prompt else p.prompt for p in prompts)  # without the system prompt
         shared = describe_shared(held_out, data.eval_split, own, data.train_split)
-    for each in (suite, eval_suite):
-        if each is not None:
-            smoke_test_rewards(each, prompts)
+    for each in filter(None, (suite, eval_suite)):
+        smoke_test_rewards(each, prompts)
     gc.freeze()  # prompts stay as long as the run: no later collection need go through them
     return Task(tokenizer, prompts, list(eval_rows), eval_note, shared, suite, eval_suite)
 

@@ -249,7 +249,7 @@ def suite_of(reward_funcs: Any, args: GRPOConfig) -> RewardSuite:
     if not isinstance(reward_funcs, RewardSuite):
         given = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         reward_funcs = load_rewards([_model_as_reward(x) if isinstance(x, torch.nn.Module) else x for x in given])
-    return weighted(reward_funcs, args.reward_weights)
+    return weighted(reward_funcs.with_think_end(args.think_end), args.reward_weights)
 
 
 def _model_as_reward(model: torch.nn.Module) -> dict[str, Any]:
@@ -309,6 +309,7 @@ def evaluator_of(
         suite,
         max_new_tokens=args.max_completion_length,
         stop_strings=args.stop_strings,
+        think_end=args.think_end,
         group_column=args.group_column,
         seed=args.seed,
         samples_per_row=args.num_generations_eval or 1,

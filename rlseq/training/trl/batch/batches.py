@@ -95,6 +95,8 @@ class BatchMaker:
             if self.resampling is not None:
                 values = self.resampling.fill(batch, self.scorer.score(batch))
             self.sampler.log_lengths(batch)
+        if trainer.think_end:
+            self.sampler.log_thoughts(batch)
         batch.trained = self._trained_rows(batch)
         self._add_logprobs(batch)
         values = self.scorer.score(batch) if values is None else values

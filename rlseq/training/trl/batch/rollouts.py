@@ -182,6 +182,16 @@ class RolloutSampler:
             metrics[f"completions/min_{name}length"].append(of.float().min().item())
             metrics[f"completions/max_{name}length"].append(of.float().max().item())
 
+    def log_thoughts(self, batch: RolloutBatch) -> None:
+        """Log the mean length of the batch's thoughts, and the share that was never closed, over all processes."""
+        trainer, metrics = self.trainer, self.metrics.series
+        found = [trainer.think_end.length(rollout.completion_ids) for rollout in batch.rollouts]
+        lengths, closed = trainer.accelerator.gather(
+            torch.tensor(found, dtype=torch.float32, device=trainer.accelerator.device)
+        ).unbind(1)  # (B,) each
+        metrics["thoughts/mean_length"].append(lengths.mean().item())
+        metrics["thoughts/unclosed_ratio"].append(1 - closed.mean().item())
+
     def _sample(self, batch: RolloutBatch) -> list[Rollout]:
         """The local rows' rollouts by rlseq's sampler, and the greedy ones where those are the baseline."""
         trainer, args, samples = self.trainer, self.trainer.args, batch.samples
