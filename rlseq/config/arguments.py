@@ -49,7 +49,8 @@ class EvaluateArguments(ThoughtArguments, Settings):
     )
     compare: list[str] | None = setting(
         None,
-        "Join finished evaluations (results.json or its folder) instead of measuring; NAME picks one of their models.",
+        "Join finished evaluations (results.json or its folder) instead of measuring; NAME picks one of their models. "
+        "Or compare lm-eval's samples_*.jsonl, or inspect's logs (files or folders).",
         metavar="[NAME=]RESULTS",
     )
     output_dir: str = setting("runs/contrast", "Folder for results.json and report.html.")

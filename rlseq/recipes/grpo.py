@@ -28,7 +28,7 @@ from rlseq.config.training import (
     TrainingDataArguments,
     TrainingEvaluationArguments,
 )
-from rlseq.recipes.rollouts import contrast_with_base, evaluation_costs, prepare, share, train
+from rlseq.recipes.rollouts import check_reloaded, contrast_with_base, evaluation_costs, prepare, share, train
 from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
@@ -88,6 +88,7 @@ def main() -> None:
     ended = train(trainer, directory, prepared.evaluator)
     if ended:
         merge_result(config.output_dir, model_args)
+        check_reloaded(trainer, directory, model_args)
         results = {}
         if evaluation.evaluate:
             results = contrast_with_base(prepared, directory, data, config, model_args, method="GRPO")

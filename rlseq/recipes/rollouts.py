@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from rlseq.common.formats import METRICS
@@ -25,16 +28,24 @@ from rlseq.evaluation.costs import describe_costs
 from rlseq.evaluation.during import ValidationEvaluator, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.measure.documents import check_windows
+from rlseq.evaluation.measure.loading import load_checkpoint
+from rlseq.evaluation.measure.reloading import (
+    ROLLOUTS,
+    TOLERANCES,
+    Reloaded,
+    Remembered,
+    compare_reloaded,
+)
 from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.report.write import write_plane
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast_and_report, read_jsonl
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.training.averaging import WeightAverage
-from rlseq.training.models import named_alone
+from rlseq.training.models import MERGED, merge, named_alone
 from rlseq.training.run.best import choose_best_by
 from rlseq.training.run.callbacks import GracefulStop, Progress, Warnings
-from rlseq.training.run.directory import RunDirectory
+from rlseq.training.run.directory import RunDirectory, write_json_atomic
 from rlseq.training.run.recipe import Task, finish, load_task, prompt_options, say
 from rlseq.training.trl.arguments import check_init_kwargs
 from rlseq.training.trl.publish import publish
@@ -147,6 +158,62 @@ def train(trainer: Trainer, directory: RunDirectory, evaluator: ValidationEvalua
         if rollouts_at_most(directory.path, SMALL):
             write_page([directory.path], directory.path / FILE_NAME)
     return ended
+
+
+def check_reloaded(trainer: Trainer, directory: RunDirectory, model_args: ModelArguments) -> list[Reloaded]:
+    """Load the result, and its merged form, as an evaluation would: is each the model that was trained?
+
+    Compared are the log-probs of up to 20 rollouts of the last batch (of prompts, where the objective samples none),
+    and the weights where each process has them whole; with an evaluation during training, its last metrics too. A line
+    says so, and `directory.reloaded` what was found.
+
+    Returns:
+        What was found of each folder, on the first process; nothing on others.
+    """
+    batch = trainer.batch
+    pairs = [(p, r.completion_ids) for p, r in zip(batch.prompt_ids, batch.rollouts, strict=True)][:ROLLOUTS]
+    pairs = pairs or [(p.prompt_ids[:1], p.prompt_ids[1:]) for p in trainer.prompts[:ROLLOUTS]]
+    whole = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if whole:  # without the autocast of training, which an evaluation does not have
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    with trainer.sampler.model_to_generate() as model:  # on all processes
+        expected = Remembered.of(model, *zip(*pairs, strict=True))
+    if not trainer.is_world_process_zero():
+        return []
+    run, quantization = Path(trainer.args.output_dir), quantization_of(model_args)
+    common: dict[str, Any] = {"allow_missing": model_args.allow_missing_weights}
+    in_memory = {
+        "trained": trainer.accelerator.unwrap_model(trainer.model) if whole else None,
+        "tolerance": None if whole or trainer.accelerator.mixed_precision == "no" else TOLERANCES[torch.bfloat16],
+    }
+    again = {"measure": trainer.evaluator, "logged": _last_metrics(trainer)}
+    found = [compare_reloaded(run, expected, quantization=quantization, **in_memory, **again, **common)]
+    if model_args.merge_adapter:
+        if quantization is not None:  # the adapter is merged into a base that was not rounded
+            expected = expected.under(load_checkpoint("result", str(run), dtype=expected.dtype_name, **common))
+        tolerance = None if quantization is not None else in_memory["tolerance"]
+        make = partial(merge, run, model_args)
+        found.append(compare_reloaded(run / MERGED, expected, make=make, tolerance=tolerance, **common))
+    for one in found:
+        say(f"rlseq: {one.describe()}")
+    write_json_atomic(directory.reloaded, {"folders": [one.as_json() for one in found]})
+    return found
+
+
+def _last_metrics(trainer: Trainer) -> dict[str, float]:
+    """What the evaluation during training said of the weights that are the result, if of these at all.
+
+    Several processes share its rows, and one of them alone loads the result: nothing is measured again there.
+    """
+    args, state = trainer.args, trainer.state
+    if trainer.evaluator is None or getattr(args, "ema_decay", 0) or args.world_size > 1:
+        return {}
+    best = args.load_best_model_at_end and state.best_model_checkpoint
+    step = state.best_global_step if best else state.global_step
+    said = [log for log in state.log_history if log.get("step") == step and any(k.startswith("eval_") for k in log)]
+    metrics = {name.removeprefix("eval_"): value for name, value in (said[-1] if said else {}).items()}
+    known = trainer.evaluator.metrics
+    return {name: value for name, value in metrics.items() if name in known and math.isfinite(value)}
 
 
 def contrast_with_base(

@@ -162,12 +162,16 @@ def write_merged(run: Path, model_args: ModelArguments) -> Path:
     Raises:
         ModelError: the base cannot be loaded.
     """
-    adapted = _load_trainable(str(run), model_args, None)
-    _untie_adapted(adapted)
-    merged = adapted.merge_and_unload()
-    merged.save_pretrained(run / MERGED)
+    merge(run, model_args).save_pretrained(run / MERGED)
     load_tokenizer(str(run)).save_pretrained(run / MERGED)
     return run / MERGED
+
+
+def merge(run: Path, model_args: ModelArguments) -> PreTrainedModel:
+    """The adapter that a run saved, merged into its base; as `write_merged` writes it."""
+    adapted = _load_trainable(str(run), model_args, None)
+    _untie_adapted(adapted)
+    return adapted.merge_and_unload()
 
 
 def _untie_adapted(model: PeftModel) -> None:

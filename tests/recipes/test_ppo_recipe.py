@@ -130,7 +130,7 @@ def test_the_best_on_validation_is_kept_taken_and_named(task, tmp_path, monkeypa
     assert len(marks) == 4 and len(set(marks)) > 1
     best = max(range(4), key=lambda i: marks[i]) + 1  # the first of equals: a later one has to be better
     assert (out / f"checkpoint-{best}").is_dir()
-    message = capsys.readouterr().out.strip().splitlines()[-1]
+    message = capsys.readouterr().out.strip().splitlines()[-2]
     assert message == f"result: the best on validation, checkpoint-{best} (eval_greedy/early {max(marks):.4g})"
     assert (out / "model.safetensors").read_bytes() == (out / f"checkpoint-{best}/model.safetensors").read_bytes()
     if recipe == "ppo":
@@ -146,12 +146,12 @@ def test_the_last_step_is_said_to_be_the_last_and_the_best_is_spared(task, tmp_p
     marks = [line["eval_sample/letters"] for line in read_lines(out / "metrics.jsonl") if "eval_sample/letters" in line]
     best = max(range(4), key=lambda i: marks[i]) + 1
     assert best != 4 and (out / f"checkpoint-{best}").is_dir()
-    message = capsys.readouterr().out.strip().splitlines()[-1]
+    message = capsys.readouterr().out.strip().splitlines()[-2]
     kept = f"the best on validation is checkpoint-{best} (eval_sample/letters {max(marks):.4g})"
     assert message == f"result: the last step, 4; {kept}"
     unmeasured = tmp_path / "unmeasured"
     run_in_process(monkeypatch, recipe, *arguments(task, unmeasured, "--max_steps", 1))
-    assert capsys.readouterr().out.strip().splitlines()[-1] == "result: the last step, 1"
+    assert capsys.readouterr().out.strip().splitlines()[-2] == "result: the last step, 1"
 
 
 @pytest.mark.parametrize("saving", [["--save_strategy", "no"], ["--save_steps", 4]], ids=str)
@@ -161,7 +161,7 @@ def test_a_run_whose_best_was_not_saved_ends_well_and_says_so(task, tmp_path, mo
     run_in_process(monkeypatch, "grpo", *arguments(task, out, *more))
     marks = [line["eval_sample/letters"] for line in read_lines(out / "metrics.jsonl") if "eval_sample/letters" in line]
     assert marks.index(max(marks)) < 3  # the first of equals is the best: of its step there is no checkpoint
-    message = capsys.readouterr().out.strip().splitlines()[-1]
+    message = capsys.readouterr().out.strip().splitlines()[-2]
     best = f"the best on validation was not saved (eval_sample/letters {max(marks):.4g})"
     assert message == f"result: the last step, 4; {best}: evaluate where you save"
 

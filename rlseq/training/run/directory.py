@@ -1,6 +1,6 @@
 """The run directory: claimed by one run at a time, never overwritten unasked, continued without duplicates.
 
-config.yaml  metrics.jsonl  rollouts/*.jsonl  rollouts.html  checkpoint-N/  evaluation/  curves.png
+config.yaml  metrics.jsonl  rollouts/*.jsonl  rollouts.html  checkpoint-N/  evaluation/  curves.png  reloaded.json
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class RunDirectory:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def reloaded(self) -> Path:
+        return self.path / "reloaded.json"
 
     @property
     def curves(self) -> Path:
