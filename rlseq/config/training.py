@@ -90,6 +90,7 @@ class SFTConfig(DefaultsMixin, trl.SFTConfig):
         validate(self)
 
 
+_POLICY_GRADIENT = Need("objective policy_gradient", lambda config: config.objective == "policy_gradient")
 _MINIMUM_RISK = Need("objective minimum_risk", lambda config: config.objective == "minimum_risk")
 
 
@@ -144,6 +145,34 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
             ),
         ),
     )
+    advantage: str | None = setting(
+        None,
+        "Own advantages, path/to/file.py:function or package.module:function: a function of the rewards of the step, "
+        "(prompts, samples), NaN where abstained, in place of advantage_baseline and scale_rewards.",
+        metavar="FILE.py:FUNCTION",
+        conflicts=Conflict(
+            "takes the place of advantage_baseline, scale_rewards and multi_objective_aggregation: leave these out.",
+            lambda config: (
+                (config.advantage_baseline, config.multi_objective_aggregation) != ("mean", "sum_then_normalize")
+                or config.scale_rewards not in ("group", True)
+            ),
+        ),
+        needs=_POLICY_GRADIENT,
+    )
+    policy_loss: str | None = setting(
+        None,
+        "Own loss of the tokens, path/to/file.py:function or package.module:function: a function of log-probs, old "
+        "log-probs, advantages and mask, (rows, tokens) each; loss_type says how it becomes one number.",
+        metavar="FILE.py:FUNCTION",
+        conflicts=(
+            Conflict(
+                "takes the place of the clipped surrogate, and loss_type {loss_type} is a loss of its own: give "
+                "grpo, dr_grpo, dapo, bnpo or luspo, which say how the tokens' losses become one number.",
+                lambda config: config.loss_type in inherited.WHOLE_LOSSES,
+            ),
+        ),
+        needs=_POLICY_GRADIENT,
+    )
     scale_rewards: str = setting(
         "group",
         "What divides an advantage: the standard deviation of the group's rewards (group) or of the batch's (batch), "
@@ -156,7 +185,8 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
         range=at_least(0),
         conflicts=Conflict(
             "compares the samples of a prompt, by rlseq's sampler: it goes with objective policy_gradient and "
-            "advantage_baseline mean or leave_one_out, and without vLLM, continuous batching, tools and environment.",
+            "advantage_baseline mean or leave_one_out or an own advantage, and without vLLM, continuous batching, "
+            "tools and environment.",
             lambda config: config.resample_equal_groups and not config.can_resample,
         ),
     )
@@ -224,6 +254,12 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
         return self.use_vllm or self.use_transformers_continuous_batching or not self.rlseq_sampler
 
     @property
+    def named_functions(self) -> list[str]:
+        """Functions and classes beside rewards that the run calls, as they are named."""
+        single = (self.environment, self.advantage, self.policy_loss)
+        return [*(self.tools or []), *(spec for spec in single if spec)]
+
+    @property
     def uses_references(self) -> bool:
         """Whether the loss needs the references' log-probs."""
         mixed = self.reference_loss_coef != 0 or self.minimum_risk_references
@@ -233,7 +269,7 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
     def counts_equal_groups(self) -> bool:
         """Whether a group whose rewards are all equal teaches nothing."""
         scaled = self.objective == "policy_gradient" and self.scale_rewards == "group" and self.num_generations > 1
-        return self.needs_group or scaled
+        return self.needs_group or (scaled and self.advantage is None)
 
     @property
     def scores_references(self) -> bool:
@@ -244,13 +280,13 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
     def needs_group(self) -> bool:
         """Whether a prompt needs several samples: they are compared with each other."""
         if self.objective == "policy_gradient":
-            return self.advantage_baseline in ("mean", "leave_one_out")
+            return self.advantage is None and self.advantage_baseline in ("mean", "leave_one_out")
         return self.objective == "minimum_risk" and not self.minimum_risk_references
 
     @property
     def can_resample(self) -> bool:
         """Whether groups can give way to others."""
-        compared = self.objective == "policy_gradient" and self.needs_group
+        compared = self.objective == "policy_gradient" and (self.needs_group or self.advantage is not None)
         return compared and not (self.sampled_by_trl or self.tools or self.environment)
 
     def __post_init__(self) -> None:

@@ -50,6 +50,7 @@ from rlseq.training.run.recipe import Task, finish, load_task, prompt_options, s
 from rlseq.training.trl.arguments import check_init_kwargs
 from rlseq.training.trl.publish import publish
 from rlseq.training.trl.tracking import log_contrast
+from rlseq.training.update.own_functions import check_own_functions
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def prepare(
         RlseqError: it says what was given, what was expected and what to do.
     """
     check_init_kwargs(config)
+    check_own_functions(config)
     during = config.eval_strategy != "no"
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
     if config.group_column is not None:

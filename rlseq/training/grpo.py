@@ -64,6 +64,7 @@ from rlseq.training.trl.rollout_trainer import RolloutTrainer
 from rlseq.training.trl.tracking import Tracking
 from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.training.update.group_advantages import GroupAdvantages
+from rlseq.training.update.own_functions import check_own_functions
 from rlseq.types import Prompt
 
 
@@ -139,6 +140,7 @@ class GRPOTrainer(RolloutTrainer):
         )
         suite = suite_of(reward_funcs, args)
         check_group_rewards(args, suite)
+        check_own_functions(args)
         model = model_of(model, args)
         tokenizer = tokenizer_of(processing_class, model, args)
         self.stop_strings = StopStrings(args.stop_strings or (), tokenizer)

@@ -11,6 +11,7 @@ from rlseq.config.fields import FROM_0_BELOW_1, Conflict, Need, OneOf, at_least,
 from rlseq.engine.model.load import is_adapter
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
+WHOLE_LOSSES = ("cispo", "sapo", "vespo")  # of a token too; the others differ in how tokens become one number
 EXACT_OBJECTIVES = ("expected_accuracy", "max_rl")  # computed from references alone, without rollouts
 
 # What TRL, transformers and torch would refuse late, by a traceback, or not at all.
@@ -83,6 +84,10 @@ OF_ROLLOUTS: Needs = (
             *("off_policy_mask_threshold", "mask_truncated_completions"),
         ),
         Need("objective policy_gradient", lambda c: c.objective == "policy_gradient"),
+    ),
+    (
+        ("epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+        Need("rlseq's own losses (policy_loss has its own ratio and clip)", lambda c: c.policy_loss is None),
     ),
     (("pad_to_multiple_of",), Need("updates are packed, not padded as TRL pads them")),
     (("vllm_",), Need("use_vllm", lambda c: c.use_vllm)),
@@ -234,7 +239,7 @@ CONFLICTS_OF_ROLLOUTS: Conflicts = (
 )
 _OF_GRPO = Conflict("is of recipes/grpo.py: PPO's advantages are against its critic. Leave it out.")
 CONFLICTS_OF_PPO: Conflicts = (
-    (("objective", "advantage_baseline"), _OF_GRPO),
+    (("objective", "advantage_baseline", "advantage"), _OF_GRPO),
     *CONFLICTS_OF_ROLLOUTS,
     (
         ("multi_objective_aggregation",),

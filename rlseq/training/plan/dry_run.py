@@ -177,8 +177,12 @@ def describe_rollouts(config: Any, run: RunArguments, model_args: ModelArguments
     size = size_of_run(config, model_args)
     plan = plan_rollouts(config, task.prompts, PartialState().num_processes, task.tokenizer)
     cached = plan.generations_a_process * plan.longest
-    sizes = _describe(config, run, model_args, size, plan, cached, task.shared)
-    return sizes if config.think_end is None else f"{sizes}\n  {_describe_thoughts(config.think_end, task)}"
+    lines = [_describe(config, run, model_args, size, plan, cached, task.shared)]
+    if config.think_end is not None:
+        lines.append(f"  {_describe_thoughts(config.think_end, task)}")
+    own = {name: getattr(config, name) for name in ("advantage", "policy_loss")}
+    lines += [f"  {name} {spec}: tried on a small batch" for name, spec in own.items() if spec]
+    return "\n".join(lines)
 
 
 def size_of_run(config: Any, model_args: ModelArguments) -> ModelSize:

@@ -174,7 +174,7 @@ def task_inputs(task: Task, data: DataArguments, config: Any) -> dict[str, Any]:
             "training rows": [(p.prompt, p.prompt_ids, p.columns) for p in task.prompts],
             "evaluation rows": task.eval_rows,
         },
-        [*(config.tools or []), *([config.environment] if config.environment else [])],
+        config.named_functions,
         data.rendering(),
     )
 

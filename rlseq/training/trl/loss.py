@@ -72,7 +72,7 @@ class MicroBatchLoss:
         more = (self.kl_coef, trainer._entropy_bonus_enabled, trainer.aux_loss_enabled, self.asks_values)
         if args.objective != "policy_gradient" or args.uses_references or any(more):
             return None
-        if trainer.top_entropy_quantile < 1.0 or not trainer.model.training:
+        if trainer.top_entropy_quantile < 1.0 or args.policy_loss is not None or not trainer.model.training:
             return None
         teaches = batch.advantages != 0
         teaches = teaches if teaches.ndim == 1 else teaches.any(1)

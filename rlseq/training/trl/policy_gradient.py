@@ -30,6 +30,7 @@ from rlseq.losses import (
 from rlseq.training.rollouts import MicroBatch
 from rlseq.training.trl.metrics import TrainingMetrics
 from rlseq.training.update.forward import Scores
+from rlseq.training.update.own_functions import OwnPolicyLoss
 
 
 def accumulation(trainer: Any) -> int:
@@ -56,6 +57,7 @@ class PolicyGradient:
     def __init__(self, trainer: Any, metrics: TrainingMetrics):
         self.trainer = trainer
         self.metrics = metrics
+        self.own = None if trainer.args.policy_loss is None else OwnPolicyLoss(trainer.args.policy_loss)
 
     def loss(self, scores: Scores, batch: MicroBatch, *, kl_coef: float) -> Tensor:
         """The loss of a micro-batch, divided by those that make up an optimizer step.
@@ -103,6 +105,8 @@ class PolicyGradient:
         """The loss of each token, (B, T), and what the log says of the ratios, (B, T) or (B, 1)."""
         trainer, args, mask, advantages = self.trainer, self.trainer.args, batch.mask, batch.advantages
         common, level = (logprobs, old, advantages, mask), trainer.importance_sampling_level
+        if self.own is not None:
+            return self.own.of(*common), {}
         if trainer.loss_type == "sapo":
             temperatures = {name: getattr(args, f"sapo_{name}") for name in ("temperature_pos", "temperature_neg")}
             return sapo(*common, **temperatures, level=level), {}
@@ -169,7 +173,7 @@ class PolicyGradient:
         totals, counts = accelerator.reduce(torch.stack(sums).view(-1, 2), reduction="sum").unbind(1)
         for name, mean in zip(series, (totals / counts.clamp(min=1.0)).tolist(), strict=True):
             metrics[name].append(mean)
-        if self.trainer.loss_type not in CLIPPED:
+        if self.trainer.loss_type not in CLIPPED or self.own is not None:
             return
         shares = [_share_by_sequence(series[f"clip_ratio/{side}_mean"], mask) for side in ("low", "high")]
         low, high = accelerator.gather(torch.stack(shares, dim=1)).unbind(1)

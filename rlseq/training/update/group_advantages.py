@@ -9,6 +9,7 @@ from torch import Tensor
 from rlseq.errors import TrainingError
 from rlseq.losses import group_advantages, normalize_then_sum
 from rlseq.training.rollouts import RolloutBatch
+from rlseq.training.update.own_functions import OwnAdvantage
 
 NAN = float("nan")
 SCALES = {"group": "std", "batch": "batch", "mean": "mean", "none": "none"}
@@ -18,16 +19,19 @@ class GroupAdvantages:
     """Of the total that is optimised; an abstention has none, and counts in no baseline.
 
     Args:
-        trainer: with the settings: baseline, scale, and how several rewards become one.
+        trainer: with the settings: baseline, scale, and how several rewards become one, or a function of the user's.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.own = None if trainer.args.advantage is None else OwnAdvantage(trainer.args.advantage)
 
     def of(self, batch: RolloutBatch, values: Tensor) -> dict[str, Tensor]:
         """One per rollout; arguments as `rlseq.training.trl.batch.batches.Advantages` says."""
         trainer, groups = self.trainer, batch.groups  # (P, G)
-        if trainer.multi_objective_aggregation == "normalize_then_sum":
+        if self.own is not None:
+            advantages = self.own.of(groups)
+        elif trainer.multi_objective_aggregation == "normalize_then_sum":
             advantages = normalize_then_sum(values.view(*groups.shape, -1), trainer.reward_weights)
         else:
             if trainer.scale_rewards == "mean" and (groups < 0).any():
