@@ -33,6 +33,21 @@ class ThinkEnd:
         end = self._strings.end(ids)
         return (len(ids), False) if end is None else (end, True)
 
+    def answer_start(self, ids: Sequence[int]) -> int | None:
+        """Where in T token ids the answer starts: behind the thought and the tokens of whitespace after it.
+
+        None: the thought was never closed, or text of the answer stands in the token that closes it.
+        """
+        end, closed = self.length(ids)
+        if not closed or self._decode(ids[:end]).partition(self.text)[2].strip():
+            return None
+        while end < len(ids) and (text := self._decode(ids[end : end + 1])) and not text.strip():
+            end += 1
+        return end
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
 
 def check_ends(stop_strings: Sequence[str] | None, think_end: str | None, tokenizer: Any) -> None:
     """Refuse texts that end completions and thoughts, and that no completion's text can hold.

@@ -12,7 +12,13 @@ import numpy as np
 from rlseq.engine.strategies import Greedy, parse_strategy
 from rlseq.evaluation.measure.checkpoint import ModelStatistics
 from rlseq.evaluation.measure.references import agreement, sampled_and_exact
-from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, LIKELIHOOD_METRICS, Metric
+from rlseq.evaluation.metrics import (
+    CHANCE_METRICS,
+    COMPLETION_METRICS,
+    LIKELIHOOD_METRICS,
+    THOUGHT_METRICS,
+    Metric,
+)
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.results.primary import Primary
 from rlseq.evaluation.settings import ContrastSettings
@@ -48,10 +54,11 @@ class _CorpusAggregate:
         return np.where(sums[..., -1] > 0, value, np.nan)
 
 
-def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, Metric]:
+def quality_metrics(suite: RewardSuite, *, with_references: bool, with_thoughts: bool = False) -> dict[str, Metric]:
     """The quality metrics: each reward's mean, the corpus aggregates, then what is measured of any completion.
 
-    Without references there is none that needs them; `metrics_under` says which of them a strategy has.
+    Without references there is none that needs them, and without thoughts none of those; `metrics_under` says which of
+    them a strategy has.
     """
     metrics: dict[str, Metric] = {}
     names = Names.of(suite)
@@ -80,7 +87,7 @@ def quality_metrics(suite: RewardSuite, *, with_references: bool) -> dict[str, M
             table="shape" if corpus.higher_is_better is None else "quality",
             counted=Pair(count, COMPLETION("samples")),
         )
-    built_in = COMPLETION_METRICS | CHANCE_METRICS
+    built_in = COMPLETION_METRICS | (THOUGHT_METRICS if with_thoughts else {}) | CHANCE_METRICS
     return metrics | {name: m for name, m in built_in.items() if with_references or not m.needs_references}
 
 

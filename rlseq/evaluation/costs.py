@@ -15,6 +15,7 @@ from rlseq.evaluation.studies.table import STUDIES, studied_rows
 from rlseq.types import Prompt
 
 LIKELIHOOD = "likelihood of references"
+BEHIND_THOUGHTS = "references behind thoughts"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Cost:
 def costs(
     settings: ContrastSettings, prompts: Sequence[Prompt], tuning_prompts: Sequence[Prompt] = ()
 ) -> dict[str, Cost]:
-    """By part its cost for one model on these rows: likelihood, tuning, strategies, studies."""
+    """By part its cost for one model on these rows: likelihood, tuning, strategies, thoughts, studies."""
     rows, parts = len(prompts), {LIKELIHOOD: Cost(0, _references(prompts))}
     if tuning_prompts:
         members = {one.spec: one for s in settings.parsed() if len(s.members) > 1 for one in s.members}
@@ -44,6 +45,9 @@ def costs(
         parts[strategy.spec] = max(
             (strategy_cost(one, rows, settings) for one in strategy.members), key=lambda cost: cost.completions
         )
+    if settings.think_end is not None:
+        kept = sum(settings.samples_per_row if s.is_stochastic else 1 for s in settings.parsed())
+        parts[BEHIND_THOUGHTS] = Cost(0, kept * _references(prompts))
     for name in settings.studies:
         studied = prompts[: studied_rows(name, range(rows), settings)]
         parts[f"study {name}"] = Cost(*STUDIES[name].cost(len(studied), _references(studied), settings))

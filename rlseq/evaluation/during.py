@@ -45,8 +45,9 @@ class ValidationEvaluator:
     * under each strategy S of `greedy` and `sample` (ancestral): `S/reward`, the mean total of the optimised rewards;
       `S/NAME`, each reward's mean, optimised or only measured; `S/METRIC`, each corpus metric, such as `per` and
       `wer`; `S/length` (tokens), `S/truncated` (share cut at the limit), `S/logprob` (nats, of a completion),
-      `S/repetition` (share of repeated 4-grams), and with references `S/exact_match` and `S/length_ratio`. As in a
-      contrast, a reward or corpus metric whose name another number has is `S/reward/NAME` or `S/corpus/NAME`;
+      `S/repetition` (share of repeated 4-grams), with references `S/exact_match` and `S/length_ratio`, and with
+      `think_end` the metrics of thoughts (docs/thoughts.md). As in a contrast, a reward or corpus metric whose name
+      another number has is `S/reward/NAME` or `S/corpus/NAME`;
     * `S/NAME/failed`, the share of completions a reward failed on, only where it did;
     * `S/METRIC/present`, the share of completions whose details a corpus metric is of, only where some lack them.
 
@@ -114,7 +115,8 @@ class ValidationEvaluator:
         self.best = f"greedy/{series[[*names, *suite.names][0]]}"
         references = any(prompt.columns.get("references") for prompt in self.prompts)
         self._likelihood = {metric.name: metric for metric in (NLL, EXPECTED_ACCURACY)} if references else {}
-        quality = quality_metrics(self.suite, with_references=references)
+        thinks = think_end is not None
+        quality = quality_metrics(self.suite, with_references=references, with_thoughts=thinks)
         self._quality = {name: m for name, m in quality.items() if not m.sampled}  # expected_accuracy says it already
         self.metrics: dict[str, bool | None] = {name: m.higher_is_better for name, m in self._likelihood.items()}
         for strategy in STRATEGIES:

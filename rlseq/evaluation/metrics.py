@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, Pair, Statistic
+from rlseq.evaluation.statistics import CHANCE, COMPLETION, LIKELIHOOD, THOUGHT, Pair, Statistic
 from rlseq.evaluation.stats.estimators import ExpRatioOfSums, RatioOfSums
 
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -270,4 +270,45 @@ UNREACHABLE = (
 )
 CHANCE_METRICS = _by_name(SAMPLED_ACCURACY, *UNREACHABLE)
 
-BUILT_IN = LIKELIHOOD_METRICS | COMPLETION_METRICS | CHANCE_METRICS
+# What is measured of thoughts, where a text ends them (--think_end).
+_FORCED = Pair(THOUGHT("forced"), THOUGHT("with_references"))
+THOUGHT_METRICS = _by_name(
+    Metric(
+        "sequence_logprob_after_thought",
+        "Reference log-prob after own thought",
+        Pair(THOUGHT("reference_logprob"), THOUGHT("references")),
+        "mean log-prob of a whole reference behind a thought that the model generated (nats)",
+        True,
+        counted=_FORCED,
+        needs_references=True,
+    ),
+    Metric(
+        "nll_per_token_after_thought",
+        "Reference NLL per token after own thought",
+        Pair(THOUGHT("reference_nll"), THOUGHT("reference_tokens")),
+        "mean next-token loss over the references behind thoughts that the model generated, stop included (nats)",
+        False,
+        counted=_FORCED,
+        needs_references=True,
+    ),
+    Metric(
+        "thought_length",
+        "Thought length",
+        Pair(THOUGHT("length"), THOUGHT("samples")),
+        "mean tokens of a thought, its end included; of one that was never closed, all of the completion",
+        None,
+        table="shape",
+    ),
+    Metric(
+        "thought_unclosed",
+        "Thoughts never closed",
+        Pair(THOUGHT("unclosed"), THOUGHT("samples")),
+        "share of completions whose thought was never closed, which have no answer",
+        False,
+        percent=True,
+        table="shape",
+        fault=True,
+    ),
+)
+
+BUILT_IN = LIKELIHOOD_METRICS | COMPLETION_METRICS | THOUGHT_METRICS | CHANCE_METRICS

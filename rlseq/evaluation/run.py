@@ -212,7 +212,8 @@ def assemble(
         data_name: what the results call the data.
     """
     with_references = any(any(statistics.likelihood) for statistics in found.values())
-    metrics = quality_metrics(suite, with_references=with_references)
+    thinks = settings.think_end is not None
+    metrics = quality_metrics(suite, with_references=with_references, with_thoughts=thinks)
     primary = primary_comparison(settings, list(methods(found)))
     clusters = clusters_of(settings.cluster_column, prompts)
     resampled = summed(found, clusters)

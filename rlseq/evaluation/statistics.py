@@ -19,7 +19,7 @@ class Statistic:
     """The key of a number that is kept for each row, to be summed over rows.
 
     Attributes:
-        source: what measures it: likelihood, completion, chance, agreement, reward, corpus, document, or a
+        source: what measures it: likelihood, completion, thought, chance, agreement, reward, corpus, document, or a
             study's name.
         name: what is counted or summed; like `source` it is one of rlseq's own words.
         params: what it is of: a reward's name as its user wrote it, a strategy, a number of samples.
@@ -57,6 +57,7 @@ class Source:
 
 LIKELIHOOD = Source("likelihood")  # of the references, by teacher forcing
 COMPLETION = Source("completion")  # of what a strategy generates
+THOUGHT = Source("thought")  # of what a strategy generates before an answer
 CHANCE = Source("chance")  # of what a strategy may generate, without sampling
 REWARD = Source("reward")  # ("sum", reward), ("count", reward), ("failed", reward)
 CORPUS = Source("corpus")  # ("sum", metric, statistic), ("count", metric)

@@ -62,7 +62,7 @@ def check_sweeps(settings: ContrastSettings, suite: RewardSuite) -> None:
 
 def tuning_metric(settings: ContrastSettings, sweep: Sweep, suite: RewardSuite) -> tuple[str, Metric]:
     """The metric that a sweep is tuned by: that of the primary comparison if it is of it, else the first reward's."""
-    metrics = quality_metrics(suite, with_references=True)
+    metrics = quality_metrics(suite, with_references=True, with_thoughts=settings.think_end is not None)
     name = next(iter(metrics))
     primary = Primary.of(settings)
     if primary and sweep.spec in (primary.spec, primary.spec_against):

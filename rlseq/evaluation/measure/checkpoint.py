@@ -26,6 +26,7 @@ from rlseq.engine.likelihood import TeacherForced
 from rlseq.engine.sampling import stop_ids_of
 from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.strategies import Greedy, Sample, Strategy
+from rlseq.engine.thoughts import ThinkEnd
 from rlseq.evaluation.costs import completions_bar, strategy_cost
 from rlseq.evaluation.measure.checks import check_answers
 from rlseq.evaluation.measure.decode import decode_by_settings
@@ -48,6 +49,7 @@ from rlseq.evaluation.measure.references import (
     likelihood_rows,
     near_tie_of,
 )
+from rlseq.evaluation.measure.thoughts import thought_rows
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.statistics import COMPLETION, LIKELIHOOD, RowStatistics, rows_as_json, rows_from_json
 from rlseq.evaluation.studies.study import Context
@@ -250,6 +252,7 @@ def _measure_rows(
     texts = [reference_texts(prompt, tokenizer, stops) for prompt in prompts]
     references = [list(found) for found in texts]
     strings = StopStrings(settings.stop_strings or (), tokenizer)
+    think_end = ThinkEnd(settings.think_end, tokenizer)
     cut = [[strings.cuts(ids) for ids in found] for found in references]
     strategies = {strategy.spec: tuned.get(strategy.spec, strategy) for strategy in settings.parsed()}
 
@@ -269,6 +272,11 @@ def _measure_rows(
             progress=lambda rows: progress(strategy_cost(strategy, rows, settings).completions),
         )
         statistics, table = quality_rows(prompts, groups, references, suite)
+        if think_end:
+            for mine, found in zip(
+                statistics, thought_rows(model, prompts, groups, references, think_end), strict=True
+            ):
+                mine |= found
         more: Sequence[RowStatistics] = []
         if isinstance(strategy, Sample):
             more = generation_rows(strategy, forced(), strategies.values(), settings.max_new_tokens, cut)

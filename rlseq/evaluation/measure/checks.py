@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlseq.data.chat import reference_ids
 from rlseq.data.groups import check_groups
 from rlseq.data.prompts import build_prompts
 from rlseq.doctor.check import FAILED, WARNING
+from rlseq.doctor.prompts import check_context
 from rlseq.doctor.static import load_configs, static_checks
 from rlseq.engine.model.auto_class import causal_class
 from rlseq.engine.thoughts import check_ends
@@ -65,6 +67,10 @@ def check_models(
             raise ModelError(f"cannot load model {name!r} from {str(path)!r}: {error}") from error
         options = {"generation_config": generation_config, "max_new_tokens": settings.max_new_tokens}
         results = static_checks(model_config, tokenizer, prompts, **options)
+        if settings.think_end is not None:  # a reference stands behind a thought that may be as long as a completion
+            known = [ids for prompt in prompts for ids in reference_ids(prompt, tokenizer, [tokenizer.eos_token_id])]
+            room = settings.max_new_tokens + max(map(len, known), default=0)
+            results.append(check_context(model_config, prompts, room, setting=None))
         failed = [r for r in results if r.status == FAILED and r.check in CHECKS]
         if failed:
             said = [f"model {name!r} ({path}) does not fit the data (`rlseq doctor` looks further)."]

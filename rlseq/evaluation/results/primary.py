@@ -10,7 +10,7 @@ from typing import Any
 
 from rlseq.engine.strategies import parse_strategy
 from rlseq.errors import ConfigError, did_you_mean
-from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, EXACT_MATCH
+from rlseq.evaluation.metrics import CHANCE_METRICS, COMPLETION_METRICS, EXACT_MATCH, THOUGHT_METRICS
 from rlseq.evaluation.names import Names
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.stats.holm import holm
@@ -69,7 +69,8 @@ def with_primary_name(settings: ContrastSettings, suite: RewardSuite) -> Contras
     primary = Primary.of(settings)
     if primary is None:
         return settings
-    name = Names.of(suite).find(primary.metric, [*COMPLETION_METRICS, *CHANCE_METRICS], "primary")
+    of_thoughts = THOUGHT_METRICS if settings.think_end is not None else ()
+    name = Names.of(suite).find(primary.metric, [*COMPLETION_METRICS, *of_thoughts, *CHANCE_METRICS], "primary")
     return dataclasses.replace(settings, primary=f"{name}:{primary.strategy}")
 
 

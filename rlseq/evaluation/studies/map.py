@@ -12,7 +12,7 @@ from rlseq.engine.exact_map import exact_map_prompts, validate_cache
 from rlseq.engine.strategies import LOGPROB, Beam, BestOf, Greedy, Strategy, parse_strategy
 from rlseq.errors import ConfigError
 from rlseq.evaluation.measure.quality import quality_rows
-from rlseq.evaluation.metrics import Metric
+from rlseq.evaluation.metrics import THOUGHT_METRICS, Metric
 from rlseq.evaluation.report import tables
 from rlseq.evaluation.statistics import Pair, RowStatistics, Source, Statistic, rows_matrix
 from rlseq.evaluation.stats.bootstrap import bootstrap_many
@@ -155,7 +155,7 @@ class MAP(Study):
         if not searched:
             return None
         found = {model: [rows[i] for i in searched] for model, rows in found.items()}
-        quality = {name: metric for name, metric in metrics.items() if not metric.sampled}
+        quality = {name: metric for name, metric in metrics.items() if not (metric.sampled or name in THOUGHT_METRICS)}
         return {
             "models": {model: map_results(rows, quality, settings) for model, rows in found.items()},
             "comparisons": _comparisons(found, _OF_MODES | quality, settings),
