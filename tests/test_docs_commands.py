@@ -133,7 +133,7 @@ def run(command: str, clone: Path, monkeypatch) -> None:
         if re.search(r"=[\d.]+/", command):  # a strategy whose numbers are chosen
             few["--tune_rows"] = "6"
         assert not main([*words[1:], *(word for pair in few.items() for word in pair)])
-    elif words[:2] in (["rlseq", "show"], ["rlseq", "browse"]):
+    elif words[:2] in (["rlseq", "show"], ["rlseq", "browse"], ["rlseq", "audit"]):
         with pytest.raises(SystemExit) as ended:  # nothing was trained here
             sys.exit(main(words[1:]))
         assert ended.value.code == 2

@@ -32,6 +32,7 @@ COMMANDS = {
     "reward": Command("rlseq.cli.reward", "List, check and try rewards; score rollouts again."),
     "doctor": Command("rlseq.cli.doctor", "Check a model and its tokenizer for reinforcement learning."),
     "difficulty": Command("rlseq.cli.difficulty", "Add a column to data: how often a model answers each row right."),
+    "audit": Command("rlseq.cli.audit", "Was the reward of a run hacked? Exit code 1 on an alarm."),
     "show": Command("rlseq.cli.show", "Show a run's rollouts: prompt, completions, rewards, advantages."),
     "browse": Command("rlseq.cli.browse", "Write a run's rollouts as one HTML page: filter, search, compare."),
 }

@@ -48,7 +48,7 @@ def run_compare(what: CompareArguments, data: LoggedRowsArguments, specs: Sequen
     """
     specs = bundled_paths({"spec": list(specs)})["spec"]
     think_end = think_end_of(what.rollouts, data)
-    with load_rewards([_counting_failures(spec) for spec in specs], max_error_rate=1.0, think_end=think_end) as suite:
+    with load_rewards([counting_failures(spec) for spec in specs], max_error_rate=1.0, think_end=think_end) as suite:
         logged = with_columns(suite, read_rollouts(what.rollouts), what.rollouts, data)
         table = score_by_step(suite, logged)
     _print_scores(table)
@@ -79,7 +79,7 @@ def run_compare(what: CompareArguments, data: LoggedRowsArguments, specs: Sequen
     return 0
 
 
-def _counting_failures(spec: Any) -> dict[str, Any]:
+def counting_failures(spec: Any) -> dict[str, Any]:
     """The spec with failures as what they are: `on_error` is for training, which needs a value or stops."""
     spec = parse_spec(spec)
     return {**(spec if isinstance(spec, dict) else {"func": spec}), "on_error": "abstain"}

@@ -12,6 +12,7 @@ from rlseq.config.arguments import (
     EvaluateArguments,
     EvaluationArguments,
     RejectionArguments,
+    RewardArguments,
     WeightedArguments,
 )
 from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
@@ -130,6 +131,23 @@ class CompareArguments(Settings):
     rollouts: Path = as_declared(ScoreArguments, "rollouts")
     limit: int = setting(10, "Show N rollouts on which the two differ; 0: all.", metavar="N", range=at_least(0))
     output: Path | None = setting(None, "Write the numbers to this JSON file.")
+
+
+@dataclass
+class AuditArguments(Settings):
+    """What `rlseq audit` compares the optimised reward with, and how it says what it found."""
+
+    _argument_group_name = "audit (rlseq)"
+
+    held_out_rewards: list[str | dict] | None = as_declared(
+        RewardArguments,
+        "reward_funcs",
+        default=None,
+        help="Rewards that the run was not trained on, named as for recipes/grpo.py; they score the logged rollouts. "
+        "Rewards that the run logged with weight 0 are held out too.",
+        conflicts=Conflict("names no reward; give one, or leave it out", lambda config: config.held_out_rewards == []),
+    )
+    json: bool = as_declared(DoctorArguments, "json")
 
 
 _REWARDS = Need("--reward_funcs, which score samples", lambda config: config.reward_funcs)

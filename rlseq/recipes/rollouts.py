@@ -23,7 +23,8 @@ from rlseq.config.training import (
 )
 from rlseq.data.groups import check_groups
 from rlseq.data.prompts import build_prompts
-from rlseq.evaluation.browser.page import FILE_NAME, SMALL, rollouts_at_most, write_page
+from rlseq.evaluation.audit import report as audit_report
+from rlseq.evaluation.browser import page as browser
 from rlseq.evaluation.costs import describe_costs
 from rlseq.evaluation.during import ValidationEvaluator, learning_warnings, measured_together
 from rlseq.evaluation.measure.checks import check_models
@@ -157,9 +158,17 @@ def train(trainer: Trainer, directory: RunDirectory, evaluator: ValidationEvalua
     ended = finish(trainer, directory, stop)
     if trainer.is_world_process_zero():
         write_curves(read_jsonl(directory.metrics, METRICS), directory.curves)
-        if rollouts_at_most(directory.path, SMALL):
-            write_page([directory.path], directory.path / FILE_NAME)
+        _look_at_rollouts(directory.path)
     return ended
+
+
+def _look_at_rollouts(run: Path) -> None:
+    """Write the page and the audit of a run with few rollouts; those that an earlier, shorter log left are removed."""
+    for name in (browser.FILE_NAME, audit_report.FILE_NAME):
+        (run / name).unlink(missing_ok=True)
+    if browser.rollouts_at_most(run, browser.SMALL):
+        browser.write_page([run], run / browser.FILE_NAME)
+        audit_report.write_audit(run)
 
 
 def check_reloaded(trainer: Trainer, directory: RunDirectory, model_args: ModelArguments) -> list[Reloaded]:

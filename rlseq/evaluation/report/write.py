@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from rlseq.common.escapes import visible
 from rlseq.common.tables import render_table, terminal_width
+from rlseq.evaluation.audit import report as audit_report
 from rlseq.evaluation.browser.page import FILE_NAME
 from rlseq.evaluation.metrics import CHANCE_METRICS, EXACT_MATCH, NLL, PASS_METRICS, TOKEN_LOGPROB
 from rlseq.evaluation.report import groups, plots, tables
@@ -56,6 +57,7 @@ def write_report(
     samples = list(samples)
     figures = _figures(results, samples, metrics or ())
     shown = [*groups.sections(results), *sections(results), *compression.sections(results)]
+    shown += audit_report.section(output_dir.absolute().parent)
     for section in shown:
         figures |= section.figures
     plots.write_svgs({name: svg for name, (_, svg) in figures.items()}, output_dir / "plots")

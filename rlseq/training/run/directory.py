@@ -1,6 +1,7 @@
 """The run directory: claimed by one run at a time, never overwritten unasked, continued without duplicates.
 
-config.yaml  metrics.jsonl  rollouts/*.jsonl  rollouts.html  checkpoint-N/  evaluation/  curves.png  reloaded.json
+config.yaml  metrics.jsonl  rollouts/*.jsonl  rollouts.html  audit.json  checkpoint-N/  evaluation/  curves.png
+reloaded.json
 """
 
 from __future__ import annotations
