@@ -27,14 +27,17 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
+from rlseq.config.training import ModelArguments
 from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Greedy, Sample
 from rlseq.errors import ConfigError, ModelError
+from rlseq.recipes.rollouts import check_reloaded
 from rlseq.training.averaging import WeightAverage
 from rlseq.training.critic import NAME, attach, build_critic
 from rlseq.training.run.checkpoints import find_defect
+from rlseq.training.run.directory import RunDirectory
 from rlseq.training.trl.sharding import whole_weights
 from rlseq.training.update.forward import forward
 
@@ -109,6 +112,10 @@ def run(kind, out, start, *, processes, resume=None):
             assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
             with pytest.raises(ConfigError, match="set it to 0 under FSDP"):
                 WeightAverage(trainer, 0.9)
+            trainer.save_model(str(out))
+            found = check_reloaded(trainer, RunDirectory(out), ModelArguments(str(start)))
+            assert [one.same for one in found] == [True] * trainer.accelerator.is_main_process
+            assert all(one.difference < 1e-5 and one.tokens > 8 for one in found)
         if trainer.accelerator.is_main_process:
             (out / "log.json").write_text(json.dumps(trainer.state.log_history))
 
