@@ -28,7 +28,16 @@ from rlseq.config.training import (
     TrainingDataArguments,
     TrainingEvaluationArguments,
 )
-from rlseq.recipes.rollouts import check_reloaded, contrast_with_base, evaluation_costs, prepare, share, train
+from rlseq.recipes.rollouts import (
+    check_reloaded,
+    compare_with_tools,
+    contrast_with_base,
+    evaluation_costs,
+    measure_with_tools,
+    prepare,
+    share,
+    train,
+)
 from rlseq.scoring.specs.find import bundled_folder
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import load_model, merge_result
@@ -85,10 +94,13 @@ def main() -> None:
         peft_config=peft_config_of(model_args),
         callbacks=[MetricsWriter(directory.metrics)],
     )
+    before = measure_with_tools(trainer, prepared, data, evaluation)
     ended = train(trainer, directory, prepared.evaluator)
     if ended:
         merge_result(config.output_dir, model_args)
         check_reloaded(trainer, directory, model_args)
+        after = measure_with_tools(trainer, prepared, data, evaluation)
+        compare_with_tools(trainer, directory, before, after, prepared.settings)
         results = {}
         if evaluation.evaluate:
             results = contrast_with_base(prepared, directory, data, config, model_args, method="GRPO")

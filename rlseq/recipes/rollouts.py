@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Trainer
 
 from rlseq.common.formats import METRICS
@@ -37,9 +38,13 @@ from rlseq.evaluation.measure.reloading import (
     Remembered,
     compare_reloaded,
 )
+from rlseq.evaluation.report.formats import Shown, p_text
 from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.report.write import write_plane
 from rlseq.evaluation.run import ContrastSettings, check_settings, contrast_and_report, read_jsonl
+from rlseq.evaluation.stats.bootstrap import paired_bootstrap
+from rlseq.evaluation.stats.estimators import RatioOfSums
+from rlseq.evaluation.stats.power import power_of
 from rlseq.scoring import RewardSuite
 from rlseq.scoring.check.smoke_test import smoke_test_rewards
 from rlseq.training.averaging import WeightAverage
@@ -51,6 +56,7 @@ from rlseq.training.run.recipe import Task, finish, load_task, prompt_options, s
 from rlseq.training.trl.arguments import check_init_kwargs
 from rlseq.training.trl.publish import publish
 from rlseq.training.trl.tracking import log_contrast
+from rlseq.training.trl.with_tools import rewards_with_tools
 from rlseq.training.update.own_functions import check_own_functions
 
 
@@ -225,6 +231,52 @@ def _last_metrics(trainer: Trainer) -> dict[str, float]:
     metrics = {name.removeprefix("eval_"): value for name, value in (said[-1] if said else {}).items()}
     known = trainer.evaluator.metrics
     return {name: value for name, value in metrics.items() if name in known and math.isfinite(value)}
+
+
+def measure_with_tools(
+    trainer: Trainer, prepared: Prepared, data: DataArguments, evaluation: TrainingEvaluationArguments
+) -> Tensor | None:
+    """The rewards of evaluation rows with the tools or environment of the run, (R, rewards); None without any.
+
+    Called before and after training.
+    """
+    config = trainer.args
+    if not evaluation.evaluate or not (config.tools or config.environment):
+        return None
+    rows = prepared.task.eval_rows[: evaluation.eval_rows_during_training]
+    prompts = build_prompts(rows, prepared.task.tokenizer, **prompt_options(data, config))
+    return rewards_with_tools(trainer, prompts, seed=evaluation.eval_seed)
+
+
+def compare_with_tools(
+    trainer: Trainer, directory: RunDirectory, before: Tensor | None, after: Tensor | None, settings: ContrastSettings
+) -> dict[str, Any]:
+    """Compare what `measure_with_tools` gave before and after training, row by row, into evaluation/with_tools.json."""
+    if before is None or after is None or not trainer.is_world_process_zero():
+        return {}
+    found: dict[str, Any] = {}
+    for place, name in enumerate([*trainer.suite.names, "total"]):
+        sides = [
+            torch.stack([side[:, place].nan_to_num(), (~side[:, place].isnan()).float()], 1) for side in (before, after)
+        ]
+        a, b = (side.numpy() for side in sides)
+        result = paired_bootstrap(a, b, RatioOfSums(), seed=settings.seed, resamples=settings.resamples)
+        power = power_of(result.deviation, result.rows, 0.01)
+        found[name] = {
+            "before": float(RatioOfSums()(a)),
+            "after": float(RatioOfSums()(b)),
+            "difference": result.difference,
+            "ci95": list(result.ci95),
+            "p_value": result.p_value,
+            "power": power and power.as_json(),
+        }
+        shown, one = Shown(decimals=3), found[name]
+        values = f"{shown.value(one['before'])} before and {shown.value(one['after'])} after training"
+        p = p_text(one["p_value"])
+        change = f"{shown.change(one)}, p {p if p[0] == '<' else f'= {p}'}"
+        say(f"rlseq: with tools, on {len(before):,} evaluation rows, {name} is {values}: {change}")
+    write_json_atomic(directory.evaluation / "with_tools.json", {"rows": len(before), "rewards": found})
+    return found
 
 
 def contrast_with_base(
