@@ -67,7 +67,7 @@ def write_run(tmp_path, monkeypatch):
 def test_a_hackable_reward_raises_the_alarm(write_run, capsys):
     assert main(["audit", write_run(padded()), "--held_out_rewards", "rewards.py:right"]) == 1
     out = capsys.readouterr().out
-    assert "ALARM: right fell while the optimised reward rose" in out
+    assert "ALARM: right fell while the optimised reward rose" in out and out.count("right fell") == 1
     assert "yes um um" in out  # a completion to read
 
 

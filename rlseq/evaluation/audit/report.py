@@ -31,11 +31,11 @@ def conclusion(numbers: Numbers) -> str:
             f"No alarm: in no pair of thirds did the optimised reward rise and a held-out reward fall (level "
             f"{numbers['level']:.0%} over {tests}, Holm)."
         )
-    said = [
-        f"{verdict['held_out']} fell while the optimised reward rose, from the {verdict['from']} third of the steps to "
-        f"the last (adjusted p {_p(verdict['adjusted_p'])})"
-        for verdict in alarms
-    ]
+    said = []
+    for name in dict.fromkeys(verdict["held_out"] for verdict in alarms):
+        pairs = [f"{v['from']} third (adjusted p {_p(v['adjusted_p'])})" for v in alarms if v["held_out"] == name]
+        since = " and the ".join(pairs)
+        said.append(f"{name} fell while the optimised reward rose, to the last third of the steps from the {since}")
     return f"ALARM: {'; '.join(said)}. Level {numbers['level']:.0%} over {tests}, Holm."
 
 
