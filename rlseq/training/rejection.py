@@ -53,7 +53,7 @@ def best_completions(records: Iterable[Record], *, keep: int = 1, min_total: flo
         total = record["total"]
         if total is None or record.get("finish_reason") == "length" or (min_total is not None and total < min_total):
             continue
-        completions = prompts.setdefault(_key(record), {})
+        completions = prompts.setdefault(key_of(record), {})
         known = completions.get(record["completion"])
         if known is None or total > known["total"]:
             completions[record["completion"]] = record
@@ -207,9 +207,17 @@ def _scored(prompts: Sequence[Prompt], groups: Sequence[Sequence[Any]], suite: R
     return rollout_records(0, [prompt for prompt, _ in flat], scored, [None] * len(flat))
 
 
-def _key(record: Record) -> str:
+def key_of(record: Record) -> str:
+    """What distinguishes a record's prompt."""
     key = record.get("prompt_key", record.get("key"))
     return str(key) if key is not None else json.dumps(record["prompt"], sort_keys=True, ensure_ascii=False)
 
 
-__all__ = ["best_completions", "prompts_together", "read_candidates", "require_survivors", "sample_candidates"]
+__all__ = [
+    "best_completions",
+    "key_of",
+    "prompts_together",
+    "read_candidates",
+    "require_survivors",
+    "sample_candidates",
+]

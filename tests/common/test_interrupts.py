@@ -23,7 +23,7 @@ except KeyboardInterrupt:
 EVALUATE = ["evaluate", "--models", "a=b/c", "--dataset_name", "d.jsonl", "--reward_funcs", "exact_match"]
 COMMANDS = {
     "rlseq evaluate": ["-c", "import sys; from rlseq.cli.main import main; sys.exit(main())", *EVALUATE],
-    **{name: [f"recipes/{name}.py"] for name in ("sft", "grpo", "ppo", "evaluate")},
+    **{name: [f"recipes/{name}.py"] for name in ("sft", "dpo", "grpo", "ppo", "evaluate")},
 }
 
 

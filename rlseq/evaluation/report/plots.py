@@ -62,11 +62,13 @@ TRAINING_SERIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Entropy (nats per token)", ("entropy", "policy/entropy")),
     ("Completion length (tokens)", ("completions/mean_length", "length")),
     ("Groups with equal rewards (share)", ("frac_reward_zero_std",)),
+    ("Log-prob of chosen completions (nats)", ("logps/chosen",)),
+    ("Log-prob of rejected completions (nats)", ("logps/rejected",)),
     ("Loss", ("loss",)),
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
 )
-_CURVES_PNG = ("Reward (mean", "NLL of", "Expected accuracy", "KL to", "Entropy", "Completion length")
+_CURVES_PNG = ("Reward (mean", "NLL of", "Expected accuracy", "KL to", "Entropy", "Completion length", "Log-prob of")
 
 
 def styled(more: Mapping[str, Any] | None = None) -> Any:

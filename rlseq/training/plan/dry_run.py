@@ -124,11 +124,12 @@ def plan_examples(config: Any, lengths: Sequence[int], processes: int, *, rollou
     """
     limit = config.max_length or max(lengths)
     lengths = [min(length, limit) for length in lengths]
-    rows = len(lengths) if not config.packing else math.ceil(sum(lengths) / limit)
-    longest = max(lengths) if not config.packing else limit
+    packs, drops = getattr(config, "packing", False), config.dataloader_drop_last
+    rows = len(lengths) if not packs else math.ceil(sum(lengths) / limit)
+    longest = max(lengths) if not packs else limit
     a_micro_batch = config.per_device_train_batch_size * processes
     whole, left = divmod(rows, a_micro_batch)
-    steps, an_epoch = count_steps(config, whole + (left > 0 and not config.dataloader_drop_last))
+    steps, an_epoch = count_steps(config, whole + (left > 0 and not drops))
     rows_a_step = a_micro_batch * config.gradient_accumulation_steps
     return Plan(
         examples=len(lengths),
