@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from rlseq.engine.decoding.shared_heads import compute_heads, find_heads, read_only, serves
 from rlseq.engine.model.info import attention_of, eval_mode, uncompiled, vocabulary_of
 from rlseq.engine.packed.logits import head_is_separate, logits_at
 from rlseq.engine.packed.packing import PackedBatch, pack, pad, rows_of_group
@@ -225,9 +227,10 @@ def _score(
                     dtype=parameter.dtype,
                     attention=attention_of(model),
                 )
+                pasts: list[DynamicCache | None] = [None] * len(models)
             else:
-                batch = pad(prompts, [c for (c,) in completions], pad_id=0, device=parameter.device)
-            tokens = _score_batch(models, batch, measure, whole)
+                batch, pasts = _padded(models, prompts, [c for (c,) in completions], parameter.device)
+            tokens = _score_batch(models, batch, measure, whole, pasts)
             for index, values in zip(members, tokens.split(batch.lengths), strict=True):
                 scores[index] = values.clone()  # a view would keep the whole batch alive
             done += len(members)
@@ -283,7 +286,32 @@ def _batches(units: list[_Unit], batch_tokens: int) -> Iterator[list[_Unit]]:
         start += rows
 
 
-def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Measure, whole: Sequence[bool]) -> Tensor:
+def _padded(
+    models: Sequence[nn.Module], prompts: Sequence, completions: Sequence, device: torch.device
+) -> tuple[PackedBatch, list[DynamicCache | None]]:
+    """One sequence a row, without what many prompts begin with; and of that the keys and values in each model."""
+    heads = find_heads(prompts) if all(map(serves, models)) else None
+    if heads is None:
+        return pad(prompts, completions, pad_id=0, device=device), [None] * len(models)
+    lengths = heads.lengths
+    rests = [prompt[length:] for prompt, length in zip(prompts, lengths.tolist(), strict=True)]
+    batch = pad(rests, completions, pad_id=0, device=device)
+    computed = [compute_heads(model, heads) for model in models]
+    position_ids = batch.position_ids + torch.from_numpy(lengths).to(device)[:, None]
+    mask = torch.cat([computed[0][1], batch.attention_mask], dim=1)
+    return (
+        replace(batch, position_ids=position_ids, attention_mask=mask),
+        [read_only(cache, heads) for cache, _ in computed],
+    )
+
+
+def _score_batch(
+    models: Sequence[nn.Module],
+    batch: PackedBatch,
+    measure: _Measure,
+    whole: Sequence[bool],
+    pasts: Sequence[DynamicCache | None],
+) -> Tensor:
     """What is measured of the batch's N completion tokens, (N,) or (N, K)."""
     width = batch.input_ids.shape[1]
     # Completions with a common prefix share places: each is projected once.
@@ -291,6 +319,7 @@ def _score_batch(models: Sequence[nn.Module], batch: PackedBatch, measure: _Meas
     labels = batch.input_ids.flatten()[places]
     step = max(1, _CHUNK_LOGITS // vocabulary_of(models[0]))
     before = places - 1
-    logits = [logits_at(model, batch, before, alone, step) for model, alone in zip(models, whole, strict=True)]
+    each = zip(models, whole, pasts, strict=True)
+    logits = [logits_at(model, batch, before, alone, step, past) for model, alone, past in each]
     parts = zip(labels.split(step), *logits, strict=True)
     return torch.cat([measure(first, targets, *others) for targets, first, *others in parts])[place_of]

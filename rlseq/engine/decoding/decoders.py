@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlseq.engine.decoding.kv_cache import preallocate, rearrange
 from rlseq.engine.decoding.prefix_attention import Groups, SharedPrefixLayer, take_over_sdpa
+from rlseq.engine.decoding.shared_heads import compute_heads, copy_rows, find_heads, padded_left, serves
 from rlseq.engine.model.info import attention_of, base_of, forward_parameters
 from rlseq.errors import ModelError
 
@@ -43,6 +44,8 @@ class Decoder(Protocol):
 class CachedDecoder:
     """All prefixes in one batch with a KV cache; prefixes of different lengths are padded on the left.
 
+    What many of them begin with is computed once (`rlseq.engine.decoding.shared_heads`).
+
     Args:
         model: takes `past_key_values`, or `cache_params` as state-space models do.
         prefixes: U lists of token ids.
@@ -56,18 +59,21 @@ class CachedDecoder:
         self.device = next(model.parameters()).device
         self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        width = max(map(len, prefixes))
-        input_ids = torch.zeros(len(prefixes), width, dtype=torch.long)  # (U, L); padding is masked: any id will do
-        mask = torch.zeros(len(prefixes), width, dtype=torch.long)
-        for u, ids in enumerate(prefixes):
-            input_ids[u, width - len(ids) :] = torch.tensor(ids)
-            mask[u, width - len(ids) :] = 1
+        heads = find_heads(prefixes) if serves(model) else None
+        if heads is None:
+            self.cache, before = DynamicCache(config=model.config), None
+        else:
+            cache, before = compute_heads(model, heads)
+            self.cache = copy_rows(cache, heads)
+            prefixes = [ids[length:] for ids, length in zip(prefixes, heads.lengths.tolist(), strict=True)]
+        input_ids, mask = padded_left(prefixes)
         self.mask = mask.to(self.device)
+        if before is not None:
+            self.mask = torch.cat([before, self.mask], dim=1)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
         self.position = positions[:, -1]  # (U,)
-        self.cache = DynamicCache(config=model.config)
         with contiguous_head(model):
-            self._forward(input_ids.to(self.device), self.mask, positions)
+            self._forward(input_ids.to(self.device), self.mask, positions[:, -input_ids.shape[1] :])
         # Layers that carry states are moved by `reorder_cache` alone, which cannot use a preallocated layer.
         self.states = not all(map(holds_tokens, self.cache.layers))
         if max_tokens >= MIN_PREALLOCATED and not self.states:

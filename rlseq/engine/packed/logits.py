@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from rlseq.engine.model.info import base_of, eval_mode, forward_parameters
 from rlseq.engine.packed.packing import PackedBatch
@@ -15,14 +16,19 @@ from rlseq.engine.packed.packing import PackedBatch
 _separate: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-def logits_at(model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, step: int) -> Iterator[Tensor]:
+def logits_at(
+    model: nn.Module, batch: PackedBatch, places: Tensor, whole: bool, step: int, past: DynamicCache | None = None
+) -> Iterator[Tensor]:
     """The logits (n, V) at places of the flattened batch, `step` of them at a time.
 
     Args:
         whole: compute those of all places and choose from them; for a model without `head_is_separate`.
+        past: keys and values of what the rows continue.
     """
     base = base_of(model)
     inputs = batch.model_inputs | {"use_cache": False}
+    if past is not None:
+        inputs["past_key_values"] = past
     padded = isinstance(batch.attention_mask, Tensor) and batch.attention_mask.ndim == 2
     if padded and "position_ids" not in forward_parameters(model):
         del inputs["position_ids"]  # padded on the right, where a model's own positions are these

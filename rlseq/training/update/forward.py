@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlseq.engine.packed.packing import PackedBatch, pack, pad, unpack, unpack_padded
+from rlseq.engine.packed.packing import FLEX, PackedBatch, pack, pad, unpack, unpack_padded
+from rlseq.engine.packed.together import pack_together
 from rlseq.training.update.head import cpu_head, scored_head
 
 Ids = tuple[int, ...]
@@ -189,7 +190,12 @@ def without_holes(model: nn.Module) -> Iterator[None]:
 def _collate(groups, *, packs: bool, pad_id: int, device: torch.device, **layout) -> PackedBatch:
     """The one place where a training batch is laid out: packed, or padded for models that packing cannot serve."""
     if packs:
-        return pack(groups, pad_id=pad_id, device=device, row_tokens=MIN_ROW_TOKENS, whole_groups=True, **layout)
+        options = {"pad_id": pad_id, "device": device, "whole_groups": True, **layout}
+        if device.type == "cpu" or layout["attention"] == FLEX:  # else a longer row's attention costs its square
+            together = pack_together(groups, **options)
+            if together is not None:
+                return together
+        return pack(groups, row_tokens=MIN_ROW_TOKENS, **options)
     flat = [(prompt, completion) for prompt, completions in groups for completion in completions]
     flat = flat or [(prompt, ()) for prompt, _ in groups]  # nothing to score, but a model that every rank calls
     return pad([p for p, _ in flat], [c for _, c in flat], pad_id=pad_id, device=device)
