@@ -159,6 +159,7 @@ def evaluate(
         from rlseq.data.lengths import within_length
         from rlseq.data.prompts import made_prompts
         from rlseq.data.rows import load_rows
+        from rlseq.engine.model.quantization import quantization_bits
         from rlseq.evaluation.measure.loading import load_tokenizer
         from rlseq.evaluation.results.clusters import check_clusters, count_clusters
         from rlseq.evaluation.run import contrast_and_report
@@ -191,7 +192,9 @@ def evaluate(
     fitting = partial(within_length, **data.length_options(), prompt_options=prompt_options)
     rows, note = fitting(rows, tokenizers, split)
     tuning_rows, tuning_note = fitting(tuning_rows, tokenizers, settings.tune_split) if tuned else ([], "")
-    notes = [text for text in (note, tuning_note) if text]
+    bits = quantization_bits(settings.quantization)
+    rounded = f"All models, or the bases of adapters, are in {bits} bits (--quantization)." if bits else ""
+    notes = [text for text in (note, tuning_note, rounded) if text]
     if PartialState().is_main_process:
         for text in notes:
             print(visible(f"rlseq: {text}"), flush=True)

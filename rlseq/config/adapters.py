@@ -6,6 +6,7 @@ Nothing is loaded here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from peft import PeftConfig
 
 from rlseq.config.arguments import EvaluateArguments
 from rlseq.config.fields import as_declared, setting
+from rlseq.config.precision import AS_TRAINED
 from rlseq.config.validation import inherited
 from rlseq.config.validation.validate import check_declared
 from rlseq.engine.model.load import is_adapter
+from rlseq.engine.model.quantization import quantization_bits, quantization_fields
 
 
 @dataclass
@@ -54,11 +57,26 @@ def quantization_of(model_args: trl.ModelConfig) -> dict[str, Any] | None:
     return None if config is None else config.to_dict()
 
 
-def quantization_note(model_args: trl.ModelConfig) -> str | None:
-    """Say that a run's final evaluation is of quantised weights; None where they are not."""
-    bits = 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else None
-    if bits is None:
+def evaluated_quantization(name: str, dtype: str, model_args: trl.ModelConfig) -> dict[str, Any] | None:
+    """The quantisation of a run's final evaluation, by the values of --eval_quantization and --eval_dtype."""
+    return quantization_of(model_args) if name == AS_TRAINED else quantization_fields(name, dtype)
+
+
+def quantization_note(model_args: trl.ModelConfig, evaluated: Mapping[str, Any] | None) -> str | None:
+    """Say that a run's final evaluation is of quantised weights, or of others than trained; None of plain ones.
+
+    Args:
+        evaluated: the quantisation of the evaluation, as `evaluated_quantization` gives it.
+    """
+    trained, bits = quantization_bits(quantization_of(model_args)), quantization_bits(evaluated)
+    if bits is None and trained is None:
         return None
+    if bits != trained:
+        taken, before = ("as they were saved" if n is None else f"in {n} bits" for n in (bits, trained))
+        return (
+            f"This evaluation loads the weights (of adapters, the base) {taken}, and training had them {before} "
+            "(--eval_quantization): its numbers are of other weights than those that were trained."
+        )
     return (
         f"This evaluation takes the base in {bits} bits, as training did, with and without the adapter. On the base as "
         "it was saved, which `rlseq evaluate` and --merge_adapter take, the numbers are others."

@@ -24,6 +24,7 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
+from rlseq.config.precision import FinalPrecisionArguments, PrecisionArguments
 from rlseq.config.rows import RenderedRowsArguments
 from rlseq.config.thoughts import ThoughtArguments
 from rlseq.config.validation.validate import Settings
@@ -35,7 +36,7 @@ TEMPERATURES = Range(f"{FINITE_ABOVE_0.words} (for the limit 0 use greedy)", abo
 
 
 @dataclass
-class EvaluateArguments(ThoughtArguments, Settings):
+class EvaluateArguments(PrecisionArguments, ThoughtArguments, Settings):
     """What an evaluation by itself is of: `rlseq evaluate`, recipes/evaluate.py."""
 
     _argument_group_name = "models (rlseq)"
@@ -66,11 +67,6 @@ class EvaluateArguments(ThoughtArguments, Settings):
         "Column by whose values the metrics are reported too, e.g. task: a section of the report and of results.json.",
     )
     seed: int = setting(0, "Seed of the evaluation's sampling and of its bootstrap.")
-    dtype: str = setting(
-        "float32",
-        "Precision of the models' weights; auto: each checkpoint's own.",
-        choices=["float32", "bfloat16", "float16", "auto"],
-    )
     allow_missing_weights: bool = setting(
         False,
         "Load a checkpoint although it lacks weights (they are random) or holds layers that its configuration "
@@ -248,7 +244,7 @@ class EvaluationArguments(Settings):
 
 
 @dataclass
-class TrainingEvaluationArguments(EvaluationArguments):
+class TrainingEvaluationArguments(FinalPrecisionArguments, EvaluationArguments):
     """Evaluation around and during a training run."""
 
     evaluate: bool = setting(True, "When training ends, evaluate the model before and after training.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlseq.config.arguments import STUDIES, EvaluateArguments, EvaluationArguments
 from rlseq.config.fields import as_declared
+from rlseq.engine.model.quantization import quantization_fields
 from rlseq.engine.strategies import Strategy, Sweep, parse_strategy
 
 
@@ -103,6 +104,8 @@ class ContrastSettings:
         }
         studies = values.get("studies", ())
         values["studies"] = STUDIES if studies == ("all",) else tuple(name for name in studies if name != "none")
+        if isinstance(name := values.get("quantization"), str):  # as a flag has it
+            values["quantization"] = quantization_fields(name, values["dtype"])
         return cls(**values)
 
     def parsed(self) -> list[Strategy]:

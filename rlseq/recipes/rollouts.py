@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from rlseq.common.formats import METRICS
-from rlseq.config.adapters import quantization_note, quantization_of
+from rlseq.config.adapters import evaluated_quantization, quantization_note, quantization_of
 from rlseq.config.training import (
     DataArguments,
     ModelArguments,
@@ -110,7 +110,7 @@ def prepare(
         seed=evaluation.eval_seed,
         dtype=evaluation.eval_dtype,
         allow_missing_weights=model_args.allow_missing_weights,
-        quantization=quantization_of(model_args),
+        quantization=evaluated_quantization(evaluation.eval_quantization, evaluation.eval_dtype, model_args),
     )
     if evaluation.evaluate:
         check_settings(settings, measured, task.eval_rows, prompt_options(data, config))
@@ -299,7 +299,7 @@ def contrast_with_base(
     Returns:
         The contents of results.json on the first process, an empty dict on others.
     """
-    note = quantization_note(model_args)
+    note = quantization_note(model_args, prepared.settings.quantization)
     if note:
         say(f"rlseq: {note}")
     return contrast_and_report(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from rlseq.config.arguments import EvaluateArguments, RejectionArguments
 from rlseq.config.fields import FROM_0_BELOW_1, Conflict, Need, OneOf, at_least, range_of
+from rlseq.config.precision import NEEDS_BITSANDBYTES
 from rlseq.engine.model.load import is_adapter
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16
@@ -180,10 +180,7 @@ CONFLICTS_OF_ADAPTERS: Conflicts = (
     ),
     (
         ("load_in_4bit", "load_in_8bit"),
-        Conflict(
-            "needs bitsandbytes, which is not installed: pip install 'rlseq[quantization]'",
-            lambda _: importlib.util.find_spec("bitsandbytes") is None,
-        ),
+        NEEDS_BITSANDBYTES,
     ),
 )
 CONFLICTS_OF_ALL: Conflicts = (

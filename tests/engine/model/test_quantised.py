@@ -130,5 +130,5 @@ def test_the_final_evaluation_of_a_run_is_of_the_weights_that_training_measured(
 
 def test_a_run_on_weights_as_they_were_saved_has_no_word_of_quantisation(base):
     plain = ModelArguments(model_name_or_path=str(base))
-    assert quantization_of(plain) is None and quantization_note(plain) is None
+    assert quantization_of(plain) is None and quantization_note(plain, None) is None
     assert "quantization" not in ContrastSettings().reproducibility_fields()
