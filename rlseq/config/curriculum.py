@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from rlseq.config.arguments import DataArguments
 from rlseq.config.fields import Need, setting
@@ -36,12 +37,27 @@ class TrainingDataArguments(DataArguments):
         Raises:
             ConfigError: it is none.
         """
-        if self.curriculum is None:
-            return None
-        found = re.fullmatch(f"({_NUMBER})-({_NUMBER})", self.curriculum.strip())
-        low, high = map(float, found.groups()) if found else (1.0, 0.0)
-        if low > high:
-            raise ConfigError(
-                f"--curriculum is {self.curriculum!r}; expected two numbers, the smaller first, as 0.1-0.9"
-            )
-        return low, high
+        return None if self.curriculum is None else parse_range("--curriculum", self.curriculum)
+
+
+def parse_range(name: str, text: str) -> tuple[float, float]:
+    """The ends of a range as the setting `name` gives it: 0.1-0.9.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found = re.fullmatch(f"({_NUMBER})-({_NUMBER})", text.strip())
+    low, high = map(float, found.groups()) if found else (1.0, 0.0)
+    if low > high:
+        raise ConfigError(f"{name} is {text!r}; expected two numbers, the smaller first, as 0.1-0.9")
+    return low, high
+
+
+def validate_online_curriculum(config: Any) -> None:
+    """Refuse an `online_curriculum` that is no range.
+
+    Raises:
+        ConfigError: says what is expected.
+    """
+    if config.online_curriculum is not None:
+        parse_range("online_curriculum", config.online_curriculum)

@@ -25,7 +25,7 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
 )
 from rlseq.config.as_in_evaluation import AsInEvaluation
-from rlseq.config.curriculum import TrainingDataArguments
+from rlseq.config.curriculum import TrainingDataArguments, validate_online_curriculum
 from rlseq.config.defaults import DefaultsMixin
 from rlseq.config.fields import (
     ABOVE_0,
@@ -107,7 +107,12 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
     ranges_of_inherited = inherited.RANGES_OF_ROLLOUTS
     needs_of_inherited = inherited.OF_ROLLOUTS
     conflicts_of_inherited = inherited.CONFLICTS_OF_ROLLOUTS
-    checks_filled_in = (*DefaultsMixin.checks_filled_in, checks.validate_sampling, checks.validate_objective)
+    checks_filled_in = (
+        *DefaultsMixin.checks_filled_in,
+        validate_online_curriculum,
+        checks.validate_sampling,
+        checks.validate_objective,
+    )
 
     disable_dropout: bool = setting(True, "Disable dropout in the model.")
     remove_unused_columns: bool | None = setting(
@@ -189,6 +194,12 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
             "tools and environment.",
             lambda config: config.resample_equal_groups and not config.can_resample,
         ),
+    )
+    online_curriculum: str | None = setting(
+        None,
+        "Prompts whose running mean reward is outside this range, as 0.1-0.9, give way to others in most epochs.",
+        metavar="LOW-HIGH",
+        needs=inherited.SAMPLES,
     )
     reference_loss_coef: float = setting(
         0.0, "Weight of the teacher-forced cross-entropy on the references, mixed into the loss of each step."

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from rlseq.common.ranks import raise_on_all_ranks
+from rlseq.config.curriculum import parse_range
 from rlseq.config.training import GRPOConfig
 from rlseq.config.validation.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.validation.inherited import EXACT_OBJECTIVES
@@ -34,6 +35,7 @@ from rlseq.engine.model.lora import with_fused_layers
 from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.thoughts import ThinkEnd
 from rlseq.errors import ConfigError
+from rlseq.training.curriculum import OnlineCurriculum
 from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
 from rlseq.training.resampling import SparePrompts
@@ -193,6 +195,13 @@ class GRPOTrainer(RolloutTrainer):
         self.scorer = RewardScorer(self, prompts, suite)
         self.forward = PackedForward(self, longest=self._longest())
         self.loss = self.loss_class(self, self.forward, self.scorer, self.metrics)
+        spare = SparePrompts(len(prompts), args.seed)
+        curriculum = None
+        if args.online_curriculum is not None:
+            keys = [prompt.key for prompt in prompts]
+            curriculum = OnlineCurriculum(keys, *parse_range("online_curriculum", args.online_curriculum), spare)
+        if curriculum is not None or args.resample_equal_groups:
+            self.resume_state.shared += [spare, *([curriculum] if curriculum is not None else [])]
         self.batches = BatchMaker(
             self,
             sampler=self.sampler,
@@ -202,7 +211,8 @@ class GRPOTrainer(RolloutTrainer):
             metrics=self.metrics,
             tracking=self.tracking,
             log=None if rollouts_dir is None else RolloutLog(rollouts_dir),
-            resampling=self._dynamic_sampling() if args.resample_equal_groups else None,
+            resampling=self._dynamic_sampling(spare, curriculum) if args.resample_equal_groups else None,
+            curriculum=curriculum,
         )
         if args.objective in EXACT_OBJECTIVES and not any(map(self.scorer.references_of, range(len(prompts)))):
             raise ConfigError(
@@ -219,12 +229,15 @@ class GRPOTrainer(RolloutTrainer):
     def _add_critic(self, critic: torch.nn.Module) -> None:
         """Put what `_build_critic` built into the wrapped model."""
 
-    def _dynamic_sampling(self) -> DynamicSampling:
-        spare = SparePrompts(len(self.prompts), self.args.seed)
-        self.resume_state.shared.append(spare)
-        rounds = self.args.resample_equal_groups
+    def _dynamic_sampling(self, spare: SparePrompts, curriculum: OnlineCurriculum | None) -> DynamicSampling:
         return DynamicSampling(
-            self, rounds=rounds, sampler=self.sampler, scorer=self.scorer, spare=spare, metrics=self.metrics
+            self,
+            rounds=self.args.resample_equal_groups,
+            sampler=self.sampler,
+            scorer=self.scorer,
+            spare=spare,
+            curriculum=curriculum,
+            metrics=self.metrics,
         )
 
     def _check_rendering(self) -> None:

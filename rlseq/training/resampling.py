@@ -68,4 +68,4 @@ class SparePrompts:
         return {"spare_prompts_taken": self.taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.taken = state["spare_prompts_taken"]
+        self.taken = state.get("spare_prompts_taken", 0)  # none, of a run whose prompts kept their places until now

@@ -133,6 +133,16 @@ CASES = {
             "max_completion_length": 2,
         },
     ),
+    "with an online curriculum, a round every second step": (
+        grpo,
+        {
+            "per_device_train_batch_size": 8,
+            "steps_per_generation": 2,
+            "rewards": [long],
+            "online_curriculum": "0.9-1.5",
+            "max_completion_length": 2,
+        },
+    ),
     "PPO with an adaptive KL, epochs and an early end of a round": (
         ppo,
         {
@@ -155,6 +165,8 @@ def test_a_run_resumed_at_any_step_is_the_undisturbed_one_bit_for_bit(case, tmp_
         assert 0 < sum(left_out) < len(left_out)  # the early end is met, and not always
     if "resample_equal_groups" in settings:
         assert sum(m.get("discarded_rollouts", 0) for m in whole["metrics"]) > 0
+    if "online_curriculum" in settings:
+        assert sum(m.get("frac_prompts_replaced", 0) for m in whole["metrics"]) > 0
     assert whole["metrics"][-1]["epoch"] > 1
     steps = range(1, STEPS) if make is grpo else (1, 2, 3, 5, 6, 9)
     for step in steps:

@@ -67,6 +67,7 @@ _OF_ALL: Needs = (
     (("eval_delay",), Need("eval_strategy steps or epoch", lambda c: _strategy(c) != "no")),
 )
 _ROLLOUTS = "an objective that samples (expected_accuracy and max_rl do not)"
+SAMPLES = Need(_ROLLOUTS, lambda c: c.objective not in EXACT_OBJECTIVES)
 OF_ROLLOUTS: Needs = (
     *_OF_ALL,
     (
@@ -76,7 +77,7 @@ OF_ROLLOUTS: Needs = (
             lambda c: c.objective not in EXACT_OBJECTIVES or c.num_generations == 1,
         ),
     ),
-    (("beta",), Need(_ROLLOUTS, lambda c: c.objective not in EXACT_OBJECTIVES)),
+    (("beta",), SAMPLES),
     (
         (
             *("scale_rewards", "loss_type", "importance_sampling_level", "advantage_baseline", "reference_prefix"),

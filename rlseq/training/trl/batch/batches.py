@@ -18,11 +18,12 @@ from trl.trainer.utils import nanstd, use_adapter
 
 from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.losses import importance_ratio, leave_one_prompt_out_baseline
+from rlseq.training.curriculum import OnlineCurriculum
 from rlseq.training.resampling import equal_groups
 from rlseq.training.rollouts import MicroBatch, RolloutBatch, group_rewards
 from rlseq.training.run.rollout_log import RolloutLog, rollout_records
 from rlseq.training.trl.batch.packed_forward import PackedForward
-from rlseq.training.trl.batch.resampling import DynamicSampling
+from rlseq.training.trl.batch.resampling import DynamicSampling, prompts_of_groups
 from rlseq.training.trl.batch.rollouts import RolloutSampler
 from rlseq.training.trl.batch.scoring import RewardScorer
 from rlseq.training.trl.metrics import TrainingMetrics
@@ -54,6 +55,7 @@ class BatchMaker:
         tracking: shows completions.
         log: where rollouts are written; None writes nothing.
         resampling: lets groups give way that teach nothing; None: none does.
+        curriculum: lets prompts give way before they are sampled; None: none does.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class BatchMaker:
         tracking: Tracking,
         log: RolloutLog | None,
         resampling: DynamicSampling | None = None,
+        curriculum: OnlineCurriculum | None = None,
     ):
         self.trainer = trainer
         self.sampler = sampler
@@ -78,6 +81,7 @@ class BatchMaker:
         self.tracking = tracking
         self.log = log
         self.resampling = resampling
+        self.curriculum = curriculum
 
     def make(self, rows: list[dict[str, Any]]) -> RolloutBatch:
         """Sample, score and log the rollouts of B rows of the data set."""
@@ -87,19 +91,21 @@ class BatchMaker:
             prompt_ids = tuple(self.scorer.prompts[index].prompt_ids for index in batch.indices)
             batch.trained = MicroBatch(tuple(batch.indices), prompt_ids)
             return batch
-        batch.asked = self.sampler.ask(rows)
+        if self.curriculum is not None:
+            self._choose_prompts(batch)
+        batch.asked = self.sampler.ask(batch.rows)
         self.sampler.complete(batch)
         values = None
         if not self.sampler.renders:  # else TRL logs, and what it or an environment tells of a rollout is a column
             self.scorer.submit(batch)
             if self.resampling is not None:
-                values = self.resampling.fill(batch, self.scorer.score(batch))
+                values = self.resampling.fill(batch, self._score(batch))
             self.sampler.log_lengths(batch)
         if trainer.think_end:
             self.sampler.log_thoughts(batch)
         batch.trained = self._trained_rows(batch)
         self._add_logprobs(batch)
-        values = self.scorer.score(batch) if values is None else values
+        values = self._score(batch) if values is None else values
         self._log_rewards(batch, values)
         fields = self.advantages.of(batch, values) | self._objective_fields(batch)
         batch.trained = replace(batch.trained, **fields)
@@ -112,6 +118,23 @@ class BatchMaker:
         if self.log is not None and trainer.model.training:
             self._log_rollouts(batch, advantages)
         return batch
+
+    def _choose_prompts(self, batch: RolloutBatch) -> None:
+        """Put other rows of the data set in the places of prompts that give way, on all processes alike."""
+        prompts, G = prompts_of_groups(batch), batch.group_size
+        chosen = self.curriculum.choose(prompts)
+        for i, row in enumerate(batch.rows):
+            place = (batch.first + i) // G
+            if chosen[place] != row["index"]:
+                batch.rows[i] = dict(self.trainer.train_dataset[chosen[place]])
+        replaced = sum(one != other for one, other in zip(prompts, chosen, strict=True))
+        self.metrics.series["frac_prompts_replaced"].append(replaced / len(prompts))
+
+    def _score(self, batch: RolloutBatch) -> Tensor:
+        values = self.scorer.score(batch)
+        if self.curriculum is not None:
+            self.curriculum.record(prompts_of_groups(batch), batch.groups)
+        return values
 
     # -- micro-batches -------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlseq.errors import ConfigError
+from rlseq.training.curriculum import OnlineCurriculum
 from rlseq.training.resampling import SparePrompts, equal_groups
 from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.trl.batch.rollouts import RolloutSampler
@@ -16,6 +17,11 @@ from rlseq.training.trl.batch.scoring import RewardScorer
 from rlseq.training.trl.metrics import TrainingMetrics
 
 OF_ROLLOUTS = ("rows", "asked", "prompt_ids", "rollouts", "completions", "logprobs", "scored", "told")
+
+
+def prompts_of_groups(batch: RolloutBatch) -> list[int]:
+    """The prompt of each group of all processes."""
+    return [index for indices in gather_object([batch.indices]) for index in indices][:: batch.group_size]
 
 
 class DynamicSampling:
@@ -29,6 +35,7 @@ class DynamicSampling:
         sampler, scorer: of the batch itself.
         spare: the prompts that take others' places.
         metrics: what is logged goes there.
+        curriculum: hears of the rewards, and says which prompts take no place; None: all do.
 
     Raises:
         ConfigError: a process would hold parts of groups.
@@ -43,6 +50,7 @@ class DynamicSampling:
         scorer: RewardScorer,
         spare: SparePrompts,
         metrics: TrainingMetrics,
+        curriculum: OnlineCurriculum | None = None,
     ):
         args = trainer.args
         rows = args.per_device_train_batch_size * args.steps_per_generation
@@ -58,6 +66,7 @@ class DynamicSampling:
         self.scorer = scorer
         self.spare = spare
         self.metrics = metrics
+        self.curriculum = curriculum
 
     def fill(self, batch: RolloutBatch, values: Tensor) -> Tensor:
         """Let equal groups of a scored batch give way; returns `values` with those of the groups in their places.
@@ -69,11 +78,12 @@ class DynamicSampling:
             values: (N·B, rewards) of all processes.
         """
         first, discarded = batch.totals.nanmean().item(), 0
-        asked = {index for indices in gather_object([batch.indices]) for index in indices}
+        asked = set(prompts_of_groups(batch))
+        unwanted = self.curriculum.outside() if self.curriculum is not None else set()
         replaced: set[int] = set()
         for _ in range(self.rounds):
             slots = torch.nonzero(equal_groups(batch.groups)).flatten().tolist()
-            prompts = self.spare.take(len(slots), besides=asked)
+            prompts = self.spare.take(len(slots), besides=asked | unwanted)
             if not prompts:  # no group is equal, or no prompt is left
                 break
             asked |= set(prompts)
@@ -105,6 +115,8 @@ class DynamicSampling:
         extra = self.trainer._pending_extra_logs  # what rewards log of each rollout, as `log_extra` appends it
         before = {name: len(of) for name, of in extra.items()}
         found = self.scorer.score(other)
+        if self.curriculum is not None:
+            self.curriculum.record(prompts_of_groups(other), other.groups)
         columns = [(getattr(batch, name), getattr(other, name)) for name in OF_ROLLOUTS]
         for name, of in extra.items():
             kept, new = of[: before.get(name, 0)], of[before.get(name, 0) :]
