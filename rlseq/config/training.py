@@ -131,9 +131,16 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
     )
     max_rl_order: int | None = setting(
         None,
-        "Terms K of max_rl's series of log p: a prompt weighs its pass@K in the gradient of the log-likelihood.",
+        "Terms K of MaxRL's series of log p: a prompt weighs its pass@K in the gradient of the log-likelihood. Of the "
+        "exact objective max_rl, or with scale_rewards mean of rollouts with rewards 0 or 1 (K up to the samples).",
         range=at_least(1),
-        needs=Need("objective max_rl", lambda config: config.objective == "max_rl"),
+        needs=Need(
+            "objective max_rl or scale_rewards mean", lambda c: c.objective == "max_rl" or c.scale_rewards == "mean"
+        ),
+        conflicts=Conflict(
+            "is {max_rl_order}, but of {num_generations} samples at most {num_generations} terms are estimated",
+            lambda c: c.scale_rewards == "mean" and c.max_rl_order > (c.num_generations or c.max_rl_order),
+        ),
     )
     advantage_baseline: Literal["mean", "leave_one_out", "greedy", "batch"] = setting(
         "mean",
@@ -169,12 +176,10 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
         "Own loss of the tokens, path/to/file.py:function or package.module:function: a function of log-probs, old "
         "log-probs, advantages and mask, (rows, tokens) each; loss_type says how it becomes one number.",
         metavar="FILE.py:FUNCTION",
-        conflicts=(
-            Conflict(
-                "takes the place of the clipped surrogate, and loss_type {loss_type} is a loss of its own: give "
-                "grpo, dr_grpo, dapo, bnpo or luspo, which say how the tokens' losses become one number.",
-                lambda config: config.loss_type in inherited.WHOLE_LOSSES,
-            ),
+        conflicts=Conflict(
+            "takes the place of the clipped surrogate, and loss_type {loss_type} is a loss of its own: give "
+            "grpo, dr_grpo, dapo, bnpo or luspo, which say how the tokens' losses become one number.",
+            lambda config: config.loss_type in inherited.WHOLE_LOSSES,
         ),
         needs=_POLICY_GRADIENT,
     )

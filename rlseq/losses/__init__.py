@@ -13,6 +13,7 @@ from rlseq.losses.advantages import (
     gae,
     group_advantages,
     last_token_rewards,
+    max_rl_advantages,
     normalize_then_sum,
     whiten,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "leave_one_prompt_out_baseline",
     "masked_mean",
     "max_rl",
+    "max_rl_advantages",
     "minimum_risk",
     "normalize_then_sum",
     "on_policy_mask",

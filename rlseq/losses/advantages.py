@@ -92,6 +92,49 @@ def group_advantages(
     return torch.where(centred.isnan(), 0.0, centred)  # NaN: no reward, or no baseline
 
 
+def max_rl_advantages(rewards_PG: Tensor, *, order: int) -> Tensor:
+    """Advantages whose policy gradient is an unbiased estimate of that of MaxRL's J_K, for rewards 0 and 1.
+
+        A_ig = w(n + 1)·(r_ig − n / (G − 1))        w(m) = G/m·(1 − C(G − m, K) / C(G, K))
+
+    with n the successes among the prompt's *other* G − 1 samples. The mean of ∇log π over the successes of K samples, 0
+    without any, is unbiased for ∇J_K = pass@K·∇log p (Tajwar et al. 2026); its average over all subsets of K of the G
+    samples gives a success the weight w/G (as Chen et al. 2021 average pass@k). The baseline depends on the other
+    samples alone, so it leaves the mean as it is. K = 1 gives RLOO.
+
+    A NaN reward abstained and gets advantage 0: G is then the number of samples that remain, and K at most that.
+
+    Args:
+        rewards_PG: (P, G) of 0, 1 and NaN.
+        order: K, 1 to G.
+
+    Returns:
+        (P, G), without gradient.
+
+    Raises:
+        ValueError: wrong shapes, another reward, an order outside its range.
+    """
+    if rewards_PG.ndim != 2 or not rewards_PG.is_floating_point() or rewards_PG.shape[1] < 2:
+        raise ValueError(f"rewards_PG is {describe(rewards_PG)}; expected floats of shape (P, G), G at least 2")
+    if not 1 <= order <= rewards_PG.shape[1]:
+        raise ValueError(f"order is {order}; expected 1 to the number of samples, {rewards_PG.shape[1]}")
+    rewards = rewards_PG.detach()
+    present = ~rewards.isnan()
+    if not ((rewards == 0) | (rewards == 1) | ~present).all():
+        raise ValueError("rewards_PG holds a reward that is neither 0 nor 1")
+    count = present.sum(1, keepdim=True)  # (P, 1)
+    others = torch.where(present, rewards, 0.0).sum(1, keepdim=True) - rewards  # (P, G): n
+    failures = count - others - 1  # of the group, if this sample is a success
+    size = count.clamp(max=order)  # K
+    no_success = torch.ones_like(others)  # C(failures, K) / C(count, K)
+    for k in range(order):
+        ratio = (failures - k).clamp(min=0) / (count - k).clamp(min=1)
+        no_success = torch.where(k < size, no_success * ratio, no_success)
+    weight = count / (others + 1) * (1 - no_success)
+    advantages = weight * (rewards - others / (count - 1).clamp(min=1))
+    return torch.where(present & (count > 1), advantages, 0.0)
+
+
 def gae(
     rewards_BT: Tensor,
     values_BT: Tensor,

@@ -55,6 +55,10 @@ REFUSED = {
         {"objective": "expected_accuracy", "max_rl_order": 2},
         "max_rl_order is 2, which has no effect without objective max_rl",
     ),
+    "more terms than samples": (
+        {"scale_rewards": "mean", "max_rl_order": 5},
+        "max_rl_order is 5, but of 4 samples at most 4 terms are estimated",
+    ),
     "an unknown scale": ({"scale_rewards": "std"}, "scale_rewards is 'std'; expected one of 'group', 'batch', 'mean'"),
     "the group's mean under another baseline": (
         {"scale_rewards": "mean", "advantage_baseline": "leave_one_out"},

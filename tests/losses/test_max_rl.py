@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_losses import RIGHT, tensor, toy_logprobs
 
-from rlseq.losses import expected_accuracy, group_advantages, max_rl
+from rlseq.losses import expected_accuracy, group_advantages, max_rl, max_rl_advantages
 
 
 def of_toy(order):
@@ -109,3 +109,34 @@ def test_advantages_over_the_mean_by_hand():
     torch.testing.assert_close(advantages, tensor(expected))
     with pytest.raises(ValueError, match="a reward below 0"):
         group_advantages(tensor([[-0.5, 1.0]]), scale="mean")
+
+
+@pytest.mark.parametrize(("G", "order"), [(2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (4, 2), (4, 3)])
+def test_advantages_of_an_order_up_to_the_samples_have_its_gradient_as_their_mean_over_all_groups(G, order):
+    parameters, logprobs = toy_logprobs()
+    groups = list(itertools.product(logprobs, repeat=G))
+    rewards = tensor([[float(y in RIGHT) for y in group] for group in groups])
+    advantages = max_rl_advantages(rewards, order=order)
+    taken = torch.stack([torch.stack([logprobs[y] for y in group]) for group in groups])  # (9^G, G)
+    weights = taken.detach().sum(1).exp()
+    found = torch.autograd.grad((weights * (advantages * taken).mean(1)).sum(), parameters)
+    for a, b in zip(found, of_toy(order)[1], strict=True):
+        torch.testing.assert_close(a, -b)
+
+
+def test_advantages_of_an_order_by_hand():
+    # K = 2 of G = 4. One success: n = 0 for it, w(1) = 4·(1 − 3/6) = 2; for the others n = 1, w(2) = 2·(1 − 1/6).
+    rewards = tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, math.nan, math.nan]])
+    expected = [[2, -5 / 9, -5 / 9, -5 / 9], [0] * 4, [0] * 4, [2, -1, 0, 0]]  # the last: w(1) = 2, w(2) = 1
+    torch.testing.assert_close(max_rl_advantages(rewards, order=2), tensor(expected))
+    leave_one_out = group_advantages(rewards, baseline="leave_one_out", scale="none")
+    torch.testing.assert_close(max_rl_advantages(rewards, order=1), leave_one_out)
+    alone = max_rl_advantages(tensor([[1, math.nan]]), order=2)
+    assert alone.tolist() == [[0, 0]]
+    for wrong, order, words in (
+        ([[0.5, 1.0]], 1, "neither 0 nor 1"),
+        ([[0.0, 1.0]], 3, "order is 3"),
+        ([[1.0]], 1, "G"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            max_rl_advantages(tensor(wrong), order=order)

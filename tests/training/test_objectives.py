@@ -254,6 +254,24 @@ def test_advantages_over_the_group_s_mean_have_the_gradient_of_max_rl_as_their_m
     assert_equal(mean_gradient(trainer, monkeypatch), -exact / LONGEST)  # dr_grpo divides by the longest
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_sampled_max_rl_of_an_order_has_its_gradient_as_mean(tmp_path, monkeypatch, order):
+    def right(completion_ids):
+        return float(is_reference(completion_ids, ["a", "b"]))
+
+    trainer = toy_trainer(tmp_path, rewards=[right], num_generations=3, scale_rewards="mean", max_rl_order=order)
+    chance = expected_reward(trainer.model, PROMPT, {y: right(y) for y in COMPLETIONS})
+    exact = gradient(max_rl(chance, order), trainer.model)
+    assert_equal(mean_gradient(trainer, monkeypatch), -exact / LONGEST)
+
+
+def test_sampled_max_rl_of_an_order_counts_successes(tmp_path):
+    settings = {"rewards": [lambda completion_ids: 0.5], "scale_rewards": "mean", "max_rl_order": 2}
+    trainer = toy_trainer(tmp_path, **settings)
+    with pytest.raises(TrainingError, match=r"reward 0\.5, but max_rl_order counts successes"):
+        trainer.make_batch([trainer.train_dataset[0]] * 2)
+
+
 def test_advantages_over_the_group_s_mean_need_rewards_from_0_up(tmp_path):
     trainer = toy_trainer(tmp_path, rewards=[lambda completion_ids: -1.0], scale_rewards="mean")
     with pytest.raises(TrainingError, match="a rollout has reward -1, but scale_rewards mean divides by"):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from rlseq.errors import TrainingError
-from rlseq.losses import group_advantages, normalize_then_sum
+from rlseq.losses import group_advantages, max_rl_advantages, normalize_then_sum
 from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.update.own_functions import OwnAdvantage
 
@@ -40,6 +40,8 @@ class GroupAdvantages:
                     "rewards from 0 up. Give rewards of at least 0, or --scale_rewards group, batch or none.",
                     on_every_rank=True,
                 )
+            if (order := trainer.args.max_rl_order) is not None:
+                return {"advantages": batch.local(self._max_rl(groups, order).flatten())}
             baseline: Any = trainer.args.advantage_baseline
             if baseline == "greedy":
                 baseline = batch.greedy_totals.view(groups.shape)[:, 0]
@@ -48,3 +50,13 @@ class GroupAdvantages:
                 baseline = (present.mean() if len(present) else groups.new_tensor(NAN)).expand(len(groups))
             advantages = group_advantages(groups, baseline=baseline, scale=SCALES[trainer.scale_rewards])
         return {"advantages": batch.local(advantages.flatten())}
+
+    def _max_rl(self, groups: Tensor, order: int) -> Tensor:
+        other = groups[~groups.isnan() & (groups != 0) & (groups != 1)]
+        if len(other):
+            raise TrainingError(
+                f"a rollout has reward {other[0]:g}, but max_rl_order counts successes, rewards of 0 or 1. Give such "
+                "rewards, or leave max_rl_order out (scale_rewards mean alone takes rewards from 0 up).",
+                on_every_rank=True,
+            )
+        return max_rl_advantages(groups, order=order)
