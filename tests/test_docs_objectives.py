@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_ppo import tiny_ppo
-from tiny_task import tiny_trainer
+from tiny_task import save_model, tiny_trainer
 
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
@@ -47,11 +47,14 @@ def logged(trainer) -> set[str]:
         (tiny_trainer, {"objective": "expected_accuracy", "per_device_train_batch_size": 8}),
         (tiny_trainer, {"objective": "max_rl", "max_rl_order": 4, "per_device_train_batch_size": 8}),
         (tiny_trainer, {"objective": "minimum_risk"}),
+        (tiny_trainer, {"teacher_name_or_path": "teacher"}),
         (tiny_ppo, {"value_clip": 0.2, "num_iterations": 2, "target_kl": 0.001}),
         (tiny_ppo, {"critic": "shared", "num_generations": 2}),
     ],
 )
-def test_every_number_that_is_logged_is_explained(make, settings, tmp_path):
+def test_every_number_that_is_logged_is_explained(make, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "teacher")
     names = logged(make(tmp_path, **settings)) - GENERAL
     assert names
     assert sorted(name for name in names if not explained(name)) == []

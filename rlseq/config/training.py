@@ -38,6 +38,7 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
+from rlseq.config.teacher import TeacherArguments
 from rlseq.config.validation import checks, inherited
 from rlseq.config.validation.validate import validate, validate_given
 
@@ -95,7 +96,7 @@ _MINIMUM_RISK = Need("objective minimum_risk", lambda config: config.objective =
 
 
 @dataclass
-class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
+class GRPOConfig(DefaultsMixin, AsInEvaluation, TeacherArguments, trl.GRPOConfig):
     """TRL's GRPOConfig with rlseq's defaults.
 
     * disable_dropout: on, else the ratio of a recomputed log-prob to the sampled one is not 1 on policy.
@@ -118,15 +119,23 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, trl.GRPOConfig):
     remove_unused_columns: bool | None = setting(
         False, "Remove columns that the model does not take; rewards read them, so keep false."
     )
-    objective: Literal["policy_gradient", "minimum_risk", "expected_accuracy", "max_rl", "reference_exact"] = setting(
+    objective: Literal[
+        "policy_gradient", "minimum_risk", "expected_accuracy", "max_rl", "reference_exact", "distillation"
+    ] = setting(
         "policy_gradient",
         "What is optimised: policy_gradient (TRL's losses, see loss_type), minimum_risk, expected_accuracy (exact, "
         "no rollouts; where references enumerate success), max_rl (as exact; from expected accuracy to likelihood by "
-        "max_rl_order), or reference_exact (any reward; the references' share exactly). docs/objectives.md explains "
-        "each.",
-        conflicts=Conflict(
-            "max_rl needs the number of terms of its series: give --max_rl_order (1: expected accuracy).",
-            lambda config: config.objective == "max_rl" and config.max_rl_order is None,
+        "max_rl_order), reference_exact (any reward; the references' share exactly), or distillation (a teacher's "
+        "divergence alone; rewards are optional, and measured). docs/objectives.md explains each.",
+        conflicts=(
+            Conflict(
+                "max_rl needs the number of terms of its series: give --max_rl_order (1: expected accuracy).",
+                lambda config: config.objective == "max_rl" and config.max_rl_order is None,
+            ),
+            Conflict(
+                "distillation needs a teacher: give --teacher_name_or_path.",
+                lambda config: config.objective == "distillation" and config.teacher_name_or_path is None,
+            ),
         ),
     )
     max_rl_order: int | None = setting(

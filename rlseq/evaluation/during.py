@@ -72,7 +72,7 @@ class ValidationEvaluator:
         metrics: by key, whether higher is better (None: neither). Every call returns these keys.
         eval_rewards: names of the rewards that are only measured, as they appear in the keys.
         best: the key to choose a checkpoint by, if nobody names one: the first reward of `eval_suite`, else of
-            `suite`, under greedy decoding; higher is better.
+            `suite`, under greedy decoding, or without rewards the expected accuracy; higher is better.
 
     Raises:
         RlseqError: no prompts, or a reward asks for a column that is not there.
@@ -112,8 +112,10 @@ class ValidationEvaluator:
         self.names = Names.of(self.suite)
         series = self.names.rewards
         self.eval_rewards = tuple(series[name] for name in names if name not in suite.names)
-        self.best = f"greedy/{series[[*names, *suite.names][0]]}"
         references = any(prompt.columns.get("references") for prompt in self.prompts)
+        self.best = EXPECTED_ACCURACY.name if references else f"greedy/{TOTAL}"
+        if first := [*names, *suite.names][:1]:
+            self.best = f"greedy/{series[first[0]]}"
         self._likelihood = {metric.name: metric for metric in (NLL, EXPECTED_ACCURACY)} if references else {}
         thinks = think_end is not None
         quality = quality_metrics(self.suite, with_references=references, with_thoughts=thinks)

@@ -53,6 +53,7 @@ from rlseq.training.run.best import choose_best_by
 from rlseq.training.run.callbacks import GracefulStop, Progress, Warnings
 from rlseq.training.run.directory import RunDirectory, write_json_atomic
 from rlseq.training.run.recipe import Task, finish, load_task, prompt_options, say
+from rlseq.training.teacher import check_teacher
 from rlseq.training.trl.arguments import check_init_kwargs
 from rlseq.training.trl.publish import publish
 from rlseq.training.trl.tracking import log_contrast
@@ -98,6 +99,7 @@ def prepare(
     check_own_functions(config)
     during = config.eval_strategy != "no"
     task = load_task(data, rewards, model_args, config, evaluates=evaluation.evaluate or during)
+    check_teacher(config, task.tokenizer)
     if config.group_column is not None:
         check_groups(task.prompts, config.group_column, "the training rows")
     measured, _ = measured_together(task.suite, task.eval_suite)

@@ -42,6 +42,7 @@ from rlseq.training.resampling import SparePrompts
 from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.training.run.faults import evaluation_advice, memory_for
 from rlseq.training.run.rollout_log import RolloutLog, trained_records
+from rlseq.training.teacher import Teacher, check_teacher
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
     Arguments,
@@ -95,6 +96,7 @@ class GRPOTrainer(RolloutTrainer):
         prompts, suite: what is continued, and what scores it.
         stop_strings: texts that end a completion.
         think_end: finds the end of the thought in a completion.
+        teacher: judges the rollouts; None without one.
         batch: the last one that was made.
         sampler, scorer, forward, batches, loss: what `make_batch` and `micro_batch_loss` leave the work to.
         metrics: the series that training logs.
@@ -145,6 +147,7 @@ class GRPOTrainer(RolloutTrainer):
         check_own_functions(args)
         model = model_of(model, args)
         tokenizer = tokenizer_of(processing_class, model, args)
+        check_teacher(args, tokenizer)
         self.stop_strings = StopStrings(args.stop_strings or (), tokenizer)
         self.think_end = ThinkEnd(args.think_end, tokenizer)
         prompts = prompts_of(train_dataset, tokenizer, args)
@@ -166,7 +169,7 @@ class GRPOTrainer(RolloutTrainer):
         with reference_added_later(args, reference), vllm_on_cpu(args, model):
             super().__init__(
                 model,
-                reward_funcs=[_name_only(name) for name in suite.names],
+                reward_funcs=[_name_only(name) for name in suite.names or ["none"]],  # TRL wants one
                 args=args,
                 train_dataset=training_rows(prompts),
                 eval_dataset=None
@@ -194,6 +197,9 @@ class GRPOTrainer(RolloutTrainer):
         self.sampler = RolloutSampler(self, prompts, self.metrics)
         self.scorer = RewardScorer(self, prompts, suite)
         self.forward = PackedForward(self, longest=self._longest())
+        self.teacher = None
+        if args.teacher_name_or_path is not None:
+            self.teacher = Teacher(self, longest=self._longest())
         self.loss = self.loss_class(self, self.forward, self.scorer, self.metrics)
         spare = SparePrompts(len(prompts), args.seed)
         curriculum = None

@@ -31,6 +31,7 @@ class MicroBatch:
         sampled_logprobs: (B, T), under what sampled; NaN where it gave none. None where it gives none at all.
         old_logprobs: (B, T), of the policy that sampled; None where that is the policy itself.
         ref_logprobs: (B, T), of the reference; None without.
+        teacher_states: (B, T, H), the teacher's last hidden state before each token; None without a teacher.
         importance_ratio: (B, T) or (B, 1), policy over vLLM; None without that correction.
         trained_tokens: how many tokens the whole batch trains, on all processes.
         values, returns, value_mask: (B, T), what the critic said, is to say, and where it learns; None without one.
@@ -48,6 +49,7 @@ class MicroBatch:
     sampled_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    teacher_states: Tensor | None = None
     importance_ratio: Tensor | None = None
     trained_tokens: Tensor | None = None
     values: Tensor | None = None

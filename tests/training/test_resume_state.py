@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import skip_first_batches
 from tiny import tiny_model
-from tiny_task import ROWS, shares_letters, tiny_tokenizer, tiny_trainer
+from tiny_task import ROWS, save_model, shares_letters, tiny_tokenizer, tiny_trainer
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
@@ -28,6 +28,12 @@ WALL_CLOCK = ("step_time", "train_runtime", "train_samples_per_second", "train_s
 
 def grpo(path, **settings):
     return tiny_trainer(path, model=start_of(path), **settings)
+
+
+def taught(path, **settings):
+    """GRPO beside a teacher, another model than the start."""
+    save_model(path.parent / "teacher", seed=5)
+    return grpo(path, teacher_name_or_path=str(path.parent / "teacher"), **settings)
 
 
 def long(completion: str) -> float:
@@ -123,6 +129,10 @@ CASES = {
         grpo,
         {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.9},
     ),
+    "with a teacher, inside a round": (
+        taught,
+        {"per_device_train_batch_size": 8, "steps_per_generation": 2, "num_iterations": 2, "teacher_signal": "reward"},
+    ),
     "with dynamic sampling, a round every second step": (
         grpo,
         {
@@ -159,7 +169,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_resumed_at_any_step_is_the_undisturbed_one_bit_for_bit(case, tmp_path):
     make, settings = CASES[case]
-    whole = run(make, tmp_path / "whole", average=make is grpo, **settings)
+    whole = run(make, tmp_path / "whole", average=make is not ppo, **settings)
     if make is ppo:
         left_out = [m["updates_left_out"] for m in whole["metrics"] if "updates_left_out" in m]
         assert 0 < sum(left_out) < len(left_out)  # the early end is met, and not always
@@ -168,11 +178,11 @@ def test_a_run_resumed_at_any_step_is_the_undisturbed_one_bit_for_bit(case, tmp_
     if "online_curriculum" in settings:
         assert sum(m.get("frac_prompts_replaced", 0) for m in whole["metrics"]) > 0
     assert whole["metrics"][-1]["epoch"] > 1
-    steps = range(1, STEPS) if make is grpo else (1, 2, 3, 5, 6, 9)
+    steps = range(1, STEPS) if make is not ppo else (1, 2, 3, 5, 6, 9)
     for step in steps:
         path = tmp_path / f"stopped-{step}"
         stopped_at(step, tmp_path / "whole", path)
-        again = run(make, path, resume=True, average=make is grpo, **settings)
+        again = run(make, path, resume=True, average=make is not ppo, **settings)
         for name, value in whole["weights"].items():
             assert torch.equal(again["weights"][name], value), (step, name)
         for name, value in whole["average"].items():

@@ -172,11 +172,13 @@ def check_router(config: Any, model_config: Any) -> None:
         raise ConfigError(f"router_aux_loss_coef is {coefficient}, but this model has no router. Leave it out.")
     if coefficient is None:
         coefficient = getattr(text, "router_aux_loss_coef", 0.0)
-    own_losses = config.objective != "policy_gradient" or config.reference_loss_coef or config.kl_estimator
+    mixed = config.reference_loss_coef or config.teacher_name_or_path
+    own_losses = config.objective != "policy_gradient" or mixed or config.kl_estimator
     if routed and coefficient and (own_losses or not (config.needs_group or config.advantage)):
         raise ConfigError(
             "this mixture-of-experts model has a router loss, which is added to the policy gradient only: leave out "
-            "objective, reference_loss_coef, kl_estimator and PPO, or set router_aux_loss_coef to 0."
+            "objective, reference_loss_coef, teacher_name_or_path, kl_estimator and PPO, or set router_aux_loss_coef "
+            "to 0."
         )
 
 

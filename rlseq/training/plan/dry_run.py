@@ -28,6 +28,7 @@ from rlseq.training.plan.memory import (
     size_of,
     weightless_model,
 )
+from rlseq.training.plan.teacher import teacher_memory, teacher_size
 from rlseq.training.run.directory import check_available
 from rlseq.training.run.recipe import Task, check_checkpoint
 from rlseq.types import Prompt
@@ -271,12 +272,23 @@ def reckon_memory(
         "logits": not hasattr(config, "max_completion_length"),
         "cpu": config.device.type == "cpu",
     }
-    held = memory(size, update_tokens=update_tokens(config, plan), cached_tokens=cached_tokens, **settings)
+    teacher = teacher_size(config, model_args)
+
+    def of_teacher(completion: float) -> dict[str, tuple[int, str]]:
+        if teacher is None:
+            return {}
+        tokens = round(plan.generations_a_process * completion)
+        return teacher_memory(*teacher, tokens=tokens, compute_bytes=settings["compute_bytes"])
+
+    more = of_teacher(getattr(config, "max_completion_length", 0))
+    tokens = update_tokens(config, plan)
+    held = memory(size, update_tokens=tokens, cached_tokens=cached_tokens, more=more, **settings)
     if plan.usual is not None:
         prompt, completion, source = plan.usual
         tokens = round(_update_tokens(config, prompt, completion))
         cached = round(plan.generations_a_process * (prompt + completion))
-        usual = memory(size, update_tokens=tokens, cached_tokens=cached, **settings)[PEAK][0]
+        more = of_teacher(completion)
+        usual = memory(size, update_tokens=tokens, cached_tokens=cached, more=more, **settings)[PEAK][0]
         held[f"{PEAK}, usual"] = (usual, f"completions of {completion:.0f} tokens, {source}; prompts of {prompt:.0f}")
     return held
 

@@ -7,6 +7,7 @@ context, fragmentation, buffers of communication) and sharding (FSDP, DeepSpeed)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,6 +191,7 @@ def memory(
     checkpointing: bool,
     logits: bool,
     cpu: bool,
+    more: Mapping[str, tuple[int, str]] | None = None,
 ) -> dict[str, tuple[int, str]]:
     """Bytes of a process by what they hold, with the formula in words; the last entry is their peak together.
 
@@ -205,6 +207,7 @@ def memory(
         checkpointing: whether activations are recomputed.
         logits: whether the loss holds those of all its tokens (rollouts' losses go through them in tiles).
         cpu: whether it trains on a CPU, where the process itself is counted, and the head holds more copies of a tile.
+        more: what else is held, likewise.
     """
     trained = size.trained_bytes + size.critic_bytes
     weights = size.weight_bytes + size.critic_bytes
@@ -228,6 +231,7 @@ def memory(
         "gradients": (trained, f"{size.trained + size.critic:,} trained parameters"),
         "optimizer state": (optimizer_bytes(optim, size), f"{optim}"),
         "reference model": (size.weight_bytes if reference else 0, "as the policy's weights"),
+        **(more or {}),
         "averaged weights": (averages * trained, f"{averages} × the trained parameters"),
         "KV cache": (
             cached_tokens * size.cached * compute_bytes,

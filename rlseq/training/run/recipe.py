@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ from rlseq.training.run.faults import writing
 from rlseq.training.run.inputs import check_unchanged, run_inputs
 from rlseq.training.run.inputs import write as write_inputs
 from rlseq.training.run.launch import cpu_threads
+from rlseq.training.run.rewards import optimised_rewards
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.types import Prompt
 
@@ -115,11 +115,9 @@ def load_task(
     check_attention(model_args)
     if not data.dataset_name:
         raise ConfigError("no data is named; give --dataset_name (task module, file, folder or hub id)")
-    if not rewards.reward_funcs:
-        raise ConfigError("no reward is named; give --reward_funcs (`rlseq reward list` shows the bundled ones)")
-    load = partial(load_rewards, think_end=config.think_end)
-    suite = load(rewards.reward_funcs, weights=config.reward_weights, max_error_rate=rewards.max_error_rate)
-    eval_suite = load(rewards.eval_reward_funcs) if rewards.eval_reward_funcs else None
+    suite = optimised_rewards(rewards, config)
+    measured = rewards.eval_reward_funcs
+    eval_suite = load_rewards(measured, think_end=config.think_end) if measured else None
     tokenizer = load_tokenizer(model_args.model_name_or_path, revision=model_args.model_revision)
     check_ends(config.stop_strings, config.think_end, tokenizer)
     rows = load_rows(data.dataset_name, data.train_split, **data.row_options(), weighted=True)[: data.train_rows]

@@ -242,6 +242,8 @@ def suite_of(reward_funcs: Any, args: GRPOConfig) -> RewardSuite:
         ConfigError: none is given, or the weights do not fit.
         RewardError: one is not found, or fits no form.
     """
+    if reward_funcs in (None, []) and args.objective == "distillation":
+        return RewardSuite([], [])
     if reward_funcs is None:
         raise ConfigError(
             "reward_funcs is missing; expected a function, a name (`rlseq reward list`), or a list of them"

@@ -22,6 +22,7 @@ from rlseq.training.update.objectives import (
     reference_exact_loss,
     reference_loss,
 )
+from rlseq.training.update.teacher_targets import sequence_divergence_loss
 
 
 class MicroBatchLoss:
@@ -53,6 +54,8 @@ class MicroBatchLoss:
         trainer, args = self.trainer, self.trainer.args
         references = self._references_of_rows(batch) if args.uses_references else []
         more = {"values": self.asks_values, "router_loss": trainer.aux_loss_enabled}
+        if trainer.teacher is not None:
+            more["teacher"] = trainer.teacher.targets(batch.teacher_states)
         scores = self.forward.scores(model, batch, references, self.rows_that_teach(batch), **more)
         if args.objective == "policy_gradient":
             loss = self.policy_gradient.loss(scores, batch, kl_coef=self.kl_coef)
@@ -70,7 +73,7 @@ class MicroBatchLoss:
         """
         trainer, args = self.trainer, self.trainer.args
         more = (self.kl_coef, trainer._entropy_bonus_enabled, trainer.aux_loss_enabled, self.asks_values)
-        if args.objective != "policy_gradient" or args.uses_references or any(more):
+        if args.objective != "policy_gradient" or args.uses_references or any(more) or trainer.teacher is not None:
             return None
         if trainer.top_entropy_quantile < 1.0 or args.policy_loss is not None or not trainer.model.training:
             return None
@@ -79,20 +82,31 @@ class MicroBatchLoss:
         return torch.nonzero(teaches).flatten().tolist() or [0]
 
     def additional_loss(self, scores: Scores, batch: MicroBatch, references: Sequence[Sequence[Ids]]) -> Tensor | float:
-        """What is added to the objective, from the same forward: a router's loss, or that of the references."""
+        """What is added to the objective, from the same forward: the loss of a router, a teacher or the references."""
         trainer, coef = self.trainer, self.trainer.args.reference_loss_coef
         if scores.router_loss is not None:
             self.metrics.mean("aux_loss", scores.router_loss)
             return trainer.router_aux_loss_coef * scores.router_loss / accumulation(trainer)
+        teacher_loss = 0.0 if scores.divergences is None else self._teacher_loss(scores, batch)
         if not coef:
-            return 0.0
+            return teacher_loss
         # Every row has the same weight, shared among its references, so no split of the batch changes the sum.
         total = reference_loss(scores.references)
         if total is None:
             total = torch.zeros((), device=trainer.accelerator.device)
         with_references = [bool(found) for found in references]
         self.metrics.step_mean("reference_nll", total, torch.tensor(sum(with_references), device=total.device))
-        return coef * total / len(batch) / accumulation(trainer)
+        return teacher_loss + coef * total / len(batch) / accumulation(trainer)
+
+    def _teacher_loss(self, scores: Scores, batch: MicroBatch) -> Tensor:
+        """The teacher's divergence: its mean over the step's tokens, or that of whole sequences over its rows."""
+        trainer, args, mask = self.trainer, self.trainer.args, batch.mask
+        self.metrics.masked_step_mean("teacher_divergence", scores.divergences, mask)
+        if args.teacher_signal == "loss":
+            return args.teacher_coef * self.step_mean(scores.divergences, mask, batch)
+        clips = {"clip_low": trainer.epsilon_low, "clip_high": trainer.epsilon_high}
+        losses = sequence_divergence_loss(scores.divergences, scores.logprobs, batch.old_logprobs, mask, **clips)
+        return args.teacher_coef * losses.sum() / len(batch) / accumulation(trainer)
 
     def _kl_loss(self, scores: Scores, batch: MicroBatch) -> Tensor:
         """β times the estimated KL to the start: its mean over the tokens of the whole step."""
@@ -114,7 +128,9 @@ class MicroBatchLoss:
             return loss / len(batch)
         mask = batch.mask
         rewards = batch.reference_rewards or ()
-        if args.objective == "minimum_risk":
+        if args.objective == "distillation":
+            loss = torch.zeros((), device=mask.device)  # the teacher's divergence is added
+        elif args.objective == "minimum_risk":
             loss = minimum_risk_loss(
                 scores,
                 batch.totals,

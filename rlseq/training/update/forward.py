@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlseq.engine.packed.packing import FLEX, PackedBatch, pack, pad, unpack, unpack_padded
 from rlseq.engine.packed.together import pack_together
-from rlseq.training.update.head import cpu_head, scored_head
+from rlseq.training.update.head import cpu_head, plain_head, scored_head
+from rlseq.training.update.teacher_targets import TeacherTargets
 
 Ids = tuple[int, ...]
 
@@ -58,6 +59,7 @@ class Scores:
         last_values: (B,), the value of the state after the last token; None without a critic.
         references: those of the rows' prompts, where they were asked for.
         router_loss: the load-balancing loss of a mixture of experts; None where it was not asked for.
+        divergences: (B, T) nats, from the teacher; None without one.
     """
 
     logprobs: Tensor
@@ -65,6 +67,7 @@ class Scores:
     values: Tensor | None = None
     last_values: Tensor | None = None
     router_loss: Tensor | None = None
+    divergences: Tensor | None = None
     references: References = field(default_factory=References)
 
 
@@ -83,6 +86,7 @@ def forward(
     temperature: float | None = 1.0,
     values: bool = False,
     router_loss: bool = False,
+    teacher: TeacherTargets | None = None,
 ) -> Scores:
     """Score a micro-batch: B rows, and the references of their prompts, by one call of `model`.
 
@@ -98,6 +102,7 @@ def forward(
         values: whether the critic is asked too.
         router_loss: whether a mixture of experts is asked for its load-balancing loss too, which counts each row's
             tokens: nothing is packed.
+        teacher: of the B rows; the model's head must then be one that `plain_head` gives.
     """
     rows_of: dict[tuple[Ids, tuple[Ids, ...]], list[int]] = {}  # (prompt, its references) -> rows
     for row, prompt in enumerate(prompts):
@@ -120,19 +125,21 @@ def forward(
         places += range(place, place + len(extra))
         place += len(extra)
     layout = {"pad_id": pad_id, "dtype": dtype, "device": device, "attention": attention}
-    batch = _collate(groups, packs=packs and not router_loss, **layout)
+    batch = collate(groups, packs=packs and not router_loss, **layout)
     more = {"return_values": True} if values else {}
     if router_loss:
         more["output_router_logits"] = True
     head = None if router_loss or temperature is None else cpu_head(model)
+    if teacher is not None:
+        head, teacher = plain_head(model), teacher.placed(batch, place_of)
     with without_holes(model) if device.type == "cpu" else contextlib.nullcontext():
         if head is None:
             outputs = model(**batch.model_inputs, labels=batch.labels, fused_lm_head=True, **more)
             of_tokens, entropies = outputs.log_probs, outputs.entropy
         else:
-            with scored_head(head, batch.labels, temperature):
+            with scored_head(head, batch.labels, temperature, teacher):
                 outputs = model(**batch.model_inputs, use_cache=False, **more)
-            of_tokens, entropies = outputs.logits.unbind(-1)
+            of_tokens, entropies, *divergences = outputs.logits.unbind(-1)
     if places:
         sequences = unpack(of_tokens, batch)
         found.logprobs = [sequences[i] for i in places]
@@ -149,6 +156,8 @@ def forward(
     # TRL's head of a reference model computes no entropies.
     entropies = logprobs.new_zeros(logprobs.shape) if entropies is None else rows_by_tokens(entropies)
     scores = Scores(logprobs, entropies, references=found, router_loss=outputs.aux_loss if router_loss else None)
+    if teacher is not None:
+        scores.divergences = rows_by_tokens(divergences[0])
     if values:
         scores.values = rows_by_tokens(outputs.state_values[:, :-1])  # column t-1: the state before token t
         after = [x[-1] if len(x) else x.sum() for x in unpack(outputs.state_values, batch, shifted=False)]
@@ -187,7 +196,7 @@ def without_holes(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _collate(groups, *, packs: bool, pad_id: int, device: torch.device, **layout) -> PackedBatch:
+def collate(groups, *, packs: bool, pad_id: int, device: torch.device, **layout) -> PackedBatch:
     """The one place where a training batch is laid out: packed, or padded for models that packing cannot serve."""
     if packs:
         options = {"pad_id": pad_id, "device": device, "whole_groups": True, **layout}

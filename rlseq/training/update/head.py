@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from rlseq.engine.model.info import base_of, uncompiled
 from rlseq.engine.packed.logits import head_is_separate
+from rlseq.training.update.teacher_targets import TeacherTargets
 
 TILE_TOKENS = 128  # tokens whose logits are computed together
 
@@ -111,9 +112,15 @@ def token_scores(
 
 
 def cpu_head(model: nn.Module) -> nn.Module | None:
-    """The head of a model that `scored_head` serves, wrapped for training or not; None: it is left to TRL's fused head.
+    """The head that `scored_head` serves in place of TRL's fused head; None: not on a CPU, or it cannot serve it."""
+    head = plain_head(model)
+    return head if head is not None and head.weight.device.type == "cpu" else None
 
-    That is where it is not on a CPU, sharded or quantised, or the model is compiled, which would trace the hooks of one
+
+def plain_head(model: nn.Module) -> nn.Module | None:
+    """The head of a model that `scored_head` can serve, wrapped for training or not; None where it cannot.
+
+    That is where it is sharded or quantised, or the model is compiled, which would trace the hooks of one
     call into the next, and where logits are more than the head's product (scaled, capped).
     """
     inner = extract_model_from_parallel(model)
@@ -124,23 +131,27 @@ def cpu_head(model: nn.Module) -> nn.Module | None:
     if not isinstance(head, nn.Linear | ModulesToSaveWrapper):
         return None
     weight = head.weight
-    plain = weight.device.type == "cpu" and weight.is_floating_point() and not isinstance(weight, DTensor)
+    plain = weight.is_floating_point() and not isinstance(weight, DTensor)
     return head if plain and head_is_separate(base) else None
 
 
 @contextlib.contextmanager
-def scored_head(head: nn.Module, labels: Tensor, temperature: float) -> Iterator[None]:
+def scored_head(
+    head: nn.Module, labels: Tensor, temperature: float, teacher: TeacherTargets | None = None
+) -> Iterator[None]:
     """While it lasts, a model's `logits` are log-probs and entropies of its labels, by `token_scores`.
 
     Hooks of the head do it: before, the states are narrowed to none, so that its own product costs nothing; after, what
     is returned takes the product's place. So the numbers pass through whatever the model is wrapped in.
 
     Args:
-        head: of the model, as `cpu_head` gives it.
+        head: of the model, as `plain_head` gives it.
         labels: (R, S) of what the model is called with; -100 where nothing is scored.
         temperature: that tokens were sampled at.
+        teacher: what it says at the same positions; None without one.
 
     The logits of the call are (R, S-1, 2): log-prob and entropy of each label but the first, 0 where nothing is scored.
+    With a teacher they are (R, S-1, 3), and the last is the divergence from it.
     """
     passing: list[Tensor] = []
 
@@ -154,7 +165,12 @@ def scored_head(head: nn.Module, labels: Tensor, temperature: float) -> Iterator
         mask = targets != -100
         found = token_scores(states[mask], head.weight, head.bias, targets[mask], temperature=temperature)
         # masked_scatter keeps the result on the model's graph where no label counts
-        return torch.stack([x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found], dim=-1)
+        scores = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in found]
+        if teacher is not None:
+            judged = teacher.places >= 0
+            x = teacher.divergences(states[judged], head, temperature)
+            scores.append(x.new_zeros(mask.shape).masked_scatter(judged, x))
+        return torch.stack(scores, dim=-1)
 
     hooks = [head.register_forward_pre_hook(keep_states), head.register_forward_hook(score)]
     try:

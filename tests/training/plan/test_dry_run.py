@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlseq.common.disk import readable_size
 from rlseq.config.training import GRPOConfig, ModelArguments
 from rlseq.data.prompts import build_prompts
+from rlseq.engine.model.load import load_model
 from rlseq.training.plan.dry_run import count_checkpoints, plan_rollouts, update_tokens
 from rlseq.training.plan.memory import critic_parameters, memory, size_of, weightless_model
 from rlseq.training.run.launch import run_recipe
@@ -111,6 +112,26 @@ def test_the_sizes_are_those_of_the_run(case, task, tmp_path, monkeypatch, capsy
     checkpoints = list(out.glob("checkpoint-*"))
     written = sum(file.stat().st_size for c in checkpoints for file in c.rglob("*") if file.is_file())
     assert planned["checkpoints on disk"] == pytest.approx(written, rel=0.1)
+
+
+def test_a_teacher_is_counted_and_one_that_the_adapter_s_base_is_needs_no_weights(task, tmp_path, monkeypatch, capsys):
+    base = ["--config", task / "grpo.yaml", "--output_dir", tmp_path / "run", "--dry_run", "true"]
+    teacher = ["--teacher_name_or_path", task / "model"]
+    assert run(monkeypatch, "grpo", *base) == 0
+    without = table(capsys.readouterr().out)
+    assert not any("teacher" in name for name in without)
+    assert run(monkeypatch, "grpo", *base, *teacher) == 0
+    text = capsys.readouterr().out
+    found, parameters = table(text), sum(p.numel() for p in load_model(task / "model").parameters())
+    assert found["teacher"] == pytest.approx(4 * parameters, rel=0.01)  # float32, as the policy
+    assert "24 tokens × 96 numbers × 4 bytes" in text  # 4 rollouts of 6 tokens at most, of 96 hidden units
+    assert found["teacher's hidden states"] == pytest.approx(24 * 96 * 4, rel=0.01)
+    assert run(monkeypatch, "grpo", *base, *teacher, "--teacher_dtype", "bfloat16") == 0
+    assert table(capsys.readouterr().out)["teacher"] == pytest.approx(2 * parameters, rel=0.01)
+    adapter = ["--use_peft", "true", "--lora_target_modules", "q_proj"]
+    assert run(monkeypatch, "grpo", *base, *teacher, *adapter) == 0
+    shared = table(capsys.readouterr().out)
+    assert "teacher" not in shared and "teacher's hidden states" in shared
 
 
 @pytest.mark.parametrize("recipe", ["grpo", "ppo", "sft"])

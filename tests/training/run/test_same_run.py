@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from forks import end_of, fork, recipe, run_ranks
 from safetensors.torch import load_file
 from test_evaluation_agreement import SETTINGS, letters
 from test_kill import difference, state_of, write_task
 from test_recipes import read_lines, run_in_process
-from tiny_task import ROWS, tiny_trainer
+from tiny_task import ROWS, save_model, tiny_trainer
 
 from rlseq.evaluation.run import contrast_and_report
 from rlseq.scoring import load_rewards
@@ -126,6 +127,21 @@ def test_one_two_and_four_processes_train_as_one_with_the_same_global_batch(task
     shutil.copytree(one, tmp_path / "resumed")
     run(2, tmp_path / "resumed", "--resume_from_checkpoint", "checkpoint-4")
     assert flips(sampled(tmp_path / "resumed"), sampled(one)) == 0
+
+
+def test_two_processes_are_taught_as_one(task, tmp_path):
+    save_model(tmp_path / "teacher", seed=5)
+    config = yaml.safe_load((task / "grpo.yaml").read_text())
+    del config["reward_funcs"]
+    (tmp_path / "distill.yaml").write_text(yaml.safe_dump(config))
+    common = ["--config", tmp_path / "distill.yaml", *WORLD, "--teacher_name_or_path", tmp_path / "teacher"]
+    common += ["--objective", "distillation", "--gradient_accumulation_steps", 1, "--steps_per_generation", 1]
+    for processes in (1, 2):
+        size = ["--per_device_train_batch_size", 8 // processes, "--output_dir", tmp_path / str(processes)]
+        run_ranks(processes, recipe("grpo", [*common, *size]), tmp_path / "log")
+    first, *_, last, _ = read_lines(tmp_path / "1" / "metrics.jsonl")
+    assert first["teacher_divergence"] > last["teacher_divergence"] > 0
+    check_close(tmp_path / "2", tmp_path / "1")
 
 
 # -- batches and order

@@ -220,6 +220,8 @@ class BatchMaker:
             trained = replace(trained, importance_ratio=self.importance_ratio(trained))
         if trainer.beta:
             trained = replace(trained, ref_logprobs=self._reference_logprobs(trained))
+        if trainer.teacher is not None:
+            trained = replace(trained, teacher_states=trainer.teacher.states(trained))
         batch.trained = trained
 
     def _reference_logprobs(self, trained: MicroBatch) -> Tensor:
@@ -307,9 +309,10 @@ class BatchMaker:
             metrics[f"rewards/{name}/std"].append(nanstd(of).item())
         for name, count in batch.failures.items():
             metrics[name].append(count)
-        present = batch.totals[~batch.totals.isnan()]
-        metrics["reward"].append(present.mean().item() if len(present) else NAN)
-        metrics["reward_std"].append(present.std().item() if len(present) > 1 else 0.0)
+        if self.scorer.suite.names:
+            present = batch.totals[~batch.totals.isnan()]
+            metrics["reward"].append(present.mean().item() if len(present) else NAN)
+            metrics["reward_std"].append(present.std().item() if len(present) > 1 else 0.0)
         if trainer.args.counts_equal_groups:  # else they teach too, compared with something else than each other
             metrics["frac_reward_zero_std"].append(equal_groups(batch.groups).float().mean().item())
         column = trainer.args.group_column
