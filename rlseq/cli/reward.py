@@ -125,8 +125,10 @@ def _check(args: argparse.Namespace) -> int:
     tokenizer = None
     if model.model_name_or_path:
         from rlseq.engine.model.load import load_tokenizer
+        from rlseq.engine.thoughts import check_ends
 
         tokenizer = load_tokenizer(model.model_name_or_path, "--model_name_or_path", padding_side="left")
+        check_ends(model.stop_strings, model.think_end, tokenizer)
     prompts = prompts_of(data, tokenizer)
     if model.model_name_or_path:
         _check_context(model, prompts)

@@ -42,7 +42,7 @@ from rlseq.config.validation.checks import describe_left_out
 from rlseq.data.curriculum import rows_in_range
 from rlseq.data.prompts import build_prompts, describe_shared
 from rlseq.data.rows import load_rows
-from rlseq.engine.stop_strings import StopStrings
+from rlseq.engine.thoughts import check_ends
 from rlseq.errors import ConfigError
 from rlseq.evaluation.report.plots import write_curves
 from rlseq.evaluation.run import read_jsonl
@@ -155,7 +155,7 @@ def main() -> None:
     prompts = held_out if rejection.from_rollouts else prompts_of(data.train_split, data.train_rows)
     sample_tokens = rejection.max_new_tokens if rejection.rejection_samples else None
     if rejection.rejection_samples:  # else the examples are checked, which are there already
-        StopStrings(rejection.stop_strings or (), tokenizer)  # refuses some
+        check_ends(rejection.stop_strings, rejection.think_end, tokenizer)
         check_prefill((prompt.prompt for prompt in prompts), "training")
     made = new_config(new.new_model, tokenizer) if new.new_model else None
     check_fit(config, model_args, tokenizer, prompts, sample_tokens=sample_tokens, new=made)

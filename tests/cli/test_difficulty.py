@@ -21,6 +21,14 @@ def is_right(completion, references):
     return float(completion in references)
 
 
+def answered(answer):
+    return float(len(answer))
+
+
+def answered_by_hand(completion):
+    return float(len(completion.partition("A")[2].lstrip()))
+
+
 def broken(completion):
     raise ValueError("no such word")
 """
@@ -236,3 +244,18 @@ def test_a_row_that_json_cannot_hold_is_named(task, tmp_path, capsys):
     )
     assert main(flags(task, tmp_path / "out", data=tmp_path / "own.py")) == 2
     assert "row 1: column 'on' holds a date that cannot be written as JSON" in capsys.readouterr().err
+
+
+def test_rewards_may_judge_the_answer_behind_a_thought(task, tmp_path, capsys):
+    found = []
+    for name, more in (("answered", ["--think_end", "A"]), ("answered_by_hand", [])):
+        given = ["--reward_funcs", f"{task}/reward.py:{name}", "--mean_reward", *more]
+        assert main(flags(task, tmp_path / name, *given)) == 0
+        found.append(column(tmp_path / name, "mean_reward"))
+    assert found[0] == found[1]
+    assert any(found[0])
+    refused = flags(task, tmp_path / "none", "--reward_funcs", f"{task}/reward.py:answered", "--mean_reward")
+    assert main(refused) != 0
+    assert "give --think_end" in capsys.readouterr().err
+    assert main(flags(task, tmp_path / "none", "--think_end", "A")) != 0
+    assert "without --reward_funcs" in capsys.readouterr().err

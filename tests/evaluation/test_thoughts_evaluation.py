@@ -196,3 +196,11 @@ def test_the_command_splits_says_what_it_costs_and_may_rest_its_claim_on_it(tmp_
     report = (tmp_path / "out" / "report.md").read_text()
     assert "Reference log-prob after own thought" in report
     assert "Thoughts never closed" in report
+
+    apart = [*arguments[:2], f"c={tmp_path / 'model'}", *arguments[4:-1], f"{tmp_path / 'other'}"]
+    assert main([*apart, "--think_end", END, *claim]) == 0
+    joined = ["evaluate", "--compare", f"{tmp_path / 'out'}", f"{tmp_path / 'other'}"]
+    assert main([*joined, "--output_dir", f"{tmp_path / 'joined'}"]) == 0
+    both = [json.loads((tmp_path / name / "results.json").read_text())["models"] for name in ("out", "joined")]
+    assert both[0].items() <= both[1].items()
+    assert both[1]["c"]["strategies"] == both[1]["a"]["strategies"]

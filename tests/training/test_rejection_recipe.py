@@ -286,3 +286,24 @@ def test_two_processes_sample_what_one_samples(task, tmp_path, monkeypatch):
         [line["loss"] for line in read_lines(tmp_path / n / "metrics.jsonl") if "loss" in line] for n in ("one", "two")
     ]
     assert len(losses[0]) == len(losses[1]) == 1
+
+
+ANSWERS = """
+def answered(answer):
+    return float(len(answer))
+
+
+def by_hand(completion):
+    return float(len(completion.partition("A")[2].lstrip()))
+"""
+
+
+def test_samples_are_chosen_by_the_answer_behind_their_thought(task, tmp_path, monkeypatch):
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    totals = []
+    for name, more in (("answered", ["--think_end", "A"]), ("by_hand", [])):
+        given = ["--config", task / "sft.yaml", "--rejection_samples", "4", "--max_new_tokens", "6", *more]
+        run_sft(monkeypatch, *given, "--reward_funcs", f"{tmp_path}/answers.py:{name}", "--output_dir", tmp_path / name)
+        totals.append([record["total"] for record in read_lines(tmp_path / name / "rollouts/000000.jsonl")])
+    assert totals[0] == totals[1]
+    assert len(set(totals[0])) > 1

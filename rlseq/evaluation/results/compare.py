@@ -158,7 +158,11 @@ def _suite(first: Evaluation, reward_funcs: Sequence[Any] | None) -> RewardSuite
         )
     without = [{k: v for k, v in s.items() if k != "weight"} if isinstance(s, Mapping) else s for s in specs]
     try:
-        suite = load_rewards(without, weights=[reward["weight"] for reward in expected.values()])
+        weights, think_end = (
+            [r["weight"] for r in expected.values()],
+            first.results["spec"]["settings"].get("think_end"),
+        )
+        suite = load_rewards(without, weights=weights, think_end=think_end)
     except RewardError as error:
         raise RewardError(
             f"{error} If it has moved since {str(first.path)!r} was made, give --reward_funcs."
