@@ -9,6 +9,15 @@ from rlseq.config.fields import ABOVE_0, FINITE_ABOVE_0, Conflict, Need, Range, 
 from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 
 _TEACHER = Need("--teacher_name_or_path", lambda config: config.teacher_name_or_path is not None)
+# What the setting `objective` cannot stand without.
+NO_ORDER = Conflict(
+    "max_rl needs the number of terms of its series: give --max_rl_order (1: expected accuracy).",
+    lambda config: config.objective == "max_rl" and config.max_rl_order is None,
+)
+NO_TEACHER = Conflict(
+    "distillation needs a teacher: give --teacher_name_or_path.",
+    lambda config: config.objective == "distillation" and config.teacher_name_or_path is None,
+)
 
 
 @dataclass

@@ -38,7 +38,7 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
-from rlseq.config.teacher import TeacherArguments
+from rlseq.config.teacher import NO_ORDER, NO_TEACHER, TeacherArguments
 from rlseq.config.validation import checks, inherited
 from rlseq.config.validation.validate import validate, validate_given
 
@@ -127,16 +127,7 @@ class GRPOConfig(DefaultsMixin, AsInEvaluation, TeacherArguments, trl.GRPOConfig
         "no rollouts; where references enumerate success), max_rl (as exact; from expected accuracy to likelihood by "
         "max_rl_order), reference_exact (any reward; the references' share exactly), or distillation (a teacher's "
         "divergence alone; rewards are optional, and measured). docs/objectives.md explains each.",
-        conflicts=(
-            Conflict(
-                "max_rl needs the number of terms of its series: give --max_rl_order (1: expected accuracy).",
-                lambda config: config.objective == "max_rl" and config.max_rl_order is None,
-            ),
-            Conflict(
-                "distillation needs a teacher: give --teacher_name_or_path.",
-                lambda config: config.objective == "distillation" and config.teacher_name_or_path is None,
-            ),
-        ),
+        conflicts=(NO_ORDER, NO_TEACHER),
     )
     max_rl_order: int | None = setting(
         None,
