@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from rlseq.engine.model.info import attention_of, base_of, eval_mode
 from rlseq.engine.model.load import load_model
-from rlseq.engine.packed.hidden import last_hidden_states
+from rlseq.engine.packed.logits import last_hidden_states
 from rlseq.engine.packed.self_tests import supports_packing
 from rlseq.errors import ConfigError, ModelError
 from rlseq.training.models import check_model_path, load_tokenizer

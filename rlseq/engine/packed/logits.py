@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +26,28 @@ def logits_at(
         whole: compute those of all places and choose from them; for a model without `head_is_separate`.
         past: keys and values of what the rows continue.
     """
-    base = base_of(model)
+    if whole:
+        yield from model(**inputs_of(model, batch, past)).logits.flatten(0, 1)[places].split(step)
+        return
+    hidden = last_hidden_states(model, batch, past).flatten(0, 1)[places]  # (n, H)
+    head = base_of(model).get_output_embeddings()
+    yield from (head(part) for part in hidden.split(step))
+
+
+def last_hidden_states(model: nn.Module, batch: PackedBatch, past: DynamicCache | None = None) -> Tensor:
+    """What the head of a model with `head_is_separate` reads, (R, S, H)."""
+    return base_of(model).get_decoder()(**inputs_of(model, batch, past)).last_hidden_state
+
+
+def inputs_of(model: nn.Module, batch: PackedBatch, past: DynamicCache | None = None) -> dict[str, Any]:
+    """The arguments of a forward that decodes nothing further; `past` has keys and values of what the rows continue."""
     inputs = batch.model_inputs | {"use_cache": False}
     if past is not None:
         inputs["past_key_values"] = past
     padded = isinstance(batch.attention_mask, Tensor) and batch.attention_mask.ndim == 2
     if padded and "position_ids" not in forward_parameters(model):
         del inputs["position_ids"]  # padded on the right, where a model's own positions are these
-    if whole:
-        yield from model(**inputs).logits.flatten(0, 1)[places].split(step)
-        return
-    hidden = base.get_decoder()(**inputs).last_hidden_state.flatten(0, 1)[places]  # (n, H)
-    head = base.get_output_embeddings()
-    yield from (head(part) for part in hidden.split(step))
+    return inputs
 
 
 def head_is_separate(model: nn.Module) -> bool:
