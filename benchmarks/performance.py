@@ -35,6 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.data.rows import load_rows
+from rlseq.engine.decoding import shared_heads
+from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample, stop_ids_of
 from rlseq.engine.strategies import Sample
 from rlseq.scoring import load_rewards
@@ -499,6 +501,57 @@ def long(
     ]
 
 
+def heads(repeats: int, begin: int = 200, tokens: int = 16, count: int = 32, samples: int = 4) -> list[dict[str, Any]]:
+    """Prompts that begin alike, as with a system prompt, beside the same work with each prompt computed whole."""
+    model, tokenizer = long_model()
+    alike, own = long_prompts(tokenizer, 1, begin)[0], long_prompts(tokenizer, count, tokens)
+    ids = [alike.prompt_ids + p.prompt_ids for p in own]
+    prompts = [
+        replace(p, prompt_ids=all_ids, prompt=tokenizer.decode(all_ids)) for p, all_ids in zip(own, ids, strict=True)
+    ]
+    length = 2 * tokens
+
+    def decode() -> float:
+        sample(model, prompts, num_samples=samples, max_new_tokens=length, strategy=Sample(), seed=0, stop_ids=[-1])
+        return 1.0
+
+    def force() -> float:
+        score(model, ids, [p.prompt_ids for p in own])
+        return 1.0
+
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"num_generations": samples, "max_completion_length": length, "max_steps": 1}
+        rows = count * samples
+        trainer = ours(folder, model, tokenizer, prompts, per_device_train_batch_size=rows, **changes)
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        with quiet():
+            batch = trainer.make_batch([dict(trainer.train_dataset[i // samples]) for i in range(rows)]).trained
+        batch = replace(batch, advantages=torch.ones(rows))
+
+        def train() -> float:
+            trainer.model.zero_grad()
+            trainer.compute_loss(trainer.model, batch).backward()
+            return 1.0
+
+        def whole(work: Work) -> Work:
+            def once() -> float:
+                least, shared_heads.LEAST_SAVED = shared_heads.LEAST_SAVED, sys.maxsize
+                try:
+                    return work()
+                finally:
+                    shared_heads.LEAST_SAVED = least
+
+            return once
+
+        what = f"{count} prompts of {begin} common tokens and {tokens} of their own, beside each whole"
+        found = []
+        for name, work in {"rollouts": decode, "scores": force, "update": train}.items():
+            rates = race({"once": work, "whole": whole(work)}, repeats)
+            found.append(result(f"{name}, {what}, /s", rates["once"], rates["whole"], None))
+    return found
+
+
 def growth(repeats: int) -> list[dict[str, Any]]:
     """How the ratios change with samples per prompt, prompt length, completion length and model width."""
     changes: list[dict[str, int]] = [{"samples": n} for n in (4, 8)]
@@ -590,7 +643,9 @@ def result(work: str, rlseq: float, other: float, targets: tuple[float, float] |
     return {"work": work, "rlseq": rlseq, "other": other, "ratio": rlseq / other, "targets": targets}
 
 
-ROWS = {f.__name__: f for f in (step, rollouts, update, equal, sharing, long, evaluation, memory, startup, growth)}
+ROWS = {
+    f.__name__: f for f in (step, rollouts, update, equal, sharing, long, heads, evaluation, memory, startup, growth)
+}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -298,7 +298,8 @@ def _padded(
     batch = pad(rests, completions, pad_id=0, device=device)
     computed = [compute_heads(model, heads) for model in models]
     position_ids = batch.position_ids + torch.from_numpy(lengths).to(device)[:, None]
-    mask = torch.cat([computed[0][1], batch.attention_mask], dim=1)
+    of_rests: Any = batch.attention_mask  # of 0 and 1, from `pad`
+    mask = torch.cat([computed[0][1], of_rests], dim=1)
     return (
         replace(batch, position_ids=position_ids, attention_mask=mask),
         [read_only(cache, heads) for cache, _ in computed],

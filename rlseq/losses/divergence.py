@@ -131,14 +131,16 @@ class _StateDivergence(torch.autograd.Function):
         for rows, logp, logq in _tiles(ctx, *ctx.saved_tensors):
             gradient = _logit_gradient(logp, logq, kind, jsd_beta).mul_(of_divergences[rows, None] / temperature)
             size = gradient.shape[1]
-            if to_hidden:
+            if hidden_gradient is not None:
                 hidden_gradient[rows] = (gradient.to(ctx.dtype) @ cast[:size]).to(hidden.dtype)
-            if to_weight:
+            if weight_gradient is not None:
                 weight_gradient[:size].addmm_(gradient.t(), hidden[rows].to(exact))
-            if to_bias:
+            if bias_gradient is not None:
                 bias_gradient[:size] += gradient.sum(0)
-        weight_gradient = weight_gradient.to(weight.dtype) if to_weight else None
-        bias_gradient = bias_gradient.to(bias.dtype) if to_bias else None
+        if weight_gradient is not None:
+            weight_gradient = weight_gradient.to(weight.dtype)
+        if bias_gradient is not None:
+            bias_gradient = bias_gradient.to(bias.dtype)
         return hidden_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 

@@ -232,7 +232,11 @@ def _in_workers(
     prompt = items[0][0]
     strange = [(prompt, make_rollout(prompt, text, sample)) for sample, text in enumerate(STRANGE.values())]
     try:
-        apart = {"search_root": search_root, "max_error_rate": 1.0, "think_end": suite.rewards[0].think_end}
+        apart: dict[str, Any] = {
+            "search_root": search_root,
+            "max_error_rate": 1.0,
+            "think_end": suite.rewards[0].think_end,
+        }
         isolated = load_rewards([{**spec, "timeout": PATIENCE}], **apart)
     except RewardError as error:
         yield Check(question, False, str(error))
