@@ -1,6 +1,7 @@
 """What rlseq's rollouts, updates and steps cost beside plain TRL and `generate`, on this machine (docs/performance.md).
 
-    python benchmarks/performance.py [--only step rollouts update equal sharing long evaluation memory startup growth]
+    python benchmarks/performance.py [--only step rollouts update equal sharing long prefixes evaluation memory startup
+        growth]
         [--repeats N] [--json FILE]
 
 Both sides of a row do the same work in one process and take turns, so that a machine that is busy for a while slows
@@ -35,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.data.rows import load_rows
-from rlseq.engine.decoding import shared_heads
+from rlseq.engine.decoding import common_prefix
 from rlseq.engine.likelihood import score
 from rlseq.engine.sampling import sample, stop_ids_of
 from rlseq.engine.strategies import Sample
@@ -501,7 +502,9 @@ def long(
     ]
 
 
-def heads(repeats: int, begin: int = 200, tokens: int = 16, count: int = 32, samples: int = 4) -> list[dict[str, Any]]:
+def prefixes(
+    repeats: int, begin: int = 200, tokens: int = 16, count: int = 32, samples: int = 4
+) -> list[dict[str, Any]]:
     """Prompts that begin alike, as with a system prompt, beside the same work with each prompt computed whole."""
     model, tokenizer = long_model()
     alike, own = long_prompts(tokenizer, 1, begin)[0], long_prompts(tokenizer, count, tokens)
@@ -536,11 +539,11 @@ def heads(repeats: int, begin: int = 200, tokens: int = 16, count: int = 32, sam
 
         def whole(work: Work) -> Work:
             def once() -> float:
-                least, shared_heads.LEAST_SAVED = shared_heads.LEAST_SAVED, sys.maxsize
+                least, common_prefix.LEAST_SAVED = common_prefix.LEAST_SAVED, sys.maxsize
                 try:
                     return work()
                 finally:
-                    shared_heads.LEAST_SAVED = least
+                    common_prefix.LEAST_SAVED = least
 
             return once
 
@@ -644,7 +647,7 @@ def result(work: str, rlseq: float, other: float, targets: tuple[float, float] |
 
 
 ROWS = {
-    f.__name__: f for f in (step, rollouts, update, equal, sharing, long, heads, evaluation, memory, startup, growth)
+    f.__name__: f for f in (step, rollouts, update, equal, sharing, long, prefixes, evaluation, memory, startup, growth)
 }
 
 

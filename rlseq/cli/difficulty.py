@@ -11,8 +11,8 @@ from typing import Any
 from rlseq.common.escapes import visible
 from rlseq.common.interrupts import exit_on_sigint
 from rlseq.config.arguments import DataArguments
-from rlseq.config.chat_template import template_options
 from rlseq.config.commands import DifficultyArguments
+from rlseq.config.groups.chat_template import template_options
 from rlseq.config.parsing.flags import add_flags, from_flags
 from rlseq.errors import ConfigError, DataError
 

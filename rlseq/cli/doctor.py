@@ -68,7 +68,7 @@ def examine(args: DoctorArguments, data: EvalRowsArguments) -> Iterator[Result]:
     Raises:
         RlseqError: the model or data cannot be loaded.
     """
-    from rlseq.config.chat_template import template_options
+    from rlseq.config.groups.chat_template import template_options
     from rlseq.data.rows import load_prompts
     from rlseq.doctor.static import load_configs, static_checks
     from rlseq.engine.model.load import load_tokenizer

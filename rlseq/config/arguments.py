@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlseq.config.chat_template import template_options
 from rlseq.config.fields import (
     ABOVE_0,
     FINITE_ABOVE_0,
@@ -24,9 +23,10 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
-from rlseq.config.precision import FinalPrecisionArguments, PrecisionArguments
-from rlseq.config.rows import RenderedRowsArguments
-from rlseq.config.thoughts import ThoughtArguments
+from rlseq.config.groups.chat_template import template_options
+from rlseq.config.groups.precision import FinalPrecisionArguments, PrecisionArguments
+from rlseq.config.groups.rows import RenderedRowsArguments
+from rlseq.config.groups.thoughts import ThoughtArguments
 from rlseq.config.validation.validate import Settings
 
 _DOCUMENTS = Need("--likelihood_dataset, text without prompts", lambda config: config.likelihood_dataset is not None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rlseq.config.arguments import EvaluateArguments
 from rlseq.config.fields import as_declared
-from rlseq.config.thoughts import ThoughtArguments
+from rlseq.config.groups.thoughts import ThoughtArguments
 
 
 @dataclass

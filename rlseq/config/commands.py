@@ -16,8 +16,8 @@ from rlseq.config.arguments import (
     WeightedArguments,
 )
 from rlseq.config.fields import Conflict, Need, as_declared, at_least, setting
-from rlseq.config.rows import RenderedRowsArguments
-from rlseq.config.thoughts import ThoughtArguments
+from rlseq.config.groups.rows import RenderedRowsArguments
+from rlseq.config.groups.thoughts import ThoughtArguments
 from rlseq.config.validation.validate import Settings
 
 

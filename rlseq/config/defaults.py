@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlseq.config.chat_template import template_options
 from rlseq.config.fields import at_least, setting
+from rlseq.config.groups.chat_template import template_options
 from rlseq.config.validation import checks, inherited
 
 

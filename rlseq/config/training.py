@@ -12,7 +12,6 @@ from typing import Literal
 
 import trl
 
-from rlseq.config.adapters import ModelArguments
 from rlseq.config.arguments import (
     DataArguments,
     EvaluateArguments,
@@ -25,7 +24,6 @@ from rlseq.config.arguments import (
     TrainingEvaluationArguments,
 )
 from rlseq.config.as_in_evaluation import AsInEvaluation
-from rlseq.config.curriculum import TrainingDataArguments, validate_online_curriculum
 from rlseq.config.defaults import DefaultsMixin
 from rlseq.config.fields import (
     ABOVE_0,
@@ -38,7 +36,9 @@ from rlseq.config.fields import (
     at_least,
     setting,
 )
-from rlseq.config.teacher import NO_ORDER, NO_TEACHER, TeacherArguments
+from rlseq.config.groups.adapters import ModelArguments
+from rlseq.config.groups.curriculum import TrainingDataArguments, validate_online_curriculum
+from rlseq.config.groups.teacher import NO_ORDER, NO_TEACHER, TeacherArguments
 from rlseq.config.validation import checks, inherited
 from rlseq.config.validation.validate import validate, validate_given
 

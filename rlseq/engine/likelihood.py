@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rlseq.engine.decoding.shared_heads import compute_heads, find_heads, read_only, serves
+from rlseq.engine.decoding.common_prefix import compute_common_prefixes, find_common_prefixes, read_only, serves
 from rlseq.engine.model.info import attention_of, eval_mode, uncompiled, vocabulary_of
 from rlseq.engine.packed.logits import head_is_separate, logits_at
 from rlseq.engine.packed.packing import PackedBatch, pack, pad, rows_of_group
@@ -290,19 +290,19 @@ def _padded(
     models: Sequence[nn.Module], prompts: Sequence, completions: Sequence, device: torch.device
 ) -> tuple[PackedBatch, list[DynamicCache | None]]:
     """One sequence a row, without what many prompts begin with; and of that the keys and values in each model."""
-    heads = find_heads(prompts) if all(map(serves, models)) else None
-    if heads is None:
+    prefixes = find_common_prefixes(prompts) if all(map(serves, models)) else None
+    if prefixes is None:
         return pad(prompts, completions, pad_id=0, device=device), [None] * len(models)
-    lengths = heads.lengths
+    lengths = prefixes.lengths
     rests = [prompt[length:] for prompt, length in zip(prompts, lengths.tolist(), strict=True)]
     batch = pad(rests, completions, pad_id=0, device=device)
-    computed = [compute_heads(model, heads) for model in models]
+    computed = [compute_common_prefixes(model, prefixes) for model in models]
     position_ids = batch.position_ids + torch.from_numpy(lengths).to(device)[:, None]
     of_rests: Any = batch.attention_mask  # of 0 and 1, from `pad`
     mask = torch.cat([computed[0][1], of_rests], dim=1)
     return (
         replace(batch, position_ids=position_ids, attention_mask=mask),
-        [read_only(cache, heads) for cache, _ in computed],
+        [read_only(cache, prefixes) for cache, _ in computed],
     )
 
 

@@ -18,9 +18,9 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from rlseq.common.formats import METRICS
-from rlseq.config.adapters import peft_config_of
+from rlseq.config.groups.adapters import peft_config_of
+from rlseq.config.groups.preferences import DPOConfig, PairArguments
 from rlseq.config.parsing.parser import RecipeParser
-from rlseq.config.preferences import DPOConfig, PairArguments
 from rlseq.config.training import ModelArguments, RunArguments
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
@@ -29,15 +29,15 @@ from rlseq.evaluation.run import read_jsonl
 from rlseq.training.models import check_model_path, load_model, load_tokenizer, merge_result
 from rlseq.training.plan.dry_run import describe_examples, plan_examples
 from rlseq.training.plan.memory import weightless_model
-from rlseq.training.preferences import describe_pairs, pair_examples, preference_pairs, require_pairs
-from rlseq.training.rejection import read_candidates
 from rlseq.training.run.callbacks import GracefulStop, MetricsWriter, Progress
 from rlseq.training.run.inputs import run_inputs
 from rlseq.training.run.launch import run_recipe
 from rlseq.training.run.recipe import announce, check_fit, finish, open_run, say
+from rlseq.training.selection.preferences import describe_pairs, pair_examples, preference_pairs, require_pairs
+from rlseq.training.selection.rejection import read_candidates
 from rlseq.training.sft import example_lengths
+from rlseq.training.trl.checkpoint.publish import publish
 from rlseq.training.trl.dpo import DPOTrainer
-from rlseq.training.trl.publish import publish
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ recipes/ppo.py takes the same flags and puts a critic in place of the group.
 
 from accelerate import PartialState
 
-from rlseq.config.adapters import peft_config_of
+from rlseq.config.groups.adapters import peft_config_of
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     GRPOConfig,

@@ -16,7 +16,7 @@ docs/objectives.md explains every setting and every logged number.
 
 from accelerate import PartialState
 
-from rlseq.config.adapters import peft_config_of
+from rlseq.config.groups.adapters import peft_config_of
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     ModelArguments,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from rlseq.common.formats import METRICS
-from rlseq.config.adapters import evaluated_quantization, quantization_note, quantization_of
+from rlseq.config.groups.adapters import evaluated_quantization, quantization_note, quantization_of
 from rlseq.config.training import (
     DataArguments,
     ModelArguments,
@@ -55,8 +55,8 @@ from rlseq.training.run.directory import RunDirectory, write_json_atomic
 from rlseq.training.run.recipe import Task, finish, load_task, prompt_options, say
 from rlseq.training.teacher import check_teacher
 from rlseq.training.trl.arguments import check_init_kwargs
-from rlseq.training.trl.publish import publish
-from rlseq.training.trl.tracking import log_contrast
+from rlseq.training.trl.checkpoint.publish import publish
+from rlseq.training.trl.logging.trackers import log_contrast
 from rlseq.training.trl.with_tools import rewards_with_tools
 from rlseq.training.update.own_functions import check_own_functions
 

@@ -28,7 +28,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from rlseq.common.formats import METRICS
-from rlseq.config.adapters import peft_config_of
+from rlseq.config.groups.adapters import peft_config_of
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     ModelArguments,
@@ -60,15 +60,6 @@ from rlseq.training.models import (
 )
 from rlseq.training.plan.dry_run import describe_examples, plan_examples
 from rlseq.training.plan.memory import weightless_model
-from rlseq.training.rejection import (
-    Record,
-    best_completions,
-    fitting_candidates,
-    prompts_together,
-    read_candidates,
-    require_survivors,
-    sample_candidates,
-)
 from rlseq.training.run.best import choose_best_by
 from rlseq.training.run.callbacks import EarlyStopping, GracefulStop, MetricsWriter, Progress
 from rlseq.training.run.inputs import run_inputs
@@ -84,8 +75,17 @@ from rlseq.training.run.recipe import (
     say,
 )
 from rlseq.training.run.rollout_log import RolloutLog
+from rlseq.training.selection.rejection import (
+    Record,
+    best_completions,
+    fitting_candidates,
+    prompts_together,
+    read_candidates,
+    require_survivors,
+    sample_candidates,
+)
 from rlseq.training.sft import MEASURED, check_examples, check_prefill
-from rlseq.training.trl.publish import publish
+from rlseq.training.trl.checkpoint.publish import publish
 from rlseq.training.trl.sft import SFTTrainer
 from rlseq.types import Prompt
 

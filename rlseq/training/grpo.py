@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from rlseq.common.ranks import raise_on_all_ranks
-from rlseq.config.curriculum import parse_range
+from rlseq.config.groups.curriculum import parse_range
 from rlseq.config.training import GRPOConfig
 from rlseq.config.validation.checks import check_group_rewards, check_prompts, check_router
 from rlseq.config.validation.inherited import EXACT_OBJECTIVES
@@ -35,13 +35,13 @@ from rlseq.engine.model.lora import with_fused_layers
 from rlseq.engine.stop_strings import StopStrings
 from rlseq.engine.thoughts import ThinkEnd
 from rlseq.errors import ConfigError
-from rlseq.training.curriculum import OnlineCurriculum
 from rlseq.training.environment import load_environment
 from rlseq.training.models import disable_dropout
-from rlseq.training.resampling import SparePrompts
 from rlseq.training.rollouts import MicroBatch, RolloutBatch
 from rlseq.training.run.faults import evaluation_advice, memory_for
 from rlseq.training.run.rollout_log import RolloutLog, trained_records
+from rlseq.training.selection.curriculum import OnlineCurriculum
+from rlseq.training.selection.resampling import SparePrompts
 from rlseq.training.teacher import Teacher, check_teacher
 from rlseq.training.tools import check_tools, load_tools
 from rlseq.training.trl.arguments import (
@@ -60,11 +60,11 @@ from rlseq.training.trl.batch.resampling import DynamicSampling
 from rlseq.training.trl.batch.rollouts import RolloutSampler
 from rlseq.training.trl.batch.scoring import RewardScorer, leave_rewards_to
 from rlseq.training.trl.checkpoint.resume_state import ResumeState
-from rlseq.training.trl.loss import MicroBatchLoss
-from rlseq.training.trl.metrics import TrainingMetrics
-from rlseq.training.trl.reference import add_reference, reference_added_later, reference_of
+from rlseq.training.trl.logging.metrics import TrainingMetrics
+from rlseq.training.trl.logging.trackers import Tracking
+from rlseq.training.trl.loss.micro_batch import MicroBatchLoss
+from rlseq.training.trl.loss.reference import add_reference, reference_added_later, reference_of
 from rlseq.training.trl.rollout_trainer import RolloutTrainer
-from rlseq.training.trl.tracking import Tracking
 from rlseq.training.trl.vllm_cpu import vllm_on_cpu
 from rlseq.training.update.group_advantages import GroupAdvantages
 from rlseq.training.update.own_functions import check_own_functions

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from rlseq.config.adapters import quantization_of
+from rlseq.config.groups.adapters import quantization_of
 from rlseq.config.training import ModelArguments
 from rlseq.engine.model import load
 from rlseq.engine.model.gguf_files import gguf_file, may_be_on_hub

@@ -29,7 +29,7 @@ from rlseq.losses import adapt_kl_coefficient, kl_estimate, value_loss
 from rlseq.training.critic import FOLDER, NAME, attach, build_critic, critic_folder, is_critic, split_weights
 from rlseq.training.grpo import GRPOTrainer
 from rlseq.training.models import disable_dropout
-from rlseq.training.trl.loss import MicroBatchLoss
+from rlseq.training.trl.loss.micro_batch import MicroBatchLoss
 from rlseq.training.update.critic_advantages import CriticAdvantages
 
 

@@ -24,8 +24,8 @@ from rlseq.evaluation.run import contrast
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.evaluation.studies.table import STUDIES
 from rlseq.scoring import load_rewards
-from rlseq.training.rejection import sample_candidates
 from rlseq.training.run.launch import run_recipe
+from rlseq.training.selection.rejection import sample_candidates
 from rlseq.training.trl.batch import rollouts
 
 SECONDS = 60  # far less than a collective waits (30 minutes)

@@ -7,7 +7,7 @@ from test_dry_run import run, table
 from tiny_task import ROWS, write_rows, write_task
 
 from rlseq.cli.main import main
-from rlseq.config.curriculum import TrainingDataArguments
+from rlseq.config.groups.curriculum import TrainingDataArguments
 from rlseq.data.curriculum import rows_in_range
 from rlseq.errors import ConfigError, DataError
 

@@ -9,8 +9,8 @@ from tiny_task import tiny_tokenizer, tiny_trainer
 from rlseq.cli.evaluate import ARGUMENTS
 from rlseq.cli.main import main
 from rlseq.common.mixture import parse_mixture
+from rlseq.config.groups.rows import RowsArguments
 from rlseq.config.parsing.parser import RecipeParser
-from rlseq.config.rows import RowsArguments
 from rlseq.data.files import place_of
 from rlseq.data.prompts import build_prompts
 from rlseq.data.rows import load_prompts, load_rows

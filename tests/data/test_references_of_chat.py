@@ -21,8 +21,8 @@ from rlseq.evaluation.measure.checks import check_models
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.recipes.sft import examples
 from rlseq.scoring import load_rewards
-from rlseq.training import rejection
 from rlseq.training.ppo import PPOTrainer
+from rlseq.training.selection import rejection
 from rlseq.training.sft import check_examples
 from rlseq.training.tools import check_tools
 from rlseq.training.trl.sft import SFTTrainer
@@ -268,7 +268,7 @@ def test_samples_of_rejection_follow_and_are_trained_behind_what_the_template_is
     monkeypatch.setattr(SFTTrainer, "compute_loss", remember)
     asked = []
     monkeypatch.setattr(
-        "rlseq.training.rejection.sample",
+        "rlseq.training.selection.rejection.sample",
         lambda model, prompts, *, sample=rejection.sample, **more: (
             asked.extend(prompts) or sample(model, prompts, **more)
         ),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlseq.cli.evaluate import ARGUMENTS
 from rlseq.cli.main import main
-from rlseq.config.adapters import quantization_note
+from rlseq.config.groups.adapters import quantization_note
 from rlseq.config.parsing.parser import RecipeParser
 from rlseq.config.training import (
     GRPOConfig,

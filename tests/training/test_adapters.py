@@ -12,7 +12,7 @@ from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer, write_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlseq.config.adapters import ignored_adapter_settings, peft_config_of
+from rlseq.config.groups.adapters import ignored_adapter_settings, peft_config_of
 from rlseq.config.training import GRPOConfig, ModelArguments, SFTConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import score

@@ -10,7 +10,7 @@ from trl.trainer import grpo_trainer
 from rlseq.config.training import ModelArguments
 from rlseq.errors import ModelError
 from rlseq.training.models import load_model
-from rlseq.training.trl import reference
+from rlseq.training.trl.loss import reference
 
 
 def first_kl(model, folder, **settings):

@@ -14,7 +14,7 @@ from rlseq.evaluation.during import ValidationEvaluator
 from rlseq.evaluation.run import contrast
 from rlseq.evaluation.settings import ContrastSettings
 from rlseq.scoring import load_rewards
-from rlseq.training.rejection import sample_candidates
+from rlseq.training.selection.rejection import sample_candidates
 
 CAPITALS = list("ABCDEFGHI")
 TOKENIZER = tiny_tokenizer()

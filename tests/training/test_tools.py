@@ -14,8 +14,8 @@ from rlseq.config.training import GRPOConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError, DataError, RlseqError
 from rlseq.scoring.replay import read_rollouts
-from rlseq.training.rejection import read_candidates
 from rlseq.training.run.rollout_log import calls_tools
+from rlseq.training.selection.rejection import read_candidates
 from rlseq.training.tools import check_tools, load_tools
 
 CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 6, "b": 7}}\n</tool_call><eos>'

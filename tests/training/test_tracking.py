@@ -20,7 +20,7 @@ from rlseq.config.training import GRPOConfig, SFTConfig
 from rlseq.data.prompts import build_prompts
 from rlseq.errors import ConfigError
 from rlseq.training.grpo import GRPOTrainer
-from rlseq.training.trl.tracking import contrast_numbers, log_contrast, markdown_table
+from rlseq.training.trl.logging.trackers import contrast_numbers, log_contrast, markdown_table
 
 NAN = float("nan")
 RESULTS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlseq.config.arguments import EvaluateArguments, RejectionArguments
 from rlseq.config.fields import FROM_0_BELOW_1, Conflict, Need, OneOf, at_least, range_of
-from rlseq.config.precision import NEEDS_BITSANDBYTES
+from rlseq.config.groups.precision import NEEDS_BITSANDBYTES
 from rlseq.engine.model.load import is_adapter
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # those of TRL 1.16

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlseq.engine.decoding.common_prefix import (
+    compute_common_prefixes,
+    copy_rows,
+    find_common_prefixes,
+    padded_left,
+    serves,
+)
 from rlseq.engine.decoding.kv_cache import preallocate, rearrange
 from rlseq.engine.decoding.prefix_attention import Groups, SharedPrefixLayer, take_over_sdpa
-from rlseq.engine.decoding.shared_heads import compute_heads, copy_rows, find_heads, padded_left, serves
 from rlseq.engine.model.info import attention_of, base_of, forward_parameters
 from rlseq.errors import ModelError
 
@@ -44,7 +50,7 @@ class Decoder(Protocol):
 class CachedDecoder:
     """All prefixes in one batch with a KV cache; prefixes of different lengths are padded on the left.
 
-    What many of them begin with is computed once (`rlseq.engine.decoding.shared_heads`).
+    What many of them begin with is computed once (`rlseq.engine.decoding.common_prefix`).
 
     Args:
         model: takes `past_key_values`, or `cache_params` as state-space models do.
@@ -59,13 +65,13 @@ class CachedDecoder:
         self.device = next(model.parameters()).device
         self.cache_name = "past_key_values" if "past_key_values" in accepted else "cache_params"
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        heads = find_heads(prefixes) if serves(model) else None
-        if heads is None:
+        common = find_common_prefixes(prefixes) if serves(model) else None
+        if common is None:
             self.cache, before = DynamicCache(config=model.config), None
         else:
-            cache, before = compute_heads(model, heads)
-            self.cache = copy_rows(cache, heads)
-            prefixes = [ids[length:] for ids, length in zip(prefixes, heads.lengths.tolist(), strict=True)]
+            cache, before = compute_common_prefixes(model, common)
+            self.cache = copy_rows(cache, common)
+            prefixes = [ids[length:] for ids, length in zip(prefixes, common.lengths.tolist(), strict=True)]
         input_ids, mask = padded_left(prefixes)
         self.mask = mask.to(self.device)
         if before is not None:

@@ -1,7 +1,7 @@
 """Packing prompts that begin alike into one row: what they begin with is computed once, as are their completions' own
 common prefixes.
 
-To `pack`, the common beginning (a head) is the prompt, and what is left of each prompt, followed by one of its
+To `pack`, the common prefix is the prompt, and what is left of each prompt, followed by one of its
 completions, is a completion, of which only the latter part is scored. Attention that computes what tokens see and
 little else (`rlseq.engine.decoding.packed_attention`, FlexAttention) makes such a row worth its length.
 """
@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from rlseq.engine.decoding.shared_heads import find_heads
+from rlseq.engine.decoding.common_prefix import find_common_prefixes
 from rlseq.engine.packed.layout import Group
 from rlseq.engine.packed.packing import IGNORED, PackedBatch, pack
 
-ROW_TOKENS = 1024  # of prompts and completions that begin with one head; beyond, others start another row
+ROW_TOKENS = 1024  # of prompts and completions that begin with one common prefix; beyond, others start another row
 
 
 def pack_together(groups: Sequence[Group], **options: Any) -> PackedBatch | None:
-    """As `pack` does, with the heads of several groups' prompts once in a row; None: too little is shared.
+    """As `pack` does, with the prefixes of several groups' prompts once in a row; None: too little is shared.
 
     Args:
         groups: as of `pack`.
@@ -33,20 +33,22 @@ def pack_together(groups: Sequence[Group], **options: Any) -> PackedBatch | None
     """
     if not all(completions for _, completions in groups):
         return None
-    heads = find_heads([prompt for prompt, _ in groups])
-    if heads is None:
+    prefixes = find_common_prefixes([prompt for prompt, _ in groups])
+    if prefixes is None:
         return None
     joined: list[tuple[Sequence[int], list[tuple[int, ...]]]] = []
     places: list[tuple[int, int]] = []  # of each group: where it is joined, and the tokens before its completions
-    newest: dict[int, int] = {}  # head -> the last one joined that begins with it
+    newest: dict[int, int] = {}  # common prefix -> the last one joined that begins with it
     used: list[int] = []  # tokens of each, at most
-    for (prompt, completions), head, length in zip(groups, heads.of.tolist(), heads.lengths.tolist(), strict=True):
+    for (prompt, completions), common, length in zip(
+        groups, prefixes.of.tolist(), prefixes.lengths.tolist(), strict=True
+    ):
         length = length or len(prompt)  # it begins as no other
         rest = tuple(prompt[length:])
         tokens = len(rest) + sum(map(len, completions))
-        place = newest.get(head)
-        if head < 0 or place is None or used[place] + tokens > ROW_TOKENS:
-            place = newest[head] = len(joined)
+        place = newest.get(common)
+        if common < 0 or place is None or used[place] + tokens > ROW_TOKENS:
+            place = newest[common] = len(joined)
             joined.append((prompt[:length], []))
             used.append(length)
         joined[place][1].extend((*rest, *completion) for completion in completions)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from rlseq.config.adapters import peft_config_of
+from rlseq.config.groups.adapters import peft_config_of
 from rlseq.config.training import ModelArguments
 from rlseq.doctor.static import load_configs
 from rlseq.engine.decoding.kv_budget import cached_numbers

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from rlseq.common.escapes import visible
-from rlseq.config.adapters import ignored_adapter_settings
+from rlseq.config.groups.adapters import ignored_adapter_settings
 from rlseq.config.parsing.config_file import changed_values
 from rlseq.config.parsing.parser import write_config
 from rlseq.config.training import (

@@ -23,6 +23,7 @@ from rlseq.common.ranks import raise_on_all_ranks
 from rlseq.engine.model.load import load_into
 from rlseq.training.run.checkpoints import through_to_disk
 from rlseq.training.run.faults import evaluation_advice, memory_for, saving, update_advice
+from rlseq.training.trl.checkpoint.publish import Publisher
 from rlseq.training.trl.checkpoint.resume import (
     check_sharded_weights,
     is_loaded_here,
@@ -31,7 +32,6 @@ from rlseq.training.trl.checkpoint.resume import (
 )
 from rlseq.training.trl.checkpoint.resume_state import ResumeState, begin_epoch, sampler_of
 from rlseq.training.trl.guard import Guard
-from rlseq.training.trl.publish import Publisher
 
 
 class RunMixin(Trainer):

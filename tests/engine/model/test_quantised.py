@@ -13,7 +13,7 @@ from tiny import tiny_model
 from tiny_task import ROWS, tiny_tokenizer, tiny_trainer, write_data
 from transformers import AutoModelForCausalLM
 
-from rlseq.config.adapters import quantization_note, quantization_of
+from rlseq.config.groups.adapters import quantization_note, quantization_of
 from rlseq.config.training import ModelArguments
 from rlseq.data.prompts import build_prompts
 from rlseq.engine.likelihood import score

@@ -7,7 +7,7 @@ import torch
 from test_packing import alone, gradients, shifted_logprobs
 from tiny import FAMILIES, PAD, tiny_model
 
-from rlseq.engine.decoding import shared_heads
+from rlseq.engine.decoding import common_prefix
 from rlseq.engine.packed import together
 from rlseq.engine.packed.packing import IGNORED, unpack, unpack_padded
 from rlseq.engine.packed.together import pack_together
@@ -26,8 +26,8 @@ OPTIONS = {"pad_id": PAD, "whole_groups": True}
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Heads pay from the first token on."""
-    monkeypatch.setattr(shared_heads, "LEAST_SAVED", 1)
-    monkeypatch.setattr(shared_heads, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(common_prefix, "LEAST_SAVED", 1)
+    monkeypatch.setattr(common_prefix, "LEAST_SHARE", 0.0)
 
 
 def test_a_row_is_the_one_written_by_hand():
@@ -85,7 +85,7 @@ def test_an_update_s_log_probs_are_those_of_rows_packed_apart(monkeypatch):
         return forward(model, prompts, completions, 5, references=references, attention="sdpa", **options)
 
     joined = scores()
-    monkeypatch.setattr(shared_heads, "LEAST_SAVED", 10**9)
+    monkeypatch.setattr(common_prefix, "LEAST_SAVED", 10**9)
     apart = scores()
     torch.testing.assert_close(joined.logprobs, apart.logprobs, atol=2e-6, rtol=0)
     torch.testing.assert_close(joined.entropies, apart.entropies, atol=2e-6, rtol=0)

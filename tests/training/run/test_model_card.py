@@ -24,8 +24,8 @@ from rlseq.config.training import GRPOConfig
 from rlseq.evaluation.report.write import write_report
 from rlseq.training.run import model_card as module
 from rlseq.training.run.model_card import launch_command, model_card, report_sections
-from rlseq.training.trl import publish as publish_module
-from rlseq.training.trl.publish import publish
+from rlseq.training.trl.checkpoint import publish as publish_module
+from rlseq.training.trl.checkpoint.publish import publish
 
 GIVEN = {
     "model_name": "speller",

@@ -19,7 +19,7 @@ from tiny_task import ROWS, tiny_tokenizer, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from rlseq.config.training import SFTConfig
-from rlseq.training.trl.publish import publish
+from rlseq.training.trl.checkpoint.publish import publish
 from rlseq.training.trl.sft import SFTTrainer
 
 ADAPTER = (PUSHED - {"config.json", "generation_config.json", "model.safetensors"}) | {

@@ -18,16 +18,16 @@ from trl.trainer.utils import nanstd, use_adapter
 
 from rlseq.config.validation.inherited import EXACT_OBJECTIVES
 from rlseq.losses import importance_ratio, leave_one_prompt_out_baseline
-from rlseq.training.curriculum import OnlineCurriculum
-from rlseq.training.resampling import equal_groups
 from rlseq.training.rollouts import MicroBatch, RolloutBatch, group_rewards
 from rlseq.training.run.rollout_log import RolloutLog, rollout_records
+from rlseq.training.selection.curriculum import OnlineCurriculum
+from rlseq.training.selection.resampling import equal_groups
 from rlseq.training.trl.batch.packed_forward import PackedForward
 from rlseq.training.trl.batch.resampling import DynamicSampling, prompts_of_groups
 from rlseq.training.trl.batch.rollouts import RolloutSampler
 from rlseq.training.trl.batch.scoring import RewardScorer
-from rlseq.training.trl.metrics import TrainingMetrics
-from rlseq.training.trl.tracking import Completions, Tracking
+from rlseq.training.trl.logging.metrics import TrainingMetrics
+from rlseq.training.trl.logging.trackers import Completions, Tracking
 
 NAN = float("nan")
 

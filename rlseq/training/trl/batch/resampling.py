@@ -9,12 +9,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlseq.errors import ConfigError
-from rlseq.training.curriculum import OnlineCurriculum
-from rlseq.training.resampling import SparePrompts, equal_groups
 from rlseq.training.rollouts import RolloutBatch
+from rlseq.training.selection.curriculum import OnlineCurriculum
+from rlseq.training.selection.resampling import SparePrompts, equal_groups
 from rlseq.training.trl.batch.rollouts import RolloutSampler
 from rlseq.training.trl.batch.scoring import RewardScorer
-from rlseq.training.trl.metrics import TrainingMetrics
+from rlseq.training.trl.logging.metrics import TrainingMetrics
 
 OF_ROLLOUTS = ("rows", "asked", "prompt_ids", "rollouts", "completions", "logprobs", "scored", "told")
 

@@ -20,7 +20,7 @@ from rlseq.errors import ConfigError
 from rlseq.training.environment import callable_methods, check_group_prompts
 from rlseq.training.rollouts import RolloutBatch
 from rlseq.training.run.faults import memory_for, sampling_advice
-from rlseq.training.trl.metrics import TrainingMetrics
+from rlseq.training.trl.logging.metrics import TrainingMetrics
 from rlseq.training.trl.sharding import whole_weights
 from rlseq.training.update.forward import Ids
 from rlseq.types import Prompt, Rollout

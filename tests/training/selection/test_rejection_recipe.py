@@ -24,7 +24,7 @@ from rlseq.engine.sampling import sample
 from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError, RewardError, RlseqError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def share_of_a(completion: str) -> float | None:
@@ -180,7 +180,7 @@ def test_config_yaml_repeats_the_samples_and_a_run_that_goes_on_trains_on_those_
     before = (out / "rollouts/000000.jsonl").read_text()
     run_sft(monkeypatch, "--config", out / "config.yaml", "--output_dir", tmp_path / "again")
     assert (tmp_path / "again/rollouts/000000.jsonl").read_text() == before
-    import rlseq.training.rejection as module
+    import rlseq.training.selection.rejection as module
 
     monkeypatch.setattr(module, "sample", lambda *_, **__: pytest.fail("completions were sampled again"))
     run_sft(monkeypatch, *common, "--max_steps", 2, "--resume_from_checkpoint", "latest")

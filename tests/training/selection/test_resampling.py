@@ -12,7 +12,7 @@ from tiny_task import ROWS, tiny_trainer
 import rlseq
 from rlseq.engine.strategies import Sample
 from rlseq.errors import ConfigError
-from rlseq.training.resampling import SparePrompts, equal_groups
+from rlseq.training.selection.resampling import SparePrompts, equal_groups
 
 EQUAL = {row["prompt"] for row in ROWS[:6]}  # prompts whose samples all earn the same
 

@@ -1,8 +1,8 @@
 """What many prompts begin with (a system prompt, an instruction, an example) is computed once for all of them.
 
-Prompts that begin alike are found among those that are computed together, and their common first tokens, a *head*, go
-through the model once. Each prompt then continues from the keys and values of its head. Positions are those that its
-tokens have alone, and what it does not begin with is masked, so that logits are the same to rounding.
+Prompts that begin alike are found among those that are computed together, and their *common prefix* goes through the
+model once. Each prompt then continues from its keys and values. Positions are those that its tokens have alone, and
+what it does not begin with is masked, so that logits are the same to rounding.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MASKED = ("sdpa", "eager")  # attention that takes a mask with gaps
 
 
 @dataclass(frozen=True)
-class Heads:
+class CommonPrefixes:
     """What U prompts begin with.
 
     Attributes:
-        ids: H lists of token ids.
-        of: (U,) the head of each prompt; −1: none.
+        ids: C lists of token ids.
+        of: (U,) the common prefix of each prompt; −1: none.
     """
 
     ids: list[Ids]
@@ -41,12 +41,12 @@ class Heads:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(U,) tokens of each prompt's head."""
+        """(U,) tokens of each prompt's common prefix."""
         return np.array([*map(len, self.ids), 0])[self.of]
 
 
-def find_heads(prompts: Sequence[Ids]) -> Heads | None:
-    """The heads that save the most tokens, each shorter than every prompt that begins with it; None: too little.
+def find_common_prefixes(prompts: Sequence[Ids]) -> CommonPrefixes | None:
+    """The prefixes that save the most tokens, each shorter than every prompt that begins with it; None: too little.
 
     In sorted order, prompts stay together where neighbours share at least so many tokens; the number is the one, of all
     that occur, that saves the most.
@@ -68,7 +68,7 @@ def find_heads(prompts: Sequence[Ids]) -> Heads | None:
     for start, end in _runs(common, best):
         of[[order[place] for place in range(start, end)]] = len(ids)
         ids.append(prompts[order[start]][: int(common[start : end - 1].min())])
-    return Heads(ids, of)
+    return CommonPrefixes(ids, of)
 
 
 def _shared(a: Ids, b: Ids) -> int:
@@ -84,7 +84,7 @@ def _runs(common: np.ndarray, least: int) -> list[tuple[int, int]]:
 
 
 def serves(model: nn.Module) -> bool:
-    """Whether a model's prompts can continue from a head: plain attention, a cache of tokens, masks and positions."""
+    """Whether prompts can continue from a prefix: plain attention, a cache of tokens, masks and positions."""
     base = base_of(model)
     if not isinstance(base, PreTrainedModel) or type(base).__module__.startswith("transformers_modules"):
         return False
@@ -95,14 +95,14 @@ def serves(model: nn.Module) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-def compute_heads(model: nn.Module, heads: Heads) -> tuple[DynamicCache, Tensor]:
-    """Run a model over the heads.
+def compute_common_prefixes(model: nn.Module, prefixes: CommonPrefixes) -> tuple[DynamicCache, Tensor]:
+    """Run a model over the prefixes.
 
     Returns:
-        Their cache, of H rows padded on the left, and the mask of the prompts' heads there, (U, L) long.
+        Their cache, of C rows padded on the left, and the mask of the prompts' prefixes there, (U, L) long.
     """
     device = next(model.parameters()).device
-    input_ids, mask = padded_left(heads.ids)
+    input_ids, mask = padded_left(prefixes.ids)
     input_ids, mask = input_ids.to(device), mask.to(device)
     accepted = forward_parameters(model)
     output = model(
@@ -113,7 +113,7 @@ def compute_heads(model: nn.Module, heads: Heads) -> tuple[DynamicCache, Tensor]
         use_cache=True,
         **({"logits_to_keep": 1} if "logits_to_keep" in accepted else {}),
     )
-    of = torch.from_numpy(heads.of).to(device)
+    of = torch.from_numpy(prefixes.of).to(device)
     return output.past_key_values, mask[of] * (of >= 0)[:, None]
 
 
@@ -129,11 +129,11 @@ def padded_left(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
 
 
 class ReadOnlyLayer(DynamicLayer):
-    """The keys and values of heads for one forward pass of prompts, whose own are not kept: that would take memory.
+    """The keys and values of prefixes for one forward pass of prompts, whose own are not kept: that would take memory.
 
     Args:
-        layer: of the heads' cache, H rows.
-        of: (U,) long, the head of each prompt; one without a head has a mask that hides it.
+        layer: of the prefixes' cache, C rows.
+        of: (U,) long, the common prefix of each prompt; one without has a mask that hides it.
     """
 
     def __init__(self, layer: Any, of: Tensor):
@@ -148,17 +148,17 @@ class ReadOnlyLayer(DynamicLayer):
         return keys, values
 
 
-def read_only(cache: DynamicCache, heads: Heads) -> DynamicCache:
-    """The cache of heads as one forward pass of their prompts reads it."""
+def read_only(cache: DynamicCache, prefixes: CommonPrefixes) -> DynamicCache:
+    """The cache of prefixes as one forward pass of their prompts reads it."""
     first = cache.layers[0]
-    of = torch.from_numpy(heads.of.clip(min=0)).to(first.keys.device)
+    of = torch.from_numpy(prefixes.of.clip(min=0)).to(first.keys.device)
     cache.layers = [ReadOnlyLayer(layer, of) for layer in cache.layers]
     return cache
 
 
-def copy_rows(cache: DynamicCache, heads: Heads) -> DynamicCache:
-    """The cache of heads with a row for each prompt, to which its further tokens are added."""
-    of = torch.from_numpy(heads.of.clip(min=0))
+def copy_rows(cache: DynamicCache, prefixes: CommonPrefixes) -> DynamicCache:
+    """The cache of prefixes with a row for each prompt, to which its further tokens are added."""
+    of = torch.from_numpy(prefixes.of.clip(min=0))
     for layer in cache.layers:
         layer.keys, layer.values = (x.index_select(0, of.to(x.device)) for x in (layer.keys, layer.values))
     return cache

@@ -8,7 +8,7 @@ import pytest
 
 from rlseq.config.training import RejectionArguments
 from rlseq.errors import ConfigError, DataError, RlseqError
-from rlseq.training.rejection import best_completions, read_candidates, require_survivors
+from rlseq.training.selection.rejection import best_completions, read_candidates, require_survivors
 
 
 def record(prompt, completion, total, **more):

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from rlseq.errors import DataError
-from rlseq.training.rejection import key_of
+from rlseq.training.selection.rejection import key_of
 
 Record = Mapping[str, Any]  # of a rollout, as a run's rollouts/*.jsonl has it
 Pair = tuple[Record, Record]  # chosen, rejected

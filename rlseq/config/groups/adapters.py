@@ -15,7 +15,7 @@ from peft import PeftConfig
 
 from rlseq.config.arguments import EvaluateArguments
 from rlseq.config.fields import as_declared, setting
-from rlseq.config.precision import AS_TRAINED
+from rlseq.config.groups.precision import AS_TRAINED
 from rlseq.config.validation import inherited
 from rlseq.config.validation.validate import check_declared
 from rlseq.engine.model.load import is_adapter

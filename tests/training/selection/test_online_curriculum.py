@@ -12,8 +12,8 @@ from tiny_task import ROWS, tiny_trainer
 
 from rlseq.config.training import GRPOConfig
 from rlseq.errors import ConfigError
-from rlseq.training.curriculum import OnlineCurriculum
-from rlseq.training.resampling import SparePrompts
+from rlseq.training.selection.curriculum import OnlineCurriculum
+from rlseq.training.selection.resampling import SparePrompts
 
 PROMPTS = [row["prompt"] for row in ROWS]
 REWARDS = dict(zip(PROMPTS, [0.0, 1.0, 0.5, 0.5, 0.0, 1.0, 0.5, 0.5], strict=True))

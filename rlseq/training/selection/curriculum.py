@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlseq.training.resampling import SparePrompts
+from rlseq.training.selection.resampling import SparePrompts
 
 NEWEST = 0.5  # weight of a prompt's newest mean reward in its running mean, which follows the policy
 SKIPS = 3  # times in a row that a prompt gives way before it is sampled again: the policy may have changed

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlseq.common.mixture import Joined, parse_mixture
-from rlseq.config.chat_template import read_chat_template
 from rlseq.config.fields import setting
+from rlseq.config.groups.chat_template import read_chat_template
 from rlseq.config.validation.validate import Settings
 from rlseq.errors import ConfigError
 

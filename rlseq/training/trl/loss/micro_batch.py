@@ -13,8 +13,8 @@ from rlseq.losses import kl_estimate
 from rlseq.training.rollouts import MicroBatch
 from rlseq.training.trl.batch.packed_forward import PackedForward
 from rlseq.training.trl.batch.scoring import RewardScorer
-from rlseq.training.trl.metrics import TrainingMetrics
-from rlseq.training.trl.policy_gradient import PolicyGradient, accumulation, step_tokens
+from rlseq.training.trl.logging.metrics import TrainingMetrics
+from rlseq.training.trl.loss.policy_gradient import PolicyGradient, accumulation, step_tokens
 from rlseq.training.update.forward import Ids, Scores
 from rlseq.training.update.objectives import (
     expected_accuracy_loss,

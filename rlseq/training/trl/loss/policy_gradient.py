@@ -28,7 +28,7 @@ from rlseq.losses import (
     vespo_weight,
 )
 from rlseq.training.rollouts import MicroBatch
-from rlseq.training.trl.metrics import TrainingMetrics
+from rlseq.training.trl.logging.metrics import TrainingMetrics
 from rlseq.training.update.forward import Scores
 from rlseq.training.update.own_functions import OwnPolicyLoss
 

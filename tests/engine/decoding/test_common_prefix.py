@@ -10,9 +10,9 @@ import torch
 from tiny import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM, MambaConfig
 
-from rlseq.engine.decoding import shared_heads
+from rlseq.engine.decoding import common_prefix
+from rlseq.engine.decoding.common_prefix import find_common_prefixes, serves
 from rlseq.engine.decoding.decoders import CachedDecoder, SharedPrefixDecoder
-from rlseq.engine.decoding.shared_heads import find_heads, serves
 from rlseq.engine.likelihood import divergence, score
 
 SYSTEM, EXAMPLE = [3, 14, 15, 9, 2, 6, 5], [8, 9, 7, 4, 11]
@@ -20,7 +20,7 @@ PROMPTS = [
     [*SYSTEM, *EXAMPLE, 4],
     [*SYSTEM, *EXAMPLE, 5, 6, 7],
     [16, 15, 8],  # begins as no other
-    [*SYSTEM, *EXAMPLE],  # its last token is not of the head: something must follow it
+    [*SYSTEM, *EXAMPLE],  # its last token is not of the common prefix: something must follow it
     [*SYSTEM, *EXAMPLE, 5, 6, 7],  # twice
     [*SYSTEM, *EXAMPLE, 20, 1, 13, 20, 17, 5, 3, 2],
 ]
@@ -29,8 +29,8 @@ PROMPTS = [
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Heads pay from the first token on."""
-    monkeypatch.setattr(shared_heads, "LEAST_SAVED", 1)
-    monkeypatch.setattr(shared_heads, "LEAST_SHARE", 0.0)
+    monkeypatch.setattr(common_prefix, "LEAST_SAVED", 1)
+    monkeypatch.setattr(common_prefix, "LEAST_SHARE", 0.0)
 
 
 @pytest.fixture
@@ -53,46 +53,49 @@ def alone(model, ids):
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double()
 
 
-def test_the_heads_are_those_that_save_the_most():
-    heads = find_heads(PROMPTS)
-    assert heads.ids == [[*SYSTEM, *EXAMPLE[:-1]]] and heads.of.tolist() == [0, 0, -1, 0, 0, 0]
-    assert heads.lengths.tolist() == [11, 11, 0, 11, 11, 11]
-    long = [[1] * 30, [1] * 29 + [2], [1] * 3 + [4], [1] * 3 + [5]]  # one head of 3 saves 9 tokens; one of 29 saves 29
-    assert find_heads(long).lengths.tolist() == [29, 29, 0, 0]
-    assert find_heads([[1] * 6, [1] * 5 + [2], *([1] * 4 + [n] for n in range(3, 9))]).lengths.tolist() == [4] * 8
-    assert find_heads([[1, 2], [3, 4]]) is None and find_heads([[1, 2]]) is None
+def test_the_common_prefixes_are_those_that_save_the_most():
+    prefixes = find_common_prefixes(PROMPTS)
+    assert prefixes.ids == [[*SYSTEM, *EXAMPLE[:-1]]] and prefixes.of.tolist() == [0, 0, -1, 0, 0, 0]
+    assert prefixes.lengths.tolist() == [11, 11, 0, 11, 11, 11]
+    long = [[1] * 30, [1] * 29 + [2], [1] * 3 + [4], [1] * 3 + [5]]  # a prefix of 3 saves 9 tokens; one of 29 saves 29
+    assert find_common_prefixes(long).lengths.tolist() == [29, 29, 0, 0]
+    assert (
+        find_common_prefixes([[1] * 6, [1] * 5 + [2], *([1] * 4 + [n] for n in range(3, 9))]).lengths.tolist()
+        == [4] * 8
+    )
+    assert find_common_prefixes([[1, 2], [3, 4]]) is None and find_common_prefixes([[1, 2]]) is None
 
 
 def test_random_prompts_against_every_threshold():
     rng = np.random.default_rng(0)
     for _ in range(50):
         prompts = [rng.integers(0, 2, size=rng.integers(1, 9)).tolist() for _ in range(rng.integers(2, 9))]
-        heads = find_heads(prompts)
-        saved = 0 if heads is None else sum(heads.lengths) - sum(map(len, heads.ids))
+        prefixes = find_common_prefixes(prompts)
+        saved = 0 if prefixes is None else sum(prefixes.lengths) - sum(map(len, prefixes.ids))
         best = 0
         for least in range(1, 9):  # neighbours in sorted order stay together if they share `least`
             runs = [[sorted(prompts)[0]]]
             for a, b in itertools.pairwise(sorted(prompts)):
                 together = min(len(a), len(b)) > least and a[:least] == b[:least]
                 runs = [*runs[:-1], [*runs[-1], b]] if together else [*runs, [b]]
-            heads_of_runs = []
+            saved_by_runs = []
             for run in runs:
                 n = 0
                 while n < min(map(len, run)) - 1 and len({tuple(p[: n + 1]) for p in run}) == 1:
                     n += 1
-                heads_of_runs.append((len(run) - 1) * n)
-            best = max(best, sum(heads_of_runs))
+                saved_by_runs.append((len(run) - 1) * n)
+            best = max(best, sum(saved_by_runs))
         assert saved == best
-        for u, prompt in enumerate(prompts if heads else []):
-            head = heads.ids[heads.of[u]] if heads.of[u] >= 0 else []
-            assert prompt[: len(head)] == head and len(prompt) > len(head)
+        for u, prompt in enumerate(prompts if prefixes else []):
+            common = prefixes.ids[prefixes.of[u]] if prefixes.of[u] >= 0 else []
+            assert prompt[: len(common)] == common and len(prompt) > len(common)
 
 
 def test_short_prompts_are_left_as_they_are(monkeypatch):
     monkeypatch.undo()
-    assert find_heads(PROMPTS) is None  # 62 tokens
-    assert find_heads([[*range(200), n] for n in range(5)]).lengths.tolist() == [200] * 5
-    assert find_heads([[1, *([n] * 200)] for n in range(600)]) is None  # one token of 201: 599 are saved
+    assert find_common_prefixes(PROMPTS) is None  # 62 tokens
+    assert find_common_prefixes([[*range(200), n] for n in range(5)]).lengths.tolist() == [200] * 5
+    assert find_common_prefixes([[1, *([n] * 200)] for n in range(600)]) is None  # one token of 201: 599 are saved
 
 
 @pytest.mark.parametrize("decoder", [CachedDecoder, SharedPrefixDecoder])
@@ -117,7 +120,7 @@ def test_scores_are_those_of_each_prompt_alone(family, attention, computed):
     prompts = [ids for ids in PROMPTS if PROMPTS.count(ids) == 1]  # equal ones share a packed row instead
     completions = [[5, 9, 2], [], [7], [11, 12, 13, 2, 6]]
     found = score(model, prompts, completions)
-    assert computed[-2:] == [(1, 11), (4, 14)]  # the head, and what follows it
+    assert computed[-2:] == [(1, 11), (4, 14)]  # the common prefix, and what follows it
     for prompt, completion, scores in zip(prompts, completions, found, strict=True):
         logits = alone(model, [*prompt, *completion]).log_softmax(-1)
         wanted = [logits[len(prompt) - 1 + t, token].item() for t, token in enumerate(completion)]
@@ -133,7 +136,7 @@ def test_two_models_each_have_their_own_keys():
         torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
-def test_what_cannot_continue_from_a_head_is_computed_whole(computed):
+def test_what_cannot_continue_from_a_prefix_is_computed_whole(computed):
     mistral = tiny_model("mistral")  # a window of 4 tokens would count the gaps
     mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1))
     assert not serves(mistral) and not serves(mamba) and serves(tiny_model())

@@ -13,10 +13,10 @@ from tiny_task import save_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from rlseq.errors import DataError
-from rlseq.training.preferences import preference_pairs, require_pairs
 from rlseq.training.run.launch import run_recipe
+from rlseq.training.selection.preferences import preference_pairs, require_pairs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def logged(completion, total, *, prompt="a = ", step=1, finish_reason="stop"):
